@@ -1,0 +1,244 @@
+//! Messages between the control process and its broker.
+//!
+//! **Job.** The control process sends one [`Policy`] before anything else: the complete list of what the broker may ever
+//! open, listen on or start. After that, requests name entries of the policy by number and bring nothing that could be
+//! opened: no path, no address, no option.
+//!
+//! **Who is not trusted.** After the guest has run, the control process: whoever owns it can ask for what the command line
+//! already granted, and for nothing else. The broker never trusts a length or an index, and answers a second policy with
+//! an error.
+//!
+//! **Why this way.** "Opens only what the policy fixed before the guest ran" is then a property of the message types, not
+//! of checks.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::log::Level;
+use crate::spec::DeviceSpec;
+use crate::start::{SandboxMode, SeccompMode};
+
+/// Everything the broker may do for this VM, fixed before the guest runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// [`crate::PROTOCOL_VERSION`] of the control process.
+    pub version: u32,
+    /// What may be opened, by number.
+    pub files: Vec<FileGrant>,
+    /// Which device processes may be started, by number.
+    pub devices: Vec<DeviceGrant>,
+    /// Seccomp action for the broker and all device processes.
+    pub seccomp: SeccompMode,
+    /// Whether a missing jail layer refuses the start.
+    pub sandbox: SandboxMode,
+    /// Least important level that is logged.
+    pub log_level: Level,
+    /// `-D FILE`, already open for the control process; the broker opens it for itself, for appending.
+    pub log_file: Option<PathBuf>,
+    /// Process id file to create, and to remove when the VM ends.
+    pub pidfile: Option<PathBuf>,
+    /// Whether standard input is a terminal that a chardev uses: the broker then puts it back however the VM ends.
+    pub restore_terminal: bool,
+}
+
+/// One thing that the broker may open for the control process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum FileGrant {
+    /// An existing file, for reading: a kernel or an initrd. `option` names it in errors.
+    Read {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Path.
+        path: PathBuf,
+    },
+    /// A file for output, created or truncated: `-chardev file`.
+    Output {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Path.
+        path: PathBuf,
+    },
+    /// A listening unix socket, created here and removed when the VM ends. A stale one that nobody listens on is replaced.
+    ListenUnix {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Path.
+        path: PathBuf,
+    },
+    /// A connected unix socket.
+    ConnectUnix {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Path.
+        path: PathBuf,
+    },
+    /// A listening TCP socket.
+    ListenTcp {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Host name or address.
+        host: String,
+        /// Port; 0 lets the kernel choose.
+        port: u16,
+    },
+    /// A connected TCP socket.
+    ConnectTcp {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Host name or address.
+        host: String,
+        /// Port.
+        port: u16,
+    },
+    /// A new pseudo terminal: the reply brings the controlling side and says the other's name.
+    Pty,
+    /// Guest memory backing: `-mem-path`. In a directory, an unlinked file is made; a file is opened, and created and
+    /// sized when absent.
+    Memory {
+        /// Directory or file.
+        path: PathBuf,
+        /// Bytes that the guest's RAM takes.
+        size: u64,
+    },
+}
+
+/// One device process that the broker may start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceGrant {
+    /// What the process is told.
+    pub spec: DeviceSpec,
+    /// What it holds.
+    pub backend: BackendGrant,
+}
+
+/// The back-end descriptors of a device process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum BackendGrant {
+    /// None.
+    Nothing,
+    /// An image: opened read-only or for both as `readonly` says, with `O_DIRECT` as `direct` says.
+    Image {
+        /// Path.
+        path: PathBuf,
+        /// `O_RDONLY` instead of `O_RDWR`.
+        readonly: bool,
+        /// `O_DIRECT`.
+        direct: bool,
+    },
+    /// A tap device by name, with `queues` queues.
+    Tap {
+        /// Interface name, at most 15 bytes.
+        ifname: String,
+        /// Queue pairs.
+        queues: u16,
+    },
+    /// Inherited descriptors, which the broker kept when the VM was started.
+    Inherited {
+        /// Their numbers, as the command line names them.
+        fds: Vec<i32>,
+    },
+}
+
+/// What the control process asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// The first message, once.
+    SetPolicy(Policy),
+    /// Open entry `index` of [`Policy::files`].
+    Open {
+        /// Index into the policy's files.
+        index: u32,
+    },
+    /// Start entry `index` of [`Policy::devices`]. One process per entry at a time.
+    Start {
+        /// Index into the policy's devices.
+        index: u32,
+    },
+    /// End the process of entry `index`.
+    Stop {
+        /// Index into the policy's devices.
+        index: u32,
+    },
+    /// The VM is set up: write the pid file, let a waiting `-daemonize` parent go.
+    Ready,
+}
+
+/// What the broker answers, and what it tells unasked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Policy taken.
+    PolicySet {
+        /// [`crate::PROTOCOL_VERSION`] of the broker.
+        version: u32,
+    },
+    /// [`Request::Open`] worked; one descriptor comes along.
+    Opened {
+        /// Index of the request.
+        index: u32,
+        /// Name of the other side of a new pseudo terminal.
+        name: Option<String>,
+    },
+    /// [`Request::Start`] worked; the control process's end of the vhost-user socket comes along. The process is not yet
+    /// serving: its first answer on that socket says that it is jailed.
+    Started {
+        /// Index of the request.
+        index: u32,
+        /// Process id in the broker's pid namespace.
+        pid: i32,
+    },
+    /// [`Request::Stop`] worked and the process is reaped.
+    Stopped {
+        /// Index of the request.
+        index: u32,
+    },
+    /// [`Request::Ready`] is done.
+    ReadyDone,
+    /// A request failed; `message` is complete and fit for the user.
+    Failed {
+        /// What went wrong, naming option, value and range.
+        message: String,
+    },
+    /// Unasked: a device process ended.
+    Exited {
+        /// Index into the policy's devices.
+        index: u32,
+        /// Process id that it had.
+        pid: i32,
+        /// How it ended.
+        how: Exit,
+        /// Its last log line, for the error that the user sees.
+        last_words: String,
+    },
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// With a status.
+    Code(i32),
+    /// By a signal.
+    Signal(i32),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec;
+
+    #[test]
+    fn requests_carry_no_path() {
+        // The policy is the only request with a path in it: the others encode to a tag and a number.
+        for request in [
+            Request::Open { index: 1 },
+            Request::Start { index: 1 },
+            Request::Stop { index: 1 },
+        ] {
+            assert_eq!(codec::encode(&request).unwrap().len(), 8);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Every size that a peer, a guest or a user may choose, capped in one list.
+//!
+//! A cap that is found elsewhere in the tree is a mistake: move it here and say why it has its value.
+
+/// Largest encoded control message, in bytes. The largest real one is the broker's policy: a few hundred bytes a device.
+pub const MAX_MESSAGE: usize = 256 * 1024;
+/// Most descriptors that one message carries. The kernel's own limit (`SCM_MAX_FD`) is 253.
+pub const MAX_MESSAGE_FDS: usize = 64;
+/// Largest start message of a device process, in bytes.
+pub const MAX_START_MESSAGE: usize = 64 * 1024;
+
+/// vCPUs of one VM (manual 1.2.1).
+pub const MAX_VCPUS: u32 = 254;
+/// Smallest guest memory in bytes (manual 1.3.1).
+pub const MIN_MEMORY: u64 = 128 << 20;
+/// Largest guest memory in bytes (manual 1.3.1).
+pub const MAX_MEMORY: u64 = 512 << 30;
+/// Guest memory in bytes when `-m` is not given (manual 1.3.1).
+pub const DEFAULT_MEMORY: u64 = 256 << 20;
+
+/// User-creatable virtio-mmio devices of an x86_64 microvm (manual 2).
+pub const MAX_MMIO_DEVICES: usize = 11;
+/// Disks of a microvm (VM configuration page, "Lightweight VMs").
+pub const MAX_MICROVM_DISKS: usize = 6;
+/// Network cards of a microvm (VM configuration page, "Lightweight VMs").
+pub const MAX_MICROVM_NICS: usize = 2;
+/// iothreads of a VM (VM configuration page, "iothread Configuration").
+pub const MAX_IOTHREADS: usize = 8;
+
+/// Queues of a block device (manual 2.2).
+pub const MAX_BLOCK_QUEUES: u16 = 32;
+/// Queue pairs of a network card (manual 2.3).
+pub const MAX_NET_QUEUE_PAIRS: u16 = 16;
+/// Virtqueues of any device: a network card's 16 pairs and its control queue.
+pub const MAX_QUEUES: u16 = 2 * MAX_NET_QUEUE_PAIRS + 1;
+/// Entries of a virtqueue when `queue-size` is not given (manual 2.2, 2.3).
+pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+/// Entries of the largest virtqueue that a device here offers (manual 2.2: block up to 1024, 2.3: net up to 4096).
+pub const MAX_QUEUE_SIZE: u16 = 4096;
+/// Bytes of a block device's serial number (virtio 1.3, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
+pub const BLOCK_ID_BYTES: usize = 20;
+
+/// Guest RAM regions that a front end may announce (vhost-user: `VHOST_USER_MAX_RAM_SLOTS` of old front ends is 8).
+pub const MAX_MEMORY_REGIONS: usize = 32;
+/// Bytes of virtio configuration space that any device here has (vhost-user: 256 is the protocol's own maximum).
+pub const MAX_CONFIG_SPACE: usize = 256;
+
+/// Characters of a VM name (VM configuration page, "-name").
+pub const MAX_NAME: usize = 255;
+/// Characters of an id of a device, drive, chardev, object.
+pub const MAX_ID: usize = 255;
+/// Bytes of the kernel command line including its NUL (x86 boot protocol, `COMMAND_LINE_SIZE`).
+pub const MAX_CMDLINE: usize = 2048;
+
+/// One QMP request, in bytes, as QEMU's own limit on a token stream (64 MiB) is far beyond any real request.
+pub const MAX_QMP_REQUEST: usize = 1 << 20;
+/// QMP clients at once on one socket.
+pub const MAX_QMP_CLIENTS: usize = 8;
+/// Bytes that wait for a QMP client that does not read; beyond it the client is dropped.
+pub const MAX_QMP_BACKLOG: usize = 8 << 20;
+/// Bytes of serial output kept for a reader that is slow or absent; beyond it the oldest are dropped and counted.
+pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
+
+/// Milliseconds that the control process waits for a device process to answer one vhost-user message.
+pub const DEVICE_REPLY_MS: u64 = 5_000;
+/// Bytes of one log line that a device process may send; longer ones are cut.
+pub const MAX_LOG_LINE: usize = 1024;
+/// Log lines a second that one device process may cause; beyond it they are counted and dropped.
+pub const MAX_LOG_LINES_PER_SECOND: u32 = 100;

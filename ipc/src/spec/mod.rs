@@ -1,0 +1,71 @@
+//! Plain-data specs: what the user asked for ([`vm`]) and what one device process is told ([`block`], [`net`], …).
+//!
+//! No file, no lock, no descriptor lives in a spec. The command line turns text into [`vm::VmSpec`] without any I/O;
+//! building from a spec is somebody else's second step.
+
+use serde::{Deserialize, Serialize};
+
+pub mod block;
+pub mod net;
+pub mod template;
+pub mod vm;
+
+/// What one device process is told to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum DeviceSpec {
+    /// A disk.
+    Block(block::BlockSpec),
+    /// A network card.
+    Net(net::NetSpec),
+    /// The template device, which tests of the harness use.
+    Template(template::TemplateSpec),
+}
+
+impl DeviceSpec {
+    /// The device's id on the command line, or the one made for it.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Block(spec) => &spec.id,
+            Self::Net(spec) => &spec.id,
+            Self::Template(spec) => &spec.id,
+        }
+    }
+
+    /// Name of the binary that serves this device, which is also the name of its seccomp policy.
+    pub const fn binary(&self) -> &'static str {
+        match self {
+            Self::Block(_) => "block",
+            Self::Net(_) => "net",
+            Self::Template(_) => "template",
+        }
+    }
+
+    /// Virtio device ID (virtio 1.3, section 5).
+    pub const fn virtio_id(&self) -> u32 {
+        match self {
+            Self::Net(_) => 1,
+            Self::Block(_) => 2,
+            // 5.22 names no device 42: nothing in a guest binds to the template.
+            Self::Template(_) => 42,
+        }
+    }
+
+    /// Virtqueues that the device has at most.
+    pub const fn num_queues(&self) -> u16 {
+        match self {
+            Self::Block(spec) => spec.num_queues,
+            Self::Net(spec) => spec.num_queues(),
+            Self::Template(_) => 1,
+        }
+    }
+
+    /// Entries of each virtqueue at most.
+    pub const fn queue_size(&self) -> u16 {
+        match self {
+            Self::Block(spec) => spec.queue_size,
+            Self::Net(spec) => spec.queue_size,
+            Self::Template(_) => crate::limits::DEFAULT_QUEUE_SIZE,
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! A network card as its device process sees it: no tap name, only properties; the tap's queues are descriptors 5….
+
+use serde::{Deserialize, Serialize};
+
+/// What the `net` process is told. Its back-end descriptors are `queue_pairs` queues of one tap device, made by the
+/// broker with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// Device id, for logs.
+    pub id: String,
+    /// MAC address that the guest is told.
+    pub mac: [u8; 6],
+    /// Receive and transmit queue pairs: 1 to 16. As many tap descriptors follow.
+    pub queue_pairs: u16,
+    /// Entries of a queue: a power of two, 256 to 4096.
+    pub queue_size: u16,
+}
+
+impl NetSpec {
+    /// Virtqueues: a pair each, and the control queue when there is more than one pair (virtio 1.3, 5.1.2).
+    pub const fn num_queues(&self) -> u16 {
+        2 * self.queue_pairs + if self.queue_pairs > 1 { 1 } else { 0 }
+    }
+}

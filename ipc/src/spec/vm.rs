@@ -1,0 +1,285 @@
+//! The whole VM as the command line asked for it, checked but not yet opened or built.
+//!
+//! **Job.** The result of `vmm-main/src/cmdline` and the input of everything after it. Paths are text here: only the
+//! broker opens them.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits;
+use crate::log::Level;
+use crate::start::{SandboxMode, SeccompMode};
+
+/// Everything that one command line says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// `-name`
+    pub name: Option<String>,
+    /// `-uuid`, as 16 bytes in the order of the text.
+    pub uuid: Option<[u8; 16]>,
+    /// `-machine`
+    pub machine: MachineSpec,
+    /// `-smp`, `-cpu`
+    pub cpus: CpuSpec,
+    /// `-m`, `-mem-path`, `-mem-prealloc`, `mem-share`, `dump-guest-core`
+    pub memory: MemorySpec,
+    /// `-kernel`, `-initrd`, `-append`
+    pub boot: BootSpec,
+    /// `-drive`, by their order.
+    pub drives: Vec<DriveSpec>,
+    /// `-netdev`
+    pub netdevs: Vec<NetdevSpec>,
+    /// `-chardev`, and those that `-serial stdio` and the like imply.
+    pub chardevs: Vec<ChardevSpec>,
+    /// Id of the chardev behind the serial port; `None` without `-serial`.
+    pub serial: Option<String>,
+    /// `-device`, by their order; each takes one virtio-mmio slot.
+    pub devices: Vec<DeviceOption>,
+    /// Ids of `-object iothread`.
+    pub iothreads: Vec<String>,
+    /// `-qmp`, `-mon`
+    pub monitors: Vec<MonitorSpec>,
+    /// `-D` and the level of `STRATOVIRT_LOG_LEVEL`.
+    pub log: LogSpec,
+    /// `-daemonize`
+    pub daemonize: bool,
+    /// `-pidfile`
+    pub pidfile: Option<PathBuf>,
+    /// `-S`: vCPUs wait for `cont`.
+    pub start_paused: bool,
+    /// `-no-reboot`: a guest reset ends the VM.
+    pub no_reboot: bool,
+    /// `-no-shutdown`: a guest poweroff pauses the VM.
+    pub no_shutdown: bool,
+    /// `-disable-seccomp`, `-seccomp kill|log|trap`
+    pub seccomp: SeccompMode,
+    /// `-sandbox strict`
+    pub sandbox: SandboxMode,
+    /// Options that were accepted without effect, for one line in the log.
+    pub ignored: Vec<String>,
+}
+
+/// Which board.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum MachineKind {
+    /// No guest: for asking what this binary can do.
+    None,
+    /// virtio-mmio devices, no PCI, no firmware.
+    #[default]
+    Microvm,
+}
+
+/// `-machine`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// Board.
+    pub kind: MachineKind,
+}
+
+/// `-smp` and `-cpu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuSpec {
+    /// vCPUs at start: 1 to 254.
+    pub cpus: u8,
+    /// vCPUs at most; equals the product of the five below.
+    pub maxcpus: u8,
+    /// Sockets.
+    pub sockets: u8,
+    /// Dies in a socket.
+    pub dies: u8,
+    /// Clusters in a die.
+    pub clusters: u8,
+    /// Cores in a cluster.
+    pub cores: u8,
+    /// Threads in a core.
+    pub threads: u8,
+}
+
+impl Default for CpuSpec {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            maxcpus: 1,
+            sockets: 1,
+            dies: 1,
+            clusters: 1,
+            cores: 1,
+            threads: 1,
+        }
+    }
+}
+
+/// Guest RAM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemorySpec {
+    /// Bytes, a multiple of 1 MiB: 128 MiB to 512 GiB.
+    pub size: u64,
+    /// `-mem-prealloc`: every page is there before the guest runs.
+    pub prealloc: bool,
+    /// `-mem-path`: a directory (hugetlbfs, say) or a file, absolute.
+    pub path: Option<PathBuf>,
+    /// `dump-guest-core=on|off`: guest RAM is part of a core dump of the control process.
+    pub dump_guest_core: bool,
+    /// `mem-share=on|off`: with `mem-path`, whether the file takes the guest's writes. Device processes share guest RAM in
+    /// either case.
+    pub share: bool,
+}
+
+impl Default for MemorySpec {
+    fn default() -> Self {
+        Self {
+            size: limits::DEFAULT_MEMORY,
+            prealloc: false,
+            path: None,
+            dump_guest_core: true,
+            share: false,
+        }
+    }
+}
+
+/// What the guest starts with.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BootSpec {
+    /// `-kernel`
+    pub kernel: Option<PathBuf>,
+    /// `-initrd`
+    pub initrd: Option<PathBuf>,
+    /// `-append`, its arguments joined by one space.
+    pub cmdline: String,
+}
+
+/// `-drive`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriveSpec {
+    /// `id=`
+    pub id: String,
+    /// `file=`
+    pub file: PathBuf,
+    /// `readonly=`, default off.
+    pub readonly: bool,
+    /// `direct=`, default on.
+    pub direct: bool,
+}
+
+/// `-netdev`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetdevSpec {
+    /// `id=`
+    pub id: String,
+    /// Where its packets go.
+    pub backend: NetBackend,
+    /// `queues=`: queue pairs, 1 to 16.
+    pub queues: u16,
+}
+
+/// Where a card's packets go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NetBackend {
+    /// `ifname=`: the broker opens the tap.
+    TapName(String),
+    /// `fd=` or `fds=`: inherited descriptors of an open tap, one a queue pair.
+    TapFds(Vec<i32>),
+}
+
+/// `-chardev`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChardevSpec {
+    /// `id=`, or `serial0` and so on for one that `-serial` implies.
+    pub id: String,
+    /// What it leads to.
+    pub backend: ChardevBackend,
+}
+
+/// What a chardev leads to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChardevBackend {
+    /// This process's standard input and output.
+    Stdio,
+    /// A new pseudo terminal, whose name is printed and shown in QMP.
+    Pty,
+    /// A unix socket.
+    Socket {
+        /// `path=`
+        path: PathBuf,
+        /// `server`: listens; otherwise connects.
+        server: bool,
+        /// `nowait`: the guest starts without a client.
+        nowait: bool,
+    },
+    /// A file that takes the output.
+    File {
+        /// `path=`
+        path: PathBuf,
+    },
+}
+
+/// `-device`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceOption {
+    /// `id=`, or one made from its kind and position.
+    pub id: String,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// `iothread=`
+    pub iothread: Option<String>,
+}
+
+/// The devices that `-device` can name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceKind {
+    /// `virtio-blk-device`
+    Block {
+        /// `drive=`: id of a drive that exists.
+        drive: String,
+        /// `serial=`: at most 20 bytes.
+        serial: Option<String>,
+        /// `num-queues=`, default min(vCPUs, 32).
+        num_queues: u16,
+        /// `queue-size=`, default 256.
+        queue_size: u16,
+    },
+    /// `virtio-net-device`
+    Net {
+        /// `netdev=`: id of a netdev that exists.
+        netdev: String,
+        /// `mac=`, or the one made for it.
+        mac: [u8; 6],
+        /// `queue-size=`, default 256.
+        queue_size: u16,
+    },
+}
+
+/// A QMP socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MonitorSpec {
+    /// Where it is.
+    pub address: MonitorAddress,
+    /// `server`: listens; otherwise connects.
+    pub server: bool,
+    /// `nowait`: the VM starts without a client.
+    pub nowait: bool,
+}
+
+/// Address of a QMP socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MonitorAddress {
+    /// `unix:PATH`
+    Unix(PathBuf),
+    /// `tcp:HOST:PORT`
+    Tcp {
+        /// Host name or address.
+        host: String,
+        /// Port.
+        port: u16,
+    },
+}
+
+/// `-D`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogSpec {
+    /// `STRATOVIRT_LOG_LEVEL`, default error.
+    pub level: Level,
+    /// `-D FILE`; `None` is standard error.
+    pub file: Option<PathBuf>,
+}
