@@ -19,6 +19,9 @@ use thiserror::Error;
 use crate::codec::{self, CodecError};
 use crate::limits::{MAX_MESSAGE, MAX_MESSAGE_FDS};
 
+/// Most descriptors that one packet can carry (Linux, `include/net/scm.h`).
+const SCM_MAX_FD: usize = 253;
+
 /// Why a message did not come or go.
 #[derive(Debug, Error)]
 pub enum ChannelError {
@@ -128,7 +131,8 @@ impl Channel {
     ) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
         // Room for one byte more than allowed would not tell more: the kernel flags a cut packet.
         let mut buffer = vec![0u8; self.next_len(flags)?.min(MAX_MESSAGE)];
-        let mut control = nix::cmsg_space!([RawFd; MAX_MESSAGE_FDS]);
+        // Room for all that the kernel ever passes: a cut list of descriptors would leave them open and unknown.
+        let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
         let (len, fds, truncated) = loop {
             let mut slices = [IoSliceMut::new(&mut buffer)];
             match recvmsg::<()>(
@@ -159,7 +163,7 @@ impl Channel {
                 }
             }
         };
-        if truncated {
+        if truncated || fds.len() > MAX_MESSAGE_FDS {
             return Err(ChannelError::Truncated);
         }
         if len == 0 {
