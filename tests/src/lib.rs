@@ -1,1 +1,16 @@
-//! placeholder
+//! # The test harness
+//!
+//! **Job.** Everything that black-box suites, benches and `cargo xtask` share: the lab that finds or makes a
+//! `/dev/kvm` on which Linux boots ([`lab`]), programs that run as a bare guest ([`payload`]), a running VM with
+//! its consoles ([`vm`], [`console`]), QMP ([`qmp`]) and readers of `/proc` ([`procfs`]).
+//!
+//! **Who is not trusted.** The product under test: nothing here believes what it says about itself where the
+//! kernel can be asked instead.
+//!
+//! **Why this way.** Readiness is an event (a byte, an end of file, a pidfd), never a pause, so a slow machine
+//! makes a test slower, not red. A host that lacks something is an error that names it, not a silent pass.
+
+pub mod console;
+pub mod lab;
+
+pub mod wait;

@@ -1,1 +1,44 @@
-fn main() {}
+//! # The project's own commands
+//!
+//! **Job.** `cargo xtask COMMAND`: one file per command, and this table. **Who is not trusted.** Nobody; this runs
+//! as the developer. **Why this way.** Rules and recipes that are programs can be run, tested and kept true.
+
+mod lab;
+
+use std::process::ExitCode;
+
+type Command = fn(&[String]) -> Result<ExitCode, String>;
+
+const COMMANDS: &[(&str, &str, Command)] = &[(
+    "lab",
+    "run a command where Linux guests boot: lab [--kernel full] [--mem MIB] [--smp N] [--timeout S] [--share DIR] [--where] -- COMMAND…",
+    lab::run,
+)];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some((name, rest)) = arguments.split_first() else {
+        usage();
+        return ExitCode::from(2);
+    };
+    if ["help", "--help", "-h"].contains(&name.as_str()) {
+        usage();
+        return ExitCode::SUCCESS;
+    }
+    let Some((_, _, command)) = COMMANDS.iter().find(|(n, _, _)| n == name) else {
+        eprintln!("xtask: there is no command {name:?}");
+        usage();
+        return ExitCode::from(2);
+    };
+    command(rest).unwrap_or_else(|message| {
+        eprintln!("xtask {name}: {message}");
+        ExitCode::FAILURE
+    })
+}
+
+fn usage() {
+    eprintln!("usage: cargo xtask COMMAND [ARGUMENTS]");
+    for (name, help, _) in COMMANDS {
+        eprintln!("  {name:<8} {help}");
+    }
+}

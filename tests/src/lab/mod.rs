@@ -1,0 +1,73 @@
+//! # The lab: a place where Linux guests boot
+//!
+//! **Job.** Answer "where can a Linux guest run here?" and run a command or a test there. A host whose own
+//! `/dev/kvm` boots Linux is used directly. Any other x86-64 host gets a nested machine ("L1"): QEMU in pure
+//! emulation, with AMD SVM emulated, boots Debian's stock kernel on this host's own root file system, and in it
+//! `/dev/kvm` runs unmodified guests ("L2").
+//!
+//! **Who is not trusted.** The host's `/dev/kvm`: that it opens does not mean that it can boot Linux, since a
+//! software KVM may lack instructions that a kernel needs. So the answer comes from a boot, not from a name.
+//!
+//! **Why this way.** All material is Debian's: nothing is built, hosted or pinned outside of the distribution,
+//! and a nested machine that uses the host's files needs no image of its own.
+
+mod error;
+mod guest;
+mod initramfs;
+mod kernel;
+mod nested;
+mod packages;
+mod place;
+mod process;
+
+pub use error::{LabError, chain};
+pub use guest::{Guest, Script};
+pub use initramfs::Archive;
+pub use kernel::{Flavour, Kernel, cache_dir};
+pub use nested::{Nested, in_nested};
+pub use packages::ensure as ensure_packages;
+pub use place::{Place, place};
+pub use process::run as run_program;
+
+/// Runs a test's body where Linux guests boot: here, or by running this same test binary again in L1.
+///
+/// `test` is the path of the test function as libtest prints it; [`test_path!`](crate::test_path) gives it.
+/// In L1 the test's own output is part of this test's output, and its failure is this test's failure.
+///
+/// # Panics
+/// When the lab cannot be set up, or when the test fails in L1.
+pub fn where_linux_boots(test: &str, body: impl FnOnce()) {
+    match place(Flavour::Cloud) {
+        Err(error) => panic!("{}", error::chain(&error)),
+        Ok(Place::Here { .. }) => body(),
+        Ok(Place::Nested { why }) => {
+            eprintln!("{test} runs in the nested lab: {why}");
+            let binary = std::env::current_exe().unwrap_or_else(|e| panic!("the test binary: {e}"));
+            let command = [
+                binary.display().to_string(),
+                "--exact".into(),
+                test.into(),
+                "--nocapture".into(),
+                "--test-threads=1".into(),
+            ];
+            let status = Nested::default()
+                .run(&command)
+                .unwrap_or_else(|e| panic!("{}", error::chain(&e)));
+            assert_eq!(
+                status, 0,
+                "{test} failed in the nested lab with status {status}"
+            );
+        }
+    }
+}
+
+/// The path of the enclosing test function as libtest prints it, without the crate's name.
+#[macro_export]
+macro_rules! test_path {
+    () => {{
+        fn marker() {}
+        let full = std::any::type_name_of_val(&marker);
+        let function = full.strip_suffix("::marker").unwrap_or(full);
+        function.split_once("::").map_or(function, |(_, path)| path)
+    }};
+}
