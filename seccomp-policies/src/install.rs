@@ -1,0 +1,103 @@
+//! Installing a filter: the only `unsafe` of this crate.
+//!
+//! Job: set `no_new_privs`, then hand the kernel the error-answering filters and the main filter.
+//! Not trusted: nobody yet; after the last call the thread itself.
+//! Why this way: the filters are `static`, so there is nothing to allocate, parse or free, and
+//! after the last `seccomp(2)` no further call is made that the new filter might forbid.
+
+#![allow(unsafe_code)] // seccomp(2) and prctl(2) have no safe wrapper that takes prepared BPF
+
+use crate::{Action, Policy};
+use std::io;
+
+/// Why a filter could not be installed. The thread may then run with some of the filters, never
+/// with more rights than before.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `prctl(PR_SET_NO_NEW_PRIVS)` failed.
+    #[error("cannot set no_new_privs")]
+    NoNewPrivs(#[source] io::Error),
+    /// `seccomp(2)` failed: the kernel has no seccomp, or a filter that is already there forbids
+    /// another one.
+    #[error("cannot install seccomp policy {policy}")]
+    Seccomp {
+        /// The policy.
+        policy: Policy,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Another thread has a filter that this one does not share, so that all threads cannot get
+    /// the same.
+    #[error("cannot install seccomp policy {policy} for all threads: thread {tid} has its own")]
+    Diverged {
+        /// The policy.
+        policy: Policy,
+        /// The thread that differs.
+        tid: libc::c_long,
+    },
+}
+
+/// Installs `policy` for the calling thread and for threads and processes that it starts later.
+/// Sets `no_new_privs`. Cannot be undone.
+///
+/// # Errors
+/// [`Error`]; never [`Error::Diverged`].
+pub fn install(policy: Policy, action: Action) -> Result<(), Error> {
+    apply(policy, action, 0)
+}
+
+/// Installs `policy` for every thread of the process.
+///
+/// # Errors
+/// [`Error`].
+pub fn install_all_threads(policy: Policy, action: Action) -> Result<(), Error> {
+    apply(policy, action, libc::SECCOMP_FILTER_FLAG_TSYNC)
+}
+
+fn apply(policy: Policy, action: Action, flags: libc::c_ulong) -> Result<(), Error> {
+    // SAFETY: prctl with these arguments reads no memory.
+    let set = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    if set != 0 {
+        return Err(Error::NoNewPrivs(io::Error::last_os_error()));
+    }
+    let compiled = policy.compiled();
+    for filter in compiled.errno {
+        load(policy, filter, flags)?;
+    }
+    let main = match action {
+        Action::Kill => compiled.kill,
+        Action::Log => compiled.log,
+        Action::Trap => compiled.trap,
+    };
+    load(policy, main, flags)
+}
+
+fn load(
+    policy: Policy,
+    filter: &'static [libc::sock_filter],
+    flags: libc::c_ulong,
+) -> Result<(), Error> {
+    let program = libc::sock_fprog {
+        // seccompiler refuses programs of 4096 instructions and more, so this cannot be cut short.
+        len: filter.len() as libc::c_ushort,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: `program` points to `len` initialised instructions in read-only data that live for
+    // the whole run; the kernel copies them and writes nothing.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    };
+    match done {
+        0 => Ok(()),
+        -1 => Err(Error::Seccomp {
+            policy,
+            source: io::Error::last_os_error(),
+        }),
+        tid => Err(Error::Diverged { policy, tid }),
+    }
+}

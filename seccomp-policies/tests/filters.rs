@@ -1,0 +1,352 @@
+//! Filters on live processes: what a policy names works, everything else ends the process.
+//!
+//! Each case runs in a forked child that installs a policy and makes one raw call.
+
+#![allow(unsafe_code)] // fork(2), and raw calls whose failure is the point
+
+use libc::c_long;
+use seccomp_policies::{Action, Policy, install, install_all_threads, table};
+use std::collections::BTreeSet;
+
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+enum End {
+    /// What the call gave, or the negative errno, cut to a byte.
+    Exit(u8),
+    Signal(i32),
+}
+
+const KILLED: End = End::Signal(libc::SIGSYS);
+const NOT_INSTALLED: u8 = 250;
+
+fn errno(number: i32) -> End {
+    End::Exit((-number) as u8)
+}
+
+/// Forks; the child installs `policy`, makes the call and tells its result as exit status.
+fn child(policy: Policy, action: Action, call: c_long, args: [c_long; 6]) -> End {
+    // SAFETY: the child of this threaded process makes only raw calls and allocates nothing.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "fork failed");
+    if pid == 0 {
+        let status = if install(policy, action).is_ok() {
+            let [a, b, c, d, e, f] = args;
+            // SAFETY: in a child that does nothing else; pointers are null or to the child's own data.
+            match unsafe { libc::syscall(call, a, b, c, d, e, f) } {
+                -1 => {
+                    End::Exit((-std::io::Error::last_os_error().raw_os_error().unwrap_or(0)) as u8)
+                }
+                other => End::Exit(other as u8),
+            }
+        } else {
+            End::Exit(NOT_INSTALLED)
+        };
+        let End::Exit(code) = status else {
+            unreachable!()
+        };
+        // SAFETY: ends the child without running the parent's exit handlers.
+        unsafe { libc::syscall(libc::SYS_exit_group, c_long::from(code)) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is ours; the pid is our child's.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    if libc::WIFSIGNALED(status) {
+        End::Signal(libc::WTERMSIG(status))
+    } else {
+        End::Exit(libc::WEXITSTATUS(status) as u8)
+    }
+}
+
+fn kill(policy: Policy, call: c_long, args: [c_long; 6]) -> End {
+    child(policy, Action::Kill, call, args)
+}
+
+const NONE: [c_long; 6] = [0; 6];
+const DEVICES: [Policy; 3] = [Policy::Block, Policy::Net, Policy::Template];
+const THREADS: [Policy; 6] = [
+    Policy::ControlMain,
+    Policy::ControlQmp,
+    Policy::ControlVcpu,
+    Policy::Block,
+    Policy::Net,
+    Policy::Template,
+];
+
+/// `uprobe` and `uretprobe`: the kernel lets these two past every filter, because only code that
+/// the kernel itself put into a process under a probe may make them; all others it ends.
+#[cfg(target_arch = "x86_64")]
+const PAST_FILTERS: [c_long; 2] = [335, 336];
+#[cfg(not(target_arch = "x86_64"))]
+const PAST_FILTERS: [c_long; 0] = [];
+
+/// Every call number that a policy does not name, and a range that no kernel has, kills.
+#[test]
+fn every_unnamed_call_kills() {
+    for policy in Policy::ALL {
+        let named: BTreeSet<_> = policy.info().rules.iter().map(|r| r.number).collect();
+        for number in (0..480).filter(|n| !named.contains(n)) {
+            let end = kill(policy, number, NONE);
+            if PAST_FILTERS.contains(&number) {
+                assert!(
+                    matches!(end, End::Signal(_)),
+                    "{policy}: call {number}: {end:?}"
+                );
+            } else {
+                assert_eq!(end, KILLED, "{policy}: call {number}");
+            }
+        }
+    }
+}
+
+/// The numbers of the x32 interface differ by one bit only, and are a way around sloppy filters.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn x32_calls_kill() {
+    for policy in Policy::ALL {
+        for rule in policy.info().rules {
+            assert_eq!(
+                kill(policy, rule.number | 0x4000_0000, NONE),
+                KILLED,
+                "{policy}: {}",
+                rule.call
+            );
+        }
+    }
+}
+
+/// The calls that matter most, by name, so that a look-up mistake in the table cannot hide them.
+#[test]
+fn ways_out_kill() {
+    let calls = [
+        ("open", libc::SYS_open),
+        ("openat", libc::SYS_openat),
+        ("openat2", libc::SYS_openat2),
+        ("socket", libc::SYS_socket),
+        ("connect", libc::SYS_connect),
+        ("execve", libc::SYS_execve),
+        ("execveat", libc::SYS_execveat),
+        ("fork", libc::SYS_fork),
+        ("vfork", libc::SYS_vfork),
+        ("clone", libc::SYS_clone),
+        ("unshare", libc::SYS_unshare),
+        ("setns", libc::SYS_setns),
+        ("ptrace", libc::SYS_ptrace),
+        ("process_vm_readv", libc::SYS_process_vm_readv),
+        ("process_vm_writev", libc::SYS_process_vm_writev),
+        ("kill", libc::SYS_kill),
+        ("mount", libc::SYS_mount),
+        ("bpf", libc::SYS_bpf),
+        ("perf_event_open", libc::SYS_perf_event_open),
+        ("userfaultfd", libc::SYS_userfaultfd),
+        ("keyctl", libc::SYS_keyctl),
+        ("io_uring_setup", libc::SYS_io_uring_setup),
+        ("memfd_create", libc::SYS_memfd_create),
+        ("ftruncate", libc::SYS_ftruncate),
+        ("prctl", libc::SYS_prctl),
+        ("seccomp", libc::SYS_seccomp),
+        ("setresuid", libc::SYS_setresuid),
+        ("capset", libc::SYS_capset),
+    ];
+    for policy in THREADS {
+        for (name, number) in calls {
+            assert_eq!(kill(policy, number, NONE), KILLED, "{policy}: {name}");
+        }
+    }
+}
+
+#[test]
+fn executable_memory_kills() {
+    let page = 4096;
+    let anonymous = c_long::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let rwx = c_long::from(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC);
+    let rw = c_long::from(libc::PROT_READ | libc::PROT_WRITE);
+    for policy in Policy::ALL {
+        assert_eq!(
+            kill(policy, libc::SYS_mmap, [0, page, rwx, anonymous, -1, 0]),
+            KILLED,
+            "{policy}: mmap"
+        );
+        let mprotect = [0, page, c_long::from(libc::PROT_EXEC), 0, 0, 0];
+        assert_eq!(
+            kill(policy, libc::SYS_mprotect, mprotect),
+            KILLED,
+            "{policy}: mprotect"
+        );
+        // The result is a page address, whose low byte is zero.
+        assert_eq!(
+            kill(policy, libc::SYS_mmap, [0, page, rw, anonymous, -1, 0]),
+            End::Exit(0),
+            "{policy}: plain mmap"
+        );
+    }
+}
+
+#[test]
+fn arguments_are_checked() {
+    let get_flags = c_long::from(libc::F_GETFL);
+    let set_owner = c_long::from(libc::F_SETOWN);
+    for policy in DEVICES {
+        assert_eq!(
+            kill(policy, libc::SYS_fcntl, [-1, get_flags, 0, 0, 0, 0]),
+            errno(libc::EBADF),
+            "{policy}"
+        );
+        assert_eq!(
+            kill(policy, libc::SYS_fcntl, [-1, set_owner, 0, 0, 0, 0]),
+            KILLED,
+            "{policy}"
+        );
+    }
+    let ioctl = |policy, request| kill(policy, libc::SYS_ioctl, [-1, request, 0, 0, 0, 0]);
+    const KVM_RUN: c_long = 0xae80;
+    const KVM_CREATE_VM: c_long = 0xae01;
+    assert_eq!(ioctl(Policy::ControlVcpu, KVM_RUN), errno(libc::EBADF));
+    assert_eq!(ioctl(Policy::ControlVcpu, KVM_CREATE_VM), KILLED);
+    assert_eq!(ioctl(Policy::ControlMain, KVM_RUN), KILLED);
+    assert_eq!(ioctl(Policy::ControlQmp, KVM_RUN), KILLED);
+    assert_eq!(
+        ioctl(Policy::Net, libc::TUNSETOFFLOAD as c_long),
+        errno(libc::EBADF)
+    );
+    assert_eq!(ioctl(Policy::Net, libc::TUNSETIFF as c_long), KILLED);
+    assert_eq!(ioctl(Policy::Block, libc::TIOCSTI as c_long), KILLED);
+    // A signal that is not a kick cannot be sent.
+    let tgkill = |signal| {
+        kill(
+            Policy::ControlVcpu,
+            libc::SYS_tgkill,
+            [-1, -1, c_long::from(signal), 0, 0, 0],
+        )
+    };
+    assert_eq!(tgkill(libc::SIGRTMIN()), errno(libc::EINVAL));
+    assert_eq!(tgkill(libc::SIGKILL), KILLED);
+}
+
+#[test]
+fn plain_work_goes_on() {
+    for policy in THREADS {
+        let wake = c_long::from(libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG);
+        assert_eq!(
+            kill(policy, libc::SYS_futex, [0, wake, 0, 0, 0, 0]),
+            End::Exit(0),
+            "{policy}: futex"
+        );
+        assert_eq!(
+            kill(policy, libc::SYS_close, [-1, 0, 0, 0, 0, 0]),
+            errno(libc::EBADF),
+            "{policy}: close"
+        );
+        assert_eq!(
+            kill(policy, libc::SYS_read, [-1, 0, 0, 0, 0, 0]),
+            errno(libc::EBADF),
+            "{policy}: read"
+        );
+        assert_eq!(
+            kill(policy, libc::SYS_write, [-1, 0, 0, 0, 0, 0]),
+            errno(libc::EBADF),
+            "{policy}: write"
+        );
+        assert_eq!(
+            kill(policy, libc::SYS_exit_group, [7, 0, 0, 0, 0, 0]),
+            End::Exit(7),
+            "{policy}: exit"
+        );
+    }
+    let pwrite = [-1, 0, 0, 0, 0, 0];
+    assert_eq!(
+        kill(Policy::Block, libc::SYS_pwrite64, pwrite),
+        errno(libc::EBADF)
+    );
+    assert_eq!(kill(Policy::Net, libc::SYS_pwrite64, pwrite), KILLED);
+}
+
+/// libc must take "no such call" for an answer and try clone, whose flags a filter can see.
+#[test]
+fn clone3_is_not_implemented() {
+    for policy in THREADS {
+        assert_eq!(
+            kill(policy, libc::SYS_clone3, NONE),
+            errno(libc::ENOSYS),
+            "{policy}"
+        );
+    }
+    assert_eq!(
+        kill(Policy::Broker, libc::SYS_clone3, NONE),
+        errno(libc::EINVAL)
+    );
+}
+
+#[test]
+fn other_actions_are_chosen_not_built() {
+    let call = |action| child(Policy::Template, action, libc::SYS_getppid, NONE);
+    assert_eq!(call(Action::Kill), KILLED);
+    assert_eq!(call(Action::Trap), KILLED, "nobody handles the signal");
+    assert!(
+        matches!(call(Action::Log), End::Exit(_)),
+        "logged and let through"
+    );
+}
+
+/// A device's filter comes on top of the broker's, and the narrower one decides.
+#[test]
+fn a_second_filter_narrows() {
+    // SAFETY: as in `child`.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let done = install(Policy::Broker, Action::Kill)
+            .and_then(|()| install_all_threads(Policy::Block, Action::Kill));
+        let code = if done.is_ok() {
+            0
+        } else {
+            c_long::from(NOT_INSTALLED)
+        };
+        // SAFETY: raw calls in the child.
+        unsafe {
+            if libc::syscall(libc::SYS_pwrite64, -1, 0, 0, 0) != -1 {
+                libc::syscall(libc::SYS_exit_group, 1);
+            }
+            if code == 0 {
+                libc::syscall(libc::SYS_openat, 0, 0, 0, 0);
+            }
+            libc::syscall(libc::SYS_exit_group, code);
+        }
+    }
+    let mut status = 0;
+    // SAFETY: `status` is ours; the pid is our child's.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    assert!(
+        libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSYS,
+        "status {status:#x}"
+    );
+}
+
+#[test]
+fn the_table_tells_what_is_installed() {
+    assert_eq!(table().len(), Policy::ALL.len());
+    for policy in Policy::ALL {
+        let info = policy.info();
+        assert!(
+            table().iter().any(|t| std::ptr::eq(*t, info)),
+            "{policy} is not in the table"
+        );
+        let distinct: BTreeSet<_> = info.rules.iter().map(|r| r.call).collect();
+        assert_eq!(info.syscalls, distinct.len());
+        assert!(info.instructions < 4096);
+        for rule in info.rules {
+            assert!(
+                rule.why.len() >= 10 && rule.from.starts_with("policies/"),
+                "{policy}: {}",
+                rule.call
+            );
+        }
+    }
+    let number = |name| {
+        Policy::Block
+            .info()
+            .rules
+            .iter()
+            .find(|r| r.call == name)
+            .map(|r| r.number)
+    };
+    assert_eq!(number("pwritev"), Some(libc::SYS_pwritev));
+    assert_eq!(number("io_uring_enter"), Some(libc::SYS_io_uring_enter));
+}
