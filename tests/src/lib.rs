@@ -12,5 +12,6 @@
 
 pub mod console;
 pub mod lab;
+pub mod payload;
 
 pub mod wait;

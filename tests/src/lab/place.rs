@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// How long a stock kernel may take to its init; hardware needs less than a second.
-const BOOT_LIMIT: Duration = Duration::from_secs(30);
+const BOOT_LIMIT: Duration = Duration::from_secs(15);
 
 /// The answer.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,0 +1,37 @@
+//! # Bare guests
+//!
+//! **Job.** The paths of the programs in `payloads/`, which this crate's build script compiles.
+//! **Who is not trusted.** They are guests: what they print is evidence about the VMM, not about themselves.
+//! **Why this way.** A guest of a few thousand instructions runs on any `/dev/kvm`, also where Linux cannot.
+
+use std::path::PathBuf;
+
+/// One bare guest; `payloads/README.md` says what each does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Payload {
+    /// One byte on the serial port, a line, the end.
+    Hello,
+    /// Prints what each virtio-mmio window says.
+    VirtioProbe,
+    /// Writes, flushes, reads and compares sectors.
+    BlkRw,
+    /// Sends an ARP request and waits for the answer.
+    NetTx,
+    /// Prints what the boot protocol passed.
+    Machine,
+}
+
+impl Payload {
+    /// The ELF file.
+    #[must_use]
+    pub fn path(self) -> PathBuf {
+        let name = match self {
+            Self::Hello => "hello",
+            Self::VirtioProbe => "virtio-probe",
+            Self::BlkRw => "blk-rw",
+            Self::NetTx => "net-tx",
+            Self::Machine => "machine",
+        };
+        PathBuf::from(concat!(env!("OUT_DIR"), "/")).join(name)
+    }
+}
