@@ -45,6 +45,8 @@ pub const MAX_MEMORY_REGIONS: usize = 32;
 /// Bytes of virtio configuration space that any device here has (vhost-user: 256 is the protocol's own maximum).
 pub const MAX_CONFIG_SPACE: usize = 256;
 
+/// QMP sockets of one VM.
+pub const MAX_MONITORS: usize = 8;
 /// Characters of a VM name (VM configuration page, "-name").
 pub const MAX_NAME: usize = 255;
 /// Characters of an id of a device, drive, chardev, object.

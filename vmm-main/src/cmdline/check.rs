@@ -1,0 +1,347 @@
+//! What only the whole command line tells: names that lead nowhere, things used twice, too many of them, contradictions;
+//! and the defaults that depend on other options.
+
+use std::path::Path;
+
+use ipc::limits;
+use ipc::spec::vm::{
+    ChardevBackend, DeviceKind, DeviceOption, MachineKind, MonitorAddress, MonitorSpec, VmSpec,
+};
+
+use super::Draft;
+use super::device::DraftKind;
+use super::error::{CmdlineError, list};
+use super::nearest::nearest;
+
+/// MAC address of the first card that has none. The last byte grows with each further one.
+const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
+
+/// Completes the spec.
+pub(super) fn finish(mut draft: Draft) -> Result<VmSpec, CmdlineError> {
+    machine(&draft)?;
+    devices(&mut draft)?;
+    character_devices(&mut draft)?;
+    process(&draft)?;
+    unused(&mut draft);
+    Ok(draft.spec)
+}
+
+fn machine(draft: &Draft) -> Result<(), CmdlineError> {
+    let spec = &draft.spec;
+    match (spec.machine.kind, &spec.boot.kernel) {
+        (MachineKind::Microvm, None) => Err(CmdlineError::new(
+            "-kernel",
+            "",
+            "is missing; machine microvm boots a kernel directly",
+        )),
+        (MachineKind::None, Some(kernel)) => Err(CmdlineError::new(
+            "-kernel",
+            &kernel.to_string_lossy(),
+            "machine none has no guest; leave it out or choose microvm",
+        )),
+        (MachineKind::None, None) if !draft.devices.is_empty() => Err(CmdlineError::new(
+            "-device",
+            &draft.devices[0].arg,
+            "machine none has no bus; leave it out or choose microvm",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The position of `id` among `ids`, or an error that says which there are.
+fn lookup<'a>(
+    (option, arg): (&str, &str),
+    (key, id): (&str, &str),
+    ids: impl Iterator<Item = &'a str> + Clone,
+) -> Result<usize, CmdlineError> {
+    ids.clone().position(|one| one == id).ok_or_else(|| {
+        let near =
+            nearest(id, ids.clone()).map_or(String::new(), |near| format!(", nearest is {near}"));
+        let there = list(ids);
+        let there = if there.is_empty() {
+            "there is none".to_owned()
+        } else {
+            format!("there are: {there}")
+        };
+        CmdlineError::new(
+            option,
+            arg,
+            format!("{key} {id} does not exist{near}; {there}"),
+        )
+    })
+}
+
+fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
+    let mut done: Vec<DeviceOption> = Vec::new();
+    let named: Vec<String> = draft
+        .devices
+        .iter()
+        .filter_map(|device| device.id.clone())
+        .collect();
+    let mut macs: Vec<[u8; 6]> = draft
+        .devices
+        .iter()
+        .filter_map(|device| match device.kind {
+            DraftKind::Net { mac, .. } => mac,
+            DraftKind::Block { .. } => None,
+        })
+        .collect();
+    let (mut disks, mut nics) = (0, 0);
+    for device in std::mem::take(&mut draft.devices) {
+        let spec = &draft.spec;
+        let fail = |text: String| CmdlineError::new("-device", &device.arg, text);
+        if let Some(iothread) = &device.iothread {
+            let ids = spec.iothreads.iter().map(String::as_str);
+            lookup(("-device", &device.arg), ("iothread", iothread), ids)?;
+        }
+        let (prefix, number, kind) = match device.kind {
+            DraftKind::Block {
+                drive,
+                serial,
+                num_queues,
+                queue_size,
+            } => {
+                let ids = spec.drives.iter().map(|drive| drive.id.as_str());
+                lookup(("-device", &device.arg), ("drive", &drive), ids)?;
+                let user = done.iter().find(
+                    |other| matches!(&other.kind, DeviceKind::Block { drive: theirs, .. } if *theirs == drive),
+                );
+                if let Some(user) = user {
+                    return Err(fail(format!("drive {drive} is used by device {}", user.id)));
+                }
+                disks += 1;
+                if disks > limits::MAX_MICROVM_DISKS {
+                    return Err(fail(format!(
+                        "one disk too many; allowed: 0 to {}",
+                        limits::MAX_MICROVM_DISKS
+                    )));
+                }
+                let vcpus = u16::from(spec.cpus.cpus);
+                let num_queues = num_queues.unwrap_or(vcpus.min(limits::MAX_BLOCK_QUEUES));
+                (
+                    "virtio-blk",
+                    disks,
+                    DeviceKind::Block {
+                        drive,
+                        serial,
+                        num_queues,
+                        queue_size,
+                    },
+                )
+            }
+            DraftKind::Net {
+                netdev,
+                mac,
+                mq,
+                queue_size,
+            } => {
+                let ids = spec.netdevs.iter().map(|netdev| netdev.id.as_str());
+                let at = lookup(("-device", &device.arg), ("netdev", &netdev), ids)?;
+                let user = done.iter().find(
+                    |other| matches!(&other.kind, DeviceKind::Net { netdev: theirs, .. } if *theirs == netdev),
+                );
+                if let Some(user) = user {
+                    return Err(fail(format!(
+                        "netdev {netdev} is used by device {}",
+                        user.id
+                    )));
+                }
+                nics += 1;
+                if nics > limits::MAX_MICROVM_NICS {
+                    return Err(fail(format!(
+                        "one network card too many; allowed: 0 to {}",
+                        limits::MAX_MICROVM_NICS
+                    )));
+                }
+                let queues = spec.netdevs[at].queues;
+                if mq == Some(false) && queues > 1 {
+                    return Err(fail(format!(
+                        "mq=off contradicts the {queues} queues of netdev {netdev}"
+                    )));
+                }
+                let mac = mac.unwrap_or_else(|| {
+                    let mac = free_mac(&macs);
+                    macs.push(mac);
+                    mac
+                });
+                (
+                    "virtio-net",
+                    nics,
+                    DeviceKind::Net {
+                        netdev,
+                        mac,
+                        queue_size,
+                    },
+                )
+            }
+        };
+        if done.len() == limits::MAX_MMIO_DEVICES {
+            return Err(fail(format!(
+                "one device too many; allowed: 0 to {}",
+                limits::MAX_MMIO_DEVICES
+            )));
+        }
+        let id = match device.id {
+            Some(id) => id,
+            None => free_id(prefix, number - 1, &named),
+        };
+        done.push(DeviceOption {
+            id,
+            kind,
+            iothread: device.iothread,
+        });
+    }
+    draft.spec.devices = done;
+    Ok(())
+}
+
+/// The first address from [`FIRST_MAC`] on that no card has. There are fewer cards than addresses.
+fn free_mac(taken: &[[u8; 6]]) -> [u8; 6] {
+    let mut mac = FIRST_MAC;
+    while taken.contains(&mac) {
+        mac[5] = mac[5].wrapping_add(1);
+    }
+    mac
+}
+
+/// An id made from kind and position, which nobody has chosen.
+fn free_id(prefix: &str, number: usize, named: &[String]) -> String {
+    let mut id = format!("{prefix}{number}");
+    while named.contains(&id) {
+        id.push('\'');
+    }
+    id
+}
+
+fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
+    let ids = || {
+        draft
+            .spec
+            .chardevs
+            .iter()
+            .map(|chardev| chardev.id.as_str())
+    };
+    if let Some(serial) = &draft.spec.serial {
+        lookup(("-serial", &draft.serial_arg), ("chardev", serial), ids())?;
+    }
+    let mut used: Vec<String> = draft.spec.serial.iter().cloned().collect();
+    for (arg, id) in std::mem::take(&mut draft.mon_args) {
+        let at = lookup(
+            ("-mon", &arg),
+            ("chardev", &id),
+            draft.spec.chardevs.iter().map(|one| one.id.as_str()),
+        )?;
+        let fail = |text: String| CmdlineError::new("-mon", &arg, text);
+        if used.contains(&id) {
+            return Err(fail(format!("chardev {id} is used already")));
+        }
+        let ChardevBackend::Socket {
+            path,
+            server,
+            nowait,
+        } = &draft.spec.chardevs[at].backend
+        else {
+            return Err(fail(format!(
+                "chardev {id} is not of a kind that QMP takes; allowed: socket"
+            )));
+        };
+        let address = MonitorAddress::Unix(path.clone());
+        if draft
+            .spec
+            .monitors
+            .iter()
+            .any(|other| other.address == address)
+        {
+            return Err(fail("this address has a monitor already".into()));
+        }
+        let monitor = MonitorSpec {
+            address,
+            server: *server,
+            nowait: *nowait,
+        };
+        draft.spec.monitors.push(monitor);
+        used.push(id);
+    }
+    same_socket(&draft.spec, &draft.chardev_args)
+}
+
+/// Two chardevs cannot share a path.
+fn same_socket(spec: &VmSpec, args: &[String]) -> Result<(), CmdlineError> {
+    let path_of = |at: usize| -> Option<&Path> {
+        match &spec.chardevs[at].backend {
+            ChardevBackend::Socket { path, .. } | ChardevBackend::File { path } => Some(path),
+            ChardevBackend::Stdio | ChardevBackend::Pty => None,
+        }
+    };
+    for at in 0..spec.chardevs.len() {
+        if let Some(path) = path_of(at)
+            && let Some(other) = (0..at).find(|&other| path_of(other) == Some(path))
+        {
+            let text = format!(
+                "path {} is also that of chardev {}",
+                path.display(),
+                spec.chardevs[other].id
+            );
+            return Err(CmdlineError::new(
+                "-chardev",
+                args.get(at).map_or("", String::as_str),
+                text,
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn process(draft: &Draft) -> Result<(), CmdlineError> {
+    let spec = &draft.spec;
+    if !spec.daemonize {
+        return Ok(());
+    }
+    if let Some(stdio) = spec
+        .chardevs
+        .iter()
+        .find(|chardev| chardev.backend == ChardevBackend::Stdio)
+    {
+        let text = format!(
+            "a daemon has no standard input and output, which chardev {} takes",
+            stdio.id
+        );
+        return Err(CmdlineError::new("-daemonize", "", text));
+    }
+    if draft.log_option && spec.log.file.is_none() {
+        return Err(CmdlineError::new(
+            "-daemonize",
+            "",
+            "a daemon has no standard error to log to; give -D a file",
+        ));
+    }
+    Ok(())
+}
+
+/// Notes what is there and does nothing, as it does elsewhere: it may be meant for hot-plug.
+fn unused(draft: &mut Draft) {
+    let spec = &mut draft.spec;
+    let mut notes = Vec::new();
+    for (drive, arg) in spec.drives.iter().zip(&draft.drive_args) {
+        let used = |device: &DeviceOption| matches!(&device.kind, DeviceKind::Block { drive: id, .. } if *id == drive.id);
+        if !spec.devices.iter().any(used) {
+            notes.push(format!("-drive {arg}: no device uses it"));
+        }
+    }
+    for (netdev, arg) in spec.netdevs.iter().zip(&draft.netdev_args) {
+        let used = |device: &DeviceOption| matches!(&device.kind, DeviceKind::Net { netdev: id, .. } if *id == netdev.id);
+        if !spec.devices.iter().any(used) {
+            notes.push(format!("-netdev {arg}: no device uses it"));
+        }
+    }
+    let monitor = |backend: &ChardevBackend| {
+        matches!(backend, ChardevBackend::Socket { path, .. }
+            if spec.monitors.iter().any(|monitor| monitor.address == MonitorAddress::Unix(path.clone())))
+    };
+    for (chardev, arg) in spec.chardevs.iter().zip(&draft.chardev_args) {
+        if spec.serial.as_ref() != Some(&chardev.id) && !monitor(&chardev.backend) {
+            notes.push(format!("-chardev {arg}: nothing uses it"));
+        }
+    }
+    spec.ignored.append(&mut notes);
+}

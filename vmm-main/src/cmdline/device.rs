@@ -1,0 +1,205 @@
+//! `-drive`, `-netdev`, `-device`, `-object`.
+
+use ipc::limits;
+use ipc::spec::vm::{DriveSpec, NetBackend, NetdevSpec};
+
+use super::error::CmdlineError;
+use super::props::Props;
+
+/// A `-device` whose defaults are still open.
+pub(super) struct Draft {
+    /// Its argument.
+    pub(super) arg: String,
+    /// `id=`
+    pub(super) id: Option<String>,
+    /// `iothread=`
+    pub(super) iothread: Option<String>,
+    /// What it is.
+    pub(super) kind: DraftKind,
+}
+
+/// What a device is, as far as its own argument says.
+pub(super) enum DraftKind {
+    /// `virtio-blk-device`
+    Block {
+        drive: String,
+        serial: Option<String>,
+        num_queues: Option<u16>,
+        queue_size: u16,
+    },
+    /// `virtio-net-device`
+    Net {
+        netdev: String,
+        mac: Option<[u8; 6]>,
+        mq: Option<bool>,
+        queue_size: u16,
+    },
+}
+
+impl super::Draft {
+    /// `-drive`
+    pub(super) fn drive(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
+        let drive = DriveSpec {
+            id: props.required("id")?,
+            file: props.required("file")?.into(),
+            readonly: props.bool("readonly").unwrap_or(false),
+            direct: props.bool("direct").unwrap_or(true),
+        };
+        if props.text("aio") == Some("native") && !drive.direct {
+            return Err(props.error("aio=native contradicts direct=off; allowed with it: aio=off"));
+        }
+        if self.spec.drives.iter().any(|other| other.id == drive.id) {
+            return Err(props.error(format!("id {} is used by another -drive", drive.id)));
+        }
+        let shared =
+            |other: &&DriveSpec| other.file == drive.file && !(other.readonly && drive.readonly);
+        if let Some(other) = self.spec.drives.iter().find(shared) {
+            return Err(props.error(format!(
+                "file {} is also that of drive {}; allowed only if both are readonly=on",
+                drive.file.display(),
+                other.id
+            )));
+        }
+        self.spec.drives.push(drive);
+        self.drive_args.push(props.raw().to_owned());
+        Ok(())
+    }
+
+    /// `-netdev`
+    pub(super) fn netdev(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
+        let id = props.required("id")?;
+        if self.spec.netdevs.iter().any(|other| other.id == id) {
+            return Err(props.error(format!("id {id} is used by another -netdev")));
+        }
+        let given_queues = props.small::<u16>("queues");
+        if props.has("fd") && props.has("fds") {
+            return Err(props.error("fd and fds contradict each other; give one"));
+        }
+        let fds = props.fds("fds").or_else(|| props.fds("fd"));
+        let (backend, queues) = if let Some(ifname) = props.text("ifname") {
+            if ifname
+                .chars()
+                .any(|c| c == '/' || c == ':' || c.is_whitespace())
+                || matches!(ifname, "." | "..")
+            {
+                return Err(props.error(format!(
+                    "ifname={ifname} is not valid; allowed: 1 to 15 bytes without '/', ':' and spaces"
+                )));
+            }
+            if fds.is_some() {
+                self.spec.ignored.push(format!(
+                    "-netdev {}: fd and fds, because ifname is given",
+                    props.raw()
+                ));
+            }
+            (
+                NetBackend::TapName(ifname.to_owned()),
+                given_queues.unwrap_or(1),
+            )
+        } else if let Some(fds) = fds {
+            self.check_fds(props, fds)?;
+            let count = u16::try_from(fds.len()).unwrap_or(limits::MAX_NET_QUEUE_PAIRS);
+            if given_queues.is_some_and(|queues| queues != count) {
+                return Err(props.error(format!(
+                    "queues is not the number of descriptors; allowed: {count}"
+                )));
+            }
+            (NetBackend::TapFds(fds.to_vec()), count)
+        } else {
+            return Err(props.error("names no tap; give ifname=, fd= or fds="));
+        };
+        let same_tap = |other: &&NetdevSpec| {
+            matches!(
+                (&other.backend, &backend),
+                (NetBackend::TapName(a), NetBackend::TapName(b)) if a == b
+            )
+        };
+        if let Some(other) = self.spec.netdevs.iter().find(same_tap) {
+            return Err(props.error(format!("ifname is also that of netdev {}", other.id)));
+        }
+        self.spec.netdevs.push(NetdevSpec {
+            id,
+            backend,
+            queues,
+        });
+        self.netdev_args.push(props.raw().to_owned());
+        Ok(())
+    }
+
+    /// A descriptor belongs to one queue of one card.
+    fn check_fds(&self, props: &Props<'_>, fds: &[i32]) -> Result<(), CmdlineError> {
+        for (at, fd) in fds.iter().enumerate() {
+            if fds[..at].contains(fd) {
+                return Err(props.error(format!("descriptor {fd} is given twice")));
+            }
+            let user = self.spec.netdevs.iter().find(
+                |other| matches!(&other.backend, NetBackend::TapFds(theirs) if theirs.contains(fd)),
+            );
+            if let Some(user) = user {
+                return Err(props.error(format!("descriptor {fd} is used by netdev {}", user.id)));
+            }
+        }
+        Ok(())
+    }
+
+    /// `-device`
+    pub(super) fn device(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
+        let queue_size = props
+            .small("queue-size")
+            .unwrap_or(limits::DEFAULT_QUEUE_SIZE);
+        let kind = match props.shape() {
+            "virtio-blk-device" => DraftKind::Block {
+                drive: props.required("drive")?,
+                serial: props.text("serial").map(str::to_owned),
+                num_queues: props.small("num-queues"),
+                queue_size,
+            },
+            "virtio-net-device" => DraftKind::Net {
+                netdev: props.required("netdev")?,
+                mac: props.mac("mac"),
+                mq: props.bool("mq"),
+                queue_size,
+            },
+            other => {
+                return Err(props.error(format!("device {other} is not available in this build")));
+            }
+        };
+        if props.has("bootindex") {
+            self.spec
+                .ignored
+                .push(format!("-device {}: bootindex", props.raw()));
+        }
+        let id = props.text("id").map(str::to_owned);
+        if let Some(id) = &id
+            && self
+                .devices
+                .iter()
+                .any(|other| other.id.as_ref() == Some(id))
+        {
+            return Err(props.error(format!("id {id} is used by another -device")));
+        }
+        self.devices.push(Draft {
+            arg: props.raw().to_owned(),
+            id,
+            iothread: props.text("iothread").map(str::to_owned),
+            kind,
+        });
+        Ok(())
+    }
+
+    /// `-object`
+    pub(super) fn object(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
+        let id = props.required("id")?;
+        if self.spec.iothreads.contains(&id) {
+            return Err(props.error(format!("id {id} is used by another -object")));
+        }
+        if self.spec.iothreads.len() == limits::MAX_IOTHREADS {
+            return Err(props.error(format!(
+                "one iothread too many; allowed: 0 to {}",
+                limits::MAX_IOTHREADS
+            )));
+        }
+        self.spec.iothreads.push(id);
+        Ok(())
+    }
+}

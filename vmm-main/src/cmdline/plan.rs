@@ -1,0 +1,268 @@
+//! What the broker may do for one VM, and where the control process finds it.
+//!
+//! **Job.** Turns a [`VmSpec`] into the broker's [`Policy`] and names the numbers of its entries. **Who is not trusted**:
+//! nobody yet; but whatever is not in this list cannot be opened later, whoever asks. **Why this way.** Pure, so that what
+//! a command line grants can be tested without opening anything.
+
+use ipc::PROTOCOL_VERSION;
+use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy};
+use ipc::spec::DeviceSpec;
+use ipc::spec::block::BlockSpec;
+use ipc::spec::net::NetSpec;
+use ipc::spec::vm::{
+    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, MonitorAddress, MonitorSpec, NetBackend,
+    VmSpec,
+};
+
+/// The broker's policy, with the numbers of its entries by their use. Numbers of files index [`Policy::files`], those of
+/// devices [`Policy::devices`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// What the broker may do.
+    pub policy: Policy,
+    /// File of the kernel; `None` with machine none.
+    pub kernel: Option<u32>,
+    /// File of the initrd.
+    pub initrd: Option<u32>,
+    /// Backing of guest memory; `None` for memfds.
+    pub memory: Option<u32>,
+    /// QMP sockets, in the order of [`VmSpec::monitors`].
+    pub monitors: Vec<MonitorPlan>,
+    /// Chardevs that something uses, with their ids.
+    pub chardevs: Vec<(String, ChardevPlan)>,
+    /// Devices, in the order of [`VmSpec::devices`].
+    pub devices: Vec<u32>,
+}
+
+/// One QMP socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MonitorPlan {
+    /// Its file.
+    pub file: u32,
+    /// It listens; otherwise it is one connected client.
+    pub server: bool,
+    /// The VM waits for its first client.
+    pub wait: bool,
+}
+
+/// One chardev.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChardevPlan {
+    /// This process's descriptors 0 and 1.
+    Stdio,
+    /// A pseudo terminal: the file is its controlling side.
+    Pty {
+        /// Its file.
+        file: u32,
+    },
+    /// A listening socket.
+    Listener {
+        /// Its file.
+        file: u32,
+        /// The VM waits for its first client.
+        wait: bool,
+    },
+    /// A connected socket.
+    Connected {
+        /// Its file.
+        file: u32,
+    },
+    /// A file for output.
+    Output {
+        /// Its file.
+        file: u32,
+    },
+}
+
+/// Lists what `spec` needs. `stdin_is_terminal`: descriptor 0 is a terminal.
+///
+/// A device whose drive or netdev does not exist is left out; [`super::parse`] gives no such spec.
+pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
+    let mut files = Files(Vec::new());
+    let read = |option: &str, path: &std::path::PathBuf| FileGrant::Read {
+        option: option.into(),
+        path: path.clone(),
+    };
+    let kernel = spec
+        .boot
+        .kernel
+        .as_ref()
+        .map(|path| files.add(read("-kernel", path)));
+    let initrd = spec
+        .boot
+        .initrd
+        .as_ref()
+        .map(|path| files.add(read("-initrd", path)));
+    let memory = spec.memory.path.as_ref().map(|path| {
+        files.add(FileGrant::Memory {
+            path: path.clone(),
+            size: spec.memory.size,
+        })
+    });
+    let monitors = spec
+        .monitors
+        .iter()
+        .map(|monitor| files.monitor(monitor))
+        .collect();
+    let chardevs: Vec<_> = spec
+        .chardevs
+        .iter()
+        .filter(|chardev| spec.serial.as_ref() == Some(&chardev.id))
+        .map(|chardev| (chardev.id.clone(), files.chardev(chardev)))
+        .collect();
+    let devices: Vec<DeviceGrant> = spec
+        .devices
+        .iter()
+        .filter_map(|device| device_grant(spec, device))
+        .collect();
+    let stdio = chardevs
+        .iter()
+        .any(|(_, chardev)| *chardev == ChardevPlan::Stdio);
+    Plan {
+        devices: (0_u32..).take(devices.len()).collect(),
+        policy: Policy {
+            version: PROTOCOL_VERSION,
+            files: files.0,
+            devices,
+            seccomp: spec.seccomp,
+            sandbox: spec.sandbox,
+            log_level: spec.log.level,
+            log_file: spec.log.file.clone(),
+            pidfile: spec.pidfile.clone(),
+            restore_terminal: stdio && stdin_is_terminal,
+        },
+        kernel,
+        initrd,
+        memory,
+        monitors,
+        chardevs,
+    }
+}
+
+struct Files(Vec<FileGrant>);
+
+impl Files {
+    /// The number of the new entry.
+    fn add(&mut self, grant: FileGrant) -> u32 {
+        self.0.push(grant);
+        // The command line's own limits keep the list short.
+        u32::try_from(self.0.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    fn monitor(&mut self, monitor: &MonitorSpec) -> MonitorPlan {
+        let option = "-qmp".to_owned();
+        let grant = match (&monitor.address, monitor.server) {
+            (MonitorAddress::Unix(path), true) => FileGrant::ListenUnix {
+                option,
+                path: path.clone(),
+            },
+            (MonitorAddress::Unix(path), false) => FileGrant::ConnectUnix {
+                option,
+                path: path.clone(),
+            },
+            (MonitorAddress::Tcp { host, port }, true) => FileGrant::ListenTcp {
+                option,
+                host: host.clone(),
+                port: *port,
+            },
+            (MonitorAddress::Tcp { host, port }, false) => FileGrant::ConnectTcp {
+                option,
+                host: host.clone(),
+                port: *port,
+            },
+        };
+        MonitorPlan {
+            file: self.add(grant),
+            server: monitor.server,
+            wait: monitor.server && !monitor.nowait,
+        }
+    }
+
+    fn chardev(&mut self, chardev: &ChardevSpec) -> ChardevPlan {
+        let option = format!("-chardev id={}", chardev.id);
+        match &chardev.backend {
+            ChardevBackend::Stdio => ChardevPlan::Stdio,
+            ChardevBackend::Pty => ChardevPlan::Pty {
+                file: self.add(FileGrant::Pty),
+            },
+            ChardevBackend::Socket {
+                path,
+                server: true,
+                nowait,
+            } => ChardevPlan::Listener {
+                file: self.add(FileGrant::ListenUnix {
+                    option,
+                    path: path.clone(),
+                }),
+                wait: !nowait,
+            },
+            ChardevBackend::Socket {
+                path,
+                server: false,
+                ..
+            } => ChardevPlan::Connected {
+                file: self.add(FileGrant::ConnectUnix {
+                    option,
+                    path: path.clone(),
+                }),
+            },
+            ChardevBackend::File { path } => ChardevPlan::Output {
+                file: self.add(FileGrant::Output {
+                    option,
+                    path: path.clone(),
+                }),
+            },
+        }
+    }
+}
+
+fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
+    let id = device.id.clone();
+    Some(match &device.kind {
+        DeviceKind::Block {
+            drive,
+            serial,
+            num_queues,
+            queue_size,
+        } => {
+            let drive = spec.drives.iter().find(|one| one.id == *drive)?;
+            DeviceGrant {
+                spec: DeviceSpec::Block(BlockSpec {
+                    id,
+                    readonly: drive.readonly,
+                    direct: drive.direct,
+                    serial: serial.clone().unwrap_or_default(),
+                    num_queues: *num_queues,
+                    queue_size: *queue_size,
+                }),
+                backend: BackendGrant::Image {
+                    path: drive.file.clone(),
+                    readonly: drive.readonly,
+                    direct: drive.direct,
+                },
+            }
+        }
+        DeviceKind::Net {
+            netdev,
+            mac,
+            queue_size,
+        } => {
+            let netdev = spec.netdevs.iter().find(|one| one.id == *netdev)?;
+            DeviceGrant {
+                spec: DeviceSpec::Net(NetSpec {
+                    id,
+                    mac: *mac,
+                    queue_pairs: netdev.queues,
+                    queue_size: *queue_size,
+                }),
+                backend: match &netdev.backend {
+                    NetBackend::TapName(ifname) => BackendGrant::Tap {
+                        ifname: ifname.clone(),
+                        queues: netdev.queues,
+                    },
+                    NetBackend::TapFds(fds) => BackendGrant::Inherited { fds: fds.clone() },
+                },
+            }
+        }
+    })
+}

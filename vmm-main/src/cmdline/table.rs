@@ -1,0 +1,971 @@
+//! Every option, with its properties: the one table that parsing, errors, `--help` and the manual page come from.
+
+use super::props::{Key, Kind, Shape};
+use ipc::limits;
+
+/// One option.
+#[derive(Debug)]
+pub struct OptionDef {
+    /// Name without dash.
+    pub name: &'static str,
+    /// Other names.
+    pub aliases: &'static [&'static str],
+    /// Heading under which it is listed.
+    pub group: Group,
+    /// What follows it.
+    pub arg: Arg,
+    /// Whether it may be given more than once.
+    pub many: bool,
+    /// What it does, in one or a few sentences.
+    pub help: &'static str,
+}
+
+impl OptionDef {
+    /// The name with its dash.
+    pub fn dashed(&self) -> String {
+        format!("-{}", self.name)
+    }
+}
+
+/// Headings, in the order of the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// Board, processors, memory, identity.
+    Machine,
+    /// Kernel, initrd, command line.
+    Boot,
+    /// Disks, cards, threads.
+    Devices,
+    /// Serial port and character devices.
+    Console,
+    /// QMP, start and end of the VM.
+    Control,
+    /// Log, daemon, pid file.
+    Process,
+    /// Jails.
+    Sandbox,
+    /// Help.
+    Help,
+    /// Taken for libvirt's sake, without effect.
+    Accepted,
+    /// Known to the manual, refused here so far.
+    Later,
+}
+
+impl Group {
+    /// All, in order.
+    pub const ALL: [Self; 10] = [
+        Self::Machine,
+        Self::Boot,
+        Self::Devices,
+        Self::Console,
+        Self::Control,
+        Self::Process,
+        Self::Sandbox,
+        Self::Help,
+        Self::Accepted,
+        Self::Later,
+    ];
+
+    /// The heading.
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Machine => "Machine",
+            Self::Boot => "Kernel",
+            Self::Devices => "Devices",
+            Self::Console => "Serial port and character devices",
+            Self::Control => "Control",
+            Self::Process => "Process and log",
+            Self::Sandbox => "Sandbox",
+            Self::Help => "Help",
+            Self::Accepted => "Accepted without effect, as libvirt passes them",
+            Self::Later => "Not supported yet",
+        }
+    }
+}
+
+/// What follows an option.
+#[derive(Debug, Clone, Copy)]
+pub enum Arg {
+    /// Nothing.
+    Flag,
+    /// One argument; the word stands for it in a synopsis.
+    Text(&'static str),
+    /// One argument, unless the next one starts with `-`.
+    Optional(&'static str),
+    /// One argument and all after it until the next that starts with `-`.
+    Words(&'static str),
+    /// One argument: a property list.
+    Props {
+        /// Key of the leading word that selects a shape; empty if there is one shape only.
+        selector: &'static str,
+        /// What the leading word names, for errors.
+        noun: &'static str,
+        /// The forms.
+        shapes: &'static [Shape],
+        /// Leading words that the manual knows and this build does not.
+        later: &'static [&'static str],
+    },
+}
+
+const fn key(name: &'static str, kind: Kind, default: &'static str, help: &'static str) -> Key {
+    Key {
+        name,
+        kind,
+        required: false,
+        default,
+        help,
+    }
+}
+
+const fn must(name: &'static str, kind: Kind, help: &'static str) -> Key {
+    Key {
+        name,
+        kind,
+        required: true,
+        default: "",
+        help,
+    }
+}
+
+const fn one(implied: &'static str, keys: &'static [Key]) -> Shape {
+    Shape {
+        name: "",
+        help: "",
+        implied,
+        keys,
+    }
+}
+
+const fn form(name: &'static str, help: &'static str, keys: &'static [Key]) -> Shape {
+    Shape {
+        name,
+        help,
+        implied: "",
+        keys,
+    }
+}
+
+const CPUS: Kind = Kind::Int(1, limits::MAX_VCPUS as u64);
+
+/// `-machine`
+const MACHINE: &[Shape] = &[one(
+    "type",
+    &[
+        key(
+            "type",
+            Kind::Text(32),
+            "microvm",
+            "board: microvm (also MicroVm), or none for a VM without a guest, which only answers QMP",
+        ),
+        key(
+            "accel",
+            Kind::Text(32),
+            "kvm",
+            "accelerators by preference, separated by ':'; kvm must be one",
+        ),
+        key(
+            "usb",
+            Kind::Fixed(&["off"]),
+            "off",
+            "there is no USB controller on these boards",
+        ),
+        key(
+            "dump-guest-core",
+            Kind::Bool,
+            "on",
+            "guest memory is part of a core dump",
+        ),
+        key(
+            "mem-share",
+            Kind::Bool,
+            "off",
+            "with -mem-path, the file takes the guest's writes; device processes share guest memory in either case",
+        ),
+        key(
+            "graphics",
+            Kind::Fixed(&["off"]),
+            "off",
+            "there is no display",
+        ),
+        key(
+            "vmport",
+            Kind::Fixed(&["off"]),
+            "off",
+            "there is no VMware port",
+        ),
+        key("hpet", Kind::Fixed(&["off"]), "off", "there is no HPET"),
+        key(
+            "kernel-irqchip",
+            Kind::Fixed(&["on"]),
+            "on",
+            "the interrupt controllers are KVM's",
+        ),
+        key(
+            "acpi",
+            Kind::Fixed(&["on"]),
+            "on",
+            "the board describes itself by ACPI",
+        ),
+    ],
+)];
+
+/// `-smp`
+const SMP: &[Shape] = &[one(
+    "cpus",
+    &[
+        must("cpus", CPUS, "vCPUs at start"),
+        key(
+            "maxcpus",
+            CPUS,
+            "the product of the topology, or cpus",
+            "vCPUs at most",
+        ),
+        key(
+            "sockets",
+            CPUS,
+            "1, or what maxcpus leaves if cores is given",
+            "sockets",
+        ),
+        key("dies", CPUS, "1", "dies in a socket"),
+        key("clusters", CPUS, "1", "clusters in a die"),
+        key("cores", CPUS, "what maxcpus leaves", "cores in a cluster"),
+        key(
+            "threads",
+            CPUS,
+            "1, or what maxcpus leaves if cores and sockets are given",
+            "threads in a core",
+        ),
+    ],
+)];
+
+/// `-cpu`
+const CPU: &[Shape] = &[one(
+    "model",
+    &[
+        must(
+            "model",
+            Kind::Choice(&["host"]),
+            "processor model; the guest sees the host's",
+        ),
+        key(
+            "pmu",
+            Kind::Fixed(&["off"]),
+            "off",
+            "performance counters of aarch64",
+        ),
+        key(
+            "migratable",
+            Kind::Fixed(&["on", "off"]),
+            "off",
+            "accepted as libvirt passes it",
+        ),
+    ],
+)];
+
+/// `-m`
+const MEMORY: &[Shape] = &[one("size", &[must("size", Kind::Size, "guest memory")])];
+
+/// `-name`
+const NAME: &[Shape] = &[one(
+    "guest",
+    &[
+        must("guest", Kind::Text(limits::MAX_NAME), "name of the VM"),
+        key(
+            "debug-threads",
+            Kind::Fixed(&["on", "off"]),
+            "on",
+            "threads always have names",
+        ),
+        key("process", Kind::Later, "", "name of the process"),
+    ],
+)];
+
+/// `-drive`
+const DRIVE: &[Shape] = &[one(
+    "",
+    &[
+        must("id", Kind::Id, "name that a device refers to"),
+        must("file", Kind::Path, "image or block device of the host"),
+        key(
+            "readonly",
+            Kind::Bool,
+            "off",
+            "the guest cannot write, nor can the process that serves it",
+        ),
+        key(
+            "direct",
+            Kind::Bool,
+            "on",
+            "the host's page cache is not used (O_DIRECT)",
+        ),
+        key(
+            "format",
+            Kind::Fixed(&["raw"]),
+            "raw",
+            "format of the image",
+        ),
+        key(
+            "if",
+            Kind::Fixed(&["none"]),
+            "none",
+            "the drive belongs to a -device",
+        ),
+        key("media", Kind::Fixed(&["disk"]), "disk", "kind of medium"),
+        key(
+            "aio",
+            Kind::Fixed(&["native", "off"]),
+            "native with direct=on, otherwise off",
+            "how the host's file is read and written; native needs direct=on",
+        ),
+        key(
+            "throttling.iops-total",
+            Kind::Fixed(&["0"]),
+            "0",
+            "I/Os a second, 0 for no limit",
+        ),
+        key(
+            "discard",
+            Kind::Fixed(&["ignore"]),
+            "ignore",
+            "what a discard of the guest does",
+        ),
+        key(
+            "detect-zeroes",
+            Kind::Fixed(&["off"]),
+            "off",
+            "what a write of zeroes does",
+        ),
+        key("unit", Kind::Later, "", "flash bank of if=pflash"),
+    ],
+)];
+
+/// `-netdev`
+const NETDEV: &[Shape] = &[form(
+    "tap",
+    "A tap device of the host",
+    &[
+        must("id", Kind::Id, "name that a device refers to"),
+        key(
+            "ifname",
+            Kind::Text(15),
+            "",
+            "the tap, which is opened; wins over fd and fds",
+        ),
+        key(
+            "fd",
+            Kind::Fds(1),
+            "",
+            "inherited descriptor of an open tap",
+        ),
+        key(
+            "fds",
+            Kind::Fds(limits::MAX_NET_QUEUE_PAIRS as usize),
+            "",
+            "inherited descriptors of one open tap, one a queue",
+        ),
+        key(
+            "queues",
+            Kind::Int(1, limits::MAX_NET_QUEUE_PAIRS as u64),
+            "as many as fds, or 1",
+            "queue pairs",
+        ),
+        key(
+            "vhost",
+            Kind::Fixed(&["off"]),
+            "off",
+            "packets go through the kernel's vhost-net",
+        ),
+        key(
+            "vhostfd",
+            Kind::Later,
+            "",
+            "inherited descriptor of vhost-net",
+        ),
+        key(
+            "vhostfds",
+            Kind::Later,
+            "",
+            "inherited descriptors of vhost-net",
+        ),
+        key(
+            "script",
+            Kind::Fixed(&["no"]),
+            "no",
+            "no script is ever run",
+        ),
+        key(
+            "downscript",
+            Kind::Fixed(&["no"]),
+            "no",
+            "no script is ever run",
+        ),
+    ],
+)];
+
+/// `-device`
+const DEVICE: &[Shape] = &[
+    form(
+        "virtio-blk-device",
+        "A disk",
+        &[
+            must("drive", Kind::Id, "id of its -drive"),
+            key(
+                "id",
+                Kind::Id,
+                "made from kind and position",
+                "name of the device",
+            ),
+            key(
+                "serial",
+                Kind::Text(limits::BLOCK_ID_BYTES),
+                "",
+                "serial number that the guest reads",
+            ),
+            key(
+                "num-queues",
+                Kind::Int(1, limits::MAX_BLOCK_QUEUES as u64),
+                "one a vCPU, at most 32",
+                "request queues",
+            ),
+            key(
+                "queue-size",
+                Kind::PowerOfTwo(4, 1024),
+                "256",
+                "entries of each queue",
+            ),
+            key(
+                "iothread",
+                Kind::Id,
+                "",
+                "id of an -object iothread; the disk's own process has its threads",
+            ),
+            key(
+                "bootindex",
+                Kind::Int(0, 255),
+                "",
+                "accepted; there is no firmware that would look",
+            ),
+        ],
+    ),
+    form(
+        "virtio-net-device",
+        "A network card",
+        &[
+            must("netdev", Kind::Id, "id of its -netdev"),
+            key(
+                "id",
+                Kind::Id,
+                "made from kind and position",
+                "name of the device",
+            ),
+            key(
+                "mac",
+                Kind::Mac,
+                "52:54:00:12:34:56, the last byte one more for each further card",
+                "MAC address",
+            ),
+            key(
+                "mq",
+                Kind::Bool,
+                "on if the netdev has several queues",
+                "several queue pairs",
+            ),
+            key(
+                "queue-size",
+                Kind::PowerOfTwo(256, 4096),
+                "256",
+                "entries of each queue",
+            ),
+            key(
+                "iothread",
+                Kind::Id,
+                "",
+                "id of an -object iothread; the card's own process has its threads",
+            ),
+        ],
+    ),
+];
+
+/// Devices of the manual that need a part which is not here yet.
+const LATER_DEVICES: &[&str] = &[
+    "nec-usb-xhci",
+    "pcie-root-port",
+    "ramfb",
+    "scsi-cd",
+    "scsi-hd",
+    "usb-camera",
+    "usb-host",
+    "usb-kbd",
+    "usb-storage",
+    "usb-tablet",
+    "vfio-pci",
+    "vhost-user-blk-device",
+    "vhost-user-blk-pci",
+    "vhost-user-fs-device",
+    "vhost-user-fs-pci",
+    "vhost-vsock-device",
+    "vhost-vsock-pci",
+    "virtconsole",
+    "virtio-balloon-device",
+    "virtio-balloon-pci",
+    "virtio-blk-pci",
+    "virtio-gpu-pci",
+    "virtio-net-pci",
+    "virtio-rng-device",
+    "virtio-rng-pci",
+    "virtio-scsi-pci",
+    "virtio-serial-device",
+    "virtio-serial-pci",
+    "virtserialport",
+    "ivshmem-scream",
+];
+
+/// `-object`
+const OBJECT: &[Shape] = &[form(
+    "iothread",
+    "A thread for devices",
+    &[must("id", Kind::Id, "name that a device refers to")],
+)];
+
+const SERVER: Key = key("server", Kind::Bool, "off", "listens; otherwise connects");
+const NOWAIT: Key = key("nowait", Kind::Bool, "off", "does not wait for a client");
+const WAIT: Key = key("wait", Kind::Bool, "on", "the opposite of nowait");
+const SOCKET_PATH: Key = must("path", Kind::Path, "unix socket");
+const FILE_PATH: Key = must("path", Kind::Path, "file that takes the output");
+const CHARDEV_ID: Key = must("id", Kind::Id, "name that others refer to");
+const MUX: Key = key("mux", Kind::Fixed(&["off"]), "off", "one user only");
+const STDIO_HELP: &str = "Standard input and output; a terminal is put into raw mode";
+const PTY_HELP: &str = "A new pseudo terminal, whose name is logged and shown by query-chardev";
+const SOCKET_HELP: &str = "A unix socket";
+const FILE_HELP: &str = "A file, for output only";
+
+/// `-chardev`
+const CHARDEV: &[Shape] = &[
+    form(
+        "stdio",
+        STDIO_HELP,
+        &[
+            CHARDEV_ID,
+            MUX,
+            key(
+                "signal",
+                Kind::Fixed(&["off"]),
+                "off",
+                "^C goes to the guest",
+            ),
+        ],
+    ),
+    form("pty", PTY_HELP, &[CHARDEV_ID, MUX]),
+    form(
+        "socket",
+        SOCKET_HELP,
+        &[
+            CHARDEV_ID,
+            SOCKET_PATH,
+            SERVER,
+            NOWAIT,
+            WAIT,
+            MUX,
+            key("fd", Kind::Later, "", "inherited socket"),
+        ],
+    ),
+    form(
+        "file",
+        FILE_HELP,
+        &[
+            CHARDEV_ID,
+            FILE_PATH,
+            MUX,
+            key(
+                "append",
+                Kind::Fixed(&["off"]),
+                "off",
+                "the file is emptied",
+            ),
+        ],
+    ),
+];
+
+/// `-serial`
+const SERIAL: &[Shape] = &[
+    form("stdio", STDIO_HELP, &[]),
+    form("pty", PTY_HELP, &[]),
+    form("socket", SOCKET_HELP, &[SOCKET_PATH, SERVER, NOWAIT, WAIT]),
+    form("file", FILE_HELP, &[FILE_PATH]),
+    form("none", "No serial port", &[]),
+];
+
+/// `-qmp`
+const QMP: &[Shape] = &[one(
+    "address",
+    &[
+        must("address", Kind::Text(4096), "unix:PATH or tcp:HOST:PORT"),
+        SERVER,
+        NOWAIT,
+        WAIT,
+    ],
+)];
+
+/// `-mon`
+const MON: &[Shape] = &[one(
+    "chardev",
+    &[
+        must("chardev", Kind::Id, "id of a -chardev socket"),
+        key("mode", Kind::Fixed(&["control"]), "control", "QMP"),
+        key("id", Kind::Id, "", "name of the monitor"),
+        key(
+            "pretty",
+            Kind::Fixed(&["off"]),
+            "off",
+            "answers take one line each",
+        ),
+    ],
+)];
+
+const DENY: Kind = Kind::Choice(&["deny", "allow"]);
+
+/// `-sandbox`
+const SANDBOX: &[Shape] = &[one(
+    "mode",
+    &[
+        must(
+            "mode",
+            Kind::Choice(&["strict", "best-effort", "on"]),
+            "strict refuses to start when the host lacks a layer of a jail; best-effort (also on) goes on and says what is \
+         missing",
+        ),
+        key(
+            "obsolete",
+            DENY,
+            "deny",
+            "always denied: accepted as libvirt passes it",
+        ),
+        key(
+            "elevateprivileges",
+            Kind::Choice(&["deny", "allow", "children"]),
+            "deny",
+            "always denied, likewise",
+        ),
+        key(
+            "spawn",
+            DENY,
+            "deny",
+            "always denied once the VM is set up, likewise",
+        ),
+        key("resourcecontrol", DENY, "deny", "always denied, likewise"),
+    ],
+)];
+
+const SECCOMP: &[Shape] = &[one(
+    "action",
+    &[must(
+        "action",
+        Kind::Choice(&["kill", "log", "trap"]),
+        "what happens to a system call that a filter does not allow",
+    )],
+)];
+
+const ACCEL: &[Shape] = &[one(
+    "accel",
+    &[must("accel", Kind::Fixed(&["kvm"]), "the accelerator")],
+)];
+
+const fn props(shapes: &'static [Shape]) -> Arg {
+    Arg::Props {
+        selector: "",
+        noun: "",
+        shapes,
+        later: &[],
+    }
+}
+
+const fn def(group: Group, name: &'static str, arg: Arg, help: &'static str) -> OptionDef {
+    OptionDef {
+        name,
+        aliases: &[],
+        group,
+        arg,
+        many: false,
+        help,
+    }
+}
+
+const fn repeated(group: Group, name: &'static str, arg: Arg, help: &'static str) -> OptionDef {
+    OptionDef {
+        name,
+        aliases: &[],
+        group,
+        arg,
+        many: true,
+        help,
+    }
+}
+
+const fn accepted(name: &'static str, arg: Arg) -> OptionDef {
+    OptionDef {
+        name,
+        aliases: &[],
+        group: Group::Accepted,
+        arg,
+        many: true,
+        help: "",
+    }
+}
+
+const fn later(name: &'static str, help: &'static str) -> OptionDef {
+    OptionDef {
+        name,
+        aliases: &[],
+        group: Group::Later,
+        arg: Arg::Text("…"),
+        many: true,
+        help,
+    }
+}
+
+/// All options, in the order of the pages.
+pub static OPTIONS: &[OptionDef] = &[
+    def(Group::Machine, "machine", props(MACHINE), "The board."),
+    def(
+        Group::Machine,
+        "accel",
+        props(ACCEL),
+        "The accelerator, which is always KVM.",
+    ),
+    def(Group::Machine, "cpu", props(CPU), "The processor."),
+    def(
+        Group::Machine,
+        "smp",
+        props(SMP),
+        "vCPUs and their topology: sockets * dies * clusters * cores * threads = maxcpus >= cpus.",
+    ),
+    def(
+        Group::Machine,
+        "m",
+        props(MEMORY),
+        "Guest memory, 128M to 512G in whole MiB; 256M if not given.",
+    ),
+    def(
+        Group::Machine,
+        "mem-prealloc",
+        Arg::Flag,
+        "Make every page of guest memory before the guest runs.",
+    ),
+    def(
+        Group::Machine,
+        "mem-path",
+        Arg::Text("PATH"),
+        "Back guest memory by this file or by a file in this directory (a hugetlbfs, say). The path is absolute.",
+    ),
+    def(
+        Group::Machine,
+        "name",
+        props(NAME),
+        "Name of the VM, 1 to 255 characters.",
+    ),
+    def(
+        Group::Machine,
+        "uuid",
+        Arg::Text("UUID"),
+        "UUID of the VM, 8-4-4-4-12 hexadecimal digits.",
+    ),
+    def(
+        Group::Boot,
+        "kernel",
+        Arg::Text("FILE"),
+        "Linux kernel: an ELF vmlinux or a bzImage.",
+    ),
+    def(
+        Group::Boot,
+        "initrd",
+        Arg::Text("FILE"),
+        "Initial RAM disk.",
+    ),
+    def(
+        Group::Boot,
+        "append",
+        Arg::Words("TEXT"),
+        "Kernel command line: one argument, or several up to the next that starts with '-'.",
+    ),
+    repeated(
+        Group::Devices,
+        "drive",
+        props(DRIVE),
+        "What a disk holds. At most 6 disks; each -device takes one drive.",
+    ),
+    repeated(
+        Group::Devices,
+        "netdev",
+        Arg::Props {
+            selector: "type",
+            noun: "netdev type",
+            shapes: NETDEV,
+            later: &["vhost-user", "user", "bridge", "socket"],
+        },
+        "Where a network card's packets go.",
+    ),
+    repeated(
+        Group::Devices,
+        "device",
+        Arg::Props {
+            selector: "driver",
+            noun: "device",
+            shapes: DEVICE,
+            later: LATER_DEVICES,
+        },
+        "A device of the guest, in a jailed process of its own. At most 11, of them 6 disks and 2 cards.",
+    ),
+    repeated(
+        Group::Devices,
+        "object",
+        Arg::Props {
+            selector: "qom-type",
+            noun: "object",
+            shapes: OBJECT,
+            later: &[
+                "rng-random",
+                "memory-backend-ram",
+                "memory-backend-file",
+                "memory-backend-memfd",
+                "tls-creds-x509",
+                "authz-simple",
+            ],
+        },
+        "A thing that devices refer to. At most 8 iothreads.",
+    ),
+    def(
+        Group::Console,
+        "serial",
+        Arg::Props {
+            selector: "backend",
+            noun: "backend",
+            shapes: SERIAL,
+            later: &[],
+        },
+        "The serial port (ttyS0): one of these, or chardev:ID for a -chardev.",
+    ),
+    repeated(
+        Group::Console,
+        "chardev",
+        Arg::Props {
+            selector: "backend",
+            noun: "backend",
+            shapes: CHARDEV,
+            later: &[
+                "null", "vc", "ringbuf", "udp", "pipe", "parallel", "spicevmc", "testdev", "tty",
+                "serial",
+            ],
+        },
+        "A character device, for -serial or -mon.",
+    ),
+    repeated(
+        Group::Control,
+        "qmp",
+        props(QMP),
+        "QMP socket. With server,nowait the VM starts at once; with server alone it waits for a client.",
+    ),
+    repeated(
+        Group::Control,
+        "mon",
+        props(MON),
+        "QMP on the socket of a -chardev.",
+    ),
+    def(
+        Group::Control,
+        "S",
+        Arg::Flag,
+        "Do not start the vCPUs; QMP's cont does.",
+    ),
+    def(
+        Group::Control,
+        "no-reboot",
+        Arg::Flag,
+        "A reboot of the guest ends the VM.",
+    ),
+    def(
+        Group::Control,
+        "no-shutdown",
+        Arg::Flag,
+        "A power-off of the guest pauses the VM; QMP's quit ends it.",
+    ),
+    def(
+        Group::Process,
+        "D",
+        Arg::Optional("FILE"),
+        "Log to FILE, or to standard error. STRATOVIRT_LOG_LEVEL sets the level: error (the default), warn, info, \
+         debug, trace.",
+    ),
+    def(
+        Group::Process,
+        "daemonize",
+        Arg::Flag,
+        "Go to the background once the VM is set up. Not with -serial stdio, nor with -D without a file; without -D \
+         nothing is logged from then on.",
+    ),
+    def(
+        Group::Process,
+        "pidfile",
+        Arg::Text("FILE"),
+        "Write the process id to FILE, which must not exist, and remove it at the end. Also without -daemonize.",
+    ),
+    def(
+        Group::Sandbox,
+        "sandbox",
+        props(SANDBOX),
+        "What to do when the host lacks a layer of a jail. The jails themselves cannot be switched off.",
+    ),
+    def(
+        Group::Sandbox,
+        "seccomp",
+        props(SECCOMP),
+        "What happens to a system call that a filter does not allow; log and trap are for finding faults.",
+    ),
+    def(
+        Group::Sandbox,
+        "disable-seccomp",
+        Arg::Flag,
+        "No system call filters; all other layers of the jails stay. Warned about.",
+    ),
+    OptionDef {
+        name: "help",
+        aliases: &["h"],
+        group: Group::Help,
+        arg: Arg::Flag,
+        many: true,
+        help: "Print this help.",
+    },
+    OptionDef {
+        name: "version",
+        aliases: &["V"],
+        group: Group::Help,
+        arg: Arg::Flag,
+        many: true,
+        help: "Print the version.",
+    },
+    accepted("overcommit", Arg::Text("…")),
+    accepted("no-user-config", Arg::Flag),
+    accepted("nodefaults", Arg::Flag),
+    accepted("enable-kvm", Arg::Flag),
+    accepted("msg", Arg::Text("…")),
+    accepted("rtc", Arg::Text("…")),
+    accepted("nographic", Arg::Flag),
+    accepted("realtime", Arg::Text("…")),
+    accepted("display", Arg::Text("…")),
+    accepted("usb", Arg::Flag),
+    accepted("boot", Arg::Text("…")),
+    later("incoming", "Restore a snapshot."),
+    later("numa", "NUMA nodes."),
+    later("smbios", "SMBIOS tables."),
+    later("global", "Defaults of a kind of device."),
+    later("trace", "Events to trace."),
+    later("vnc", "Remote display."),
+    later("blockdev", "A disk's image, as libvirt passes it."),
+];
+
+/// The option that `name`, without dashes, names.
+pub(super) fn find(name: &str) -> Option<&'static OptionDef> {
+    OPTIONS
+        .iter()
+        .find(|option| option.name == name || option.aliases.contains(&name))
+}

@@ -1,0 +1,328 @@
+//! Command lines: good ones with their specs, wrong ones with their messages, and the pages.
+
+use std::path::Path;
+
+use ipc::spec::vm::{ChardevBackend, DeviceKind, MonitorAddress, NetBackend};
+
+use super::*;
+
+/// Splits at spaces, except between single or double quotes.
+fn words(line: &str) -> Vec<OsString> {
+    let mut words = Vec::new();
+    let mut word: Option<String> = None;
+    let mut quote = None;
+    for c in line.chars() {
+        match (c, quote) {
+            (c, Some(open)) if c == open => quote = None,
+            ('\'', None) => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            (' ' | '\n', None) => words.extend(word.take().map(OsString::from)),
+            (c, _) => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word.map(OsString::from));
+    words
+}
+
+fn run(line: &str) -> VmSpec {
+    match parse(&words(line), &Env::default()) {
+        Ok(Request::Run(spec)) => *spec,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn message(line: &str) -> String {
+    match parse(&words(line), &Env::default()) {
+        Err(error) => error.to_string(),
+        Ok(good) => panic!("{line}: accepted as {good:?}"),
+    }
+}
+
+#[test]
+fn every_wrong_line_has_its_message() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cmdline/wrong.txt");
+    let old = std::fs::read_to_string(&file).unwrap();
+    let mut new = String::new();
+    let mut count = 0;
+    for line in old.lines() {
+        if line.starts_with('#') {
+            new.push_str(line);
+            new.push('\n');
+        } else if let Some(args) = line.strip_prefix("$ ") {
+            count += 1;
+            new.push_str(&format!("{line}\n{}\n", message(args)));
+        }
+    }
+    assert!(count >= 60, "only {count} wrong lines");
+    if std::env::var_os("UPDATE_WRONG").is_some() {
+        std::fs::write(&file, &new).unwrap();
+    }
+    for (got, want) in new.lines().zip(old.lines()) {
+        assert_eq!(got, want);
+    }
+    assert_eq!(new.lines().count(), old.lines().count());
+}
+
+#[test]
+fn the_manuals_example_of_a_light_vm() {
+    let spec = run(
+        "-kernel /path/to/vmlinux.bin -append console=ttyS0 root=/dev/vda rw reboot=k panic=1 \
+         -drive file=/home/rootfs.ext4,id=rootfs,readonly=false -device virtio-blk-device,drive=rootfs \
+         -qmp unix:/tmp/stratovirt.socket,server,nowait -serial stdio",
+    );
+    assert_eq!(spec.machine.kind, MachineKind::Microvm);
+    assert_eq!(spec.memory.size, 256 << 20);
+    assert_eq!(
+        spec.boot.cmdline,
+        "console=ttyS0 root=/dev/vda rw reboot=k panic=1"
+    );
+    assert_eq!(spec.chardevs.len(), 1);
+    assert_eq!(spec.chardevs[0].backend, ChardevBackend::Stdio);
+    assert_eq!(spec.serial.as_deref(), Some("serial0"));
+    assert_eq!(
+        spec.monitors[0].address,
+        MonitorAddress::Unix("/tmp/stratovirt.socket".into())
+    );
+    assert!(spec.monitors[0].server && spec.monitors[0].nowait);
+    assert!(spec.ignored.is_empty(), "{:?}", spec.ignored);
+    let drive = &spec.drives[0];
+    assert!(!drive.readonly && drive.direct);
+    let DeviceKind::Block {
+        num_queues,
+        queue_size,
+        ..
+    } = &spec.devices[0].kind
+    else {
+        panic!()
+    };
+    assert_eq!((*num_queues, *queue_size), (1, 256));
+
+    let plan = plan(&spec, true);
+    assert_eq!(
+        (plan.kernel, plan.initrd, plan.memory),
+        (Some(0), None, None)
+    );
+    assert_eq!(
+        plan.monitors,
+        [plan::MonitorPlan {
+            file: 1,
+            server: true,
+            wait: false
+        }]
+    );
+    assert_eq!(plan.chardevs, [("serial0".to_owned(), ChardevPlan::Stdio)]);
+    assert_eq!(plan.devices, [0]);
+    assert!(plan.policy.restore_terminal);
+    assert_eq!(plan.policy.files.len(), 2);
+}
+
+#[test]
+fn katas_command_line() {
+    let spec = run(
+        "-name sandbox-1 -uuid 01234567-89ab-cdef-0123-456789abcdef -smp 4 -m 2048 -kernel /k \
+         -append 'console=ttyS0 tsc=reliable root=/dev/vda' -qmp unix:/run/vc/qmp.sock,server,nowait \
+         -D /run/vc/log -disable-seccomp -machine type=microvm,dump-guest-core=off,mem-share=on -initrd /i \
+         -drive id=d,file=/f,readonly=on,direct=off -device virtio-blk-device,drive=d,id=blk \
+         -netdev tap,id=n,fds=7:8 -device virtio-net-device,netdev=n,id=nic,mac=02:00:ca:fe:00:01",
+    );
+    assert_eq!(spec.name.as_deref(), Some("sandbox-1"));
+    assert_eq!(
+        spec.uuid.map(|uuid| (uuid[0], uuid[15])),
+        Some((0x01, 0xef))
+    );
+    assert_eq!(
+        (spec.cpus.cpus, spec.cpus.cores, spec.cpus.maxcpus),
+        (4, 4, 4)
+    );
+    assert_eq!(spec.seccomp, SeccompMode::Disabled);
+    assert!(!spec.memory.dump_guest_core && spec.memory.share);
+    assert_eq!(spec.netdevs[0].backend, NetBackend::TapFds(vec![7, 8]));
+    assert_eq!(spec.netdevs[0].queues, 2);
+    let plan = plan(&spec, false);
+    assert_eq!(plan.policy.devices[0].spec.num_queues(), 4);
+    assert_eq!(
+        plan.policy.devices[0].backend,
+        ipc::control::BackendGrant::Image {
+            path: "/f".into(),
+            readonly: true,
+            direct: false
+        }
+    );
+    assert_eq!(
+        plan.policy.devices[1].backend,
+        ipc::control::BackendGrant::Inherited { fds: vec![7, 8] }
+    );
+}
+
+#[test]
+fn libvirts_probe() {
+    let spec = run(
+        "-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg \
+         -qmp unix:/var/lib/libvirt/qemu/caps.monitor.sock,server=on,wait=off -pidfile /p -daemonize",
+    );
+    assert_eq!(spec.machine.kind, MachineKind::None);
+    assert!(spec.start_paused && spec.daemonize);
+    assert!(spec.monitors[0].server && spec.monitors[0].nowait);
+    assert_eq!(
+        spec.ignored,
+        ["-no-user-config", "-nodefaults", "-nographic"]
+    );
+}
+
+#[test]
+fn what_libvirt_passes_for_a_guest() {
+    let spec = run(
+        "-name guest=vm1,debug-threads=on -S -machine microvm,usb=off,dump-guest-core=off -accel kvm \
+         -cpu host,migratable=on -m size=1048576k -overcommit mem-lock=off \
+         -smp 2,sockets=2,cores=1,threads=1 -uuid c7a5fdbd-edaf-9455-926a-d65c16db1809 -no-user-config \
+         -nodefaults -chardev socket,id=charmonitor,path=/m.sock,server=on,wait=off \
+         -mon chardev=charmonitor,id=monitor,mode=control -rtc base=utc -no-shutdown -boot strict=on \
+         -kernel /k -append 'console=ttyS0' -chardev pty,id=charserial0 -serial chardev:charserial0 \
+         -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny -msg timestamp=on \
+         -realtime mlock=off -display none -usb",
+    );
+    assert_eq!(spec.name.as_deref(), Some("vm1"));
+    assert_eq!(spec.memory.size, 1 << 30);
+    assert_eq!((spec.cpus.sockets, spec.cpus.cores), (2, 1));
+    assert!(spec.no_shutdown);
+    assert_eq!(
+        spec.monitors[0].address,
+        MonitorAddress::Unix("/m.sock".into())
+    );
+    let plan = plan(&spec, true);
+    assert_eq!(
+        plan.chardevs,
+        [("charserial0".to_owned(), ChardevPlan::Pty { file: 2 })]
+    );
+    assert!(!plan.policy.restore_terminal);
+}
+
+#[test]
+fn spellings() {
+    let spec = run("--kernel k --machine MicroVm --m 1g,");
+    assert_eq!(spec.memory.size, 1 << 30);
+    let spec = run("-kernel k -append 'a=b,c' -D -drive file=/a,,b=c,id=x,readonly");
+    assert_eq!(spec.drives[0].file, Path::new("/a,b=c"));
+    assert!(spec.drives[0].readonly);
+    assert_eq!(spec.log.file, None);
+    assert_eq!(
+        spec.ignored,
+        ["-drive file=/a,,b=c,id=x,readonly: no device uses it"]
+    );
+    for (line, want) in [
+        ("-h -xyz", None),
+        ("-kernel k -h", Some(Request::Usage)),
+        ("-V", Some(Request::Version)),
+    ] {
+        assert_eq!(parse(&words(line), &Env::default()).ok(), want, "{line}");
+    }
+    // A kernel command line may start with a dash, as long as it is no option.
+    assert_eq!(run("-kernel k -append '-- x'").boot.cmdline, "-- x");
+    assert_eq!(run("-kernel k -append ''").boot.cmdline, "");
+}
+
+#[test]
+fn addresses_of_cards_are_unique() {
+    let spec = run(
+        "-kernel k -netdev tap,id=a,ifname=a -netdev tap,id=b,ifname=b -device virtio-net-device,netdev=a \
+         -device virtio-net-device,netdev=b,mac=52:54:00:12:34:56",
+    );
+    let macs: Vec<_> = spec
+        .devices
+        .iter()
+        .map(|device| match device.kind {
+            DeviceKind::Net { mac, .. } => mac,
+            DeviceKind::Block { .. } => panic!(),
+        })
+        .collect();
+    assert_eq!(
+        macs,
+        [
+            [0x52, 0x54, 0, 0x12, 0x34, 0x57],
+            [0x52, 0x54, 0, 0x12, 0x34, 0x56]
+        ]
+    );
+}
+
+#[test]
+fn the_environment_sets_the_level() {
+    let level = |name: &str| {
+        parse(
+            &words("-kernel k"),
+            &Env {
+                log_level: Some(name.into()),
+            },
+        )
+        .map(|request| match request {
+            Request::Run(spec) => spec.log.level,
+            _ => panic!(),
+        })
+    };
+    assert_eq!(level("trace").unwrap(), Level::Trace);
+    assert_eq!(level("").unwrap(), Level::Error);
+    assert_eq!(
+        level("loud").unwrap_err().to_string(),
+        "STRATOVIRT_LOG_LEVEL loud: not valid; allowed: error, warn, info, debug, trace"
+    );
+}
+
+#[test]
+fn every_option_of_the_table_is_handled() {
+    for option in table::OPTIONS {
+        if matches!(option.group, Group::Later | Group::Accepted | Group::Help) {
+            continue;
+        }
+        let given = Given {
+            option,
+            value: "x".into(),
+            has_value: true,
+            _spelled: option.name,
+        };
+        let mut draft = Draft::new(&Env::default()).unwrap();
+        if let Err(error) = draft.take(&given) {
+            assert!(
+                !error.to_string().contains("option is not supported"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_argument_that_is_no_text_is_told() {
+    use std::os::unix::ffi::OsStringExt;
+    let args = [OsString::from_vec(vec![b'-', 0xff])];
+    assert!(
+        parse(&args, &Env::default())
+            .unwrap_err()
+            .to_string()
+            .contains("not valid UTF-8")
+    );
+}
+
+#[test]
+fn help_fits_the_screen_and_names_every_option() {
+    let usage = usage();
+    for line in usage.lines() {
+        assert!(line.chars().count() <= 100, "{line}");
+    }
+    for option in table::OPTIONS {
+        assert!(usage.contains(&option.dashed()), "{}", option.name);
+    }
+}
+
+#[test]
+fn the_manual_page_is_that_of_the_table() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/stratovirt.1.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&file, manual()).unwrap();
+    }
+    let page = std::fs::read_to_string(&file).unwrap();
+    assert!(
+        page == manual(),
+        "{} is stale: UPDATE_DOCS=1 cargo test -p vmm-main --lib",
+        file.display()
+    );
+}
