@@ -12,6 +12,7 @@
 
 pub mod console;
 pub mod host;
+pub mod jail;
 pub mod lab;
 pub mod payload;
 pub mod procfs;
