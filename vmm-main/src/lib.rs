@@ -1,2 +1,7 @@
 //! placeholder
 pub mod cmdline;
+pub mod kvm;
+pub mod memory;
+pub mod boot;
+pub mod machine;
+pub mod platform;
