@@ -5,3 +5,4 @@ pub mod memory;
 pub mod boot;
 pub mod machine;
 pub mod platform;
+pub mod virtio;
