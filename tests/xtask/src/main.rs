@@ -3,6 +3,7 @@
 //! **Job.** `cargo xtask COMMAND`: one file per command, and this table. **Who is not trusted.** Nobody; this runs
 //! as the developer. **Why this way.** Rules and recipes that are programs can be run, tested and kept true.
 
+mod bench;
 mod check;
 mod demo;
 mod lab;
@@ -24,6 +25,11 @@ const COMMANDS: &[(&str, &str, Command)] = &[
         "test",
         "run all tests, or those of a suite or a crate: test [SUITE|CRATE] [FILTER…]",
         test::run,
+    ),
+    (
+        "bench",
+        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net]",
+        bench::run,
     ),
     (
         "check",
