@@ -3,6 +3,7 @@
 //! Has its own `main`, because starting a jail needs a single-threaded caller and the usual test
 //! runner is not one. Runs every story as root (if it is root), then again as an unprivileged user.
 
+#![allow(clippy::unwrap_used)] // a story that cannot go on has failed
 #![allow(unsafe_code)] // raw calls on descriptors, ptrace and pidfds
 
 use nix::{
@@ -408,6 +409,34 @@ fn role_parent() {
     let _ = std::io::stdin().read_line(&mut line); // for ever: killed, or stdin closes
 }
 
+/// A child inherits its parent's filter: the broker's must let it build its jail.
+fn a_filtered_parent_can_start_devices() {
+    let output = role("--filtered-parent")
+        .stdin(Stdio::null())
+        .output()
+        .expect("a broker");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{} {text}", output.status);
+    assert!(text.starts_with("jailed: Landlock ABI "), "{text}");
+}
+
+fn role_filtered_parent() {
+    seccomp_policies::install(
+        seccomp_policies::Policy::Broker,
+        seccomp_policies::Action::Kill,
+    )
+    .expect("the broker's filter");
+    let probe = Request::new("serve").run().expect("probe");
+    assert_eq!(
+        probe.status()["Seccomp_filters"],
+        "3",
+        "the broker's, and two of its own"
+    );
+    println!("{}", probe.line);
+    assert!(matches!(probe.end(), WaitStatus::Exited(_, 0)));
+    std::io::stdout().flush().expect("flush");
+}
+
 fn a_dropped_start_leaves_nothing() {
     let (pending, mut link) = Request::new("serve").spawn().unwrap();
     let pid = pending.pid();
@@ -606,52 +635,29 @@ fn role_poor_host() {
     println!("done");
 }
 
-type Story = (&'static str, fn());
+/// Each story by its function's name.
+macro_rules! stories {
+    ($($name:ident)*) => { &[$((stringify!($name), $name as fn())),*] };
+}
 
-const STORIES: &[Story] = &[
-    ("the_status_shows_every_layer", the_status_shows_every_layer),
-    ("every_namespace_is_its_own", every_namespace_is_its_own),
-    ("two_jails_share_nothing", two_jails_share_nothing),
-    (
-        "the_root_is_empty_and_read_only",
-        the_root_is_empty_and_read_only,
-    ),
-    (
-        "the_descriptors_are_exactly_those_given",
-        the_descriptors_are_exactly_those_given,
-    ),
-    ("the_limits_are_set", the_limits_are_set),
-    (
-        "others_of_its_user_cannot_look_inside",
-        others_of_its_user_cannot_look_inside,
-    ),
-    ("it_dies_with_its_parent", it_dies_with_its_parent),
-    (
-        "a_dropped_start_leaves_nothing",
-        a_dropped_start_leaves_nothing,
-    ),
-    (
-        "binaries_that_cannot_run_are_told",
-        binaries_that_cannot_run_are_told,
-    ),
-    ("wrong_requests_are_refused", wrong_requests_are_refused),
-    (
-        "a_caller_with_threads_is_refused",
-        a_caller_with_threads_is_refused,
-    ),
-    (
-        "without_a_jail_nothing_is_served",
-        without_a_jail_nothing_is_served,
-    ),
-    (
-        "the_control_process_locks_itself",
-        the_control_process_locks_itself,
-    ),
-    (
-        "without_user_namespaces_the_rest_remains",
-        without_user_namespaces_the_rest_remains,
-    ),
-];
+const STORIES: &[(&str, fn())] = stories! {
+    the_status_shows_every_layer
+    every_namespace_is_its_own
+    two_jails_share_nothing
+    the_root_is_empty_and_read_only
+    the_descriptors_are_exactly_those_given
+    the_limits_are_set
+    others_of_its_user_cannot_look_inside
+    it_dies_with_its_parent
+    a_filtered_parent_can_start_devices
+    a_dropped_start_leaves_nothing
+    binaries_that_cannot_run_are_told
+    wrong_requests_are_refused
+    a_caller_with_threads_is_refused
+    without_a_jail_nothing_is_served
+    the_control_process_locks_itself
+    without_user_namespaces_the_rest_remains
+};
 
 /// Panics abort nothing in tests: each story's panic is caught and counted.
 fn run_stories(filter: Option<&str>) -> (usize, usize) {
@@ -675,6 +681,7 @@ fn main() -> ExitCode {
     let argument = env::args().nth(1);
     match argument.as_deref() {
         Some("--parent") => role_parent(),
+        Some("--filtered-parent") => role_filtered_parent(),
         Some("--other") => role_other(),
         Some("--self-lock") => role_self_lock(),
         Some("--poor-host") => role_poor_host(),

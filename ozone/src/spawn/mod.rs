@@ -467,7 +467,7 @@ fn read_reports(started: &mut Started) -> Result<(), SpawnError> {
                 });
             }
             Some(report::Report::Missing(layer, errno)) => {
-                given.missing.push((layer, State::Off(errno)))
+                given.missing.push((layer, State::Off(errno)));
             }
             Some(report::Report::Partly(layer)) => given
                 .missing

@@ -94,6 +94,7 @@ pub struct Phase {
 /// Length of a record: kind, step or layer, two bytes of nothing, error number, time.
 pub(super) const SIZE: usize = 16;
 
+#[derive(Clone, Copy)]
 pub(super) enum Report {
     /// A step is done, for traces.
     Done(Step, u64),

@@ -47,14 +47,13 @@ pub(crate) fn fork(namespaces: c_int) -> Result<Fork, Errno> {
     // SAFETY: `args` has the size that is told and points to a writable `pidfd`. No memory is
     // shared and no stack given, so the child goes on here on its own copy of the stack.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
-    match Errno::result(pid)? {
-        0 => Ok(Fork::Child),
-        // SAFETY: on success the kernel stored a new descriptor, known to nobody else.
-        pid => Ok(Fork::Parent {
-            pid: pid as libc::pid_t,
-            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-        }),
+    let pid = Errno::result(pid)? as libc::pid_t;
+    if pid == 0 {
+        return Ok(Fork::Child);
     }
+    // SAFETY: on success the kernel stored a new descriptor, known to nobody else.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Fork::Parent { pid, pidfd })
 }
 
 /// Ends the process at once, without running exit handlers (which belong to the parent's copy).
