@@ -42,6 +42,8 @@ pub const BLOCK_ID_BYTES: usize = 20;
 
 /// Guest RAM regions that a front end may announce (vhost-user: `VHOST_USER_MAX_RAM_SLOTS` of old front ends is 8).
 pub const MAX_MEMORY_REGIONS: usize = 32;
+/// Pieces of memory of one request. The kernel takes no more in one call (`UIO_MAXIOV`), and QEMU's limit is the same.
+pub const MAX_CHAIN_SEGMENTS: usize = 1024;
 /// Bytes of virtio configuration space that any device here has (vhost-user: 256 is the protocol's own maximum).
 pub const MAX_CONFIG_SPACE: usize = 256;
 

@@ -1,1 +1,33 @@
-//! placeholder
+//! The harness of every device process.
+//!
+//! **Job.** Everything that device processes share: the way from exec into the jail, the vhost-user back end, virtqueues with
+//! in-flight tracking, guest memory, the event loop. A device is an implementation of [`Device`] and a `main` of one line.
+//!
+//! **Who is not trusted.** The guest, whose rings and buffers are checked here; the front end, whose messages are; and the
+//! process itself, once it is jailed.
+//!
+//! **Why this way.** One reviewed place for what every device would otherwise do in its own way; device crates forbid `unsafe`.
+
+mod chain;
+mod device;
+mod fault;
+mod inflight;
+mod inherited;
+mod jail;
+mod memory;
+mod ring;
+mod server;
+mod start;
+#[cfg(feature = "test-frontend")]
+pub mod test_frontend;
+
+pub use chain::{Chain, Token};
+pub use device::{Device, Interest};
+pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
+pub use jail::JailError;
+pub use memory::{
+    BounceBuffer, GuestBuffers, GuestByte, GuestRam, MemoryError, direct_io_alignment,
+};
+pub use ring::Ring;
+pub use server::ServeError;
+pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, run};

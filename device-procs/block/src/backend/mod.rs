@@ -1,0 +1,3 @@
+//! What an image is.
+
+pub(crate) mod raw;

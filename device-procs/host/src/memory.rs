@@ -1,0 +1,740 @@
+//! Guest RAM as this process sees it, and system calls straight on it.
+//!
+//! **Job.** Maps the regions that a front end announces, translates its addresses, and lends guest buffers to devices as
+//! [`GuestBuffers`], which can be copied from and to, or given to `preadv`, `pwritev`, `readv` and `writev` without a copy.
+//!
+//! **Who is not trusted.** The front end: a region must be a file that is large enough, sizes and counts are capped, regions
+//! must not overlap. The guest: it writes to these pages while we look at them, so no Rust reference to them ever exists;
+//! a value is copied out once and checked after that.
+//!
+//! **Why this way.** This file and `inherited.rs` hold all `unsafe` of the harness. Devices forbid it, so what they can do to
+//! guest memory is the list of methods here. Descriptors of RAM are closed once mapped: the process cannot pass them on.
+
+#![allow(unsafe_code)] // mmap, and vectored I/O on memory that no Rust reference may point to
+
+use std::fs::File;
+use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use ipc::limits::{MAX_CHAIN_SEGMENTS, MAX_MEMORY, MAX_MEMORY_REGIONS};
+use nix::errno::Errno;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::unistd::{Whence, lseek};
+use thiserror::Error;
+use vm_memory::volatile_memory::VolatileSlice;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+/// Why a region was not mapped.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// More regions than allowed.
+    #[error("{count} memory regions: the limit is {MAX_MEMORY_REGIONS}")]
+    TooMany {
+        /// Regions with the new one.
+        count: usize,
+    },
+    /// All regions together are too large, or one has no bytes.
+    #[error(
+        "memory region of {size} bytes: 1 to {MAX_MEMORY} bytes are allowed for all regions together"
+    )]
+    Size {
+        /// Size that was asked for.
+        size: u64,
+    },
+    /// An address or offset range wraps around.
+    #[error("memory region at {start:#x} of {size:#x} bytes goes beyond the address space")]
+    Wraps {
+        /// Its start.
+        start: u64,
+        /// Its size.
+        size: u64,
+    },
+    /// The file ends before the region does, so that touching its end would kill the process.
+    #[error("memory region needs {needed} bytes of its file, which has {has}")]
+    FileTooShort {
+        /// Offset and size of the region.
+        needed: u64,
+        /// Size of the file.
+        has: u64,
+    },
+    /// Regions overlap.
+    #[error("memory regions overlap or are out of order")]
+    Overlap(#[source] vm_memory::region::GuestRegionCollectionError),
+    /// `vm-memory` does not take the mapping.
+    #[error("memory region cannot be used")]
+    Region(#[source] vm_memory::mmap::MmapRegionError),
+    /// A system call failed.
+    #[error("{call} of a memory region failed")]
+    Call {
+        /// Its name.
+        call: &'static str,
+        /// What the kernel said.
+        source: Errno,
+    },
+}
+
+/// A shared mapping of a part of a file; unmapped when dropped.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    address: NonNull<libc::c_void>,
+    size: NonZeroUsize,
+}
+
+impl Mapping {
+    /// Maps `size` bytes of `file` from `offset` on, readable and writable, never executable. The file may be closed then.
+    pub(crate) fn new(file: &File, offset: u64, size: u64) -> Result<Self, MemoryError> {
+        let wraps = MemoryError::Wraps {
+            start: offset,
+            size,
+        };
+        let end = offset.checked_add(size).ok_or(wraps)?;
+        let file_offset = libc::off_t::try_from(offset).map_err(|_| MemoryError::Wraps {
+            start: offset,
+            size,
+        })?;
+        let len = usize::try_from(size)
+            .ok()
+            .and_then(NonZeroUsize::new)
+            .ok_or(MemoryError::Size { size })?;
+        // Without this check a front end could make us touch pages that its file does not have (SIGBUS). One that
+        // truncates the file later can still do that; ours seals its memfds against it. Sought and not asked by fstat,
+        // which this libc makes a call that takes a path (newfstatat), and the filter allows none of those.
+        let has = lseek(file, 0, Whence::SeekEnd).map_err(|source| MemoryError::Call {
+            call: "lseek",
+            source,
+        })?;
+        let has = u64::try_from(has).unwrap_or(0);
+        if has < end {
+            return Err(MemoryError::FileTooShort { needed: end, has });
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+        let address = unsafe {
+            mmap(
+                None,
+                len,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE,
+                file,
+                file_offset,
+            )
+        }
+        .map_err(|source| MemoryError::Call {
+            call: "mmap",
+            source,
+        })?;
+        Ok(Self { address, size: len })
+    }
+
+    /// All of it.
+    pub(crate) fn bytes(&self) -> VolatileSlice<'_> {
+        // SAFETY: the mapping has `size` bytes and lives as long as `self`, which the slice borrows.
+        unsafe { VolatileSlice::new(self.address.as_ptr().cast(), self.size.get()) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this value made the mapping, and everything that points into it borrows or counts this value.
+        let _ = unsafe { munmap(self.address, self.size.get()) };
+    }
+}
+
+/// One region of guest RAM.
+#[derive(Debug, Clone)]
+pub(crate) struct Region {
+    /// Guest physical address of its first byte.
+    pub(crate) guest: u64,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// The same first byte as the front end addresses it.
+    pub(crate) user: u64,
+    mapping: Arc<Mapping>,
+}
+
+impl Region {
+    pub(crate) fn new(
+        guest: u64,
+        size: u64,
+        user: u64,
+        file: &File,
+        offset: u64,
+    ) -> Result<Self, MemoryError> {
+        if size == 0 || size > MAX_MEMORY {
+            return Err(MemoryError::Size { size });
+        }
+        for start in [guest, user] {
+            if start.checked_add(size).is_none() {
+                return Err(MemoryError::Wraps { start, size });
+            }
+        }
+        Ok(Self {
+            guest,
+            size,
+            user,
+            mapping: Arc::new(Mapping::new(file, offset, size)?),
+        })
+    }
+}
+
+/// All of guest RAM that this process was given.
+#[derive(Debug)]
+pub struct GuestRam {
+    // Before `regions`, so that it is dropped before the mappings it points into.
+    map: GuestMemoryMmap<()>,
+    regions: Vec<Region>,
+}
+
+impl GuestRam {
+    pub(crate) fn new(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
+        if regions.len() > MAX_MEMORY_REGIONS {
+            return Err(MemoryError::TooMany {
+                count: regions.len(),
+            });
+        }
+        let total = regions
+            .iter()
+            .fold(0u64, |sum, r| sum.saturating_add(r.size));
+        if total > MAX_MEMORY {
+            return Err(MemoryError::Size { size: total });
+        }
+        regions.sort_unstable_by_key(|r| r.guest);
+        let mut parts = Vec::with_capacity(regions.len());
+        for region in &regions {
+            let address = region.mapping.address.as_ptr().cast();
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            // SAFETY: the mapping has that many bytes, is readable and writable, and is kept by `regions`, which is dropped
+            // after the map that points into it.
+            let part =
+                unsafe { MmapRegion::build_raw(address, region.mapping.size.get(), prot, flags) }
+                    .map_err(MemoryError::Region)?;
+            let wraps = MemoryError::Wraps {
+                start: region.guest,
+                size: region.size,
+            };
+            parts.push(GuestRegionMmap::new(part, GuestAddress(region.guest)).ok_or(wraps)?);
+        }
+        let map = GuestMemoryMmap::from_regions(parts).map_err(MemoryError::Overlap)?;
+        Ok(Self { map, regions })
+    }
+
+    /// For rings: loads and stores by guest physical address.
+    pub(crate) fn map(&self) -> &GuestMemoryMmap<()> {
+        &self.map
+    }
+
+    pub(crate) fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Guest physical address of what the front end has at `user`.
+    pub(crate) fn guest_address(&self, user: u64) -> Option<GuestAddress> {
+        self.regions
+            .iter()
+            .find(|r| user >= r.user && user - r.user < r.size)
+            .map(|r| GuestAddress(r.guest + (user - r.user)))
+    }
+
+    /// Appends the host addresses of `len` bytes at `guest` to `list`. Fails without touching memory when a byte is outside
+    /// of RAM or the list would get more than [`MAX_CHAIN_SEGMENTS`] entries.
+    pub(crate) fn resolve(
+        &self,
+        guest: GuestAddress,
+        len: u32,
+        list: &mut SegmentList,
+    ) -> Result<(), ResolveError> {
+        for slice in self.map.get_slices(guest, len as usize) {
+            let slice = slice.map_err(|_| ResolveError::OutsideRam)?;
+            if list.0.len() >= MAX_CHAIN_SEGMENTS {
+                return Err(ResolveError::TooMany);
+            }
+            list.0.push(libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Why a descriptor's range is not usable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ResolveError {
+    OutsideRam,
+    TooMany,
+}
+
+/// Host addresses of a chain's buffers. Holds nothing alive: only [`GuestBuffers`], which borrows the RAM, reads it.
+#[derive(Debug, Default)]
+pub(crate) struct SegmentList(Vec<libc::iovec>);
+
+impl SegmentList {
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Lends the pieces to a device. The list must have been filled from `ram` since it was last cleared, which
+    /// [`walk`](crate::chain::walk) does for each chain; nothing outside of this crate can call it.
+    pub(crate) fn buffers<'m>(&'m mut self, _ram: &'m GuestRam) -> GuestBuffers<'m> {
+        let len = self.0.iter().map(|s| s.iov_len).sum();
+        GuestBuffers {
+            segments: &mut self.0,
+            len,
+            _ram: PhantomData,
+        }
+    }
+}
+
+/// Some buffers of one request, in the driver's order, as one run of bytes. Taking from the front shortens it.
+#[derive(Debug)]
+pub struct GuestBuffers<'m> {
+    segments: &'m mut [libc::iovec],
+    len: usize,
+    _ram: PhantomData<&'m GuestRam>,
+}
+
+/// The last byte of a request's buffers, where many devices put a status.
+#[derive(Debug)]
+pub struct GuestByte<'m> {
+    address: *mut u8,
+    _ram: PhantomData<&'m GuestRam>,
+}
+
+impl GuestByte<'_> {
+    /// Writes the byte.
+    pub fn set(self, value: u8) {
+        // SAFETY: the address is inside of a region that the lifetime keeps mapped; a byte has no alignment.
+        unsafe { self.address.write_volatile(value) };
+    }
+}
+
+impl<'m> GuestBuffers<'m> {
+    /// Bytes that are left.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no byte is left.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Number of separate pieces of memory.
+    pub fn segments(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Whether each piece's address and length is a multiple of `memory` and `length`, as `O_DIRECT` wants.
+    pub fn is_aligned(&self, memory: usize, length: usize) -> bool {
+        self.segments
+            .iter()
+            .all(|s| s.iov_base as usize % memory == 0 && s.iov_len % length == 0)
+    }
+
+    /// Copies the next bytes to `out` and takes them off the front. Returns how many there were: less than `out.len()` only
+    /// at the end.
+    pub fn read(&mut self, out: &mut [u8]) -> usize {
+        self.take(out.len(), |at, piece| {
+            let range = at..at + piece.len();
+            if let Some(part) = out.get_mut(range) {
+                piece.copy_to(part);
+            }
+        })
+    }
+
+    /// Copies `data` into the next bytes and takes them off the front. Returns how many fitted.
+    pub fn write(&mut self, data: &[u8]) -> usize {
+        self.take(data.len(), |at, piece| {
+            if let Some(part) = data.get(at..at + piece.len()) {
+                piece.copy_from(part);
+            }
+        })
+    }
+
+    /// Takes `count` bytes off the front without looking at them; returns how many there were.
+    pub fn skip(&mut self, count: usize) -> usize {
+        self.take(count, |_, _| ())
+    }
+
+    /// Copies `data` to `offset` bytes from the front without taking anything. Returns how many fitted.
+    pub fn write_at(&mut self, offset: usize, data: &[u8]) -> usize {
+        let mut skip = offset;
+        let mut done = 0;
+        for segment in self.segments.iter() {
+            if skip >= segment.iov_len {
+                skip -= segment.iov_len;
+                continue;
+            }
+            let len = (segment.iov_len - skip).min(data.len() - done);
+            if len == 0 {
+                break;
+            }
+            slice_of(segment, skip, len).copy_from(&data[done..done + len]);
+            done += len;
+            skip = 0;
+        }
+        done
+    }
+
+    /// Copies bytes from `offset` from the front to `out` without taking anything. Returns how many there were.
+    pub fn read_at(&self, offset: usize, out: &mut [u8]) -> usize {
+        let mut skip = offset;
+        let mut done = 0;
+        for segment in self.segments.iter() {
+            if skip >= segment.iov_len {
+                skip -= segment.iov_len;
+                continue;
+            }
+            let len = (segment.iov_len - skip).min(out.len() - done);
+            if len == 0 {
+                break;
+            }
+            slice_of(segment, skip, len).copy_to(&mut out[done..done + len]);
+            done += len;
+            skip = 0;
+        }
+        done
+    }
+
+    /// Cuts everything after the first `count` bytes off.
+    pub fn truncate(&mut self, count: usize) {
+        if count >= self.len {
+            return;
+        }
+        let mut left = count;
+        let mut keep = 0;
+        for segment in self.segments.iter_mut() {
+            if left == 0 {
+                break;
+            }
+            segment.iov_len = segment.iov_len.min(left);
+            left -= segment.iov_len;
+            keep += 1;
+        }
+        self.segments = &mut std::mem::take(&mut self.segments)[..keep];
+        self.len = count;
+    }
+
+    /// Takes the last byte off the back.
+    pub fn take_last_byte(&mut self) -> Option<GuestByte<'m>> {
+        let last = self.segments.last_mut()?;
+        last.iov_len = last.iov_len.checked_sub(1)?;
+        // The address was inside of the piece, and still is.
+        let address = last.iov_base.cast::<u8>().wrapping_add(last.iov_len);
+        let empty = last.iov_len == 0;
+        self.len -= 1;
+        if empty {
+            let keep = self.segments.len() - 1;
+            self.segments = &mut std::mem::take(&mut self.segments)[..keep];
+        }
+        Some(GuestByte {
+            address,
+            _ram: PhantomData,
+        })
+    }
+
+    /// `preadv`: fills the buffers from `file` at `offset`; the bytes read are not taken off.
+    pub fn fill_from_file(&mut self, file: BorrowedFd<'_>, offset: i64) -> Result<usize, Errno> {
+        retry(|| {
+            // SAFETY: the pieces are in mapped RAM that the lifetime keeps; the kernel writes inside of them only.
+            unsafe {
+                libc::preadv(
+                    file.as_raw_fd(),
+                    self.segments.as_ptr(),
+                    self.count(),
+                    offset,
+                )
+            }
+        })
+    }
+
+    /// `pwritev`: writes the buffers to `file` at `offset`; the bytes written are not taken off.
+    pub fn send_to_file(&self, file: BorrowedFd<'_>, offset: i64) -> Result<usize, Errno> {
+        retry(|| {
+            // SAFETY: the pieces are in mapped RAM that the lifetime keeps; the kernel only reads them.
+            unsafe {
+                libc::pwritev(
+                    file.as_raw_fd(),
+                    self.segments.as_ptr(),
+                    self.count(),
+                    offset,
+                )
+            }
+        })
+    }
+
+    /// `readv` of one packet: the buffers first, then `rest` for what does not fit. Returns the packet's length.
+    pub fn fill_from_stream(
+        &mut self,
+        stream: BorrowedFd<'_>,
+        rest: &mut [u8],
+    ) -> Result<usize, Errno> {
+        // One slot more for `rest`; chains that fill all of them leave it out.
+        let mut all = [libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        }; READV_SEGMENTS];
+        let n = self.segments.len().min(READV_SEGMENTS - 1);
+        all[..n].copy_from_slice(&self.segments[..n]);
+        all[n] = libc::iovec {
+            iov_base: rest.as_mut_ptr().cast(),
+            iov_len: rest.len(),
+        };
+        // The count is at most READV_SEGMENTS.
+        let count = (n + 1) as libc::c_int;
+        // SAFETY: the pieces are in mapped RAM that the lifetime keeps, and `rest` is borrowed mutably for the call.
+        retry(|| unsafe { libc::readv(stream.as_raw_fd(), all.as_ptr(), count) })
+    }
+
+    /// `writev` of the buffers as one packet.
+    pub fn send_to_stream(&self, stream: BorrowedFd<'_>) -> Result<usize, Errno> {
+        // SAFETY: the pieces are in mapped RAM that the lifetime keeps; the kernel only reads them.
+        retry(|| unsafe { libc::writev(stream.as_raw_fd(), self.segments.as_ptr(), self.count()) })
+    }
+
+    /// `writev` of `head` and then the buffers, as one packet.
+    pub fn send_to_stream_after(
+        &self,
+        head: &[u8],
+        stream: BorrowedFd<'_>,
+    ) -> Result<usize, Errno> {
+        let mut all = [libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        }; READV_SEGMENTS];
+        let n = self.segments.len();
+        if n >= READV_SEGMENTS {
+            return Err(Errno::EMSGSIZE);
+        }
+        all[0] = libc::iovec {
+            // writev does not write through this pointer.
+            iov_base: head.as_ptr().cast_mut().cast(),
+            iov_len: head.len(),
+        };
+        all[1..=n].copy_from_slice(self.segments);
+        let count = (n + 1) as libc::c_int; // at most READV_SEGMENTS
+        // SAFETY: `head` is borrowed for the call, the other pieces are in mapped RAM that the lifetime keeps; the kernel
+        // only reads all of them.
+        retry(|| unsafe { libc::writev(stream.as_raw_fd(), all.as_ptr(), count) })
+    }
+
+    fn count(&self) -> libc::c_int {
+        // At most MAX_CHAIN_SEGMENTS, which is IOV_MAX.
+        self.segments.len() as libc::c_int
+    }
+
+    /// Takes `count` bytes off the front and shows each piece, with its offset from the first byte taken.
+    fn take(&mut self, count: usize, mut show: impl FnMut(usize, VolatileSlice<'_>)) -> usize {
+        let mut done = 0;
+        let mut used = 0;
+        for segment in self.segments.iter_mut() {
+            let len = segment.iov_len.min(count - done);
+            if len > 0 {
+                show(done, slice_of(segment, 0, len));
+            }
+            done += len;
+            if len < segment.iov_len {
+                // The piece has more than `len` bytes, so the sum stays inside of it.
+                segment.iov_base = segment.iov_base.cast::<u8>().wrapping_add(len).cast();
+                segment.iov_len -= len;
+                break;
+            }
+            used += 1;
+        }
+        self.segments = &mut std::mem::take(&mut self.segments)[used..];
+        self.len -= done;
+        done
+    }
+}
+
+/// Pieces of one packet that are given to the kernel at once. A driver that has tens of pieces for a 64 KiB packet is normal
+/// (17 pages and a header); the array is on the stack, so the number is kept small.
+const READV_SEGMENTS: usize = 64;
+
+/// `len` bytes of `segment` from `skip` on; the caller has checked that they are there.
+fn slice_of(segment: &libc::iovec, skip: usize, len: usize) -> VolatileSlice<'_> {
+    debug_assert!(skip + len <= segment.iov_len);
+    // SAFETY: segments come from `GuestRam::resolve` and are only ever shortened, so these bytes are inside of a mapped
+    // region, and the borrow of the segment is inside of the borrow of the RAM.
+    unsafe { VolatileSlice::new(segment.iov_base.cast::<u8>().wrapping_add(skip), len) }
+}
+
+/// Repeats a call that a signal interrupted.
+fn retry(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
+    loop {
+        match Errno::result(call()) {
+            // Not negative here.
+            Ok(n) => return Ok(n as usize),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// A page-aligned buffer for I/O that guest memory is not aligned well enough for.
+#[derive(Debug)]
+pub struct BounceBuffer {
+    storage: Vec<u8>,
+    start: usize,
+    size: usize,
+}
+
+impl BounceBuffer {
+    /// `size` bytes, the first of which is at a multiple of `align` (a power of two).
+    pub fn new(size: usize, align: usize) -> Self {
+        let storage = vec![0; size + align];
+        let start = storage.as_ptr().align_offset(align).min(align);
+        Self {
+            storage,
+            start,
+            size,
+        }
+    }
+
+    /// The buffer.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        &mut self.storage[self.start..self.start + self.size]
+    }
+}
+
+/// What `O_DIRECT` demands of a request on `file`: multiples of a buffer's address, and of a place and length in the file
+/// (`statx(2)`, `STATX_DIOALIGN`). `None` if the kernel or the file system does not say.
+pub fn direct_io_alignment(file: BorrowedFd<'_>) -> Option<(usize, usize)> {
+    // SAFETY: all-zero bytes are a valid statx structure, which holds integers only.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is an empty C string, with which AT_EMPTY_PATH means the descriptor itself; the structure is ours.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut stat,
+        )
+    };
+    Errno::result(result).ok()?;
+    if stat.stx_mask & libc::STATX_DIOALIGN == 0 || stat.stx_dio_mem_align == 0 {
+        return None;
+    }
+    Some((
+        stat.stx_dio_mem_align as usize,
+        stat.stx_dio_offset_align as usize,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::os::fd::AsFd;
+    use vm_memory::Bytes;
+
+    fn memfd(size: u64) -> File {
+        let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn ram() -> GuestRam {
+        let file = memfd(0x4000);
+        GuestRam::new(vec![
+            Region::new(0x2000, 0x2000, 0x7000_2000, &file, 0x2000).unwrap(),
+            Region::new(0, 0x2000, 0x7000_0000, &file, 0).unwrap(),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_refused_before_it_is_mapped() {
+        let file = memfd(0x1000);
+        for (offset, size) in [(0, 0x1001), (0x1000, 1), (u64::MAX, 1), (0, 0)] {
+            assert!(
+                Region::new(0, size, 0, &file, offset).is_err(),
+                "{offset} {size}"
+            );
+        }
+        assert!(Region::new(0, 0x1000, 0, &file, 0).is_ok());
+    }
+
+    #[test]
+    fn overlapping_wrapping_and_too_many_regions_are_refused() {
+        let file = memfd(0x2000);
+        let at = |guest, user| Region::new(guest, 0x2000, user, &file, 0);
+        assert!(GuestRam::new(vec![at(0, 0).unwrap(), at(0x1000, 0x2000).unwrap()]).is_err());
+        assert!(at(u64::MAX - 0x1000, 0).is_err());
+        assert!(at(0, u64::MAX - 0x1000).is_err());
+        let many = (0..=MAX_MEMORY_REGIONS as u64)
+            .map(|i| at(i * 0x2000, i * 0x2000).unwrap())
+            .collect();
+        assert!(matches!(
+            GuestRam::new(many),
+            Err(MemoryError::TooMany { .. })
+        ));
+    }
+
+    #[test]
+    fn buffers_cross_regions_and_are_taken_in_order() {
+        let ram = ram();
+        ram.map()
+            .write_slice(b"abcdef", GuestAddress(0x1ffd))
+            .unwrap();
+        let mut list = SegmentList::default();
+        ram.resolve(GuestAddress(0x1ffd), 6, &mut list).unwrap();
+        let mut buffers = list.buffers(&ram);
+        assert_eq!((buffers.len(), buffers.segments()), (6, 2));
+        let mut two = [0; 2];
+        assert_eq!(buffers.read(&mut two), 2);
+        assert_eq!(&two, b"ab");
+        let mut peek = [0; 3];
+        assert_eq!(buffers.read_at(1, &mut peek), 3);
+        assert_eq!(&peek, b"def");
+        buffers.take_last_byte().unwrap().set(b'F');
+        assert_eq!(
+            buffers.write_at(1, b"DEX"),
+            2,
+            "the last byte is not ours any more"
+        );
+        assert_eq!(buffers.write(b"C"), 1);
+        buffers.truncate(1);
+        assert_eq!(buffers.write(b"12"), 1);
+        assert!(buffers.is_empty());
+        assert!(buffers.take_last_byte().is_none());
+        let mut all = [0; 6];
+        ram.map()
+            .read_slice(&mut all, GuestAddress(0x1ffd))
+            .unwrap();
+        assert_eq!(&all, b"abC1EF");
+    }
+
+    #[test]
+    fn ranges_outside_of_ram_do_not_resolve() {
+        let ram = ram();
+        let mut list = SegmentList::default();
+        for (address, len) in [(0x4000, 1), (0x3fff, 2), (u64::MAX, 1), (0, u32::MAX)] {
+            assert_eq!(
+                ram.resolve(GuestAddress(address), len, &mut list),
+                Err(ResolveError::OutsideRam)
+            );
+        }
+        assert_eq!(ram.guest_address(0x7000_3fff), Some(GuestAddress(0x3fff)));
+        assert_eq!(ram.guest_address(0x7000_4000), None);
+    }
+
+    #[test]
+    fn files_are_read_and_written_in_place() {
+        let ram = ram();
+        let file = memfd(16);
+        nix::sys::uio::pwrite(&file, b"0123456789abcdef", 0).unwrap();
+        let mut list = SegmentList::default();
+        ram.resolve(GuestAddress(0x1ffc), 8, &mut list).unwrap();
+        let mut buffers = list.buffers(&ram);
+        assert_eq!(buffers.fill_from_file(file.as_fd(), 4), Ok(8));
+        assert_eq!(buffers.send_to_file(file.as_fd(), 0), Ok(8));
+        let mut got = [0; 16];
+        nix::sys::uio::pread(&file, &mut got, 0).unwrap();
+        assert_eq!(&got, b"456789ab89abcdef");
+    }
+}

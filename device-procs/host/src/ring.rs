@@ -1,0 +1,445 @@
+//! One split virtqueue as a device uses it: take a chain, complete it, nothing else.
+//!
+//! **Job.** State of one queue between the vhost-user messages that describe it and the device that serves it: addresses,
+//! eventfds, in-flight tracking, notification suppression in both directions (virtio 1.3, 2.7.7 and 2.7.10), fairness.
+//!
+//! **Who is not trusted.** The driver, whose indices and chains are checked before a device sees them; and the front end, whose
+//! addresses are checked when the ring starts.
+//!
+//! **Why this way.** `virtio-queue`'s [`Queue`] keeps the two indices and the event-index arithmetic. It ignores
+//! `VIRTQ_AVAIL_F_NO_INTERRUPT`, so that is read here. A ring counts what a device takes from it: after one queue's worth the
+//! other queues and the front end get their turn, however fast a guest refills it.
+
+use std::num::Wrapping;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use crate::chain::{Chain, Table, Token, walk};
+use crate::fault::{FaultKind, GuestFault};
+use crate::inflight::InflightQueue;
+use crate::memory::{GuestRam, SegmentList};
+
+/// Where the front end says that the parts of a queue are, in its own address space.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct UserAddresses {
+    pub(crate) descriptors: u64,
+    pub(crate) available: u64,
+    pub(crate) used: u64,
+}
+
+/// A virtqueue.
+#[derive(Debug)]
+pub struct Ring {
+    index: u16,
+    queue: Queue,
+    ram: Option<Arc<GuestRam>>,
+    pub(crate) addresses: Option<UserAddresses>,
+    pub(crate) base: u16,
+    pub(crate) kick: Option<OwnedFd>,
+    pub(crate) call: Option<OwnedFd>,
+    pub(crate) error: Option<OwnedFd>,
+    pub(crate) enabled: bool,
+    started: bool,
+    broken: bool,
+    indirect: bool,
+    inflight: Option<InflightQueue>,
+    /// Heads that were in flight when the last process died, the oldest at the end.
+    replay: Vec<u16>,
+    readable: SegmentList,
+    writable: SegmentList,
+    /// Chains that the device may still take in this turn.
+    budget: u16,
+    /// The device has seen that nothing is available.
+    drained: bool,
+    /// A chain was completed since the driver was last considered for an interrupt.
+    to_signal: bool,
+    /// The device's turn is due whether or not a kick comes.
+    pub(crate) due: bool,
+}
+
+impl Ring {
+    pub(crate) fn new(index: u16, max_size: u16) -> Option<Self> {
+        Some(Self {
+            index,
+            queue: Queue::new(max_size).ok()?,
+            ram: None,
+            addresses: None,
+            base: 0,
+            kick: None,
+            call: None,
+            error: None,
+            enabled: false,
+            started: false,
+            broken: false,
+            indirect: false,
+            inflight: None,
+            replay: Vec::new(),
+            readable: SegmentList::default(),
+            writable: SegmentList::default(),
+            budget: 0,
+            drained: false,
+            to_signal: false,
+            due: false,
+        })
+    }
+
+    /// Its number among the device's queues.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Whether the device may take chains.
+    pub fn is_running(&self) -> bool {
+        self.started && self.enabled && !self.broken
+    }
+
+    pub(crate) fn is_started(&self) -> bool {
+        self.started
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Entries.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// For an error that only the device can see.
+    pub fn fault(&self, kind: FaultKind) -> GuestFault {
+        GuestFault {
+            queue: self.index,
+            kind,
+        }
+    }
+
+    /// The next request, or `None` when the driver has made none available, or when this turn is over.
+    ///
+    /// # Errors
+    /// The driver's queue or chain is malformed; the queue must not be used any more.
+    pub fn pop(&mut self) -> Result<Option<Chain<'_>>, GuestFault> {
+        let head = match self.next_head() {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(None),
+            Err(kind) => return Err(self.fault(kind)),
+        };
+        let (head, replayed) = head;
+        let index = self.index;
+        let at = move |kind| GuestFault { queue: index, kind };
+        let table = Table {
+            address: GuestAddress(self.queue.desc_table()),
+            size: self.queue.size(),
+            indirect: self.indirect,
+        };
+        let Some(ram) = &self.ram else {
+            return Ok(None);
+        };
+        walk(ram, table, head, &mut self.readable, &mut self.writable).map_err(at)?;
+        Ok(Some(Chain {
+            token: Token { head, replayed },
+            readable: self.readable.buffers(ram),
+            writable: self.writable.buffers(ram),
+        }))
+    }
+
+    fn next_head(&mut self) -> Result<Option<(u16, bool)>, FaultKind> {
+        if !self.is_running() || self.budget == 0 {
+            return Ok(None);
+        }
+        if let Some(head) = self.replay.pop() {
+            self.budget -= 1;
+            self.drained = false;
+            return Ok(Some((head, true)));
+        }
+        let Some(ram) = &self.ram else {
+            return Ok(None);
+        };
+        let memory = ram.map();
+        let available = self.available(ram)?;
+        if available == 0 {
+            self.drained = true;
+            return Ok(None);
+        }
+        // Two bytes of flags, two of the index, then two per entry (virtio 1.3, 2.7.6).
+        let entry = u64::from(self.queue.next_avail() % self.queue.size()) * 2 + 4;
+        let head = GuestAddress(self.queue.avail_ring())
+            .checked_add(entry)
+            .and_then(|at| memory.load::<u16>(at, Ordering::Relaxed).ok())
+            .map(u16::from_le)
+            .ok_or(FaultKind::QueueMemory)?;
+        if head >= self.queue.size() {
+            return Err(FaultKind::DescriptorIndex {
+                index: head,
+                size: u32::from(self.queue.size()),
+            });
+        }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.taken(head)?;
+        }
+        self.queue
+            .set_next_avail(self.queue.next_avail().wrapping_add(1));
+        self.budget -= 1;
+        self.drained = false;
+        Ok(Some((head, false)))
+    }
+
+    /// Chains that are available and not yet taken.
+    fn available(&self, ram: &GuestRam) -> Result<u16, FaultKind> {
+        let index = self
+            .queue
+            .avail_idx(ram.map(), Ordering::Acquire)
+            .map_err(|_| FaultKind::QueueMemory)?;
+        let ahead = (index - Wrapping(self.queue.next_avail())).0;
+        if ahead > self.queue.size() {
+            return Err(FaultKind::AvailIndex {
+                index: index.0,
+                size: self.queue.size(),
+            });
+        }
+        Ok(ahead)
+    }
+
+    /// Gives a request back with `written` bytes of its writable buffers filled, from the front (virtio 1.3, 2.7.8).
+    ///
+    /// # Errors
+    /// The queue's memory is gone, or the in-flight region is not consistent.
+    pub fn complete(&mut self, token: Token, written: u32) -> Result<(), GuestFault> {
+        self.complete_head(token.head, written)
+            .map_err(|kind| self.fault(kind))
+    }
+
+    fn complete_head(&mut self, head: u16, written: u32) -> Result<(), FaultKind> {
+        let Some(ram) = &self.ram else {
+            return Err(FaultKind::QueueMemory);
+        };
+        if let Some(inflight) = &mut self.inflight {
+            inflight.will_be_used(head)?;
+        }
+        self.queue
+            .add_used(ram.map(), head, written)
+            .map_err(|_| FaultKind::QueueMemory)?;
+        self.to_signal = true;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.was_used(head, self.queue.next_used())?;
+        }
+        Ok(())
+    }
+
+    /// Undoes the last [`pop`](Self::pop) that was not undone or completed. Requests must be put back in the reverse of their
+    /// order.
+    ///
+    /// # Errors
+    /// The in-flight region is not consistent.
+    pub fn put_back(&mut self, token: Token) -> Result<(), GuestFault> {
+        if token.replayed {
+            self.replay.push(token.head);
+        } else {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.put_back(token.head).map_err(|kind| GuestFault {
+                    queue: self.index,
+                    kind,
+                })?;
+            }
+            self.queue
+                .set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        }
+        self.budget = self.budget.saturating_add(1);
+        Ok(())
+    }
+
+    // What follows is for the server only.
+
+    /// Changes the number of entries; `false` if it is no power of two or too large.
+    pub(crate) fn set_size(&mut self, size: u16) -> bool {
+        self.queue.try_set_size(size).is_ok()
+    }
+
+    pub(crate) fn set_inflight(&mut self, inflight: Option<InflightQueue>) {
+        self.inflight = inflight;
+    }
+
+    /// Starts to serve the queue that was described before. A fault leaves it broken.
+    pub(crate) fn start(
+        &mut self,
+        ram: &Arc<GuestRam>,
+        event_idx: bool,
+        indirect: bool,
+    ) -> Result<(), GuestFault> {
+        self.started = true;
+        self.broken = false;
+        self.due = true;
+        self.indirect = indirect;
+        self.to_signal = false;
+        self.drained = false;
+        self.replay.clear();
+        self.queue.set_event_idx(event_idx);
+        self.place(ram)
+            .and_then(|()| self.resume())
+            .map_err(|kind| self.fault(kind))
+    }
+
+    /// Translates the addresses, now and whenever guest memory changes.
+    pub(crate) fn place(&mut self, ram: &Arc<GuestRam>) -> Result<(), FaultKind> {
+        let addresses = self.addresses.ok_or(FaultKind::QueueAddress)?;
+        let guest = |user| ram.guest_address(user).ok_or(FaultKind::QueueAddress);
+        let (descriptors, available, used) = (
+            guest(addresses.descriptors)?,
+            guest(addresses.available)?,
+            guest(addresses.used)?,
+        );
+        self.queue
+            .try_set_desc_table_address(descriptors)
+            .and_then(|()| self.queue.try_set_avail_ring_address(available))
+            .and_then(|()| self.queue.try_set_used_ring_address(used))
+            .map_err(|_| FaultKind::QueueAddress)?;
+        self.queue.set_ready(true);
+        if !self.queue.is_valid(ram.map()) {
+            return Err(FaultKind::QueueAddress);
+        }
+        self.ram = Some(ram.clone());
+        Ok(())
+    }
+
+    /// Finds the place to go on from, and what was in flight.
+    fn resume(&mut self) -> Result<(), FaultKind> {
+        let ram = self.ram.as_ref().ok_or(FaultKind::QueueAddress)?;
+        let used = self
+            .queue
+            .used_idx(ram.map(), Ordering::Acquire)
+            .map_err(|_| FaultKind::QueueMemory)?
+            .0;
+        self.queue.set_next_used(used);
+        let old = match &mut self.inflight {
+            Some(inflight) => inflight.start(used, self.queue.size())?,
+            None => None,
+        };
+        match old {
+            // Everything that was taken is either used or in flight; a front end whose back end died cannot know better.
+            Some(replay) => {
+                // At most one per entry of the queue.
+                let count = replay.len() as u16;
+                self.queue.set_next_avail(used.wrapping_add(count));
+                self.replay = replay;
+            }
+            None => self.queue.set_next_avail(self.base),
+        }
+        Ok(())
+    }
+
+    /// Stops; returns the available index to go on from.
+    pub(crate) fn stop(&mut self) -> u16 {
+        if self.started {
+            self.base = self.queue.next_avail();
+            if self.replay.is_empty()
+                && let Some(inflight) = &mut self.inflight
+                && inflight.finish().is_err()
+            {
+                ipc::guest_warn!("queue {}: in-flight region cannot be reset", self.index);
+            }
+        }
+        self.started = false;
+        self.broken = false;
+        self.due = false;
+        self.ram = None;
+        self.replay.clear();
+        self.kick = None;
+        self.base
+    }
+
+    /// Back to the state before the first message, but for the in-flight region.
+    pub(crate) fn reset(&mut self) {
+        self.stop();
+        self.enabled = false;
+        self.addresses = None;
+        self.base = 0;
+        self.call = None;
+        self.error = None;
+        self.queue.reset();
+    }
+
+    /// Marks the queue unusable and tells the front end through the error eventfd.
+    pub(crate) fn break_with(&mut self, kind: FaultKind) {
+        ipc::guest_warn!(
+            "queue {}: {kind}; the queue stays broken until the driver resets the device",
+            self.index
+        );
+        self.broken = true;
+        self.due = false;
+        if let Some(error) = &self.error {
+            signal(error);
+        }
+    }
+
+    /// Before the device's turn.
+    pub(crate) fn begin_turn(&mut self) -> Result<(), FaultKind> {
+        self.due = false;
+        self.budget = self.queue.size();
+        self.drained = false;
+        match &self.ram {
+            Some(ram) => self
+                .queue
+                .disable_notification(ram.map())
+                .map_err(|_| FaultKind::QueueMemory),
+            None => Ok(()),
+        }
+    }
+
+    /// After the device's turn: interrupts the driver if it wants that, and decides what wakes the device next.
+    pub(crate) fn end_turn(&mut self) -> Result<(), FaultKind> {
+        self.signal_driver()?;
+        let Some(ram) = &self.ram else {
+            return Ok(());
+        };
+        if self.drained {
+            let more = self
+                .queue
+                .enable_notification(ram.map())
+                .map_err(|_| FaultKind::QueueMemory)?;
+            self.due |= more;
+            self.drained = false;
+        } else if self.budget == 0 {
+            self.due = true;
+        }
+        Ok(())
+    }
+
+    fn signal_driver(&mut self) -> Result<(), FaultKind> {
+        let Some(ram) = self.ram.as_ref().filter(|_| self.to_signal) else {
+            return Ok(());
+        };
+        self.to_signal = false;
+        let memory = ram.map();
+        // Contains the fence between the used index and the driver's wishes.
+        let mut wanted = self
+            .queue
+            .needs_notification(memory)
+            .map_err(|_| FaultKind::QueueMemory)?;
+        if !self.queue.event_idx_enabled() {
+            let flags = memory
+                .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(|_| FaultKind::QueueMemory)?;
+            wanted = u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+        }
+        if wanted && let Some(call) = &self.call {
+            signal(call);
+        }
+        Ok(())
+    }
+}
+
+/// Adds one to an eventfd.
+fn signal(eventfd: &OwnedFd) {
+    match nix::unistd::write(eventfd.as_fd(), &1u64.to_ne_bytes()) {
+        // A full counter has woken its reader already.
+        Ok(_) | Err(Errno::EAGAIN) => {}
+        Err(errno) => ipc::guest_warn!("eventfd cannot be signalled: {errno}"),
+    }
+}

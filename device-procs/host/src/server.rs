@@ -1,0 +1,882 @@
+//! The vhost-user back end: one device, its queues, one front end, one event loop.
+//!
+//! **Job.** Answers vhost-user messages, polls kicks and back ends, gives the device its turns.
+//!
+//! States of a queue: *described* (size, addresses, base) -> *started* (a kick descriptor came) -> *running* (also enabled).
+//! `GET_VRING_BASE` stops it. A guest fault makes it *broken* until it is started anew; the vring error eventfd
+//! (`SET_VRING_ERR`) is signalled once, on which the control process sets `DEVICE_NEEDS_RESET` (virtio 1.3, 2.1.2).
+//!
+//! **Who is not trusted.** The front end: a message that does not fit ends the connection, and with it the process. Queue
+//! addresses and sizes are the guest's choice even though the front end sends them, so those break the queue only.
+//!
+//! **Why this way.** `vhost-user-backend`'s handler refuses in-flight regions and wants threads; `vhost`'s request trait is
+//! enough. Kicks are polled edge-triggered and never read: an eventfd that nobody reads still wakes on each write, that is one
+//! system call less per kick, and the counter tells a restarted process that there was a kick before it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use thiserror::Error;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    BackendReqHandler, Error as VhostError, GpuBackend, Result as VhostResult,
+    VhostUserBackendReqHandlerMut,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::device::{Device, Interest};
+use crate::fault::{DeviceFault, GuestFault, HostFault};
+use crate::inflight::{InflightQueue, queue_bytes};
+use crate::memory::{GuestRam, Mapping, MemoryError, Region};
+use crate::ring::{Ring, UserAddresses};
+
+/// Bits that the harness offers for every device.
+const RING_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// `epoll` data: the socket, then kicks, then back ends.
+const SOCKET: u64 = 0;
+const FIRST_KICK: u64 = 1;
+const FIRST_BACKEND: u64 = 1 << 32;
+
+/// Events taken from one `epoll_wait`.
+const EVENTS: usize = 16;
+
+/// Why serving ended.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The front end sent something that it may not.
+    #[error("front end: {what}")]
+    Frontend {
+        /// Which message, and what is wrong with it.
+        what: String,
+        /// The library's view.
+        #[source]
+        source: VhostError,
+    },
+    /// The host failed.
+    #[error(transparent)]
+    Host(#[from] HostFault),
+    /// The device asks for something that virtio does not have.
+    #[error(
+        "device has {queues} queues of {size} entries: 1 to {} queues, a power of two of entries are possible",
+        ipc::limits::MAX_QUEUES
+    )]
+    Shape {
+        /// Its queues.
+        queues: u16,
+        /// Entries of each.
+        size: u16,
+    },
+}
+
+/// What a front end may get wrong, for the log.
+#[derive(Debug, Error)]
+enum Refusal {
+    #[error("{message} for queue {index}, of {count}")]
+    Queue {
+        message: &'static str,
+        index: u32,
+        count: usize,
+    },
+    #[error("{message}: {value:#x} is not allowed ({allowed})")]
+    Value {
+        message: &'static str,
+        value: u64,
+        allowed: &'static str,
+    },
+    #[error("{message} while the queue runs")]
+    Running { message: &'static str },
+    #[error("{message} is not offered")]
+    NotOffered { message: &'static str },
+    #[error("{message} before SET_MEM_TABLE")]
+    NoMemory { message: &'static str },
+    #[error("{message}")]
+    Memory {
+        message: &'static str,
+        source: MemoryError,
+    },
+    #[error("{message}")]
+    Host {
+        message: &'static str,
+        source: HostFault,
+    },
+}
+
+struct Server<D> {
+    device: D,
+    rings: Vec<Ring>,
+    epoll: Epoll,
+    /// What each back end is polled for now.
+    polled: Vec<Interest>,
+    ram: Option<Arc<GuestRam>>,
+    features: u64,
+    /// Handed out on `GET_INFLIGHT_FD`; made before the jail was shut, since nothing can be made inside.
+    inflight_memory: File,
+    inflight_given: bool,
+    /// The last refusal or host fault, for the log: the library passes only a code through.
+    refused: Option<String>,
+    fatal: Option<HostFault>,
+}
+
+/// A connected device: runs until the front end leaves.
+pub(crate) struct Connection<D: Device> {
+    server: Arc<Mutex<Server<D>>>,
+    messages: BackendReqHandler<Mutex<Server<D>>>,
+}
+
+/// Things that are made before the jail is shut and used inside.
+#[derive(Debug)]
+pub(crate) struct Resources {
+    epoll: Epoll,
+    inflight_memory: File,
+}
+
+impl Resources {
+    /// For a device with `queues` queues of at most `queue_size` entries.
+    pub(crate) fn prepare(queues: u16, queue_size: u16) -> Result<Self, ServeError> {
+        let shape = ServeError::Shape {
+            queues,
+            size: queue_size,
+        };
+        if queues == 0 || queues > ipc::limits::MAX_QUEUES || !queue_size.is_power_of_two() {
+            return Err(shape);
+        }
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(HostFault::of("epoll_create1"))?;
+        let memory = memfd_create(c"inflight", MFdFlags::MFD_CLOEXEC)
+            .map_err(HostFault::of("memfd_create"))?;
+        let size = usize::from(queues) * queue_bytes(queue_size);
+        // At most 33 queues of 32768 entries of 16 bytes.
+        nix::unistd::ftruncate(&memory, size as libc::off_t)
+            .map_err(HostFault::of("ftruncate of the in-flight region"))?;
+        Ok(Self {
+            epoll,
+            inflight_memory: memory.into(),
+        })
+    }
+}
+
+impl<D: Device> Connection<D> {
+    pub(crate) fn new(
+        stream: UnixStream,
+        device: D,
+        resources: Resources,
+    ) -> Result<Self, ServeError> {
+        let queues = device.num_queues();
+        let size = device.max_queue_size();
+        let rings = (0..queues)
+            .map(|index| Ring::new(index, size))
+            .collect::<Option<Vec<_>>>()
+            .ok_or(ServeError::Shape { queues, size })?;
+        let Resources {
+            epoll,
+            inflight_memory,
+        } = resources;
+        epoll
+            .add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, SOCKET))
+            .map_err(HostFault::of("epoll_ctl of the vhost-user socket"))?;
+        let mut polled = Vec::new();
+        for (index, fd) in device.backends().into_iter().enumerate() {
+            let interest = device.interest(index);
+            let event = EpollEvent::new(flags(interest), FIRST_BACKEND + index as u64);
+            epoll
+                .add(fd, event)
+                .map_err(HostFault::of("epoll_ctl of a back end"))?;
+            polled.push(interest);
+        }
+        // `BackendReqHandler` wants a handler with interior mutability. One thread, so the lock is never waited for.
+        #[allow(clippy::arc_with_non_send_sync)]
+        let server = Arc::new(Mutex::new(Server {
+            device,
+            rings,
+            epoll,
+            polled,
+            ram: None,
+            features: 0,
+            inflight_memory,
+            inflight_given: false,
+            refused: None,
+            fatal: None,
+        }));
+        Ok(Self {
+            messages: BackendReqHandler::from_stream(stream, server.clone()),
+            server,
+        })
+    }
+
+    /// Serves until the front end closes the connection.
+    pub(crate) fn run(&mut self) -> Result<(), ServeError> {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        loop {
+            let count = lock(&self.server).wait(&mut events)?;
+            let mut message = false;
+            for event in &events[..count] {
+                match event.data() {
+                    SOCKET => message = true,
+                    data => lock(&self.server).event(data, event.events())?,
+                }
+            }
+            // Last, since a message may take away what the other events are about.
+            if message && !self.message()? {
+                return Ok(());
+            }
+            lock(&self.server).take_turns()?;
+        }
+    }
+
+    /// One message; `false` when the front end has left.
+    fn message(&mut self) -> Result<bool, ServeError> {
+        let result = self.messages.handle_request();
+        let mut server = lock(&self.server);
+        if let Some(fault) = server.fatal.take() {
+            return Err(fault.into());
+        }
+        let refused = server.refused.take();
+        match result {
+            Ok(()) => Ok(true),
+            Err(VhostError::Disconnected) => Ok(false),
+            Err(VhostError::SocketRetry(_)) => Ok(true),
+            Err(VhostError::SocketBroken(source))
+                if source.kind() == io::ErrorKind::ConnectionReset =>
+            {
+                Ok(false)
+            }
+            Err(source) => Err(ServeError::Frontend {
+                what: refused.unwrap_or_else(|| "message cannot be served".to_owned()),
+                source,
+            }),
+        }
+    }
+}
+
+fn lock<D>(server: &Mutex<Server<D>>) -> MutexGuard<'_, Server<D>> {
+    // A panic ends the process, so nobody sees a poisoned lock.
+    server.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn flags(interest: Interest) -> EpollFlags {
+    let mut flags = EpollFlags::empty();
+    if interest.readable {
+        flags |= EpollFlags::EPOLLIN;
+    }
+    if interest.writable {
+        flags |= EpollFlags::EPOLLOUT;
+    }
+    flags
+}
+
+impl<D: Device> Server<D> {
+    fn wait(&self, events: &mut [EpollEvent]) -> Result<usize, HostFault> {
+        let timeout = if self.rings.iter().any(|ring| ring.due) {
+            EpollTimeout::ZERO
+        } else {
+            EpollTimeout::NONE
+        };
+        loop {
+            match self.epoll.wait(events, timeout) {
+                Err(Errno::EINTR) => {}
+                other => return other.map_err(HostFault::of("epoll_wait")),
+            }
+        }
+    }
+
+    fn event(&mut self, data: u64, ready: EpollFlags) -> Result<(), HostFault> {
+        if let Some(index) = data.checked_sub(FIRST_BACKEND) {
+            // Counted from a usize in `new`.
+            return self.backend_event(index as usize, ready);
+        }
+        if let Some(ring) = data
+            .checked_sub(FIRST_KICK)
+            .and_then(|index| self.rings.get_mut(index as usize))
+        {
+            ring.due = ring.is_running();
+        }
+        Ok(())
+    }
+
+    fn backend_event(&mut self, index: usize, ready: EpollFlags) -> Result<(), HostFault> {
+        let failed = ready.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
+        let ready = Interest {
+            readable: failed || ready.contains(EpollFlags::EPOLLIN),
+            writable: failed || ready.contains(EpollFlags::EPOLLOUT),
+        };
+        for ring in self.rings.iter_mut().filter(|r| r.is_running()) {
+            // Keeps a turn that is due.
+            let due = ring.due;
+            if let Err(kind) = ring.begin_turn() {
+                ring.break_with(kind);
+            }
+            ring.due |= due && !ring.is_broken();
+        }
+        let result = self.device.backend_ready(index, ready, &mut self.rings);
+        self.after_device(result)?;
+        for ring in self.rings.iter_mut().filter(|r| r.is_running()) {
+            if let Err(kind) = ring.end_turn() {
+                ring.break_with(kind);
+            }
+        }
+        Ok(())
+    }
+
+    /// One turn for each queue that is due.
+    fn take_turns(&mut self) -> Result<(), HostFault> {
+        for index in 0..self.rings.len() {
+            let Some(ring) = self.rings.get_mut(index) else {
+                break;
+            };
+            if !ring.due {
+                continue;
+            }
+            if !ring.is_running() {
+                ring.due = false;
+                continue;
+            }
+            if let Err(kind) = ring.begin_turn() {
+                ring.break_with(kind);
+                continue;
+            }
+            let result = self.device.process_queue(ring);
+            self.after_device(result)?;
+            let Some(ring) = self.rings.get_mut(index).filter(|r| r.is_running()) else {
+                continue;
+            };
+            if let Err(kind) = ring.end_turn() {
+                ring.break_with(kind);
+            }
+        }
+        Ok(())
+    }
+
+    fn after_device(&mut self, result: Result<(), DeviceFault>) -> Result<(), HostFault> {
+        match result {
+            Ok(()) => {}
+            Err(DeviceFault::Guest(fault)) => self.break_ring(fault),
+            Err(DeviceFault::Host(fault)) => return Err(fault),
+        }
+        self.poll_backends()
+    }
+
+    fn break_ring(&mut self, fault: GuestFault) {
+        if let Some(ring) = self.rings.get_mut(usize::from(fault.queue)) {
+            ring.break_with(fault.kind);
+        }
+    }
+
+    fn poll_backends(&mut self) -> Result<(), HostFault> {
+        if (0..self.polled.len()).all(|i| self.polled[i] == self.device.interest(i)) {
+            return Ok(());
+        }
+        for (index, fd) in self.device.backends().into_iter().enumerate() {
+            let interest = self.device.interest(index);
+            let Some(polled) = self.polled.get_mut(index).filter(|p| **p != interest) else {
+                continue;
+            };
+            let mut event = EpollEvent::new(flags(interest), FIRST_BACKEND + index as u64);
+            self.epoll
+                .modify(fd, &mut event)
+                .map_err(HostFault::of("epoll_ctl of a back end"))?;
+            *polled = interest;
+        }
+        Ok(())
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | RING_FEATURES
+    }
+
+    /// Remembers why, for the log, and gives the library its code.
+    fn refuse(&mut self, refusal: &Refusal) -> VhostError {
+        let mut text = refusal.to_string();
+        crate::start::push_sources(&mut text, refusal);
+        self.refused = Some(text);
+        VhostError::InvalidParam
+    }
+
+    fn ring(&mut self, message: &'static str, index: u32) -> VhostResult<&mut Ring> {
+        let count = self.rings.len();
+        if index as usize >= count {
+            return Err(self.refuse(&Refusal::Queue {
+                message,
+                index,
+                count,
+            }));
+        }
+        Ok(&mut self.rings[index as usize])
+    }
+
+    /// A ring that may be described.
+    fn stopped_ring(&mut self, message: &'static str, index: u32) -> VhostResult<&mut Ring> {
+        if self.ring(message, index)?.is_started() {
+            return Err(self.refuse(&Refusal::Running { message }));
+        }
+        self.ring(message, index)
+    }
+
+    fn unpoll_kick(&mut self, index: usize) {
+        if let Some(kick) = self.rings.get_mut(index).and_then(|ring| ring.kick.take()) {
+            // A descriptor that was closed elsewhere would be gone from the set already; ours is open until here.
+            let _ = self.epoll.delete(&kick);
+        }
+    }
+
+    fn stop_ring(&mut self, index: usize) -> u16 {
+        self.unpoll_kick(index);
+        self.rings.get_mut(index).map_or(0, Ring::stop)
+    }
+
+    fn set_regions(&mut self, message: &'static str, regions: Vec<Region>) -> VhostResult<()> {
+        let ram = match GuestRam::new(regions) {
+            Ok(ram) => Arc::new(ram),
+            Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
+        };
+        for ring in self
+            .rings
+            .iter_mut()
+            .filter(|r| r.is_started() && !r.is_broken())
+        {
+            if let Err(kind) = ring.place(&ram) {
+                ring.break_with(kind);
+            }
+        }
+        self.ram = Some(ram);
+        Ok(())
+    }
+
+    fn use_inflight(&mut self, region: &VhostUserInflight, file: &File) -> VhostResult<()> {
+        let message = "SET_INFLIGHT_FD";
+        if self.rings.iter().any(Ring::is_started) {
+            return Err(self.refuse(&Refusal::Running { message }));
+        }
+        let needed = self.inflight_bytes(message, region)?;
+        if region.mmap_size < needed {
+            return Err(self.refuse(&Refusal::Value {
+                message,
+                value: region.mmap_size,
+                allowed: "the size that GET_INFLIGHT_FD told",
+            }));
+        }
+        let mapping = match Mapping::new(file, region.mmap_offset, needed) {
+            Ok(mapping) => Arc::new(mapping),
+            Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
+        };
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            let part = (index < usize::from(region.num_queues))
+                .then(|| InflightQueue::new(mapping.clone(), index, region.queue_size));
+            ring.set_inflight(part);
+        }
+        Ok(())
+    }
+
+    fn inflight_bytes(
+        &mut self,
+        message: &'static str,
+        region: &VhostUserInflight,
+    ) -> VhostResult<u64> {
+        if usize::from(region.num_queues) > self.rings.len() {
+            return Err(self.refuse(&Refusal::Value {
+                message,
+                value: u64::from(region.num_queues),
+                allowed: "at most the device's queues",
+            }));
+        }
+        if region.queue_size > self.device.max_queue_size() {
+            return Err(self.refuse(&Refusal::Value {
+                message,
+                value: u64::from(region.queue_size),
+                allowed: "at most the device's queue size",
+            }));
+        }
+        Ok(u64::from(region.num_queues) * queue_bytes(region.queue_size) as u64)
+    }
+}
+
+/// Zeroes the first `size` bytes of the region, for a front end that asks for a fresh one again.
+fn clear(file: &File, size: u64) -> Result<(), MemoryError> {
+    let mapping = Mapping::new(file, 0, size)?;
+    let bytes = mapping.bytes();
+    let zeros = [0u8; 256];
+    let mut done = 0;
+    while done < bytes.len() {
+        let Ok(rest) = bytes.offset(done) else { break };
+        rest.copy_from(&zeros);
+        done += zeros.len().min(rest.len());
+    }
+    Ok(())
+}
+
+impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
+    fn set_owner(&mut self) -> VhostResult<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> VhostResult<()> {
+        // Deprecated; the specification tells back ends to ignore it or to disable all rings.
+        self.reset_device()
+    }
+
+    fn reset_device(&mut self) -> VhostResult<()> {
+        for index in 0..self.rings.len() {
+            self.unpoll_kick(index);
+            self.rings[index].reset();
+        }
+        self.features = 0;
+        self.device.reset();
+        self.poll_backends().map_err(|fault| {
+            self.fatal = Some(fault);
+            VhostError::BackendInternalError
+        })
+    }
+
+    fn get_features(&mut self) -> VhostResult<u64> {
+        Ok(self.offered())
+    }
+
+    fn set_features(&mut self, features: u64) -> VhostResult<()> {
+        let message = "SET_FEATURES";
+        if features & !self.offered() != 0 {
+            return Err(self.refuse(&Refusal::Value {
+                message,
+                value: features & !self.offered(),
+                allowed: "bits that GET_FEATURES told",
+            }));
+        }
+        self.features = features;
+        if let Err(source) = self.device.accept(features) {
+            return Err(self.refuse(&Refusal::Host { message, source }));
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> VhostResult<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let message = "SET_MEM_TABLE";
+        let mut list = Vec::with_capacity(regions.len());
+        for (region, file) in regions.iter().zip(&files) {
+            match Region::new(
+                region.guest_phys_addr,
+                region.memory_size,
+                region.user_addr,
+                file,
+                region.mmap_offset,
+            ) {
+                Ok(region) => list.push(region),
+                Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
+            }
+        }
+        self.set_regions(message, list)?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
+        let message = "SET_VRING_NUM";
+        let ring = self.stopped_ring(message, index)?;
+        if u16::try_from(num).is_ok_and(|size| ring.set_size(size)) {
+            return Ok(());
+        }
+        Err(self.refuse(&Refusal::Value {
+            message,
+            value: u64::from(num),
+            allowed: "a power of two up to the device's queue size",
+        }))
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> VhostResult<()> {
+        let message = "SET_VRING_ADDR";
+        if !flags.is_empty() {
+            return Err(self.refuse(&Refusal::Value {
+                message,
+                value: u64::from(flags.bits()),
+                allowed: "no flags: dirty logging is not offered",
+            }));
+        }
+        self.stopped_ring(message, index)?.addresses = Some(UserAddresses {
+            descriptors: descriptor,
+            available,
+            used,
+        });
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
+        let message = "SET_VRING_BASE";
+        let ring = self.stopped_ring(message, index)?;
+        if let Ok(base) = u16::try_from(base) {
+            ring.base = base;
+            return Ok(());
+        }
+        Err(self.refuse(&Refusal::Value {
+            message,
+            value: u64::from(base),
+            allowed: "0 to 65535",
+        }))
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
+        self.ring("GET_VRING_BASE", index)?;
+        let base = self.stop_ring(index as usize);
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        let message = "SET_VRING_KICK";
+        let queue = u32::from(index);
+        self.ring(message, queue)?;
+        let Some(fd) = fd else {
+            return Err(self.refuse(&Refusal::NotOffered {
+                message: "SET_VRING_KICK without a descriptor (polling)",
+            }));
+        };
+        let Some(ram) = self.ram.clone() else {
+            return Err(self.refuse(&Refusal::NoMemory { message }));
+        };
+        self.unpoll_kick(usize::from(index));
+        let fd = OwnedFd::from(fd);
+        let event = EpollEvent::new(
+            EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
+            FIRST_KICK + u64::from(index),
+        );
+        if let Err(errno) = self.epoll.add(&fd, event) {
+            let source = HostFault::of("epoll_ctl")(errno);
+            return Err(self.refuse(&Refusal::Host { message, source }));
+        }
+        let protocol = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        let event_idx = self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let indirect = self.features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0;
+        let ring = self.ring(message, queue)?;
+        ring.kick = Some(fd);
+        if ring.is_started() {
+            return Ok(());
+        }
+        // Without protocol features there is no SET_VRING_ENABLE, and a started ring is enabled.
+        if !protocol {
+            ring.enabled = true;
+        }
+        if let Err(fault) = ring.start(&ram, event_idx, indirect) {
+            ring.break_with(fault.kind);
+        }
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        self.ring("SET_VRING_CALL", u32::from(index))?.call = fd.map(OwnedFd::from);
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        self.ring("SET_VRING_ERR", u32::from(index))?.error = fd.map(OwnedFd::from);
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
+        let offered = self.get_protocol_features()?.bits();
+        if features & !offered != 0 {
+            return Err(self.refuse(&Refusal::Value {
+                message: "SET_PROTOCOL_FEATURES",
+                value: features & !offered,
+                allowed: "bits that GET_PROTOCOL_FEATURES told",
+            }));
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> VhostResult<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
+        let ring = self.ring("SET_VRING_ENABLE", index)?;
+        ring.enabled = enable;
+        ring.due = ring.is_running();
+        Ok(())
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<Vec<u8>> {
+        let (offset, size) = (offset as usize, size as usize);
+        if offset > MAX_CONFIG_SPACE || size > MAX_CONFIG_SPACE - offset {
+            return Err(self.refuse(&Refusal::Value {
+                message: "GET_CONFIG",
+                value: (offset as u64).saturating_add(size as u64),
+                allowed: "up to 256 bytes",
+            }));
+        }
+        let mut out = vec![0; size];
+        self.device.read_config(offset, &mut out);
+        Ok(out)
+    }
+
+    fn set_config(
+        &mut self,
+        offset: u32,
+        data: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<()> {
+        let offset = offset as usize;
+        if offset > MAX_CONFIG_SPACE || data.len() > MAX_CONFIG_SPACE - offset {
+            return Err(self.refuse(&Refusal::Value {
+                message: "SET_CONFIG",
+                value: (offset as u64).saturating_add(data.len() as u64),
+                allowed: "up to 256 bytes",
+            }));
+        }
+        self.device.write_config(offset, data);
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> VhostResult<()> {
+        Err(self.refuse(&Refusal::NotOffered {
+            message: "GPU_SET_SOCKET",
+        }))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> VhostResult<File> {
+        Err(self.refuse(&Refusal::NotOffered {
+            message: "GET_SHARED_OBJECT",
+        }))
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        wanted: &VhostUserInflight,
+    ) -> VhostResult<(VhostUserInflight, File)> {
+        let message = "GET_INFLIGHT_FD";
+        if self.rings.iter().any(Ring::is_started) {
+            return Err(self.refuse(&Refusal::Running { message }));
+        }
+        let size = self.inflight_bytes(message, wanted)?;
+        let file = self
+            .inflight_memory
+            .try_clone()
+            .map_err(|_| VhostError::BackendInternalError)?;
+        if std::mem::replace(&mut self.inflight_given, true)
+            && let Err(source) = clear(&file, size)
+        {
+            return Err(self.refuse(&Refusal::Memory { message, source }));
+        }
+        let reply = VhostUserInflight::new(size, 0, wanted.num_queues, wanted.queue_size);
+        Ok((reply, file))
+    }
+
+    fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> VhostResult<()> {
+        self.use_inflight(region, &file)
+    }
+
+    fn get_max_mem_slots(&mut self) -> VhostResult<u64> {
+        Ok(MAX_MEMORY_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> VhostResult<Option<VhostUserMemoryRegionBase>> {
+        let message = "ADD_MEM_REG";
+        let mut regions = self
+            .ram
+            .as_ref()
+            .map_or(Vec::new(), |r| r.regions().to_vec());
+        match Region::new(
+            region.guest_phys_addr,
+            region.memory_size,
+            region.user_addr,
+            &fd,
+            region.mmap_offset,
+        ) {
+            Ok(region) => regions.push(region),
+            Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
+        }
+        self.set_regions(message, regions)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
+        let (guest, size, user) = (region.guest_phys_addr, region.memory_size, region.user_addr);
+        let message = "REM_MEM_REG";
+        let mut regions = self
+            .ram
+            .as_ref()
+            .map_or(Vec::new(), |r| r.regions().to_vec());
+        let before = regions.len();
+        regions.retain(|r| (r.guest, r.size, r.user) != (guest, size, user));
+        if regions.len() == before {
+            return Err(self.refuse(&Refusal::Value {
+                message,
+                value: guest,
+                allowed: "a region that was added",
+            }));
+        }
+        self.set_regions(message, regions)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> VhostResult<Option<File>> {
+        Err(self.refuse(&Refusal::NotOffered {
+            message: "SET_DEVICE_STATE_FD",
+        }))
+    }
+
+    fn check_device_state(&mut self) -> VhostResult<()> {
+        Err(self.refuse(&Refusal::NotOffered {
+            message: "CHECK_DEVICE_STATE",
+        }))
+    }
+
+    fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {
+        Err(self.refuse(&Refusal::NotOffered {
+            message: "GET_SHMEM_CONFIG",
+        }))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
+        Err(self.refuse(&Refusal::NotOffered {
+            message: "SET_LOG_BASE",
+        }))
+    }
+}

@@ -1,0 +1,265 @@
+//! From exec to serving: [`Prepared`] -> [`Jailed`] -> [`Serving`].
+//!
+//! **Job.** [`run`] is the `main` of every device process that the broker starts: take the descriptors, read the start
+//! message, build the device, lock the jail, serve.
+//!
+//! **Who is not trusted.** After [`Prepared::enter_jail`]: this process. Before it, input is the sealed start message only.
+//!
+//! **Why this way.** Each state is a type that only the one before can become, so code that serves without a jail does not
+//! compile. How the socket came to be is not part of it: [`Jailed::serve`] takes any connected stream, so another way to start
+//! needs another `run` and no other server.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+use ipc::PROTOCOL_VERSION;
+use ipc::limits::MAX_MESSAGE_FDS;
+use ipc::start::{FD_BACKEND, StartError, StartMessage};
+use thiserror::Error;
+
+use crate::device::Device;
+use crate::inherited::Inherited;
+use crate::jail::{self, JailError};
+use crate::server::{Connection, Resources, ServeError};
+
+/// The back-end descriptors, in the order that the device's spec names them.
+#[derive(Debug)]
+pub struct BackendFds(std::vec::IntoIter<OwnedFd>);
+
+impl BackendFds {
+    /// The next one; `None` after the last.
+    pub fn take(&mut self) -> Option<OwnedFd> {
+        self.0.next()
+    }
+
+    /// How many are left.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether none is left.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Why a device process does not start, or ended other than by its front end's leave.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// No usable start message.
+    #[error("start")]
+    Start(#[from] StartError),
+    /// Another build.
+    #[error(
+        "start message has protocol version {got}, this binary speaks {PROTOCOL_VERSION}: install all binaries from one build"
+    )]
+    Version {
+        /// The broker's version.
+        got: u32,
+    },
+    /// It is for another binary.
+    #[error("start message is for {wanted}, this is {this}")]
+    Binary {
+        /// Name in the message.
+        wanted: &'static str,
+        /// Own name.
+        this: &'static str,
+    },
+    /// A descriptor is missing, or there is one too many.
+    #[error(
+        "start message announces {count} back-end descriptors from {FD_BACKEND} on, but descriptor {fd} does not fit that"
+    )]
+    Descriptors {
+        /// Announced.
+        count: u32,
+        /// The number that is not open and should be, or is and should not.
+        fd: i32,
+    },
+    /// More descriptors than any device has.
+    #[error(
+        "start message announces {count} back-end descriptors: at most {MAX_MESSAGE_FDS} are possible"
+    )]
+    TooManyDescriptors {
+        /// Announced.
+        count: u32,
+    },
+    /// The device left descriptors untaken.
+    #[error("{count} back-end descriptors are not used by this device")]
+    UnusedDescriptors {
+        /// How many.
+        count: usize,
+    },
+    /// The device could not be built.
+    #[error("device")]
+    Device(#[source] Box<dyn Error + Send + Sync>),
+    /// The jail could not be locked.
+    #[error("jail")]
+    Jail(#[from] JailError),
+    /// Serving failed.
+    #[error("serving")]
+    Serve(#[from] ServeError),
+}
+
+/// A device that is built but has not been locked in.
+#[derive(Debug)]
+pub struct Prepared<D> {
+    device: D,
+    start: StartMessage,
+    resources: Resources,
+}
+
+impl<D: Device> Prepared<D> {
+    /// Makes what cannot be made inside the jail.
+    ///
+    /// # Errors
+    /// The device's shape is impossible, or the host refuses an epoll set or a memfd.
+    pub fn new(device: D, start: StartMessage) -> Result<Self, ServeError> {
+        let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+        Ok(Self {
+            device,
+            start,
+            resources,
+        })
+    }
+
+    /// Locks this process for good.
+    ///
+    /// # Errors
+    /// A layer cannot be had; the process must end.
+    pub fn enter_jail(self) -> Result<Jailed<D>, JailError> {
+        jail::lock(&self.start)?;
+        Ok(Jailed {
+            device: self.device,
+            resources: self.resources,
+        })
+    }
+}
+
+/// A device in its jail, without a front end. Only [`Prepared::enter_jail`] makes one.
+#[derive(Debug)]
+pub struct Jailed<D> {
+    device: D,
+    resources: Resources,
+}
+
+impl<D: Device> Jailed<D> {
+    /// Takes a front end.
+    ///
+    /// # Errors
+    /// Descriptors cannot be polled.
+    pub fn serve(self, front_end: UnixStream) -> Result<Serving<D>, ServeError> {
+        Ok(Serving {
+            connection: Connection::new(front_end, self.device, self.resources)?,
+        })
+    }
+}
+
+/// A device that serves a front end.
+pub struct Serving<D: Device> {
+    connection: Connection<D>,
+}
+
+impl<D: Device> Serving<D> {
+    /// Returns when the front end has left.
+    ///
+    /// # Errors
+    /// The front end broke the protocol, or the host failed.
+    pub fn run(mut self) -> Result<(), ServeError> {
+        self.connection.run()
+    }
+}
+
+/// The `main` of a device process that the broker starts. `name` is the binary's name; `build` makes the device from its spec
+/// and takes all back-end descriptors.
+pub fn run<D, E>(
+    name: &'static str,
+    build: impl FnOnce(&StartMessage, &mut BackendFds) -> Result<D, E>,
+) -> ExitCode
+where
+    D: Device,
+    E: Error + Send + Sync + 'static,
+{
+    let Some(inherited) = Inherited::take() else {
+        // Not started by the broker; whoever reads this is at a terminal.
+        eprintln!(
+            "{name}: a part of stratovirt, which starts it with a log, a vhost-user socket and a start message on descriptors 2, 3 and 4"
+        );
+        return ExitCode::from(2);
+    };
+    match run_inherited(name, inherited, build) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut line = error.to_string();
+            push_sources(&mut line, &error);
+            ipc::log::error!("{line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_inherited<D, E>(
+    name: &'static str,
+    inherited: Inherited,
+    build: impl FnOnce(&StartMessage, &mut BackendFds) -> Result<D, E>,
+) -> Result<(), RunError>
+where
+    D: Device,
+    E: Error + Send + Sync + 'static,
+{
+    // Before the log is set up, since the message says how much to log; a bad message is then reported at any level.
+    let start = match ipc::start::from_memfd(inherited.start) {
+        Ok(start) => start,
+        Err(error) => {
+            ipc::log::init(name, ipc::log::Level::Error, inherited.log);
+            return Err(error.into());
+        }
+    };
+    ipc::log::init(name, start.log_level, inherited.log);
+    ipc::log::trace!("start message read");
+    if start.version != PROTOCOL_VERSION {
+        return Err(RunError::Version { got: start.version });
+    }
+    if start.device.binary() != name {
+        return Err(RunError::Binary {
+            wanted: start.device.binary(),
+            this: name,
+        });
+    }
+    let count = start.backend_fds;
+    if count as usize > MAX_MESSAGE_FDS {
+        return Err(RunError::TooManyDescriptors { count });
+    }
+    let fds = inherited
+        .backends
+        .take(count)
+        .map_err(|fd| RunError::Descriptors { count, fd })?;
+    let mut backends = BackendFds(fds.into_iter());
+    let device = build(&start, &mut backends).map_err(|error| RunError::Device(Box::new(error)))?;
+    if !backends.is_empty() {
+        return Err(RunError::UnusedDescriptors {
+            count: backends.len(),
+        });
+    }
+    let prepared = Prepared::new(device, start)?;
+    ipc::log::trace!("prepared");
+    let jailed = prepared.enter_jail()?;
+    ipc::log::trace!("jailed");
+    let serving = jailed.serve(UnixStream::from(inherited.vhost_user))?;
+    ipc::log::trace!("serving");
+    serving.run()?;
+    ipc::log::trace!("front end left");
+    Ok(())
+}
+
+/// Appends the causes of `error`, each after a colon.
+pub(crate) fn push_sources(line: &mut String, error: &dyn Error) {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Writing to a string does not fail.
+        let _ = write!(line, ": {error}");
+        cause = error.source();
+    }
+}
