@@ -10,6 +10,7 @@ use std::process::Command;
 /// Name of the program and the files that it consists of.
 const PAYLOADS: &[(&str, &[&str])] = &[
     ("hello", &["hello.S"]),
+    ("first-byte", &["first-byte.S"]),
     (
         "virtio-probe",
         &["start.S", "payload.c", "virtio.c", "virtio-probe.c"],

@@ -46,7 +46,15 @@ pub(crate) fn compile(policy: &Policy, arch: &str) -> Result<Programs, CompileEr
     // A call answered with an error number must pass the main filter: of all filters' answers the
     // kernel takes the strictest, and "kill" would win over the error number.
     let allowed: Vec<Value> = policy.rules.iter().flat_map(json_rules).collect();
-    let main = |action: &str| program(&policy.file, json!(action), json!("allow"), &allowed, arch);
+    let main = |action: &str| {
+        program(
+            &policy.file,
+            &json!(action),
+            &json!("allow"),
+            &allowed,
+            arch,
+        )
+    };
 
     let mut errors: Vec<u32> = policy.rules.iter().filter_map(error_number).collect();
     errors.sort_unstable();
@@ -60,8 +68,8 @@ pub(crate) fn compile(policy: &Policy, arch: &str) -> Result<Programs, CompileEr
             .collect();
         program(
             &policy.file,
-            json!("allow"),
-            json!({ "errno": number }),
+            &json!("allow"),
+            &json!({ "errno": number }),
             &rules,
             arch,
         )
@@ -78,7 +86,7 @@ pub(crate) fn compile(policy: &Policy, arch: &str) -> Result<Programs, CompileEr
 pub(crate) fn number_of(call: &str, arch: &str) -> Result<Option<i64>, CompileError> {
     let target = target(arch)?;
     let rule = [json!({ "syscall": call })];
-    let Ok(program) = program(call, json!("kill_process"), json!("allow"), &rule, target) else {
+    let Ok(program) = program(call, &json!("kill_process"), &json!("allow"), &rule, target) else {
         return Ok(None);
     };
     // ld arch; jeq; ret; ld nr; jeq NUMBER
@@ -154,8 +162,8 @@ fn json_check(check: &Check, value: u64) -> Value {
 
 fn program(
     file: &str,
-    mismatch: Value,
-    matched: Value,
+    mismatch: &Value,
+    matched: &Value,
     rules: &[Value],
     arch: TargetArch,
 ) -> Result<BpfProgram, CompileError> {

@@ -8,7 +8,7 @@
 use crate::wait::{Deadline, readable};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 /// More than this from one console is a fault of the test or of the guest, in bytes.
@@ -170,6 +170,24 @@ impl Console {
         self.output = None;
     }
 
+    /// Reads what there is, past what was kept: for a terminal that shows the console as it is. 0 is the end.
+    ///
+    /// # Errors
+    /// When the console cannot be read.
+    pub fn read_available(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        if self.seen < self.bytes.len() {
+            let kept = &self.bytes[self.seen..];
+            let count = kept.len().min(to.len());
+            to[..count].copy_from_slice(&kept[..count]);
+            self.seen += count;
+            return Ok(count);
+        }
+        match self.input.read(to) {
+            Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(0),
+            other => other,
+        }
+    }
+
     /// All that came so far.
     #[must_use]
     pub fn transcript(&self) -> String {
@@ -209,6 +227,13 @@ impl Console {
         }
         self.bytes.extend_from_slice(&chunk[..count]);
         Ok(More::Some)
+    }
+}
+
+impl AsFd for Console {
+    /// The side that is read.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.input.as_fd()
     }
 }
 

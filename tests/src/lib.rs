@@ -11,7 +11,11 @@
 //! makes a test slower, not red. A host that lacks something is an error that names it, not a silent pass.
 
 pub mod console;
+pub mod host;
+pub mod jail;
 pub mod lab;
 pub mod payload;
-
+pub mod procfs;
+pub mod qmp;
+pub mod vm;
 pub mod wait;

@@ -11,6 +11,8 @@ use std::path::PathBuf;
 pub enum Payload {
     /// One byte on the serial port, a line, the end.
     Hello,
+    /// One byte on the serial port, then sleep.
+    FirstByte,
     /// Prints what each virtio-mmio window says.
     VirtioProbe,
     /// Writes, flushes, reads and compares sectors.
@@ -21,12 +23,16 @@ pub enum Payload {
     Machine,
 }
 
+/// What [`Payload::FirstByte`] writes.
+pub const FIRST_BYTE: u8 = 0xaa;
+
 impl Payload {
     /// The ELF file.
     #[must_use]
     pub fn path(self) -> PathBuf {
         let name = match self {
             Self::Hello => "hello",
+            Self::FirstByte => "first-byte",
             Self::VirtioProbe => "virtio-probe",
             Self::BlkRw => "blk-rw",
             Self::NetTx => "net-tx",

@@ -1,2 +1,8 @@
 //! placeholder
 pub mod cmdline;
+pub mod kvm;
+pub mod memory;
+pub mod boot;
+pub mod machine;
+pub mod platform;
+pub mod virtio;

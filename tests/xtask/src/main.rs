@@ -3,17 +3,45 @@
 //! **Job.** `cargo xtask COMMAND`: one file per command, and this table. **Who is not trusted.** Nobody; this runs
 //! as the developer. **Why this way.** Rules and recipes that are programs can be run, tested and kept true.
 
+mod bench;
+mod check;
+mod demo;
 mod lab;
+mod rules;
+mod test;
+mod tool;
 
 use std::process::ExitCode;
 
 type Command = fn(&[String]) -> Result<ExitCode, String>;
 
-const COMMANDS: &[(&str, &str, Command)] = &[(
-    "lab",
-    "run a command where Linux guests boot: lab [--kernel full] [--mem MIB] [--smp N] [--timeout S] [--share DIR] [--where] -- COMMAND…",
-    lab::run,
-)];
+const COMMANDS: &[(&str, &str, Command)] = &[
+    (
+        "demo",
+        "boot a guest with a disk and a network card, show every process's jail, leave you in its shell: demo [--check]",
+        demo::run,
+    ),
+    (
+        "test",
+        "run all tests, or those of a suite or a crate: test [SUITE|CRATE] [FILTER…]",
+        test::run,
+    ),
+    (
+        "bench",
+        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net]",
+        bench::run,
+    ),
+    (
+        "check",
+        "formatting, lints and the project's own rules",
+        check::run,
+    ),
+    (
+        "lab",
+        "run a command where Linux guests boot: lab [--kernel full] [--mem MIB] [--smp N] [--timeout S] [--share DIR] [--where] -- COMMAND…",
+        lab::run,
+    ),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -1,0 +1,61 @@
+//! A device process for the live tests: locks its jail, installs a filter and does what it is told.
+//!
+//! Descriptor 3 is a stream socket. Argument 1 says what to do:
+//! `serve` locks, filters, writes the jail's report and waits for the stream's end;
+//! `open` serves the same, then waits for one byte, without a filter, for looking at from outside;
+//! `start` writes the monotonic time at which `main` began, and ends.
+
+use ozone::{Sandbox, inner};
+use seccomp_policies::{Action, Policy, install};
+use std::{
+    env,
+    fs::File,
+    io::{Read, Write},
+    os::fd::{FromRawFd, OwnedFd},
+    process::ExitCode,
+};
+
+fn now() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    time.map_or(0, |t| {
+        t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64
+    })
+}
+
+fn main() -> ExitCode {
+    let begun = now();
+    let Some(what) = env::args().nth(1) else {
+        return ExitCode::from(2);
+    };
+    // Everything goes through descriptor 3; the standard streams are whatever the test gave.
+    #[allow(unsafe_code)]
+    // SAFETY: the starter passes this descriptor to us alone.
+    let mut link = File::from(unsafe { OwnedFd::from_raw_fd(3) });
+    let done = match what.as_str() {
+        "start" => link.write_all(&begun.to_ne_bytes()),
+        "open" | "serve" => {
+            let jailed = match inner::lock(Sandbox::BestEffort) {
+                Ok(jailed) => jailed,
+                Err(error) => {
+                    let _ = writeln!(link, "refused: {error}");
+                    return ExitCode::FAILURE;
+                }
+            };
+            if what == "serve"
+                && let Err(error) = install(Policy::Template, Action::Kill)
+            {
+                let _ = writeln!(link, "refused: {error}");
+                return ExitCode::FAILURE;
+            }
+            let mut byte = [0];
+            writeln!(link, "jailed: {}", jailed.report())
+                .and_then(|()| link.read(&mut byte).map(drop))
+        }
+        _ => return ExitCode::from(2),
+    };
+    if done.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,100 @@
+//! Lock-down of the control process.
+//!
+//! Job: give up every capability, set `no_new_privs`, become non-dumpable, and deny the process
+//! all files, TCP and outside signals through Landlock.
+//! Not trusted: the process itself, once the guest runs.
+//! Why this way: all of it is per thread and inherited, so it must happen while there is one
+//! thread; the vCPU and QMP threads are started after it and add their own seccomp filters.
+
+use crate::{
+    layer::{Layer, LayerReport, Sandbox, State},
+    steps::{caps, dumpable, landlock, no_new_privs, threads},
+};
+use nix::errno::Errno;
+
+/// What the control process gave up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SelfReport {
+    /// Landlock's ABI version in the running kernel; 0 without Landlock.
+    pub landlock_abi: i32,
+    /// The layers.
+    pub layers: Vec<LayerReport>,
+}
+
+/// Why the control process could not be locked down.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfLockError {
+    /// The other threads would keep their rights.
+    #[error("lock-down must come before threads are started; there are {0}")]
+    Threads(u64),
+    /// A step failed.
+    #[error("lock-down failed: {what}")]
+    Step {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: Errno,
+    },
+    /// Landlock's calls failed in a way that an old kernel does not explain.
+    #[error("cannot restrict this process with Landlock")]
+    Landlock(#[from] ::landlock::RulesetError),
+    /// A layer is missing and the mode is strict.
+    #[error("strict sandbox refused for the control process: {0}")]
+    Refused(LayerReport),
+}
+
+/// Locks this process down. Descriptors that are open keep working; nothing can be opened by path
+/// afterwards.
+///
+/// # Errors
+/// [`SelfLockError`]; the process should then end.
+pub fn self_lock(mode: Sandbox) -> Result<SelfReport, SelfLockError> {
+    let step = |what| move |source| SelfLockError::Step { what, source };
+    match threads::count().map_err(step("counting threads"))? {
+        1 => {}
+        more => return Err(SelfLockError::Threads(more)),
+    }
+    // An unprivileged process cannot empty its bounding set; without privileges, and with
+    // no_new_privs, nothing in it can be had.
+    let sealed = caps::seal();
+    caps::clear().map_err(step("dropping capabilities"))?;
+    no_new_privs::set().map_err(step("setting no_new_privs"))?;
+    let sets = caps::read().map_err(step("reading capabilities"))?;
+    if !sets.usable_are_empty() {
+        return Err(step("dropping capabilities")(Errno::EPERM));
+    }
+    let off = dumpable::switch_off().map_err(step("switching dumps off"))?;
+    if !off {
+        return Err(step("switching dumps off")(Errno::EPERM));
+    }
+    let landlock = landlock::deny_all()?;
+    let capabilities = match sealed {
+        Ok(()) => State::On,
+        Err(_) => State::Partly("the bounding set cannot be emptied without CAP_SETPCAP"),
+    };
+    let mut layers = vec![
+        LayerReport {
+            layer: Layer::Capabilities,
+            state: capabilities,
+        },
+        LayerReport {
+            layer: Layer::NoNewPrivileges,
+            state: State::On,
+        },
+        LayerReport {
+            layer: Layer::NotDumpable,
+            state: State::On,
+        },
+    ];
+    layers.extend(landlock.layers);
+    let missing = layers
+        .iter()
+        .find(|l| matches!(l.state, State::Off(_) | State::Lacking(_)));
+    match missing {
+        Some(layer) if mode == Sandbox::Strict => Err(SelfLockError::Refused(layer.clone())),
+        _ => Ok(SelfReport {
+            landlock_abi: landlock.abi,
+            layers,
+        }),
+    }
+}

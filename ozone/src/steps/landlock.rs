@@ -1,0 +1,92 @@
+//! Landlock: denies all file system access, TCP, and signals and abstract sockets out of the jail.
+//!
+//! Whatever the running kernel's ABI offers is switched on; no rule gives anything back.
+//! Descriptors that are open already keep working.
+
+use crate::layer::{Layer, LayerReport, State};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset,
+    RulesetAttr, RulesetError, RulesetStatus, Scope,
+};
+
+/// What the kernel enforces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LandlockReport {
+    /// The kernel's ABI version; 0 without Landlock.
+    pub abi: i32,
+    /// Files, TCP and scopes, one layer each.
+    pub layers: [LayerReport; 3],
+}
+
+/// From this ABI on no right to open, make, change or remove a file is left out.
+const FILES_COMPLETE: i32 = 3;
+const TCP: i32 = 4;
+const SCOPES: i32 = 6;
+
+/// Restricts the calling thread, and whatever it starts, for good.
+pub(crate) fn deny_all() -> Result<LandlockReport, RulesetError> {
+    let newest = ABI::V9; // the newest that the crate knows; older kernels ignore what they lack
+    let status = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(newest))?
+        .handle_access(AccessNet::from_all(newest))?
+        .scope(Scope::from_all(newest))?
+        .create()?
+        .restrict_self()?;
+    let abi = match status.landlock {
+        LandlockStatus::Available {
+            effective_abi,
+            kernel_abi,
+        } => kernel_abi.unwrap_or(effective_abi as i32),
+        LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
+    };
+    let enforced = status.ruleset != RulesetStatus::NotEnforced;
+    Ok(report(if enforced { abi } else { 0 }))
+}
+
+fn report(abi: i32) -> LandlockReport {
+    let files = match abi {
+        0 => State::Lacking("the kernel has no Landlock"),
+        n if n < FILES_COMPLETE => State::Partly("this ABI does not cover truncation or linking"),
+        _ => State::On,
+    };
+    let since = |first, why| {
+        if abi >= first {
+            State::On
+        } else {
+            State::Lacking(why)
+        }
+    };
+    LandlockReport {
+        abi,
+        layers: [
+            LayerReport {
+                layer: Layer::LandlockFiles,
+                state: files,
+            },
+            LayerReport {
+                layer: Layer::LandlockTcp,
+                state: since(TCP, "needs Landlock ABI 4"),
+            },
+            LayerReport {
+                layer: Layer::LandlockScopes,
+                state: since(SCOPES, "needs Landlock ABI 6"),
+            },
+        ],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn older_kernels_are_told_apart() {
+        let on = |abi| report(abi).layers.map(|l| l.is_on());
+        assert_eq!(on(0), [false, false, false]);
+        assert_eq!(on(2), [false, false, false]);
+        assert!(matches!(report(2).layers[0].state, State::Partly(_)));
+        assert_eq!(on(4), [true, true, false]);
+        assert_eq!(on(7), [true, true, true]);
+    }
+}

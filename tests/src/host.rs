@@ -1,0 +1,114 @@
+//! # What tests need from the host
+//!
+//! **Job.** Requirements that name what is missing, and things on the host that go away with their owner: disk images
+//! and tap interfaces.
+//! **Who is not trusted.** Nobody.
+//! **Why this way.** A test that cannot run fails with the reason; one that quietly does nothing is worth nothing.
+
+use crate::lab::{LabError, ensure_packages, run_program};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// `/dev/kvm` must take a guest, be it a bare one.
+///
+/// # Panics
+/// When it cannot be opened, with the reason.
+pub fn require_kvm() {
+    let opened = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    assert!(
+        opened.is_ok(),
+        "this test needs /dev/kvm: {}",
+        opened.err().map_or_else(String::new, |e| e.to_string())
+    );
+}
+
+/// This process must be root: it makes interfaces, or user namespaces with a map of its own.
+///
+/// # Panics
+/// When it is not.
+pub fn require_root() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this test makes network interfaces and needs root"
+    );
+}
+
+/// Makes an ext4 image of `mebibytes` that holds the files of `content`.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn ext4_image(image: &Path, mebibytes: u64, content: &Path) -> Result<(), LabError> {
+    ensure_packages(&["e2fsprogs"])?;
+    let mut mke2fs = Command::new("/sbin/mke2fs");
+    mke2fs
+        .args(["-q", "-F", "-t", "ext4", "-d"])
+        .arg(content)
+        .arg(image)
+        .arg(format!("{mebibytes}M"));
+    run_program(&mut mke2fs).map(drop)
+}
+
+/// Checks an ext4 image without changing it.
+///
+/// # Errors
+/// With what is wrong, when something is.
+pub fn check_ext4(image: &Path) -> Result<(), LabError> {
+    ensure_packages(&["e2fsprogs"])?;
+    run_program(Command::new("/sbin/e2fsck").arg("-fn").arg(image)).map(drop)
+}
+
+/// Reads a file out of an ext4 image without mounting it.
+///
+/// # Errors
+/// When the image holds no such file.
+pub fn read_from_ext4(image: &Path, file: &str) -> Result<Vec<u8>, LabError> {
+    ensure_packages(&["e2fsprogs"])?;
+    let out =
+        tempfile::NamedTempFile::new().map_err(LabError::system("create a temporary file"))?;
+    let request = format!("dump {file} {}", out.path().display());
+    run_program(
+        Command::new("/sbin/debugfs")
+            .arg("-R")
+            .arg(request)
+            .arg(image),
+    )?;
+    fs::read(out.path()).map_err(LabError::file("read", out.path()))
+}
+
+/// A tap interface with an address, which goes away with its owner.
+#[derive(Debug)]
+pub struct Tap {
+    /// Its name.
+    pub name: String,
+    /// The host's address on it.
+    pub address: String,
+}
+
+impl Tap {
+    /// Makes an interface `name` with `address`, given with its prefix length ("10.0.2.1/24").
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(name: &str, address: &str) -> Result<Self, LabError> {
+        ensure_packages(&["iproute2"])?;
+        run_program(Command::new("ip").args(["tuntap", "add", "dev", name, "mode", "tap"]))?;
+        let tap = Self {
+            name: name.to_owned(),
+            address: address.split('/').next().unwrap_or_default().to_owned(),
+        };
+        run_program(Command::new("ip").args(["addr", "add", address, "dev", name]))?;
+        run_program(Command::new("ip").args(["link", "set", name, "up"]))?;
+        Ok(tap)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        // It fails only when someone else has removed it.
+        let _ = run_program(Command::new("ip").args(["link", "del", &self.name]));
+    }
+}

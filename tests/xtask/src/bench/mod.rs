@@ -1,0 +1,18 @@
+//! # `cargo xtask bench`
+//!
+//! **Job.** The benches by name. **Who is not trusted.** The machine: its load drifts, so all candidates take turns
+//! in one run, and medians are compared. **Why this way.** A figure alone says little; beside the peers', taken in the
+//! same minute, it says which way we moved.
+
+mod meter;
+mod peers;
+mod startup;
+
+use std::process::ExitCode;
+
+pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
+    match arguments.split_first() {
+        Some((name, rest)) if name == "startup" => startup::run(rest),
+        _ => Err("the benches are: startup".into()),
+    }
+}

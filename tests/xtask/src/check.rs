@@ -1,0 +1,56 @@
+//! # `cargo xtask check`
+//!
+//! **Job.** Formatting, lints, licences and the project's own rules, each as a program.
+//! **Who is not trusted.** Nobody. **Why this way.** All rules run before it fails, so one run tells everything.
+
+use crate::{rules, tool};
+use std::process::ExitCode;
+
+pub(crate) fn run(_arguments: &[String]) -> Result<ExitCode, String> {
+    let mut failures = Vec::new();
+    let mut step = |name: &str, result: Result<(), String>| {
+        match &result {
+            Ok(()) => eprintln!("check: {name}: ok"),
+            Err(message) => eprintln!("check: {name}: {message}"),
+        }
+        if result.is_err() {
+            failures.push(name.to_owned());
+        }
+    };
+    step(
+        "format",
+        tool::run(&mut tool::cargo(&["fmt", "--all", "--check"])),
+    );
+    let clippy = [
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    step("lints", tool::run(&mut tool::cargo(&clippy)));
+    if tool::has_subcommand("deny") {
+        step(
+            "licences and sources",
+            tool::run(&mut tool::cargo(&[
+                "deny",
+                "--offline",
+                "check",
+                "licenses",
+                "bans",
+                "sources",
+            ])),
+        );
+    } else {
+        eprintln!("check: licences and sources: not checked, cargo-deny is not installed");
+    }
+    for (name, rule) in rules::ALL {
+        step(name, rule());
+    }
+    if failures.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    Err(format!("failed: {}", failures.join(", ")))
+}

@@ -1,0 +1,326 @@
+//! # `cargo xtask demo`
+//!
+//! **Job.** Show the product's main job from nothing to a shell: install, build, make a disk and a tap, boot Debian's
+//! stock kernel, mount the disk and ping the host from it, print each process with its jail, hand the guest's serial
+//! console to the user, clean up. `--check` does the same without a terminal and judges it.
+//! **Who is not trusted.** The guest and the VMM: what the guest claims about its disk is checked on the host with
+//! `e2fsck` and by reading the file back, and what the jails are is asked from the kernel.
+//! **Why this way.** The command line is the manual's, printed as a user would type it.
+
+use crate::tool;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+use tests::host::{self, Tap};
+use tests::jail::Jail;
+use tests::lab::{Flavour, Guest, Nested, Place, Script, chain, ensure_packages, place};
+use tests::vm::Vm;
+use tests::wait::Deadline;
+
+const PACKAGES: &[&str] = &[
+    "e2fsprogs",
+    "iproute2",
+    "qemu-system-x86",
+    "busybox-static",
+    "kmod",
+];
+/// The host's and the guest's address on the tap.
+const HOST: &str = "10.0.2.1";
+const GUEST: &str = "10.0.2.2";
+const TAP: &str = "sv-demo0";
+/// Two emulations deep, a boot takes seconds; this is for a machine that is also busy.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// What the guest does before its shell.
+const SCRIPT: &str = "\
+set -e
+mkdir -p /mnt/disk
+mount -t ext4 /dev/vda /mnt/disk
+echo \"GUEST-DISK $(cat /mnt/disk/from-host)\"
+echo 'written in the guest' > /mnt/disk/from-guest
+sync
+ip addr add 10.0.2.2/24 dev eth0
+ip link set eth0 up
+ping -c 3 -i 0.2 10.0.2.1
+echo GUEST-PING ok
+";
+
+pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
+    let check = match arguments {
+        [] => false,
+        [one] if one == "--check" => true,
+        [one, dir] if one == "--inside" => return inside(Path::new(dir), false),
+        [one, dir, two] if one == "--inside" && two == "--check" => {
+            return inside(Path::new(dir), true);
+        }
+        other => return Err(format!("{other:?}: the only option is --check")),
+    };
+    if !check && !io::stdin().is_terminal() {
+        return Err("this needs a terminal; without one, use --check".into());
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err("making a tap and jails with their own users takes root".into());
+    }
+    ensure_packages(PACKAGES).map_err(|e| chain(&e))?;
+    let programs = tool::build_release()?;
+    let place = place(Flavour::Cloud).map_err(|e| chain(&e))?;
+    Guest::ready(Flavour::Cloud).map_err(|e| chain(&e))?;
+    match place {
+        Place::Here { why } => {
+            say(&format!("the VM runs on this machine: {why}"));
+            inside(&programs, check)
+        }
+        Place::Nested { why } => {
+            say(&format!(
+                "the VM runs in a nested machine (QEMU emulates AMD SVM): {why}"
+            ));
+            let own =
+                std::env::current_exe().map_err(|e| format!("cannot find this program: {e}"))?;
+            let mut command = vec![
+                own.display().to_string(),
+                "demo".into(),
+                "--inside".into(),
+                programs.display().to_string(),
+            ];
+            let limit = check.then_some(Duration::from_secs(300));
+            if check {
+                command.push("--check".into());
+            }
+            let nested = Nested {
+                limit,
+                interactive: true,
+                ..Nested::default()
+            };
+            let status = nested.run(&command).map_err(|e| chain(&e))?;
+            Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
+        }
+    }
+}
+
+/// The part that runs where Linux guests boot.
+fn inside(programs: &Path, check: bool) -> Result<ExitCode, String> {
+    let text = |e: &dyn std::error::Error| chain(e);
+    let work = tempfile::tempdir().map_err(|e| format!("cannot make a temporary folder: {e}"))?;
+    let guest = Guest::ready(Flavour::Cloud).map_err(|e| text(&e))?;
+
+    say("making an ext4 disk and a tap");
+    let content = work.path().join("content");
+    std::fs::create_dir(&content).map_err(|e| format!("cannot make a folder: {e}"))?;
+    std::fs::write(content.join("from-host"), "written on the host\n")
+        .map_err(|e| format!("cannot write: {e}"))?;
+    let disk = work.path().join("disk.img");
+    host::ext4_image(&disk, 64, &content).map_err(|e| text(&e))?;
+    let tap = Tap::new(TAP, &format!("{HOST}/24")).map_err(|e| text(&e))?;
+    let initrd = guest
+        .initrd_with(&Script::new(SCRIPT))
+        .map_err(|e| text(&e))?;
+
+    let arguments: Vec<String> = [
+        "-machine",
+        "microvm",
+        "-smp",
+        "1",
+        "-m",
+        "256m",
+        "-kernel",
+        &guest.kernel.elf.display().to_string(),
+        "-initrd",
+        &initrd.path().display().to_string(),
+        "-append",
+        "console=ttyS0 quiet panic=-1 reboot=k then=shell",
+        "-drive",
+        &format!("id=rootfs,file={},readonly=off,direct=off", disk.display()),
+        "-device",
+        "virtio-blk-device,drive=rootfs,id=blk0",
+        "-netdev",
+        &format!("tap,id=net0,ifname={}", tap.name),
+        "-device",
+        "virtio-net-device,netdev=net0,id=nic0,mac=52:54:00:12:34:56",
+    ]
+    .map(str::to_owned)
+    .into();
+    say(&format!(
+        "starting: stratovirt {} -serial stdio",
+        shown(&arguments)
+    ));
+    let program = programs.join("stratovirt");
+    let mut vm = Vm::builder()
+        .program(program)
+        .args(&arguments)
+        .with_qmp()
+        .start()
+        .map_err(|e| text(&e))?;
+
+    vm.wait_for("GUEST-UP ", LIMIT)?;
+    let up = vm.console.rest_of_line(LIMIT).map_err(|e| text(&e))?;
+    say(&format!("the guest's init runs ({up})"));
+    vm.wait_for("GUEST-DISK ", LIMIT)?;
+    let read = vm.console.rest_of_line(LIMIT).map_err(|e| text(&e))?;
+    if read.trim() != "written on the host" {
+        return Err(format!("the guest reads {read:?} from the disk"));
+    }
+    say("the guest has mounted the disk, read the host's file and written its own");
+    vm.wait_for("GUEST-PING ok", LIMIT)?;
+    say(&format!("the guest ({GUEST}) has pinged the host ({HOST})"));
+    vm.wait_for("GUEST-END status=0", LIMIT)?;
+
+    say("the processes of this VM, as the kernel sees them:");
+    let mut pids = vec![vm.pid()];
+    pids.extend(vm.processes().map_err(|e| text(&e))?);
+    for &pid in &pids {
+        let jail =
+            Jail::of(pid).map_err(|e| format!("cannot read the jail of process {pid}: {e}"))?;
+        println!("{jail}");
+    }
+    let mut problems = judge(&pids)?;
+
+    if check {
+        vm.console.send("poweroff -f\n").map_err(|e| text(&e))?;
+    } else {
+        say("the guest's shell is yours; `poweroff -f` ends the VM");
+        hand_over(&mut vm)?;
+    }
+    let status = vm.wait(LIMIT).map_err(|e| text(&e))?;
+    if !status.success() {
+        problems.push(format!("the VM ended with {status}: {}", vm.messages()));
+    }
+    let survivors = vm.survivors(Deadline::after(Duration::from_millis(100)));
+    if !survivors.is_empty() {
+        problems.push(format!(
+            "these processes have outlived the VM: {survivors:?}"
+        ));
+    }
+    host::check_ext4(&disk).map_err(|e| text(&e))?;
+    let written = host::read_from_ext4(&disk, "/from-guest").map_err(|e| text(&e))?;
+    if written != b"written in the guest\n" {
+        problems.push(format!(
+            "the host reads {:?} as the guest's file",
+            String::from_utf8_lossy(&written)
+        ));
+    }
+    drop(tap);
+    if problems.is_empty() {
+        say(
+            "the disk is clean and holds the guest's file; nothing of the VM is left. All is well.",
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    Err(problems.join("\n"))
+}
+
+/// What must hold for the picture to be worth showing; the jail suite checks far more.
+fn judge(pids: &[i32]) -> Result<Vec<String>, String> {
+    let mut problems = Vec::new();
+    let mut names = Vec::new();
+    for &pid in pids {
+        let jail =
+            Jail::of(pid).map_err(|e| format!("cannot read the jail of process {pid}: {e}"))?;
+        let kvm = jail.fds.values().any(|fd| fd.kind().contains("kvm"));
+        if kvm != (pid == pids[0]) {
+            problems.push(format!("{} holds KVM: {kvm}", jail.name));
+        }
+        let device = ["block", "net"].contains(&jail.name.as_str());
+        if device && jail.own_namespaces.len() != tests::jail::NAMESPACES.len() {
+            problems.push(format!("{} shares namespaces with the host", jail.name));
+        }
+        if device
+            && (jail.capabilities != [0; 5]
+                || !jail.no_new_privs
+                || jail.threads.iter().any(|t| t.1 != 2))
+        {
+            problems.push(format!("{} has privileges left", jail.name));
+        }
+        names.push(jail.name);
+    }
+    for wanted in ["block", "net"] {
+        if !names.iter().any(|n| n == wanted) {
+            problems.push(format!("no process named {wanted} among {names:?}"));
+        }
+    }
+    Ok(problems)
+}
+
+/// Connects this terminal with the guest's serial port until the VM ends.
+fn hand_over(vm: &mut Vm) -> Result<(), String> {
+    let raw = RawTerminal::enter().map_err(|e| format!("cannot set the terminal up: {e}"))?;
+    vm.console.send("\n").map_err(|e| chain(&e))?;
+    let result = relay(vm);
+    drop(raw);
+    result.map_err(|e| format!("the terminal: {e}"))
+}
+
+fn relay(vm: &mut Vm) -> io::Result<()> {
+    let (mut stdin, mut stdout) = (io::stdin(), io::stdout());
+    let mut typing = true;
+    loop {
+        let (from_guest, from_user) = {
+            let mut fds = vec![PollFd::new(vm.console.as_fd(), PollFlags::POLLIN)];
+            if typing {
+                fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
+            }
+            poll(&mut fds, PollTimeout::NONE)?;
+            (
+                fds[0].any().unwrap_or(false),
+                fds.get(1).is_some_and(|f| f.any().unwrap_or(false)),
+            )
+        };
+        // As large as the buffer of standard input, so that nothing stays in it unseen by poll.
+        let mut chunk = [0; 16 << 10];
+        if from_guest {
+            let count = vm.console.read_available(&mut chunk)?;
+            if count == 0 {
+                return Ok(());
+            }
+            stdout.write_all(&chunk[..count])?;
+            stdout.flush()?;
+        }
+        if from_user {
+            let count = stdin.read(&mut chunk)?;
+            if count == 0 {
+                typing = false;
+            } else {
+                let text = String::from_utf8_lossy(&chunk[..count]).into_owned();
+                vm.console.send(&text).map_err(io::Error::other)?;
+            }
+        }
+    }
+}
+
+/// The terminal in raw mode, given back as it was.
+struct RawTerminal(Termios);
+
+impl RawTerminal {
+    fn enter() -> nix::Result<Self> {
+        let before = tcgetattr(io::stdin())?;
+        let mut raw = before.clone();
+        cfmakeraw(&mut raw);
+        tcsetattr(io::stdin(), SetArg::TCSANOW, &raw)?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // A terminal that is gone needs no mode.
+        let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, &self.0);
+    }
+}
+
+fn shown(arguments: &[String]) -> String {
+    let words = arguments.iter().map(|a| {
+        if a.contains(' ') {
+            format!("\"{a}\"")
+        } else {
+            a.clone()
+        }
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn say(text: &str) {
+    println!("demo: {text}");
+}

@@ -1,0 +1,59 @@
+//! # `cargo xtask test`
+//!
+//! **Job.** Install what the tests need, build all programs, and run all tests, or one suite (the name of a file in
+//! `tests/tests`) or one crate. **Who is not trusted.** Nobody.
+//! **Why this way.** Tests find the product's programs beside themselves, so those are built first and whole; what
+//! needs a Linux guest finds its own place to run, so one runner and its summary tell all.
+
+use crate::tool;
+use std::process::ExitCode;
+use tests::lab::{chain, ensure_packages, place};
+
+/// What the tests use beyond what the lab installs for itself.
+const PACKAGES: &[&str] = &[
+    "e2fsprogs",
+    "iproute2",
+    "iputils-ping",
+    "python3",
+    "python3-venv",
+];
+
+pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
+    ensure_packages(PACKAGES).map_err(|e| chain(&e))?;
+    let place = place(tests::lab::Flavour::Cloud).map_err(|e| chain(&e))?;
+    eprintln!("tests with Linux guests: {place:?}");
+    tool::run(&mut tool::cargo(&["build", "--workspace", "--bins"]))?;
+
+    let mut select: Vec<String> = Vec::new();
+    let mut filters: Vec<String> = Vec::new();
+    for argument in arguments {
+        let root = tool::root();
+        if root.join(format!("tests/tests/{argument}.rs")).exists() {
+            select.extend([
+                "-p".into(),
+                "tests".into(),
+                "--test".into(),
+                argument.clone(),
+            ]);
+        } else if select.is_empty() && filters.is_empty() && is_crate(argument) {
+            select.extend(["-p".into(), argument.clone()]);
+        } else {
+            filters.push(argument.clone());
+        }
+    }
+    if select.is_empty() {
+        select.push("--workspace".into());
+    }
+    let runner: &[&str] = if tool::has_subcommand("nextest") {
+        &["nextest", "run"]
+    } else {
+        &["test", "--no-fail-fast"]
+    };
+    tool::run(tool::cargo(runner).args(&select).args(&filters))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn is_crate(name: &str) -> bool {
+    let mut command = tool::cargo(&["pkgid", "-p", name]);
+    command.output().is_ok_and(|o| o.status.success())
+}

@@ -1,0 +1,539 @@
+//! The threads that run vCPUs.
+//!
+//! Job: one thread per vCPU that enters the guest, hands port and memory accesses to an [`IoHandler`], and reports what
+//! it cannot continue from; pause, resume and stop of all of them.
+//! Who is not trusted: the guest, which chooses every access. An exit is at most one access of at most 8 bytes per
+//! repetition; all of it is passed on as a slice whose length the kernel set.
+//!
+//! The gate. A vCPU is either *parked* (it waits at the gate and does not touch its vCPU) or *running*. `pause` closes
+//! the gate, interrupts the guest, and returns when all are parked. A vCPU that met a fatal exit, or whose guest just
+//! asked for a reset or power-off, closes the gate itself, so that nothing runs on while the main thread decides.
+//! Interrupting: `immediate_exit` in the shared run page makes the next KVM_RUN return at once, and a signal ends the
+//! one under way. The flag is set after the gate is closed and cleared before the gate is looked at, so whichever way
+//! the two threads interleave, the vCPU either sees the closed gate or leaves the guest at once.
+//! Why this way: a lock per exit would cost more than the exit's work; one relaxed load of the gate's flag does not.
+
+#![allow(unsafe_code)] // the run page is shared memory that the kernel fills; signals are masked by libc
+
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::unistd::{Pid, gettid};
+
+use super::{Error, RegisterDump};
+
+/// Answers the guest's port and memory accesses. Called on vCPU threads, possibly at the same time.
+pub trait IoHandler: Send + Sync {
+    /// `in` from `port`: fill `data` (1, 2 or 4 bytes).
+    fn pio_read(&self, port: u16, data: &mut [u8]);
+    /// `out` to `port`.
+    fn pio_write(&self, port: u16, data: &[u8]);
+    /// Read from an address without RAM: fill `data` (up to 8 bytes).
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// Write to an address without RAM.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+}
+
+/// Why a vCPU stopped by itself.
+#[derive(Debug)]
+pub enum VcpuStop {
+    /// Triple fault (KVM_EXIT_SHUTDOWN). Some kernels reboot this way.
+    TripleFault(Box<RegisterDump>),
+    /// KVM could not continue, for instance because it cannot emulate an instruction.
+    InternalError {
+        /// KVM's `suberror`: 1 emulation failure, 2 simultaneous exceptions, 3 delivery, 4 unexpected exit.
+        suberror: u32,
+        /// The words that KVM adds; for an emulation failure they hold flags and the instruction's bytes.
+        data: Vec<u64>,
+        /// Registers at that point.
+        registers: Box<RegisterDump>,
+    },
+    /// The processor refused to enter the guest.
+    FailEntry {
+        /// The processor's reason.
+        reason: u64,
+        /// Registers at that point.
+        registers: Box<RegisterDump>,
+    },
+    /// The guest used a system event (PSCI-like reset or shutdown); 1 shutdown, 2 reset, 3 crash.
+    SystemEvent(u32),
+    /// The start-up closure of the thread failed, KVM_RUN returned an error, or an exit nobody asked for came up.
+    Error(String),
+}
+
+/// Receives why vCPU `u32` stopped. The vCPU is parked when the sink returns.
+pub type StopSink = Arc<dyn Fn(u32, VcpuStop) + Send + Sync>;
+
+/// Runs first on each vCPU thread with the vCPU's number; an error keeps that vCPU from ever running.
+pub type ThreadStart =
+    Arc<dyn Fn(u32) -> Result<(), Box<dyn std::error::Error + Send + Sync>> + Send + Sync>;
+
+/// Bytes of a vCPU thread's stack. The deepest path is an exit into a device front, a few KiB.
+const STACK_SIZE: usize = 256 << 10;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic aborts the process, so a poisoned lock cannot be seen.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Want {
+    Park,
+    Run,
+    Exit,
+}
+
+#[derive(Debug)]
+struct GateState {
+    want: Want,
+    parked: usize,
+    /// Thread id of each vCPU thread that has started.
+    thread_ids: Vec<Option<Pid>>,
+}
+
+/// The gate that all vCPU threads of a VM share.
+#[derive(Debug)]
+pub struct Gate {
+    closed: AtomicBool,
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn new(vcpus: usize) -> Self {
+        Self {
+            closed: AtomicBool::new(true),
+            state: Mutex::new(GateState {
+                want: Want::Park,
+                parked: 0,
+                thread_ids: vec![None; vcpus],
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Parks each vCPU at its next exit, without interrupting or waiting. For device code on a vCPU thread: the
+    /// calling vCPU does not return to the guest.
+    pub fn close(&self) {
+        let mut state = lock(&self.state);
+        if state.want == Want::Run {
+            state.want = Want::Park;
+        }
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
+    fn set(&self, want: Want) {
+        let mut state = lock(&self.state);
+        state.want = want;
+        self.closed.store(want != Want::Run, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// Waits at the gate; returns whether to run (or else to exit).
+    fn wait(&self) -> bool {
+        let mut state = lock(&self.state);
+        state.parked += 1;
+        self.changed.notify_all();
+        while state.want == Want::Park {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.parked -= 1;
+        state.want == Want::Run
+    }
+}
+
+/// The flag in a vCPU's run page that ends its next KVM_RUN at once.
+#[derive(Debug)]
+struct ImmediateExit(*mut u8);
+
+// SAFETY: the pointer is into a shared mapping that outlives this value (both live in `Shared`), and it is only ever
+// used for atomic stores.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above; atomic stores may come from any thread.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    fn set(&self, value: u8) {
+        // SAFETY: points to a byte of the vCPU's run page, which is mapped as long as the `VcpuFd` beside it lives.
+        unsafe { AtomicU8::from_ptr(self.0) }.store(value, Ordering::SeqCst);
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    index: u32,
+    immediate_exit: ImmediateExit,
+    /// Held by the thread while it runs, and free while it is parked.
+    vcpu: Mutex<VcpuFd>,
+}
+
+/// All vCPUs of a VM and their threads.
+pub struct VcpuThreads {
+    vcpus: Vec<Arc<Shared>>,
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+    /// Whether the guest has run, so that resuming must tell kvmclock about the gap.
+    has_run: bool,
+}
+
+impl std::fmt::Debug for VcpuThreads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VcpuThreads")
+            .field("vcpus", &self.vcpus.len())
+            .field("gate", &self.gate)
+            .finish()
+    }
+}
+
+extern "C" fn interrupt_handler(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // Nothing to do: the signal's arrival ends KVM_RUN.
+}
+
+fn interrupt_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+impl VcpuThreads {
+    /// Takes vCPUs, none running.
+    pub(crate) fn new(vcpus: Vec<VcpuFd>) -> Self {
+        let gate = Arc::new(Gate::new(vcpus.len()));
+        let vcpus = (0u32..)
+            .zip(vcpus)
+            .map(|(index, mut vcpu)| {
+                let immediate_exit = ImmediateExit(&raw mut vcpu.get_kvm_run().immediate_exit);
+                Arc::new(Shared {
+                    index,
+                    immediate_exit,
+                    vcpu: Mutex::new(vcpu),
+                })
+            })
+            .collect();
+        Self {
+            vcpus,
+            gate,
+            threads: Vec::new(),
+            has_run: false,
+        }
+    }
+
+    /// The gate, for devices that end or reset the guest.
+    #[must_use]
+    pub fn gate(&self) -> Arc<Gate> {
+        self.gate.clone()
+    }
+
+    /// Starts the threads. Each runs `on_start`, then waits for [`Self::resume`]. Returns without waiting for them.
+    ///
+    /// # Errors
+    /// A thread cannot be created, or this was called before.
+    pub fn start(
+        &mut self,
+        io: &Arc<dyn IoHandler>,
+        on_start: &ThreadStart,
+        stop: &StopSink,
+    ) -> Result<(), Error> {
+        if !self.threads.is_empty() {
+            return Err(Error::AlreadyStarted);
+        }
+        vmm_sys_util::signal::register_signal_handler(interrupt_signal(), interrupt_handler)
+            .map_err(Error::Signal)?;
+        for shared in &self.vcpus {
+            let (shared, gate) = (shared.clone(), self.gate.clone());
+            let (io, on_start, stop) = (io.clone(), on_start.clone(), stop.clone());
+            let index = shared.index;
+            let thread = Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(STACK_SIZE)
+                .spawn(move || thread_main(&shared, &gate, io.as_ref(), &on_start, &stop))
+                .map_err(|source| Error::Thread {
+                    vcpu: index,
+                    source,
+                })?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Opens the gate. After a pause, tells kvmclock that time passed unseen, so that the guest's watchdogs stay calm.
+    ///
+    /// # Errors
+    /// The threads have not been started.
+    pub fn resume(&mut self) -> Result<(), Error> {
+        if self.threads.len() < self.vcpus.len() {
+            return Err(Error::NotStarted);
+        }
+        if self.has_run {
+            // Devices may have closed the gate an instant ago; their vCPUs must be parked before others touch them.
+            self.pause()?;
+            for shared in &self.vcpus {
+                // EINVAL: this guest does not use kvmclock.
+                let _ = lock(&shared.vcpu).kvmclock_ctrl();
+            }
+        }
+        self.has_run = true;
+        self.gate.set(Want::Run);
+        Ok(())
+    }
+
+    /// Closes the gate, interrupts the guest and waits until every vCPU is parked.
+    ///
+    /// # Errors
+    /// None at present; the type leaves room.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.gate.set(Want::Park);
+        self.interrupt();
+        let mut state = lock(&self.gate.state);
+        while state.parked < self.threads.len() {
+            state = self
+                .gate
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+
+    /// Thread ids of the vCPU threads in order; waits until all have started.
+    ///
+    /// # Errors
+    /// The threads have not been started.
+    pub fn thread_ids(&self) -> Result<Vec<Pid>, Error> {
+        if self.threads.len() < self.vcpus.len() {
+            return Err(Error::NotStarted);
+        }
+        let mut state = lock(&self.gate.state);
+        loop {
+            if let Some(ids) = state.thread_ids.iter().copied().collect::<Option<Vec<_>>>() {
+                return Ok(ids);
+            }
+            state = self
+                .gate
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Calls `visit` with each vCPU, all parked.
+    ///
+    /// # Errors
+    /// [`Error::Running`] when the gate is open, or what `visit` returns.
+    pub(crate) fn for_each(
+        &self,
+        mut visit: impl FnMut(u32, &VcpuFd) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        if !self.gate.is_closed() {
+            return Err(Error::Running);
+        }
+        self.vcpus
+            .iter()
+            .try_for_each(|shared| visit(shared.index, &lock(&shared.vcpu)))
+    }
+
+    fn interrupt(&self) {
+        for (shared, thread) in self.vcpus.iter().zip(&self.threads) {
+            shared.immediate_exit.set(1);
+            // SAFETY: the thread has not been joined, so its handle is valid even if it has ended.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), interrupt_signal()) };
+        }
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.gate.set(Want::Exit);
+        self.interrupt();
+        for thread in self.threads.drain(..) {
+            // An error would be a panic of the thread, and panics abort.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Lets only the interrupting signal (and faults, which cannot be blocked usefully) reach this thread, so that signals
+/// for the process go to the main thread.
+fn mask_signals() {
+    // SAFETY: plain libc calls on a set that lives on this stack.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut set);
+        for signal in [
+            interrupt_signal(),
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGILL,
+            libc::SIGFPE,
+            libc::SIGSYS,
+        ] {
+            libc::sigdelset(&raw mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
+    }
+}
+
+fn thread_main(
+    shared: &Shared,
+    gate: &Gate,
+    io: &dyn IoHandler,
+    on_start: &ThreadStart,
+    stop: &StopSink,
+) {
+    mask_signals();
+    {
+        let mut state = lock(&gate.state);
+        if let Some(id) = state.thread_ids.get_mut(shared.index as usize) {
+            *id = Some(gettid());
+        }
+        gate.changed.notify_all();
+    }
+    let mut usable = true;
+    if let Err(error) = on_start(shared.index) {
+        usable = false;
+        stop(
+            shared.index,
+            VcpuStop::Error(format!("start of the vCPU's thread: {error}")),
+        );
+    }
+    while gate.wait() {
+        if !usable {
+            gate.close();
+            continue;
+        }
+        let mut vcpu = lock(&shared.vcpu);
+        shared.immediate_exit.set(0);
+        if let Some(reason) = run(&mut vcpu, shared.index, gate, io) {
+            gate.close();
+            drop(vcpu);
+            stop(shared.index, reason);
+        }
+    }
+}
+
+/// Runs the guest until the gate closes (`None`) or it cannot go on.
+fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option<VcpuStop> {
+    /// What is left to do once the borrow of the run page has ended.
+    enum After {
+        Nothing,
+        Port {
+            port: u16,
+            data: *mut u8,
+            length: usize,
+            write: bool,
+        },
+        TripleFault,
+        InternalError,
+        FailEntry(u64),
+    }
+    while !gate.is_closed() {
+        let after = match vcpu.run() {
+            Ok(VcpuExit::IoOut(port, data)) => After::Port {
+                port,
+                data: data.as_ptr().cast_mut(),
+                length: data.len(),
+                write: true,
+            },
+            Ok(VcpuExit::IoIn(port, data)) => After::Port {
+                port,
+                data: data.as_mut_ptr(),
+                length: data.len(),
+                write: false,
+            },
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                io.mmio_read(address, data);
+                After::Nothing
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                io.mmio_write(address, data);
+                After::Nothing
+            }
+            // A halt exits only without in-kernel LAPIC; these ask for nothing but another round.
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => After::Nothing,
+            Ok(VcpuExit::Shutdown) => After::TripleFault,
+            Ok(VcpuExit::InternalError) => After::InternalError,
+            Ok(VcpuExit::FailEntry(reason, _)) => After::FailEntry(reason),
+            Ok(VcpuExit::SystemEvent(kind, _)) => return Some(VcpuStop::SystemEvent(kind)),
+            Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                return Some(VcpuStop::Error(format!(
+                    "access to guest address {gpa:#x} ({size} bytes, flags {flags:#x}) failed on the host"
+                )));
+            }
+            Ok(other) => return Some(VcpuStop::Error(format!("unexpected exit {other:?}"))),
+            Err(error) => match error.errno() {
+                // Interrupted: the gate tells whether that was meant. The flag is cleared first, see the module page.
+                libc::EINTR => {
+                    vcpu.set_kvm_immediate_exit(0);
+                    After::Nothing
+                }
+                libc::EAGAIN => After::Nothing,
+                _ => return Some(VcpuStop::Error(format!("KVM_RUN: {error}"))),
+            },
+        };
+        match after {
+            After::Nothing => {}
+            After::Port {
+                port,
+                data,
+                length,
+                write,
+            } => {
+                // SAFETY: the last exit was KVM_EXIT_IO, so this is the union's valid member; `size` is 1, 2 or 4.
+                let size = usize::from(unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size });
+                // SAFETY: kvm-ioctls gave this range of the run page for this exit; nothing else refers to it until
+                // the next KVM_RUN, which this thread makes.
+                let data = unsafe { std::slice::from_raw_parts_mut(data, length) };
+                // String instructions bring several accesses to one port at once.
+                for access in data.chunks_exact_mut(size.max(1)) {
+                    if write {
+                        io.pio_write(port, access)
+                    } else {
+                        io.pio_read(port, access)
+                    }
+                }
+            }
+            After::TripleFault => return Some(with_registers(vcpu, index, VcpuStop::TripleFault)),
+            After::FailEntry(reason) => {
+                return Some(with_registers(vcpu, index, |registers| {
+                    VcpuStop::FailEntry { reason, registers }
+                }));
+            }
+            After::InternalError => {
+                // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so this is the union's valid member.
+                let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+                let count = internal.data.len().min(internal.ndata as usize);
+                let data = internal.data[..count].to_vec();
+                let suberror = internal.suberror;
+                return Some(with_registers(vcpu, index, |registers| {
+                    VcpuStop::InternalError {
+                        suberror,
+                        data,
+                        registers,
+                    }
+                }));
+            }
+        }
+    }
+    None
+}
+
+fn with_registers(
+    vcpu: &VcpuFd,
+    index: u32,
+    build: impl FnOnce(Box<RegisterDump>) -> VcpuStop,
+) -> VcpuStop {
+    match RegisterDump::read(vcpu, index) {
+        Ok(registers) => build(Box::new(registers)),
+        Err(error) => VcpuStop::Error(format!(
+            "the vCPU stopped and its registers cannot be read: {error}"
+        )),
+    }
+}

@@ -1,0 +1,513 @@
+//! Machine `microvm` for x86_64: virtio-mmio devices and a serial port, no PCI, no firmware.
+//!
+//! Job: put VM, RAM, vCPUs, platform devices and virtio windows together; load the kernel; start, pause, resume and
+//! reset as one.
+//! Who is not trusted: the guest. The virtio devices behind the windows are given by the caller as [`BusDevice`]s.
+//!
+//! How the guest learns of its devices. Each present window is described twice: in ACPI as `LNRO0005`, and on the
+//! kernel command line as `virtio_mmio.device=4K@BASE:GSI`. A distribution kernel has ACPI and ignores the parameter
+//! (`CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES` is off); a small kernel without ACPI needs it, and the MP table. A kernel
+//! built with both finds each window twice: ACPI's devices are scanned first (subsys initcall) and get the driver;
+//! the second probe of the same window fails to claim its memory with EBUSY and leaves a line in the kernel log.
+//! Firecracker describes its devices in the same two ways and documents the same line. The alternative, to leave the
+//! parameter out, would take its disk from a kernel that cannot be asked beforehand which kind it is.
+//! Why this way: the order below is the only one that works, so it is code here and not advice to the caller:
+//! devices stop before RAM is emptied, state is restored before the kernel is loaded, vCPUs go before the VM.
+//!
+//! ```text
+//! Kvm::open, Vm::create ─┐
+//! GuestRam::new ─────────┴> Microvm::new ─> attach_mmio* ─> load ─> start ─> resume <─> pause
+//!                                                                     └ event Reset ─> reset ─> resume
+//! ```
+
+use std::sync::{Arc, Mutex};
+
+use nix::unistd::Pid;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::bus::{self, Bus, BusDevice, SharedDevice};
+use super::events::{self, EventReceiver, EventSender, VmEvent};
+use super::layout;
+use crate::boot::{self, BootSource, Loaded};
+use crate::kvm::cpuid::{CpuFeatures, CpuidTemplate};
+use crate::kvm::run::{IoHandler, StopSink, ThreadStart, VcpuStop};
+use crate::kvm::state::{VcpuState, VmState, msr_list};
+use crate::kvm::{self, Kvm, Topology, VcpuThreads, Vm, regs};
+use crate::memory::{self, GuestRam};
+use crate::platform::acpi::{self, VirtioWindow};
+use crate::platform::i8042::I8042;
+use crate::platform::mptable;
+use crate::platform::power::{PowerButton, PowerControl, PowerPorts};
+use crate::platform::rtc::Rtc;
+use crate::platform::serial::{SerialInput, SerialPort, SerialSink};
+
+/// Most devices that a user can create on this machine.
+pub const MMIO_SLOTS: usize = layout::VIRTIO_MMIO_GSIS.len();
+
+/// What can go wrong with the machine.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the message of each variant says all there is to say
+pub enum Error {
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    #[error(transparent)]
+    Bus(#[from] bus::Error),
+    #[error("cannot make an eventfd for {purpose}")]
+    EventFd {
+        purpose: &'static str,
+        source: std::io::Error,
+    },
+    #[error("microvm has no mmio slot {slot}: it takes at most {MMIO_SLOTS} devices, in slots 0 to {}", MMIO_SLOTS - 1)]
+    Slot { slot: usize },
+    #[error("mmio slot {slot} is taken")]
+    SlotTaken { slot: usize },
+    #[error("cannot press the power button")]
+    PowerButton(#[source] std::io::Error),
+    #[error("cannot write {what} to guest RAM")]
+    Tables {
+        what: &'static str,
+        source: vm_memory::GuestMemoryError,
+    },
+    #[error("APIC id {0} does not fit 8 bits")]
+    ApicId(u32),
+}
+
+/// What the machine is made of, apart from VM and RAM.
+pub struct MicrovmConfig {
+    /// Number and grouping of vCPUs.
+    pub topology: Topology,
+    /// Changes to the processor.
+    pub features: CpuFeatures,
+    /// Where the serial port's output goes; without, the machine has no serial port.
+    pub serial: Option<Box<dyn SerialSink>>,
+}
+
+impl std::fmt::Debug for MicrovmConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MicrovmConfig")
+            .field("topology", &self.topology)
+            .field("features", &self.features)
+            .field("serial", &self.serial.is_some())
+            .finish()
+    }
+}
+
+/// A virtio-mmio window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MmioSlot {
+    /// Number, 0 to [`MMIO_SLOTS`] - 1.
+    pub index: usize,
+    /// Guest-physical address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Line for [`Vm::register_irqfd`], edge triggered.
+    pub gsi: u32,
+}
+
+/// All windows, in order. The lower ones have lines that no ISA device ever used.
+#[must_use]
+pub fn mmio_slots() -> [MmioSlot; MMIO_SLOTS] {
+    std::array::from_fn(|index| MmioSlot {
+        index,
+        base: layout::VIRTIO_MMIO_BASE + index as u64 * layout::VIRTIO_MMIO_SIZE,
+        size: layout::VIRTIO_MMIO_SIZE,
+        gsi: layout::VIRTIO_MMIO_GSIS[index],
+    })
+}
+
+/// Both address spaces of the guest.
+#[derive(Debug, Default)]
+struct Buses {
+    pio: Bus,
+    mmio: Bus,
+}
+
+impl IoHandler for Buses {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.pio.read(port.into(), data);
+    }
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.pio.write(port.into(), data);
+    }
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.mmio.read(address, data);
+    }
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.mmio.write(address, data);
+    }
+}
+
+/// The machine. Dropping it stops the vCPU threads.
+#[derive(Debug)]
+pub struct Microvm {
+    // vCPUs go first, then what they use; see `Vm::map_ram`.
+    vcpus: VcpuThreads,
+    buses: Arc<Buses>,
+    vm: Arc<Vm>,
+    ram: Arc<GuestRam>,
+    topology: Topology,
+    cpuid: CpuidTemplate,
+    windows: [bool; MMIO_SLOTS],
+    boot: Option<BootSource>,
+    serial: Option<SerialPort>,
+    button: PowerButton,
+    events: EventSender,
+    receiver: Option<EventReceiver>,
+    new_vm: VmState,
+    new_vcpus: Vec<VcpuState>,
+}
+
+impl Microvm {
+    /// Puts the machine together: RAM in the VM, vCPUs with their CPUID, platform devices. Nothing runs.
+    ///
+    /// # Errors
+    /// KVM refuses something, or no eventfds are left.
+    pub fn new(
+        kvm: &Kvm,
+        vm: Vm,
+        ram: Arc<GuestRam>,
+        config: MicrovmConfig,
+    ) -> Result<Self, Error> {
+        let topology = config.topology;
+        let max = kvm.fd().get_max_vcpus();
+        if topology.cpus() as usize > max {
+            return Err(kvm::Error::TooManyVcpus {
+                wanted: topology.cpus(),
+                max,
+            }
+            .into());
+        }
+        let (events, receiver) = events::channel().map_err(eventfd_error("events"))?;
+        let cpuid = CpuidTemplate::new(kvm, topology, config.features)?;
+        vm.map_ram(&ram)?;
+        let new_vm = VmState::save(&vm)?;
+        let (fds, new_vcpus) = create_vcpus(kvm, &vm, &cpuid, topology)?;
+        let vcpus = VcpuThreads::new(fds);
+
+        let power = PowerControl::new(vcpus.gate(), events.clone());
+        let button = PowerButton::new(irq_line(&vm, layout::GED_GSI, "the power button")?);
+        let buses = Arc::new(Buses::default());
+        let shared = |device| -> SharedDevice { Arc::new(Mutex::new(device)) };
+        let pio = |port: u16, ports: u16, device: SharedDevice| {
+            buses.pio.add(port.into(), ports.into(), device)
+        };
+        pio(
+            layout::POWER_PORT,
+            layout::POWER_PORTS,
+            Arc::new(Mutex::new(PowerPorts::new(power.clone(), button.clone()))),
+        )?;
+        let keyboard_line = irq_line(&vm, layout::I8042_GSI, "the keyboard controller")?;
+        pio(
+            layout::I8042_PORT,
+            layout::I8042_PORTS,
+            Arc::new(Mutex::new(I8042::new(power, keyboard_line))),
+        )?;
+        pio(
+            layout::RTC_PORT,
+            layout::RTC_PORTS,
+            Arc::new(Mutex::new(Rtc::default())),
+        )?;
+        let serial = match config.serial {
+            Some(sink) => {
+                let line = irq_line(&vm, layout::SERIAL_GSI, "the serial port")?;
+                let port = SerialPort::new(line, sink).map_err(eventfd_error("the serial port"))?;
+                pio(
+                    layout::SERIAL_PORT,
+                    layout::SERIAL_PORTS,
+                    shared(port.clone()),
+                )?;
+                Some(port)
+            }
+            None => None,
+        };
+        Ok(Self {
+            vcpus,
+            buses,
+            vm: Arc::new(vm),
+            ram,
+            topology,
+            cpuid,
+            windows: [false; MMIO_SLOTS],
+            boot: None,
+            serial,
+            button,
+            events,
+            receiver: Some(receiver),
+            new_vm,
+            new_vcpus,
+        })
+    }
+
+    /// The VM, for eventfds and lines.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// The guest's RAM.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Number and grouping of vCPUs.
+    #[must_use]
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    /// The serial port's input side, if the machine has one.
+    #[must_use]
+    pub fn serial_input(&self) -> Option<SerialInput> {
+        self.serial.as_ref().map(SerialPort::input)
+    }
+
+    /// The receiver of this machine's events; `Some` the first time.
+    pub fn take_events(&mut self) -> Option<EventReceiver> {
+        self.receiver.take()
+    }
+
+    /// Puts a device behind window `slot`. It is described to the guest by the next [`Self::load`] or [`Self::reset`].
+    ///
+    /// # Errors
+    /// There is no such slot, or it is taken.
+    pub fn attach_mmio(
+        &mut self,
+        slot: usize,
+        device: Arc<Mutex<dyn BusDevice + Send>>,
+    ) -> Result<MmioSlot, Error> {
+        let window = *mmio_slots().get(slot).ok_or(Error::Slot { slot })?;
+        if self.windows[slot] {
+            return Err(Error::SlotTaken { slot });
+        }
+        self.buses.mmio.add(window.base, window.size, device)?;
+        self.windows[slot] = true;
+        Ok(window)
+    }
+
+    /// Loads the kernel and describes the machine to it. Keeps `source` for resets.
+    ///
+    /// # Errors
+    /// The kernel cannot be loaded; see [`boot::Error`].
+    pub fn load(&mut self, source: BootSource) -> Result<Loaded, Error> {
+        self.boot = Some(source);
+        self.write_guest()
+    }
+
+    /// Starts the vCPU threads. Each calls `on_start` with its number (to install its filter, say) and waits for
+    /// [`Self::resume`]. Returns without waiting for them; a failure of `on_start` becomes [`VmEvent::VcpuError`].
+    ///
+    /// # Errors
+    /// A thread cannot be created, or this was called before.
+    pub fn start(&mut self, on_start: &ThreadStart) -> Result<(), Error> {
+        let events = self.events.clone();
+        let stop: StopSink = Arc::new(move |vcpu, reason| events.send(event_of(vcpu, reason)));
+        let io: Arc<dyn IoHandler> = self.buses.clone();
+        Ok(self.vcpus.start(&io, on_start, &stop)?)
+    }
+
+    /// Lets the guest run, also after it stopped itself.
+    ///
+    /// # Errors
+    /// [`Self::start`] has not been called.
+    pub fn resume(&mut self) -> Result<(), Error> {
+        Ok(self.vcpus.resume()?)
+    }
+
+    /// Stops the guest; returns when no vCPU runs. Must not be called on a vCPU thread.
+    ///
+    /// # Errors
+    /// None at present; the type leaves room.
+    pub fn pause(&self) -> Result<(), Error> {
+        Ok(self.vcpus.pause()?)
+    }
+
+    /// Brings the machine back to the state before its first [`Self::resume`], in place: pauses, resets all devices,
+    /// empties RAM, restores KVM's state, loads the kernel again. Leaves it paused. Events sent before are dropped.
+    ///
+    /// # Errors
+    /// A step failed; the machine is then of no more use.
+    pub fn reset(&mut self) -> Result<(), Error> {
+        self.vcpus.pause()?;
+        self.buses.mmio.reset();
+        self.buses.pio.reset();
+        self.events.start_new_life();
+        self.ram.zero()?;
+        self.new_vm.restore(&self.vm)?;
+        let new_vcpus = &self.new_vcpus;
+        self.vcpus
+            .for_each(|index, vcpu| match new_vcpus.get(index as usize) {
+                Some(state) => state.restore(vcpu, index),
+                None => Ok(()),
+            })?;
+        if self.boot.is_some() {
+            self.write_guest()?;
+        }
+        Ok(())
+    }
+
+    /// Thread ids of the vCPUs, in order; waits until all threads have started.
+    ///
+    /// # Errors
+    /// [`Self::start`] has not been called.
+    pub fn vcpu_thread_ids(&self) -> Result<Vec<Pid>, Error> {
+        Ok(self.vcpus.thread_ids()?)
+    }
+
+    /// Presses the power button; a guest with ACPI and a button driver shuts down.
+    ///
+    /// # Errors
+    /// The event cannot be raised.
+    pub fn power_button(&self) -> Result<(), Error> {
+        self.button.press().map_err(Error::PowerButton)
+    }
+
+    /// Kernel, tables and boot registers, into RAM that reads as zero.
+    fn write_guest(&mut self) -> Result<Loaded, Error> {
+        let windows: Vec<_> = mmio_slots()
+            .into_iter()
+            .filter(|slot| self.windows[slot.index])
+            .map(|slot| VirtioWindow {
+                slot: slot.index as u8,
+                base: slot.base,
+                size: slot.size,
+                gsi: slot.gsi,
+            })
+            .collect();
+        let parameters: Vec<_> = windows
+            .iter()
+            .map(|window| {
+                format!(
+                    "virtio_mmio.device={}K@{:#x}:{}",
+                    window.size >> 10,
+                    window.base,
+                    window.gsi
+                )
+            })
+            .collect();
+        let Some(source) = self.boot.as_mut() else {
+            return Err(boot::Error::Format("not given").into());
+        };
+        let loaded = boot::load(&self.ram, source, &parameters)?;
+
+        let apic_ids = self
+            .topology
+            .apic_ids()
+            .map(|id| u8::try_from(id).map_err(|_| Error::ApicId(id)))
+            .collect::<Result<Vec<_>, _>>()?;
+        // Free: `Topology` keeps all ids below 254.
+        let io_apic_id = apic_ids.iter().max().map_or(0, |id| id + 1);
+        let description = acpi::Description {
+            apic_ids: &apic_ids,
+            io_apic_id,
+            windows: &windows,
+            serial: self.serial.is_some(),
+        };
+        self.write(
+            &acpi::build(layout::ACPI_RSDP, &description),
+            layout::ACPI_RSDP,
+            "the ACPI tables",
+        )?;
+        let (signature, features) = self.cpuid.signature_and_features();
+        let table = mptable::build(
+            layout::MP_TABLE as u32,
+            &apic_ids,
+            io_apic_id,
+            signature,
+            features,
+        );
+        self.write(&table, layout::MP_TABLE, "the MP table")?;
+
+        self.vcpus.for_each(|index, vcpu| match index {
+            0 => loaded
+                .registers
+                .set(vcpu, layout::BOOT_GDT, layout::BOOT_IDT),
+            // All others wait for the boot processor's start-up message.
+            _ => Ok(()),
+        })?;
+        Ok(loaded)
+    }
+
+    fn write(&self, bytes: &[u8], address: u64, what: &'static str) -> Result<(), Error> {
+        self.ram
+            .memory()
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|source| Error::Tables { what, source })
+    }
+}
+
+fn eventfd_error(purpose: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| Error::EventFd { purpose, source }
+}
+
+/// An eventfd that raises `gsi`.
+fn irq_line(vm: &Vm, gsi: u32, purpose: &'static str) -> Result<EventFd, Error> {
+    let line =
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(eventfd_error(purpose))?;
+    vm.register_irqfd(&line, gsi)?;
+    Ok(line)
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &Vm,
+    cpuid: &CpuidTemplate,
+    topology: Topology,
+) -> Result<(Vec<kvm_ioctls::VcpuFd>, Vec<VcpuState>), Error> {
+    let msrs = msr_list(kvm)?;
+    let mut fds = Vec::with_capacity(topology.cpus() as usize);
+    let mut states = Vec::with_capacity(topology.cpus() as usize);
+    let mut tsc_khz = None;
+    for (index, apic_id) in (0u32..).zip(topology.apic_ids()) {
+        let call = |call| {
+            move |source| kvm::Error::VcpuCall {
+                call,
+                vcpu: index,
+                source,
+            }
+        };
+        let vcpu = vm.create_vcpu(apic_id)?;
+        if index == 0 {
+            // An error means that KVM does not know it; the guest then measures.
+            tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz != 0);
+        }
+        vcpu.set_cpuid2(&cpuid.for_vcpu(index, tsc_khz)?)
+            .map_err(call("KVM_SET_CPUID2"))?;
+        regs::set_boot_msrs(&vcpu, index)?;
+        let mut lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
+        regs::set_local_lines(&mut lapic);
+        vcpu.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))?;
+        states.push(VcpuState::save(&vcpu, index, &msrs)?);
+        fds.push(vcpu);
+    }
+    Ok((fds, states))
+}
+
+fn event_of(vcpu: u32, reason: VcpuStop) -> VmEvent {
+    match reason {
+        VcpuStop::TripleFault(registers) => VmEvent::TripleFault { registers },
+        VcpuStop::InternalError {
+            suberror,
+            data,
+            registers,
+        } => VmEvent::InternalError {
+            suberror,
+            data,
+            registers,
+        },
+        VcpuStop::FailEntry { reason, registers } => VmEvent::FailEntry { reason, registers },
+        VcpuStop::SystemEvent(1) => VmEvent::Shutdown,
+        VcpuStop::SystemEvent(2) => VmEvent::Reset,
+        VcpuStop::SystemEvent(kind) => VmEvent::VcpuError {
+            vcpu,
+            message: format!("the guest raised system event {kind}"),
+        },
+        VcpuStop::Error(message) => VmEvent::VcpuError { vcpu, message },
+    }
+}

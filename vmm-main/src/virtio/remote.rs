@@ -1,0 +1,1061 @@
+//! One device process as the control process sees it: a vhost-user front end that checks what it is told.
+//!
+//! **Job.** The handshake with a device process, its configuration space, and handing queues over when the guest's
+//! driver is ready and taking them back when it resets the device.
+//!
+//! **Who is not trusted**: the device process, which reads what the guest wrote. What it claims is checked against the spec
+//! that it was started with; a lie, silence or a closed socket makes the device fail, never the VM. The guest's queue
+//! addresses are checked here too, so that no device process is told of memory that is not RAM.
+//!
+//! **Why this way.** [`Handshake`] has three steps that do not wait for each other: `begin` works before the process has
+//! even been executed, since its socket exists already. With several devices call `begin` for all, do other work, then
+//! `negotiate` for all, then `finish` for all: every process computes its answers while another one is read.
+//!
+//! Ring addresses travel as guest-physical addresses: the memory table names them as "user addresses", so a device
+//! process learns nothing about where this process has its memory.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
+use ipc::spec::DeviceSpec;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures, VhostUserVringAddr,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::link::{Link, LinkError};
+
+/// `VIRTIO_F_VERSION_1` (virtio 1.3, section 6).
+pub const F_VERSION_1: u64 = 1 << 32;
+/// `VIRTIO_F_INDIRECT_DESC`.
+const F_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX`.
+const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_IN_ORDER`.
+const F_IN_ORDER: u64 = 1 << 35;
+/// Feature bits 0 to 23 and 50 to 63 belong to the device type (virtio 1.3, section 2.2).
+const DEVICE_TYPE_FEATURES: u64 = 0x00ff_ffff | !((1 << 50) - 1);
+/// What the guest may be offered at most. Others have no meaning here (legacy ones, vhost-user's own bit 30), or change
+/// the transport in a way that ioeventfds with a queue number cannot follow (`NOTIFICATION_DATA`).
+const OFFERABLE: u64 =
+    DEVICE_TYPE_FEATURES | F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_IN_ORDER;
+
+/// Without these a device process cannot be used.
+const REQUIRED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIG);
+/// Used if offered.
+const WELCOME: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::INFLIGHT_SHMFD.union(VhostUserProtocolFeatures::RESET_DEVICE);
+
+/// Why a device process cannot be used, or what it failed at.
+#[derive(Debug, Error)]
+pub enum RemoteError {
+    /// It could not be talked to.
+    #[error("device \"{id}\"")]
+    Link {
+        /// Device id.
+        id: String,
+        /// What went wrong.
+        source: LinkError,
+    },
+    /// Its features lack what every device here must have.
+    #[error("device \"{id}\" offers {kind} features {got:#x}, but must offer {need:#x}")]
+    Features {
+        /// Device id.
+        id: String,
+        /// "virtio" or "vhost-user".
+        kind: &'static str,
+        /// What it offers.
+        got: u64,
+        /// What is needed.
+        need: u64,
+    },
+    /// It claims another number of queues than it was started with.
+    #[error("device \"{id}\" claims {got} queues, but was started with {want}")]
+    Queues {
+        /// Device id.
+        id: String,
+        /// Its claim.
+        got: u64,
+        /// The spec's number.
+        want: u16,
+    },
+    /// Its configuration space is not what was asked for.
+    #[error(
+        "device \"{id}\" answered {got} bytes of configuration space from offset {offset}, asked were {MAX_CONFIG_SPACE} from 0"
+    )]
+    Config {
+        /// Device id.
+        id: String,
+        /// Bytes that came.
+        got: usize,
+        /// Offset that it named.
+        offset: u32,
+    },
+    /// Its in-flight region is not usable.
+    #[error("device \"{id}\" gave an in-flight region without {what}")]
+    Inflight {
+        /// Device id.
+        id: String,
+        /// What it lacks.
+        what: &'static str,
+    },
+    /// It failed before and was given up.
+    #[error("device \"{id}\" has failed")]
+    Failed {
+        /// Device id.
+        id: String,
+    },
+    /// Guest RAM cannot be shared with it.
+    #[error("guest RAM cannot be shared with a device: {what}")]
+    Memory {
+        /// Why.
+        what: &'static str,
+    },
+    /// The guest's driver put a queue outside of RAM.
+    #[error(
+        "queue {queue} of device \"{id}\" has its {part} at {address:#x}, outside of guest RAM"
+    )]
+    QueueAddress {
+        /// Device id.
+        id: String,
+        /// Queue number.
+        queue: u16,
+        /// Which ring.
+        part: &'static str,
+        /// Its guest-physical address.
+        address: u64,
+    },
+}
+
+impl RemoteError {
+    /// Whether the guest's driver is to blame, and the device process is as good as before.
+    pub const fn is_guests_fault(&self) -> bool {
+        matches!(self, Self::QueueAddress { .. })
+    }
+}
+
+/// What the guest's driver said about one queue (virtio 1.3, section 4.2.2: `QueueSize`, `QueueDesc`, …).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// Entries at most: a power of two.
+    pub max_size: u16,
+    /// Entries in use: a power of two.
+    pub size: u16,
+    /// The driver set the queue up.
+    pub ready: bool,
+    /// Guest-physical address of the descriptor table, 16 bytes an entry.
+    pub desc: u64,
+    /// Guest-physical address of the available ring ("driver area").
+    pub driver: u64,
+    /// Guest-physical address of the used ring ("device area").
+    pub device: u64,
+}
+
+/// A queue on its way to the device process: state and the event descriptors that go with it.
+#[derive(Debug)]
+pub struct QueueHandover<'a> {
+    /// Queue number.
+    pub index: u16,
+    /// Where it is.
+    pub state: &'a QueueState,
+    /// The guest's doorbell: device process waits for it.
+    pub kick: &'a EventFd,
+    /// The interrupt: device process writes to it.
+    pub call: &'a EventFd,
+    /// Complaint about a broken ring: device process writes to it.
+    pub error: &'a EventFd,
+}
+
+/// What a device process must turn out to be.
+#[derive(Debug)]
+struct Expected {
+    id: String,
+    virtio_id: u32,
+    num_queues: u16,
+    queue_size: u16,
+}
+
+/// Bytes of an in-flight description (vhost-user, "Inflight description": size, offset, queues, queue size, and padding
+/// to a multiple of 8).
+const INFLIGHT_LAYOUT: usize = 24;
+
+/// An in-flight region as its device described it. This process passes it on and never maps it, so nothing that a
+/// device writes into the description or the region can harm here.
+#[derive(Debug)]
+struct InflightRegion {
+    layout: [u8; INFLIGHT_LAYOUT],
+    file: File,
+}
+
+/// A handshake under way.
+#[derive(Debug)]
+pub struct Handshake {
+    link: Link,
+    expected: Expected,
+    /// Features and protocol features, once the second half has been sent.
+    negotiated: Option<(u64, VhostUserProtocolFeatures)>,
+}
+
+impl Handshake {
+    /// Sends the first half of the handshake; does not wait, not even for the process to start.
+    pub fn begin(socket: UnixStream, spec: &DeviceSpec) -> Result<Self, RemoteError> {
+        let mut handshake = Self {
+            link: Link::new(socket),
+            expected: Expected {
+                id: spec.id().to_owned(),
+                virtio_id: spec.virtio_id(),
+                num_queues: spec.num_queues(),
+                queue_size: spec.queue_size(),
+            },
+            negotiated: None,
+        };
+        let link = &mut handshake.link;
+        link.start_clock();
+        let sent = link
+            .post(FrontendReq::SET_OWNER, &[], &[])
+            .and_then(|()| link.post(FrontendReq::GET_FEATURES, &[], &[]))
+            .and_then(|()| link.post(FrontendReq::GET_PROTOCOL_FEATURES, &[], &[]))
+            .and_then(|()| link.flush());
+        handshake.check(sent)?;
+        Ok(handshake)
+    }
+
+    /// Waits for the features and sends the second half; does not wait for its answers. A second call has no effect.
+    pub fn negotiate(&mut self) -> Result<(), RemoteError> {
+        if self.negotiated.is_some() {
+            return Ok(());
+        }
+        self.link.start_clock();
+        let values = self.link.finish();
+        let values = self.check(values)?;
+        let (features, protocol) = (number(&values, 0), number(&values, 1));
+        let need = F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        if features & need != need {
+            return Err(self.lacks("virtio", features, need));
+        }
+        let protocol = VhostUserProtocolFeatures::from_bits_truncate(protocol);
+        if !protocol.contains(REQUIRED) {
+            return Err(self.lacks("vhost-user", protocol.bits(), REQUIRED.bits()));
+        }
+        let protocol = protocol & (REQUIRED | WELCOME);
+        let link = &mut self.link;
+        let sent = link
+            .post(
+                FrontendReq::SET_PROTOCOL_FEATURES,
+                &[&protocol.bits().to_le_bytes()],
+                &[],
+            )
+            .and_then(|()| {
+                link.enable_acks();
+                link.post(FrontendReq::GET_QUEUE_NUM, &[], &[])
+            })
+            .and_then(|()| post_get_config(link))
+            .and_then(|()| link.flush());
+        self.check(sent)?;
+        self.negotiated = Some((features, protocol));
+        Ok(())
+    }
+
+    /// Waits for the rest of the answers and checks them.
+    pub fn finish(mut self) -> Result<RemoteDevice, RemoteError> {
+        self.negotiate()?;
+        self.link.start_clock();
+        let values = self.link.finish();
+        let values = self.check(values)?;
+        let id = self.expected.id.clone();
+        let queues = number(&values, 0);
+        if queues != u64::from(self.expected.num_queues) {
+            return Err(RemoteError::Queues {
+                id,
+                got: queues,
+                want: self.expected.num_queues,
+            });
+        }
+        let config = config_space(&id, values.get(1))?;
+        // `negotiate` succeeded, so this is there; an absent value would offer nothing to the guest.
+        let (features, protocol) = self
+            .negotiated
+            .unwrap_or((0, VhostUserProtocolFeatures::empty()));
+        Ok(RemoteDevice {
+            id,
+            virtio_id: self.expected.virtio_id,
+            num_queues: self.expected.num_queues,
+            queue_size: self.expected.queue_size,
+            features: features & OFFERABLE,
+            protocol,
+            config,
+            inflight: None,
+            active: Vec::new(),
+            link: Some(self.link),
+        })
+    }
+
+    fn check<T>(&self, result: Result<T, LinkError>) -> Result<T, RemoteError> {
+        result.map_err(|source| RemoteError::Link {
+            id: self.expected.id.clone(),
+            source,
+        })
+    }
+
+    fn lacks(&self, kind: &'static str, got: u64, need: u64) -> RemoteError {
+        RemoteError::Features {
+            id: self.expected.id.clone(),
+            kind,
+            got,
+            need,
+        }
+    }
+}
+
+/// A device process after a successful handshake.
+#[derive(Debug)]
+pub struct RemoteDevice {
+    id: String,
+    virtio_id: u32,
+    num_queues: u16,
+    queue_size: u16,
+    /// What the guest is offered.
+    features: u64,
+    protocol: VhostUserProtocolFeatures,
+    /// Configuration space as the device last told it; reads by the guest never wake the device.
+    config: Vec<u8>,
+    /// In-flight region. It outlives the device process: a restarted one gets it and replays what had not been answered.
+    inflight: Option<InflightRegion>,
+    /// Queues that the device process runs.
+    active: Vec<u16>,
+    /// `None` once the device has failed.
+    link: Option<Link>,
+}
+
+impl RemoteDevice {
+    /// Device id, for messages.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Virtio device ID (virtio 1.3, section 5).
+    pub const fn virtio_id(&self) -> u32 {
+        self.virtio_id
+    }
+
+    /// Number of queues.
+    pub const fn num_queues(&self) -> u16 {
+        self.num_queues
+    }
+
+    /// Entries of a queue at most.
+    pub const fn queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    /// Feature bits to offer to the guest.
+    pub const fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Configuration space, [`MAX_CONFIG_SPACE`] bytes, zero where the device has none.
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// Whether the device process runs queues.
+    pub fn is_active(&self) -> bool {
+        !self.active.is_empty()
+    }
+
+    /// Whether the device was given up.
+    pub const fn is_failed(&self) -> bool {
+        self.link.is_none()
+    }
+
+    /// The vhost-user socket: it hangs up when the process ends.
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.link.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Gives the device up: closes its socket, upon which the process ends.
+    pub fn fail(&mut self) {
+        self.link = None;
+        self.active.clear();
+    }
+
+    /// Hands `queues` over and starts them. `features` are those that the driver accepted.
+    pub fn activate(
+        &mut self,
+        features: u64,
+        memory: &GuestMemoryMmap<()>,
+        queues: &[QueueHandover<'_>],
+    ) -> Result<(), RemoteError> {
+        for queue in queues {
+            self.check_queue(memory, queue)?;
+        }
+        let features = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.talk(|link| link.post(FrontendReq::SET_FEATURES, &[&features.to_le_bytes()], &[]))?;
+        self.post_memory(memory)?;
+        if self
+            .protocol
+            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+        {
+            let region = match self.inflight.take() {
+                Some(region) => region,
+                None => self.get_inflight()?,
+            };
+            let (layout, file) = (region.layout, self.inflight.insert(region).file.try_clone());
+            let file = file.map_err(|_| RemoteError::Inflight {
+                id: self.id.clone(),
+                what: "a descriptor to spare",
+            })?;
+            self.talk(|link| link.post(FrontendReq::SET_INFLIGHT_FD, &[&layout], &[file.as_fd()]))?;
+        }
+        self.talk(|link| {
+            for queue in queues {
+                post_queue(link, queue)?;
+            }
+            link.finish().map(drop)
+        })?;
+        self.active = queues.iter().map(|queue| queue.index).collect();
+        Ok(())
+    }
+
+    /// Takes the queues back. On return the device process does not touch guest memory any more, or it has failed.
+    pub fn deactivate(&mut self) -> Result<(), RemoteError> {
+        let active = std::mem::take(&mut self.active);
+        // What was in flight belongs to a driver that is gone.
+        self.inflight = None;
+        if active.is_empty() {
+            return Ok(());
+        }
+        let resets = self
+            .protocol
+            .contains(VhostUserProtocolFeatures::RESET_DEVICE);
+        self.talk(|link| {
+            for index in active {
+                let state = VhostUserVringState::new(u32::from(index), 0);
+                link.post(FrontendReq::GET_VRING_BASE, &[state.as_slice()], &[])?;
+            }
+            if resets {
+                link.post(FrontendReq::RESET_DEVICE, &[], &[])?;
+            }
+            link.finish().map(drop)
+        })
+    }
+
+    /// Writes into configuration space and reads back what became of it. Whether the device takes the bytes is its
+    /// decision: a refusal is no failure. The caller has checked the bounds.
+    pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), RemoteError> {
+        let header =
+            VhostUserConfig::new(offset, bytes.len() as u32, VhostUserConfigFlags::empty());
+        let result = self.talk(|link| {
+            link.post(FrontendReq::SET_CONFIG, &[header.as_slice(), bytes], &[])?;
+            match link.finish() {
+                Err(error) if error.is_refusal() => Ok(()),
+                other => other.map(drop),
+            }
+        });
+        result.and_then(|()| self.refresh_config())
+    }
+
+    /// Reads the configuration space again.
+    pub fn refresh_config(&mut self) -> Result<(), RemoteError> {
+        let values = self.talk(|link| {
+            post_get_config(link)?;
+            link.finish()
+        })?;
+        match config_space(&self.id, values.first()) {
+            Ok(config) => {
+                self.config = config;
+                Ok(())
+            }
+            Err(error) => {
+                self.fail();
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs `conversation` against the clock; any error in it ends the device.
+    fn talk<T>(
+        &mut self,
+        conversation: impl FnOnce(&mut Link) -> Result<T, LinkError>,
+    ) -> Result<T, RemoteError> {
+        let Some(link) = &mut self.link else {
+            return Err(RemoteError::Failed {
+                id: self.id.clone(),
+            });
+        };
+        link.start_clock();
+        conversation(link).map_err(|source| {
+            self.fail();
+            RemoteError::Link {
+                id: self.id.clone(),
+                source,
+            }
+        })
+    }
+
+    fn post_memory(&mut self, memory: &GuestMemoryMmap<()>) -> Result<(), RemoteError> {
+        let mut body = Vec::new();
+        let mut fds = Vec::new();
+        for region in memory.iter() {
+            let Some(backing) = region.file_offset() else {
+                return Err(RemoteError::Memory {
+                    what: "a region has no file",
+                });
+            };
+            let address = region.start_addr().0;
+            let entry = VhostUserMemoryRegion::new(address, region.len(), address, backing.start());
+            body.extend_from_slice(entry.as_slice());
+            fds.push(backing.file().as_fd());
+        }
+        if fds.is_empty() || fds.len() > MAX_MEMORY_REGIONS {
+            return Err(RemoteError::Memory {
+                what: "it has no region or too many",
+            });
+        }
+        let header = VhostUserMemory::new(fds.len() as u32);
+        self.talk(|link| {
+            link.post(
+                FrontendReq::SET_MEM_TABLE,
+                &[header.as_slice(), &body],
+                &fds,
+            )
+        })
+    }
+
+    fn get_inflight(&mut self) -> Result<InflightRegion, RemoteError> {
+        let mut ask = [0; INFLIGHT_LAYOUT];
+        ask[16..18].copy_from_slice(&self.num_queues.to_le_bytes());
+        ask[18..20].copy_from_slice(&self.queue_size.to_le_bytes());
+        let (values, fd) = self.talk(|link| {
+            // Alone on the way, so that the descriptor is known to belong to this reply.
+            link.finish()?;
+            link.post(FrontendReq::GET_INFLIGHT_FD, &[&ask], &[])?;
+            let values = link.finish()?;
+            Ok((values, link.take_fd()))
+        })?;
+        let layout = values
+            .first()
+            .and_then(|value| <[u8; INFLIGHT_LAYOUT]>::try_from(&value[..]).ok());
+        let what = match (layout, fd) {
+            (Some(layout), Some(fd)) if layout[..8] != [0; 8] => {
+                return Ok(InflightRegion {
+                    layout,
+                    file: File::from(fd),
+                });
+            }
+            (_, None) => "a descriptor",
+            _ => "a size",
+        };
+        self.fail();
+        Err(RemoteError::Inflight {
+            id: self.id.clone(),
+            what,
+        })
+    }
+
+    fn check_queue(
+        &self,
+        memory: &GuestMemoryMmap<()>,
+        queue: &QueueHandover<'_>,
+    ) -> Result<(), RemoteError> {
+        // Sizes of virtio 1.3, section 2.7, with the event index fields.
+        let size = u64::from(queue.state.size);
+        for (part, address, len) in [
+            ("descriptor table", queue.state.desc, 16 * size),
+            ("available ring", queue.state.driver, 6 + 2 * size),
+            ("used ring", queue.state.device, 6 + 8 * size),
+        ] {
+            let inside = memory
+                .find_region(GuestAddress(address))
+                .is_some_and(|region| {
+                    let from = address - region.start_addr().0;
+                    len <= region.len() - from
+                });
+            if !inside {
+                return Err(RemoteError::QueueAddress {
+                    id: self.id.clone(),
+                    queue: queue.index,
+                    part,
+                    address,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Everything that one queue takes. The order matters: a device may start on the kick descriptor, so it comes last but
+/// for the explicit enabling.
+fn post_queue(link: &mut Link, queue: &QueueHandover<'_>) -> Result<(), LinkError> {
+    let index = u32::from(queue.index);
+    let number = VhostUserVringState::new(index, u32::from(queue.state.size));
+    link.post(FrontendReq::SET_VRING_NUM, &[number.as_slice()], &[])?;
+    let base = VhostUserVringState::new(index, 0);
+    link.post(FrontendReq::SET_VRING_BASE, &[base.as_slice()], &[])?;
+    let addresses = VhostUserVringAddr::new(
+        index,
+        VhostUserVringAddrFlags::empty(),
+        queue.state.desc,
+        queue.state.device,
+        queue.state.driver,
+        0,
+    );
+    link.post(FrontendReq::SET_VRING_ADDR, &[addresses.as_slice()], &[])?;
+    for (request, event) in [
+        (FrontendReq::SET_VRING_CALL, queue.call),
+        (FrontendReq::SET_VRING_ERR, queue.error),
+        (FrontendReq::SET_VRING_KICK, queue.kick),
+    ] {
+        link.post(
+            request,
+            &[&u64::from(index).to_le_bytes()],
+            &[borrow(event)],
+        )?;
+    }
+    let enable = VhostUserVringState::new(index, 1);
+    link.post(FrontendReq::SET_VRING_ENABLE, &[enable.as_slice()], &[])
+}
+
+/// Asks for the whole configuration space. The front end's request has to carry as many bytes as it wants back.
+fn post_get_config(link: &mut Link) -> Result<(), LinkError> {
+    let header = VhostUserConfig::new(0, MAX_CONFIG_SPACE as u32, VhostUserConfigFlags::empty());
+    link.post(
+        FrontendReq::GET_CONFIG,
+        &[header.as_slice(), &[0; MAX_CONFIG_SPACE]],
+        &[],
+    )
+}
+
+fn config_space(id: &str, reply: Option<&Vec<u8>>) -> Result<Vec<u8>, RemoteError> {
+    const HEADER: usize = size_of::<VhostUserConfig>();
+    let reply = reply.map_or(&[][..], Vec::as_slice);
+    let header = reply
+        .get(..HEADER)
+        .and_then(VhostUserConfig::from_slice)
+        .copied();
+    let (offset, size) = header.map_or((0, 0), |header| (header.offset, header.size as usize));
+    let bytes = reply.get(HEADER..).unwrap_or(&[]);
+    if offset != 0 || size != MAX_CONFIG_SPACE || bytes.len() != MAX_CONFIG_SPACE {
+        return Err(RemoteError::Config {
+            id: id.to_owned(),
+            got: bytes.len().max(size),
+            offset,
+        });
+    }
+    Ok(bytes.to_vec())
+}
+
+/// Value `index` of a reply list as a number; the link has checked its size.
+fn number(values: &[Vec<u8>], index: usize) -> u64 {
+    values
+        .get(index)
+        .and_then(|value| value.first_chunk::<8>())
+        .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
+#[allow(unsafe_code)] // vmm-sys-util's EventFd has no AsFd
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the descriptor belongs to `event`, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake_device::{self as fake, FakeDevice, Misdeed, Script, connect, memory};
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    fn misbehave(request: u32, what: Misdeed) -> Script {
+        Script {
+            misdeed: Some((request, what)),
+            ..Script::default()
+        }
+    }
+
+    fn queue(size: u16, desc: u64, driver: u64, device: u64) -> QueueState {
+        QueueState {
+            max_size: 128,
+            size,
+            ready: true,
+            desc,
+            driver,
+            device,
+        }
+    }
+
+    fn activate(device: &mut RemoteDevice, state: &QueueState) -> Result<(), RemoteError> {
+        let event = || EventFd::new(0).unwrap();
+        let (kick, call, error) = (event(), event(), event());
+        let both = [0, 1].map(|index| QueueHandover {
+            index,
+            state,
+            kick: &kick,
+            call: &call,
+            error: &error,
+        });
+        device.activate(F_VERSION_1, &memory(), &both)
+    }
+
+    #[test]
+    fn a_truthful_device_is_accepted_and_hides_what_the_transport_cannot_do() {
+        let (device, _fake) = connect(Script::default());
+        let device = device.unwrap();
+        assert_eq!(device.features(), F_VERSION_1 | F_EVENT_IDX | 1 << 9);
+        assert_eq!(
+            (device.virtio_id(), device.num_queues(), device.queue_size()),
+            (2, 2, 128)
+        );
+        assert_eq!(device.config()[..8], 0x1122_3344_5566_7788u64.to_le_bytes());
+        assert_eq!(device.config().len(), MAX_CONFIG_SPACE);
+    }
+
+    #[test]
+    fn the_steps_of_several_handshakes_can_be_interleaved() {
+        let started: Vec<_> = (0..3)
+            .map(|_| FakeDevice::start(Script::default()))
+            .collect();
+        let mut fakes = Vec::new();
+        let mut handshakes = Vec::new();
+        for (socket, fake) in started {
+            handshakes.push(Handshake::begin(socket, &fake::spec()).unwrap());
+            fakes.push(fake);
+        }
+        for handshake in &mut handshakes {
+            handshake.negotiate().unwrap();
+        }
+        for handshake in handshakes {
+            handshake.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn lies_about_queues_features_and_configuration_are_told() {
+        let (device, _fake) = connect(Script {
+            queues: 3,
+            ..Script::default()
+        });
+        assert!(matches!(
+            device,
+            Err(RemoteError::Queues {
+                got: 3,
+                want: 2,
+                ..
+            })
+        ));
+        let (device, _fake) = connect(Script {
+            queues: u64::MAX,
+            ..Script::default()
+        });
+        assert!(matches!(device, Err(RemoteError::Queues { .. })));
+        for len in [0, 8, 255, 257, 4000] {
+            let (device, _fake) = connect(Script {
+                config: vec![0; len],
+                ..Script::default()
+            });
+            assert!(
+                matches!(device, Err(RemoteError::Config { .. })),
+                "{len}: {device:?}"
+            );
+        }
+        let (device, _fake) = connect(Script {
+            features: 1 << 30,
+            ..Script::default()
+        });
+        assert!(matches!(
+            device,
+            Err(RemoteError::Features { kind: "virtio", .. })
+        ));
+        let (device, _fake) = connect(Script {
+            protocol: 1,
+            ..Script::default()
+        });
+        assert!(matches!(
+            device,
+            Err(RemoteError::Features {
+                kind: "vhost-user",
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn garbage_is_an_error_at_every_step() {
+        for request in [
+            fake::GET_FEATURES,
+            fake::GET_PROTOCOL_FEATURES,
+            fake::GET_QUEUE_NUM,
+            fake::GET_CONFIG,
+        ] {
+            for misdeed in [
+                Misdeed::Reply([request, 5, u32::MAX], 0),
+                Misdeed::Reply([request, 5, 4097], 0),
+                Misdeed::Reply([request, 5, 4], 4),
+                Misdeed::Reply([request, 5, 0], 0),
+                Misdeed::Reply([request, 1, 8], 8),
+                Misdeed::Reply([request, 6, 8], 8),
+                Misdeed::Reply([request, 0x8000_0005, 8], 8),
+                Misdeed::Reply([request + 1, 5, 8], 8),
+                Misdeed::Reply([0, 0, 0], 0),
+                Misdeed::Reply([u32::MAX; 3], 1000),
+                Misdeed::Descriptors,
+                Misdeed::Close,
+            ] {
+                let (device, _fake) = connect(misbehave(request, misdeed));
+                let error = device.unwrap_err();
+                assert!(
+                    matches!(error, RemoteError::Link { .. }),
+                    "{misdeed:?}: {error:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn silence_ends_in_an_error() {
+        let start = Instant::now();
+        let (device, _fake) = connect(misbehave(fake::GET_QUEUE_NUM, Misdeed::Silence));
+        // The reply to the next request comes, and is not the one that is waited for.
+        assert!(matches!(
+            device,
+            Err(RemoteError::Link {
+                source: LinkError::Malformed { .. },
+                ..
+            })
+        ));
+        let (device, _fake) = connect(misbehave(fake::GET_CONFIG, Misdeed::Silence));
+        assert!(matches!(
+            device,
+            Err(RemoteError::Link {
+                source: LinkError::Timeout {
+                    request: Some(FrontendReq::GET_CONFIG)
+                },
+                ..
+            })
+        ));
+        assert!(start.elapsed() < Duration::from_secs(60));
+    }
+
+    #[test]
+    fn a_reply_in_drips_is_bound_by_the_same_time() {
+        // A header that promises a body, and never the body.
+        let misdeed = Misdeed::Reply([fake::GET_CONFIG, 5, 268], 200);
+        let (device, _fake) = connect(misbehave(fake::GET_CONFIG, misdeed));
+        assert!(matches!(
+            device,
+            Err(RemoteError::Link {
+                source: LinkError::Timeout { .. },
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn activation_tells_everything_and_reset_takes_it_back() {
+        let (device, fake) = connect(Script::default());
+        let mut device = device.unwrap();
+        fake.arrived();
+        let state = queue(128, 0x1000, 4 << 30, 0x3000);
+        activate(&mut device, &state).unwrap();
+        assert!(device.is_active());
+        let seen = fake.arrived();
+        let one_queue = [
+            fake::SET_VRING_NUM,
+            fake::SET_VRING_BASE,
+            fake::SET_VRING_ADDR,
+            fake::SET_VRING_CALL,
+            fake::SET_VRING_ERR,
+            fake::SET_VRING_KICK,
+            fake::SET_VRING_ENABLE,
+        ];
+        let want: Vec<u32> = [fake::SET_FEATURES, fake::SET_MEM_TABLE]
+            .into_iter()
+            .chain(one_queue)
+            .chain(one_queue)
+            .collect();
+        assert_eq!(
+            seen.iter().map(|seen| seen.request).collect::<Vec<_>>(),
+            want
+        );
+        let body = |request: u32| {
+            &seen
+                .iter()
+                .rfind(|seen| seen.request == request)
+                .unwrap()
+                .body
+        };
+        let words = |request| -> Vec<u64> {
+            let chunks = body(request).chunks_exact(8);
+            chunks
+                .map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap()))
+                .collect()
+        };
+        assert_eq!(words(fake::SET_FEATURES), [F_VERSION_1 | 1 << 30]);
+        // Number of regions; then guest address, size, "user" address, offset in the file.
+        assert_eq!(
+            words(fake::SET_MEM_TABLE),
+            [2, 0, 1 << 20, 0, 0, 4 << 30, 1 << 20, 4 << 30, 1 << 20]
+        );
+        // Index and flags; then descriptor table, used ring, available ring, log.
+        assert_eq!(words(fake::SET_VRING_ADDR), [1, 0x1000, 0x3000, 4 << 30, 0]);
+        assert_eq!(words(fake::SET_VRING_NUM), [1 | 128 << 32]);
+        assert_eq!(words(fake::SET_VRING_BASE), [1]);
+        assert_eq!(words(fake::SET_VRING_KICK), [1]);
+        let fds: Vec<usize> = seen.iter().map(|seen| seen.fds.len()).collect();
+        assert_eq!(fds, [0, 2, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0]);
+
+        device.deactivate().unwrap();
+        assert!(!device.is_active());
+        device.deactivate().unwrap();
+        drop(device);
+        assert_eq!(
+            fake.requests(),
+            [
+                fake::GET_VRING_BASE,
+                fake::GET_VRING_BASE,
+                fake::RESET_DEVICE
+            ]
+        );
+    }
+
+    #[test]
+    fn many_queues_stay_within_the_window() {
+        let spec = DeviceSpec::Net(ipc::spec::net::NetSpec {
+            id: "net0".into(),
+            mac: [2, 0, 0, 0, 0, 1],
+            queue_pairs: 16,
+            queue_size: 256,
+        });
+        let (front, fake) = FakeDevice::start(Script {
+            queues: 33,
+            ..Script::default()
+        });
+        let mut device = Handshake::begin(front, &spec)
+            .and_then(Handshake::finish)
+            .unwrap();
+        let state = queue(256, 0x1000, 0x3000, 0x4000);
+        let event = EventFd::new(0).unwrap();
+        let queues: Vec<_> = (0..33)
+            .map(|index| QueueHandover {
+                index,
+                state: &state,
+                kick: &event,
+                call: &event,
+                error: &event,
+            })
+            .collect();
+        device.activate(F_VERSION_1, &memory(), &queues).unwrap();
+        drop(device);
+        let requests = fake.requests();
+        let enabled = requests
+            .iter()
+            .filter(|&&request| request == fake::SET_VRING_ENABLE);
+        assert_eq!(enabled.count(), 33);
+    }
+
+    #[test]
+    fn an_inflight_region_is_fetched_once_and_dropped_at_reset() {
+        let protocol = fake::PROTOCOL | 1 << 12;
+        let (device, fake) = connect(Script {
+            protocol,
+            ..Script::default()
+        });
+        let mut device = device.unwrap();
+        let state = queue(128, 0x1000, 0x2000, 0x3000);
+        activate(&mut device, &state).unwrap();
+        device.deactivate().unwrap();
+        activate(&mut device, &state).unwrap();
+        drop(device);
+        let requests = fake.requests();
+        let count = |wanted| {
+            requests
+                .iter()
+                .filter(|&&request| request == wanted)
+                .count()
+        };
+        assert_eq!(
+            (count(fake::GET_INFLIGHT_FD), count(fake::SET_INFLIGHT_FD)),
+            (2, 2)
+        );
+    }
+
+    #[test]
+    fn a_refusal_or_death_in_activation_fails_the_device_for_good() {
+        for what in [
+            Misdeed::Refuse,
+            Misdeed::Close,
+            Misdeed::Reply([1, 2, 3], 3),
+        ] {
+            for request in [
+                fake::SET_FEATURES,
+                fake::SET_MEM_TABLE,
+                fake::SET_VRING_KICK,
+            ] {
+                let (device, _fake) = connect(misbehave(request, what));
+                let mut device = device.unwrap();
+                let state = queue(128, 0x1000, 0x2000, 0x3000);
+                assert!(activate(&mut device, &state).is_err(), "{what:?}");
+                assert!(device.is_failed());
+                let again = activate(&mut device, &state);
+                assert!(
+                    matches!(again, Err(RemoteError::Failed { .. })),
+                    "{again:?}"
+                );
+                device.deactivate().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn queues_outside_of_ram_never_reach_the_device() {
+        let (device, fake) = connect(Script::default());
+        let mut device = device.unwrap();
+        fake.arrived();
+        let end = 1 << 20;
+        for state in [
+            queue(128, end, 0x2000, 0x3000),
+            queue(128, end - 16, 0x2000, 0x3000),
+            queue(128, 0x1000, end - 4, 0x3000),
+            queue(128, 0x1000, 0x2000, end - 1024),
+            queue(128, u64::MAX - 15, 0x2000, 0x3000),
+            queue(128, 0x1000, u64::MAX - 1, 0x3000),
+            queue(128, 0x1000, 0x2000, 2 << 30),
+        ] {
+            let error = activate(&mut device, &state).unwrap_err();
+            assert!(error.is_guests_fault(), "{error}");
+        }
+        assert!(!device.is_failed() && fake.arrived().is_empty());
+        // The last bytes of RAM are RAM.
+        activate(
+            &mut device,
+            &queue(128, end - 2048, 0x2000, end - 2048 - 1032),
+        )
+        .unwrap();
+    }
+
+    #[test]
+    fn configuration_writes_come_back_as_the_device_took_them() {
+        let (device, _fake) = connect(Script::default());
+        let mut device = device.unwrap();
+        device.write_config(32, &[7]).unwrap();
+        assert_eq!(device.config()[32], 7);
+        let (device, _fake) = connect(misbehave(fake::SET_CONFIG, Misdeed::Refuse));
+        let mut device = device.unwrap();
+        device.write_config(32, &[7]).unwrap();
+        assert_eq!(device.config()[32], 0);
+        assert!(!device.is_failed(), "a refused write is the guest's affair");
+        let (device, _fake) = connect(misbehave(fake::SET_CONFIG, Misdeed::Close));
+        let mut device = device.unwrap();
+        assert!(device.write_config(32, &[7]).is_err());
+        assert!(device.is_failed());
+    }
+}
