@@ -247,7 +247,7 @@ fn the_descriptors_are_exactly_those_given() {
         assert_eq!(
             libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&stray[7]), libc::F_SETFD, 0),
             0
-        )
+        );
     };
     let mut request = Request::new("serve");
     let zero = || OwnedFd::from(File::open("/dev/zero").expect("zero"));
@@ -391,7 +391,7 @@ fn it_dies_with_its_parent() {
     );
     let begin = Instant::now();
     let died = ends_within(pid, 2000, || {
-        kill(Pid::from_raw(parent.id() as i32), Signal::SIGKILL).expect("kill")
+        kill(Pid::from_raw(parent.id() as i32), Signal::SIGKILL).expect("kill");
     });
     assert!(died, "the child outlived its parent");
     assert!(
