@@ -22,11 +22,11 @@ use ipc::guest_warn;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::machine::bus::BusDevice;
+
 use super::core::{Area, Core, CoreError, Half, Interrupts};
 use super::remote::RemoteDevice;
 
-/// Bytes of a device's window: 256 of registers, 256 of configuration space.
-pub const WINDOW: u64 = 0x200;
 /// Offset of `QueueNotify`, for which each queue has an ioeventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
@@ -115,52 +115,6 @@ impl MmioTransport {
         self.core.device_config_changed(&self.line);
     }
 
-    /// Power-on state again, for a reset of the VM in place; the device process is told and keeps running.
-    pub fn reset(&mut self) {
-        self.core.reset();
-    }
-
-    /// The guest reads `data.len()` bytes at `offset` of the window.
-    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= CONFIG {
-            if matches!(data.len(), 1 | 2 | 4 | 8) {
-                self.core.read_config(offset - CONFIG, data);
-            }
-            return;
-        }
-        let len = data.len();
-        match <&mut [u8; 4]>::try_from(data) {
-            Ok(word) if offset.is_multiple_of(4) => {
-                *word = self.read_register(offset).to_le_bytes();
-            }
-            _ => guest_warn!(
-                "device \"{}\": read of {len} bytes at register {offset:#x}, gives 0",
-                self.core.device().id()
-            ),
-        }
-    }
-
-    /// The guest writes `data` at `offset` of the window.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
-        if offset >= CONFIG {
-            if matches!(data.len(), 1 | 2 | 4 | 8) {
-                self.core.write_config(offset - CONFIG, data, &self.line);
-            }
-            return;
-        }
-        match <[u8; 4]>::try_from(data) {
-            Ok(word) if offset.is_multiple_of(4) => {
-                self.write_register(offset, u32::from_le_bytes(word));
-            }
-            _ => guest_warn!(
-                "device \"{}\": write of {} bytes at register {offset:#x}, ignored",
-                self.core.device().id(),
-                data.len()
-            ),
-        }
-    }
-
     fn read_register(&self, offset: u64) -> u32 {
         match offset {
             0x00 => MAGIC,
@@ -239,6 +193,52 @@ impl MmioTransport {
                 core.device().id()
             ),
         }
+    }
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset >= CONFIG {
+            if matches!(data.len(), 1 | 2 | 4 | 8) {
+                self.core.read_config(offset - CONFIG, data);
+            }
+            return;
+        }
+        let len = data.len();
+        match <&mut [u8; 4]>::try_from(data) {
+            Ok(word) if offset.is_multiple_of(4) => {
+                *word = self.read_register(offset).to_le_bytes();
+            }
+            _ => guest_warn!(
+                "device \"{}\": read of {len} bytes at register {offset:#x}, gives 0",
+                self.core.device().id()
+            ),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset >= CONFIG {
+            if matches!(data.len(), 1 | 2 | 4 | 8) {
+                self.core.write_config(offset - CONFIG, data, &self.line);
+            }
+            return;
+        }
+        match <[u8; 4]>::try_from(data) {
+            Ok(word) if offset.is_multiple_of(4) => {
+                self.write_register(offset, u32::from_le_bytes(word));
+            }
+            _ => guest_warn!(
+                "device \"{}\": write of {} bytes at register {offset:#x}, ignored",
+                self.core.device().id(),
+                data.len()
+            ),
+        }
+    }
+
+    // The device process is told, keeps running, and does not touch guest memory on return.
+    fn reset(&mut self) {
+        self.core.reset();
     }
 }
 
