@@ -1,4 +1,5 @@
 //! placeholder
+pub mod chardev;
 pub mod cmdline;
 pub mod kvm;
 pub mod memory;

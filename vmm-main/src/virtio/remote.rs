@@ -409,12 +409,15 @@ impl RemoteDevice {
                 Some(region) => region,
                 None => self.get_inflight()?,
             };
-            let (layout, file) = (region.layout, self.inflight.insert(region).file.try_clone());
-            let file = file.map_err(|_| RemoteError::Inflight {
-                id: self.id.clone(),
-                what: "a descriptor to spare",
-            })?;
-            self.talk(|link| link.post(FrontendReq::SET_INFLIGHT_FD, &[&layout], &[file.as_fd()]))?;
+            let sent = self.talk(|link| {
+                link.post(
+                    FrontendReq::SET_INFLIGHT_FD,
+                    &[&region.layout],
+                    &[region.file.as_fd()],
+                )
+            });
+            self.inflight = Some(region);
+            sent?;
         }
         self.talk(|link| {
             for queue in queues {
