@@ -1,4 +1,4 @@
-/* Prints what the boot protocol passed and what the platform answers. */
+/* Prints what the boot protocol passed. Words: flood=KIBIBYTES (that much more text before the end, default 0). */
 #include "payload.h"
 
 static u64 load(const void *at, int bytes)
@@ -34,6 +34,8 @@ int payload_main(const struct boot *boot)
         put_dec(load(entry + 16, 4));
         put("\r\n");
     }
+    for (u64 line = number(boot, "flood", 0) * 16; line; line--)
+        put("FLOOD of text that nobody may want to read, in lines of 64 ....\n");
     put("MACHINE OK\r\n");
     return 0;
 }

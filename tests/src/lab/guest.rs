@@ -24,12 +24,13 @@ const MODULES: &[&str] = &[
     "virtio_rng",
     "ext4",
     "button",
+    "evdev",
     "vmw_vsock_virtio_transport",
     "virtiofs",
 ];
 
 /// Raised with each change of [`INIT`] or [`MODULES`], so that a cached system is made anew.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc

@@ -1,0 +1,207 @@
+//! # QMP as clients use it
+//!
+//! **Job.** The published client `qemu.qmp` drives a VM, and what it hides (ids, errors, order) is checked raw.
+//! **Who is not trusted.** The VMM. **Why this way.** Management software speaks QEMU's dialect; a client that was
+//! written against QEMU is the best judge.
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+use tests::host::require_kvm;
+use tests::lab::cache_dir;
+use tests::payload::Payload;
+use tests::qmp::{Qmp, QmpError};
+use tests::vm::Vm;
+use tests::wait::Watched;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn sleeping_guest() -> Vm {
+    require_kvm();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::Machine.path(), "end=halt")
+        .with_qmp()
+        .start()
+        .unwrap();
+    vm.wait_for("MACHINE OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    vm
+}
+
+/// A Python with the client, in a virtual environment in the cache.
+fn python_with_client() -> PathBuf {
+    tests::lab::ensure_packages(&["python3", "python3-venv"]).unwrap();
+    let dir = cache_dir().join("qemu-qmp-0.0.6");
+    let python = dir.join("bin/python");
+    if !dir.join("complete").exists() {
+        let made = Command::new("/usr/bin/python3")
+            .args(["-m", "venv"])
+            .arg(&dir)
+            .output()
+            .unwrap();
+        assert!(
+            made.status.success(),
+            "{}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+        let got = Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "qemu.qmp==0.0.6"])
+            .output()
+            .unwrap();
+        assert!(
+            got.status.success(),
+            "{}",
+            String::from_utf8_lossy(&got.stderr)
+        );
+        std::fs::write(dir.join("complete"), "").unwrap();
+    }
+    python
+}
+
+#[test]
+fn the_published_client_drives_a_vm() {
+    let python = python_with_client();
+    let mut vm = sleeping_guest();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/qemu_qmp.py");
+    let output = Command::new(python)
+        .arg(script)
+        .arg(vm.qmp_socket().unwrap())
+        .output()
+        .unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        output.status.success() && text.contains("all well"),
+        "{text}\n{}",
+        vm.messages()
+    );
+    let status = vm.wait(LIMIT).unwrap();
+    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+}
+
+#[test]
+fn commands_wait_for_the_negotiation_and_keep_any_id() {
+    let vm = sleeping_guest();
+    let watched = Watched::new(vm.pid()).unwrap();
+    let mut qmp = Qmp::connect_raw(&vm.qmp_socket().unwrap(), &watched, LIMIT).unwrap();
+    assert!(
+        qmp.greeting["QMP"]["version"]["qemu"]["major"].is_number(),
+        "{}",
+        qmp.greeting
+    );
+    let refused = qmp.execute("query-status", json!({}));
+    assert!(
+        matches!(&refused, Err(QmpError::Refused { class, .. }) if class == "CommandNotFound"),
+        "{refused:?}"
+    );
+    qmp.execute("qmp_capabilities", json!({})).unwrap();
+    for id in [
+        json!("text"),
+        json!({"a": [1, null]}),
+        json!(null),
+        json!(-1.5),
+    ] {
+        qmp.send_raw(&format!(
+            "{}\n",
+            json!({"execute": "query-status", "id": id})
+        ))
+        .unwrap();
+        let reply = qmp.reply("query-status").unwrap();
+        assert_eq!(reply["id"], id, "{reply}");
+        assert_eq!(reply["return"]["running"], true, "{reply}");
+    }
+    qmp.send_raw("{\"execute\": \"query-status\"}\n").unwrap();
+    assert!(
+        qmp.reply("query-status").unwrap().get("id").is_none(),
+        "no id, so none comes back"
+    );
+}
+
+#[test]
+fn nonsense_is_refused_and_the_connection_lives_on() {
+    let vm = sleeping_guest();
+    let mut qmp = vm.qmp().unwrap();
+    for nonsense in [
+        "{\"execute\": 7}\n",
+        "[1, 2]\n",
+        "{\"arguments\": {}}\n",
+        "{\"execute\": \"stop\", \"arguments\": []}\n",
+    ] {
+        qmp.send_raw(nonsense).unwrap();
+        let reply = qmp.reply(nonsense).unwrap();
+        assert!(
+            reply["error"]["class"].is_string(),
+            "{nonsense} got {reply}"
+        );
+    }
+    assert_eq!(
+        qmp.execute("query-status", json!({})).unwrap()["status"],
+        "running"
+    );
+}
+
+#[test]
+fn a_stopped_guest_does_not_run_and_goes_on_where_it_was() {
+    require_kvm();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::Machine.path(), "end=reset")
+        .with_qmp()
+        .start()
+        .unwrap();
+    vm.wait_for("MACHINE OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let mut qmp = vm.qmp().unwrap();
+    qmp.execute("stop", json!({})).unwrap();
+    qmp.wait_event("STOP", LIMIT).unwrap();
+    assert_eq!(
+        qmp.execute("query-status", json!({})).unwrap()["status"],
+        "paused"
+    );
+    qmp.execute("cont", json!({})).unwrap();
+    qmp.wait_event("RESUME", LIMIT).unwrap();
+    qmp.wait_event("RESET", LIMIT).unwrap();
+    vm.wait_for("MACHINE OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    qmp.execute("quit", json!({})).unwrap();
+    let event = qmp.wait_event("SHUTDOWN", LIMIT).unwrap();
+    assert_eq!(event["data"]["guest"], false, "{event}");
+    assert_eq!(vm.wait(LIMIT).unwrap().code(), Some(0));
+}
+
+#[test]
+fn thread_ids_are_those_of_the_processors() {
+    require_kvm();
+    let vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128", "-smp", "2"])
+        .kernel(&Payload::FirstByte.path(), "")
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let cpus = qmp.execute("query-cpus-fast", json!({})).unwrap();
+    let threads = tests::procfs::Status::of_threads(vm.pid()).unwrap();
+    let ids: Vec<i64> = cpus
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["thread-id"].as_i64().unwrap())
+        .collect();
+    assert_eq!(ids.len(), 2, "{cpus}");
+    for id in ids {
+        let thread = threads
+            .get(&i32::try_from(id).unwrap())
+            .unwrap_or_else(|| panic!("no thread {id}: {threads:?}"));
+        assert!(
+            thread.name().to_lowercase().contains("cpu"),
+            "{}",
+            thread.name()
+        );
+    }
+}
