@@ -72,7 +72,7 @@ fn the_boot_protocol_passes_command_line_initrd_and_memory() {
     );
     let address = u64::from_str_radix(words[0], 16).unwrap();
     assert!(
-        address >= 0x10_0000 && address + 11 <= 128 << 20 && address % 4096 == 0,
+        address >= 0x10_0000 && address + 11 <= 128 << 20 && address.is_multiple_of(4096),
         "{address:#x}"
     );
     let map = expect(&mut vm, "MACHINE OK");
@@ -85,7 +85,7 @@ fn the_boot_protocol_passes_command_line_initrd_and_memory() {
     }
     // All but what lies between 640 KiB and 1 MiB, and the page or so that the VMM keeps.
     assert!(
-        ram <= 128 << 20 && ram >= (128 << 20) - (512 << 10),
+        ((128 << 20) - (512 << 10)..=128 << 20).contains(&ram),
         "{ram:#x} bytes of RAM in\n{map}"
     );
     ends_well(&mut vm);

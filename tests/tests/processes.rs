@@ -165,8 +165,7 @@ fn devices_hold_exactly_their_descriptors() {
         for (number, fd) in &fds {
             let expected = match fd.kind() {
                 "memfd" | "socket" | "eventfd" | "eventpoll" => true,
-                "pipe" => *number <= 2,
-                "/dev/null" => *number <= 2,
+                "pipe" | "/dev/null" => *number <= 2,
                 other => other.contains(back_end),
             };
             assert!(expected, "{name} holds {number}: {fd:?}");
