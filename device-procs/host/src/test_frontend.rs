@@ -254,6 +254,11 @@ impl GuestMemory {
         }
     }
 
+    /// The memory itself, for another front end.
+    pub const fn map(&self) -> &GuestMemoryMmap<()> {
+        &self.map
+    }
+
     /// Writes bytes.
     pub fn write(&self, address: u64, data: &[u8]) {
         self.map.write_slice(data, GuestAddress(address)).unwrap();
