@@ -5,13 +5,14 @@
 //! `open` serves the same, then waits for one byte, without a filter, for looking at from outside;
 //! `start` writes the monotonic time at which `main` began, and ends.
 
+use nix::sys::socket::{MsgFlags, recvmsg};
 use ozone::{Sandbox, inner};
 use seccomp_policies::{Action, Policy, install};
 use std::{
     env,
     fs::File,
-    io::{Read, Write},
-    os::fd::{FromRawFd, OwnedFd},
+    io::{IoSliceMut, Write},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     process::ExitCode,
 };
 
@@ -47,9 +48,14 @@ fn main() -> ExitCode {
                 let _ = writeln!(link, "refused: {error}");
                 return ExitCode::FAILURE;
             }
-            let mut byte = [0];
-            writeln!(link, "jailed: {}", jailed.report())
-                .and_then(|()| link.read(&mut byte).map(drop))
+            // recvmsg, since a device has no read.
+            writeln!(link, "jailed: {}", jailed.report()).and_then(|()| {
+                let mut byte = [0];
+                let mut buffers = [IoSliceMut::new(&mut byte)];
+                let flags = MsgFlags::empty();
+                recvmsg::<()>(link.as_raw_fd(), &mut buffers, None, flags)?;
+                Ok(())
+            })
         }
         _ => return ExitCode::from(2),
     };

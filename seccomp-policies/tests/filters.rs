@@ -62,6 +62,7 @@ fn kill(policy: Policy, call: c_long, args: [c_long; 6]) -> End {
 
 const NONE: [c_long; 6] = [0; 6];
 const DEVICES: [Policy; 3] = [Policy::Block, Policy::Net, Policy::Template];
+const CONTROL: [Policy; 3] = [Policy::ControlMain, Policy::ControlQmp, Policy::ControlVcpu];
 const THREADS: [Policy; 6] = [
     Policy::ControlMain,
     Policy::ControlQmp,
@@ -180,7 +181,7 @@ fn executable_memory_kills() {
 
 #[test]
 fn arguments_are_checked() {
-    let get_flags = c_long::from(libc::F_GETFL);
+    let get_flags = c_long::from(libc::F_GETFD);
     let set_owner = c_long::from(libc::F_SETOWN);
     for policy in DEVICES {
         assert_eq!(
@@ -222,32 +223,30 @@ fn arguments_are_checked() {
 #[test]
 fn plain_work_goes_on() {
     for policy in THREADS {
-        let wake = c_long::from(libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG);
+        let bad = [-1, 0, 0, 0, 0, 0];
         assert_eq!(
-            kill(policy, libc::SYS_futex, [0, wake, 0, 0, 0, 0]),
-            End::Exit(0),
-            "{policy}: futex"
-        );
-        assert_eq!(
-            kill(policy, libc::SYS_close, [-1, 0, 0, 0, 0, 0]),
+            kill(policy, libc::SYS_close, bad),
             errno(libc::EBADF),
             "{policy}: close"
         );
         assert_eq!(
-            kill(policy, libc::SYS_read, [-1, 0, 0, 0, 0, 0]),
-            errno(libc::EBADF),
-            "{policy}: read"
-        );
-        assert_eq!(
-            kill(policy, libc::SYS_write, [-1, 0, 0, 0, 0, 0]),
+            kill(policy, libc::SYS_write, bad),
             errno(libc::EBADF),
             "{policy}: write"
         );
+        let seven = [7, 0, 0, 0, 0, 0];
         assert_eq!(
-            kill(policy, libc::SYS_exit_group, [7, 0, 0, 0, 0, 0]),
+            kill(policy, libc::SYS_exit_group, seven),
             End::Exit(7),
             "{policy}: exit"
         );
+    }
+    for policy in CONTROL {
+        let wake = c_long::from(libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG);
+        let requeue = c_long::from(libc::FUTEX_REQUEUE | libc::FUTEX_PRIVATE_FLAG);
+        let futex = |op| kill(policy, libc::SYS_futex, [0, op, 0, 0, 0, 0]);
+        assert_eq!(futex(wake), End::Exit(0), "{policy}: wake");
+        assert_eq!(futex(requeue), KILLED, "{policy}: requeue");
     }
     let pwrite = [-1, 0, 0, 0, 0, 0];
     assert_eq!(
@@ -260,7 +259,7 @@ fn plain_work_goes_on() {
 /// libc must take "no such call" for an answer and try clone, whose flags a filter can see.
 #[test]
 fn clone3_is_not_implemented() {
-    for policy in THREADS {
+    for policy in CONTROL {
         assert_eq!(
             kill(policy, libc::SYS_clone3, NONE),
             errno(libc::ENOSYS),
@@ -346,5 +345,31 @@ fn the_table_tells_what_is_installed() {
             .map(|r| r.number)
     };
     assert_eq!(number("pwritev"), Some(libc::SYS_pwritev));
-    assert_eq!(number("io_uring_enter"), Some(libc::SYS_io_uring_enter));
+    assert_eq!(number("fdatasync"), Some(libc::SYS_fdatasync));
+}
+
+/// What libc and std do behind a program's back, allocation, locks, a thread's end, stays possible.
+#[test]
+fn the_runtime_works_under_every_policy() {
+    let me = std::env::current_exe().unwrap();
+    let probe = me
+        .parent()
+        .unwrap()
+        .parent()
+        .unwrap()
+        .join("examples/runtime_probe");
+    let run = |policy: Policy, main: bool| {
+        let mut command = std::process::Command::new(&probe);
+        command.arg(policy.to_string()).args(main.then_some("main"));
+        let status = command.status().unwrap();
+        assert!(status.success(), "{policy}, main thread {main}: {status}");
+    };
+    for policy in DEVICES {
+        run(policy, true);
+    }
+    for policy in CONTROL {
+        run(policy, false);
+    }
+    run(Policy::ControlMain, true);
+    run(Policy::Broker, true);
 }
