@@ -1,6 +1,6 @@
 //! The KVM device and one virtual machine.
 //!
-//! Job: open and check `/dev/kvm`, create the VM with in-kernel interrupt controllers, attach RAM, eventfds and lines.
+//! Job: open and check `/dev/kvm`, create the VM, attach RAM, in-kernel interrupt controllers, eventfds and lines.
 //! Who is not trusted: nobody yet; the guest does not run while these calls are made, except for the eventfd calls,
 //! whose arguments come from this process.
 //! Why this way: [`Kvm::open`] and [`Vm::create`] depend on nothing, so they can run beside the start of device
@@ -113,7 +113,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Creates a VM with IOAPIC, PIC, LAPICs and PIT in the kernel, without RAM and vCPUs.
+    /// Creates an empty VM: no RAM, no interrupt controllers, no vCPUs.
     ///
     /// # Errors
     /// A KVM call failed; the error names it.
@@ -126,14 +126,27 @@ impl Vm {
             .map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(layout::KVM_TSS)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
-        fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        Ok(Self { fd })
+    }
+
+    /// Adds IOAPIC, PIC, local APICs of vCPUs to come, and PIT.
+    ///
+    /// Comes after [`Self::map_ram`]: registering their ports starts a grace period in KVM that installing a memory
+    /// slot would have to wait out, several milliseconds.
+    ///
+    /// # Errors
+    /// A KVM call failed; the error names it.
+    pub fn add_interrupt_controllers(&self) -> Result<(), Error> {
+        let call = |call| move |source| Error::Call { call, source };
+        self.fd
+            .create_irq_chip()
+            .map_err(call("KVM_CREATE_IRQCHIP"))?;
         // The dummy speaker answers port 0x61, through which kernels gate the timer when they calibrate.
         let pit = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
         };
-        fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
-        Ok(Self { fd })
+        self.fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))
     }
 
     /// Gives the VM its RAM: one slot per region, numbered from 0.

@@ -186,6 +186,7 @@ impl Microvm {
         let (events, receiver) = events::channel().map_err(eventfd_error("events"))?;
         let cpuid = CpuidTemplate::new(kvm, topology, config.features)?;
         vm.map_ram(&ram)?;
+        vm.add_interrupt_controllers()?;
         let new_vm = VmState::save(&vm)?;
         let (fds, new_vcpus) = create_vcpus(kvm, &vm, &cpuid, topology)?;
         let vcpus = VcpuThreads::new(fds);
