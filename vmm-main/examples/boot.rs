@@ -3,17 +3,19 @@
 //!
 //! ```text
 //! boot KERNEL [--initrd FILE] [--append LINE] [--smp N] [--mem MIB] [--pvh | --linux64] [--resets N]
-//!      [--window] [--phases]
+//!      [--topology S,D,L,C,T] [--button TEXT] [--seconds N] [--window] [--phases]
 //! ```
-//! `--resets N` performs the first N resets that the guest asks for; a later one ends the run. `--window` puts a device
+//! `--resets N` performs the first N resets that the guest asks for; a later one ends the run. `--topology` gives
+//! sockets, dies, clusters, cores and threads. `--button` presses the power button when the guest has printed TEXT.
+//! `--seconds` ends a guest that runs longer and prints its registers. `--window` puts a device
 //! with a wrong magic number behind the first mmio window, so that the guest's log shows whether it looked there.
 //! `--phases` tells how long each step of the start took. Status: 0 power-off, 3 reset, 1 all else.
 
 use std::fs::File;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
 
 use vmm_main::boot::{BootSource, Protocol};
 use vmm_main::kvm::cpuid::CpuFeatures;
@@ -25,10 +27,22 @@ use vmm_main::machine::microvm::{Microvm, MicrovmConfig};
 use vmm_main::memory::{GuestRam, RamConfig};
 use vmm_main::platform::serial::SerialSink;
 
-struct Stdout;
+struct Stdout {
+    /// Text to wait for, what came since the last line's end, and where to tell.
+    awaited: Option<(String, String, mpsc::Sender<()>)>,
+}
 
 impl SerialSink for Stdout {
     fn push(&mut self, bytes: &[u8]) {
+        if let Some((text, line, found)) = &mut self.awaited {
+            line.push_str(&String::from_utf8_lossy(bytes));
+            if line.contains(text.as_str()) {
+                let _ = found.send(());
+                self.awaited = None;
+            } else if line.ends_with('\n') {
+                line.clear();
+            }
+        }
         // Nothing useful can be done when the reader is gone.
         let mut out = std::io::stdout().lock();
         let _ = out.write_all(bytes).and_then(|()| out.flush());
@@ -53,6 +67,9 @@ struct Arguments {
     mib: u64,
     protocol: Protocol,
     resets: u32,
+    topology: Option<[u32; 5]>,
+    button: Option<String>,
+    seconds: Option<u64>,
     window: bool,
     phases: bool,
 }
@@ -67,6 +84,9 @@ fn arguments() -> Result<Arguments, String> {
         mib: 256,
         protocol: Protocol::Auto,
         resets: 0,
+        topology: None,
+        button: None,
+        seconds: None,
         window: false,
         phases: false,
     };
@@ -80,6 +100,19 @@ fn arguments() -> Result<Arguments, String> {
             "--resets" => parsed.resets = value()?.parse().map_err(|e| format!("--resets: {e}"))?,
             "--pvh" => parsed.protocol = Protocol::Pvh,
             "--linux64" => parsed.protocol = Protocol::Linux64,
+            "--topology" => {
+                let levels: Result<Vec<u32>, _> = value()?.split(',').map(str::parse).collect();
+                let levels = levels.map_err(|e| format!("--topology: {e}"))?;
+                parsed.topology = Some(
+                    levels
+                        .try_into()
+                        .map_err(|_| "--topology needs five numbers")?,
+                );
+            }
+            "--button" => parsed.button = Some(value()?),
+            "--seconds" => {
+                parsed.seconds = Some(value()?.parse().map_err(|e| format!("--seconds: {e}"))?);
+            }
             "--window" => parsed.window = true,
             "--phases" => parsed.phases = true,
             _ => return Err(format!("unknown option {option}")),
@@ -105,10 +138,15 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
     phase("create vm");
     let ram = Arc::new(GuestRam::new(RamConfig::new(arguments.mib << 20))?);
     phase("ram");
+    let (pressed, press) = mpsc::channel();
+    let awaited = arguments.button.map(|text| (text, String::new(), pressed));
     let config = MicrovmConfig {
-        topology: Topology::flat(arguments.cpus)?,
+        topology: match arguments.topology {
+            None => Topology::flat(arguments.cpus)?,
+            Some([s, d, l, c, t]) => Topology::new(arguments.cpus, s, d, l, c, t)?,
+        },
         features: CpuFeatures::default(),
-        serial: Some(Box::new(Stdout)),
+        serial: Some(Box::new(Stdout { awaited })),
     };
     let mut machine = Microvm::new(&kvm, vm, ram, config)?;
     phase("machine");
@@ -132,8 +170,22 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
         eprintln!("{loaded:x?}, vCPU threads {:?}", machine.vcpu_thread_ids()?);
     }
     let mut resets = arguments.resets;
+    let button = machine.power_button_handle();
+    let _presser = std::thread::spawn(move || {
+        // Ends when the sink is dropped or has found its text.
+        if press.recv().is_ok() {
+            eprintln!("pressing the power button: {:?}", button.press());
+        }
+    });
+    let deadline = arguments
+        .seconds
+        .map(|seconds| begin + Duration::from_secs(seconds));
     loop {
-        match events.recv() {
+        let event = match deadline {
+            Some(deadline) => events.recv_until(deadline),
+            None => events.recv(),
+        };
+        match event {
             Some(VmEvent::Reset) if resets > 0 => {
                 resets -= 1;
                 let begin = Instant::now();
@@ -149,7 +201,13 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
                     _ => ExitCode::FAILURE,
                 });
             }
-            None => return Err("the machine is gone".into()),
+            None => {
+                machine.pause()?;
+                for dump in machine.registers()? {
+                    eprintln!("{dump}");
+                }
+                return Err("the guest is still running".into());
+            }
         }
     }
 }

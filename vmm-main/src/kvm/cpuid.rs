@@ -57,10 +57,17 @@ mod ext1_ecx {
 const INVARIANT_TSC: u32 = 1 << 8;
 /// `CPUID.(7,0):EDX`: `IA32_ARCH_CAPABILITIES` exists. KVM offers it on AMD too, where no processor has it.
 const ARCH_CAPABILITIES: u32 = 1 << 29;
+/// 48 characters of processor name.
+const BRAND_LEAVES: std::ops::RangeInclusive<u32> = 0x8000_0002..=0x8000_0004;
 /// Hypervisor leaf with the TSC's and the APIC timer's frequency in kHz.
 const TIMING_LEAF: u32 = 0x4000_0010;
 /// KVM's APIC timer counts nanoseconds.
 const APIC_BUS_KHZ: u32 = 1_000_000;
+
+fn host_brand_string(leaf: u32) -> [u32; 4] {
+    let registers = std::arch::x86_64::__cpuid(leaf);
+    [registers.eax, registers.ebx, registers.ecx, registers.edx]
+}
 
 impl CpuidTemplate {
     /// Computes the leaves for a guest of this topology.
@@ -201,6 +208,15 @@ impl CpuidTemplate {
         // SVM's own leaf has no meaning without SVM.
         self.entries.retain(|e| e.function != 0x8000_000A);
         Ok(())
+    }
+
+    /// The processor's name, which KVM leaves empty.
+    fn brand_string(&mut self, host: impl Fn(u32) -> [u32; 4]) {
+        for entry in &mut self.entries {
+            if BRAND_LEAVES.contains(&entry.function) {
+                [entry.eax, entry.ebx, entry.ecx, entry.edx] = host(entry.function);
+            }
+        }
     }
 
     fn leaf7(&mut self, vendor: Vendor) {
@@ -516,6 +532,23 @@ mod tests {
             .collect();
         assert_eq!(ids.len(), 254);
         assert!(ids.iter().all(|id| *id < 0xFF));
+    }
+
+    #[test]
+    fn the_processor_has_the_hosts_name() {
+        let mut supported = host(b"AuthenticAMD", 0x10);
+        supported.push(entry(0x8000_0002, 0, 0));
+        let topology = Topology::flat(1).unwrap();
+        let features = CpuFeatures::default();
+        let mut template =
+            CpuidTemplate::from_supported(&supported, topology, features, true).unwrap();
+        template.brand_string(|leaf| [leaf, 1, 2, 3]);
+        let leaf = get(&template.entries, 0x8000_0002, 0);
+        assert_eq!(
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx),
+            (0x8000_0002, 1, 2, 3)
+        );
+        assert_ne!(get(&template.entries, 1, 0).ebx, 1);
     }
 
     #[test]

@@ -157,6 +157,18 @@ impl EventReceiver {
             .map(|(_, event)| event)
     }
 
+    /// Like [`Self::recv`], but gives up at `deadline`. `None`: nothing came, or every sender is gone.
+    #[must_use]
+    pub fn recv_until(&self, deadline: std::time::Instant) -> Option<VmEvent> {
+        loop {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let (life, event) = self.receiver.recv_timeout(left).ok()?;
+            if life == self.signal.life.load(Ordering::SeqCst) {
+                return Some(event);
+            }
+        }
+    }
+
     /// Waits for the next event of the guest's present life. `None`: every sender is gone.
     #[must_use]
     pub fn recv(&self) -> Option<VmEvent> {

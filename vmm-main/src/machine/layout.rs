@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! 0x0000_0000  RAM: boot page (GDT), zero page or PVH info, page tables, command line (below 640 KiB)
-//! 0x0009_fc00  reserved; 0xe_0000 RSDP and ACPI tables, 0xf_0000 MP table
+//! 0x0009_fc00  reserved; 0xe_0000 RSDP and ACPI tables, 0xf_0000 MP table, 0xf_fff0 reset vector
 //! 0x0010_0000  RAM: kernel upwards, initrd downwards from the end of low RAM
 //! 0xc000_0000  hole: 0xd000_0000 virtio-mmio windows, 0xfec0_0000 IOAPIC, 0xfee0_0000 LAPIC, 0xfffb_c000 KVM
 //! 0x1_0000_0000  rest of the RAM
@@ -44,6 +44,8 @@ pub const ACPI_RSDP: u64 = 0xE_0000;
 pub const ACPI_END: u64 = 0xF_0000;
 /// MP floating pointer; the MP configuration table follows it.
 pub const MP_TABLE: u64 = 0xF_0000;
+/// Where a processor in real mode starts after a reset: 16 bytes.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// Start of the RAM above 1 MiB. No part of a kernel may lie below.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 

@@ -41,6 +41,18 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 /// Event status: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
 
+/// Real-mode code for the reset vector: write [`RESET_VALUE`] to the reset port, then halt for good.
+///
+/// A Linux kernel that finds a hardware-reduced FADT takes for granted that EFI can reset the machine
+/// (`efi_reboot_required`). Without EFI it falls back to the oldest way there is, a jump to the BIOS's reset vector, and
+/// never tries the FADT's reset register. So the vector must lead there.
+#[must_use]
+pub fn reset_vector() -> [u8; 9] {
+    let [low, high] = (crate::machine::layout::POWER_PORT + RESET as u16).to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+    [0xBA, low, high, 0xB0, RESET_VALUE, 0xEE, 0xF4, 0xEB, 0xFD]
+}
+
 /// Lets a device end or reset the guest: sends the event and keeps the vCPUs from running on.
 #[derive(Debug, Clone)]
 pub struct PowerControl {
@@ -166,6 +178,24 @@ pub(crate) mod tests {
         assert!(events.try_recv().is_none());
         ports.write(RESET, &[RESET_VALUE]);
         assert!(matches!(events.try_recv(), Some(VmEvent::Reset)));
+    }
+
+    #[test]
+    fn reset_vector_fits_its_place_and_writes_the_reset_port() {
+        use crate::machine::layout;
+        let code = reset_vector();
+        assert!(layout::RESET_VECTOR + code.len() as u64 <= layout::HIGH_MEMORY_START);
+        assert_eq!(code[..3], [0xBA, 0x02, 0x06], "mov dx, 0x602");
+        assert_eq!(
+            code[3..6],
+            [0xB0, RESET_VALUE, 0xEE],
+            "mov al, 1; out dx, al"
+        );
+        assert_eq!(
+            code[6..],
+            [0xF4, 0xEB, (-3i8).cast_unsigned()],
+            "hlt; jmp to it"
+        );
     }
 
     #[test]

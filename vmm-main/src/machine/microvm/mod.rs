@@ -33,12 +33,12 @@ use crate::boot::{self, BootSource, Loaded};
 use crate::kvm::cpuid::{CpuFeatures, CpuidTemplate};
 use crate::kvm::run::{IoHandler, StopSink, ThreadStart, VcpuStop};
 use crate::kvm::state::{VcpuState, VmState, msr_list};
-use crate::kvm::{self, Kvm, Topology, VcpuThreads, Vm, regs};
+use crate::kvm::{self, Kvm, RegisterDump, Topology, VcpuThreads, Vm, regs};
 use crate::memory::{self, GuestRam};
 use crate::platform::acpi::{self, VirtioWindow};
 use crate::platform::i8042::I8042;
 use crate::platform::mptable;
-use crate::platform::power::{PowerButton, PowerControl, PowerPorts};
+use crate::platform::power::{self, PowerButton, PowerControl, PowerPorts};
 use crate::platform::rtc::Rtc;
 use crate::platform::serial::{SerialInput, SerialPort, SerialSink};
 
@@ -191,7 +191,7 @@ impl Microvm {
         let (fds, new_vcpus) = create_vcpus(kvm, &vm, &cpuid, topology)?;
         let vcpus = VcpuThreads::new(fds);
 
-        let power = PowerControl::new(vcpus.gate(), events.clone());
+        let control = PowerControl::new(vcpus.gate(), events.clone());
         let button = PowerButton::new(irq_line(&vm, layout::GED_GSI, "the power button")?);
         let buses = Arc::new(Buses::default());
         let shared = |device| -> SharedDevice { Arc::new(Mutex::new(device)) };
@@ -201,13 +201,13 @@ impl Microvm {
         pio(
             layout::POWER_PORT,
             layout::POWER_PORTS,
-            Arc::new(Mutex::new(PowerPorts::new(power.clone(), button.clone()))),
+            Arc::new(Mutex::new(PowerPorts::new(control.clone(), button.clone()))),
         )?;
         let keyboard_line = irq_line(&vm, layout::I8042_GSI, "the keyboard controller")?;
         pio(
             layout::I8042_PORT,
             layout::I8042_PORTS,
-            Arc::new(Mutex::new(I8042::new(power, keyboard_line))),
+            Arc::new(Mutex::new(I8042::new(control, keyboard_line))),
         )?;
         pio(
             layout::RTC_PORT,
@@ -361,12 +361,31 @@ impl Microvm {
         Ok(self.vcpus.thread_ids()?)
     }
 
+    /// The registers of all vCPUs, in order. The guest must be paused.
+    ///
+    /// # Errors
+    /// The guest runs, or KVM refuses.
+    pub fn registers(&self) -> Result<Vec<RegisterDump>, Error> {
+        let mut dumps = Vec::with_capacity(self.topology.cpus() as usize);
+        self.vcpus.for_each(|index, vcpu| {
+            dumps.push(RegisterDump::read(vcpu, index)?);
+            Ok(())
+        })?;
+        Ok(dumps)
+    }
+
     /// Presses the power button; a guest with ACPI and a button driver shuts down.
     ///
     /// # Errors
     /// The event cannot be raised.
     pub fn power_button(&self) -> Result<(), Error> {
         self.button.press().map_err(Error::PowerButton)
+    }
+
+    /// The power button, for a thread that has not the machine.
+    #[must_use]
+    pub fn power_button_handle(&self) -> PowerButton {
+        self.button.clone()
     }
 
     /// Kernel, tables and boot registers, into RAM that reads as zero.
@@ -424,6 +443,12 @@ impl Microvm {
             features,
         );
         self.write(&table, layout::MP_TABLE, "the MP table")?;
+
+        self.write(
+            &power::reset_vector(),
+            layout::RESET_VECTOR,
+            "the reset vector",
+        )?;
 
         self.vcpus.for_each(|index, vcpu| match index {
             0 => loaded
