@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use device_host::test_frontend::{Buffer, DeviceProcess, DriverQueue, GuestMemory, wait_readable};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
+use seccomp_policies::{Action, Policy};
 use vmm_main::machine::bus::BusDevice;
 use vmm_main::virtio::core::status;
 use vmm_main::virtio::mmio::MmioTransport;
@@ -40,6 +41,12 @@ fn fd(event: &EventFd) -> BorrowedFd<'_> {
     unsafe {
         BorrowedFd::borrow_raw(event.as_raw_fd())
     }
+}
+
+fn driver_queues() -> Vec<DriverQueue> {
+    (0..QUEUES)
+        .map(|index| DriverQueue::new(index.into(), 64, 0x2_0000 * u64::from(index)))
+        .collect()
 }
 
 impl Guest {
@@ -87,6 +94,10 @@ impl Guest {
 
     /// A driver from reset to `DRIVER_OK`.
     fn probe(&mut self) {
+        self.probe_with(driver_queues());
+    }
+
+    fn probe_with(&mut self, queues: Vec<DriverQueue>) {
         self.set(0x70, 0);
         assert_eq!(self.get(0x70), 0);
         self.add_status(status::ACKNOWLEDGE);
@@ -99,13 +110,10 @@ impl Guest {
             self.set(0x20, features);
         }
         self.add_status(status::FEATURES_OK);
-        self.queues.clear();
-        for index in 0..QUEUES {
-            let table = 0x2_0000 * u64::from(index);
+        for queue in &queues {
             // What an earlier driver left is not ours.
-            self.memory.write(table, &[0; 0x1000]);
-            let queue = DriverQueue::new(usize::from(index), 64, table);
-            self.set(0x30, u32::from(index));
+            self.memory.write(queue.table, &[0; 0x1000]);
+            self.set(0x30, queue.index as u32);
             self.set(0x38, 64);
             for (register, address) in [
                 (0x80, queue.table),
@@ -116,8 +124,8 @@ impl Guest {
                 self.set(register + 4, (address >> 32) as u32);
             }
             self.set(0x44, 1);
-            self.queues.push(queue);
         }
+        self.queues = queues;
         self.add_status(status::DRIVER_OK);
         assert_eq!(self.get(0x70), u32::from(ALL_OK));
     }
@@ -258,4 +266,24 @@ fn the_death_of_the_process_is_told_to_the_driver() {
     assert_eq!(guest.get(0x70), u32::from(status::ACKNOWLEDGE));
     let (exit, _) = guest.process.finish();
     assert!(!exit.success());
+}
+
+/// A forbidden call kills this whole test process with SIGSYS.
+#[test]
+fn the_filter_of_a_vcpu_lets_a_driver_work() {
+    let mut guest = Guest::power_on();
+    let first = driver_queues();
+    let second = driver_queues();
+    let guest = std::thread::spawn(move || {
+        seccomp_policies::install(Policy::ControlVcpu, Action::Kill).unwrap();
+        guest.probe_with(first);
+        assert_eq!(guest.request(0, FLUSH, 0, None), 0);
+        // Configuration space: `writeback` (virtio 1.3, 5.2.4).
+        guest.transport.write(0x120, &[1]);
+        guest.probe_with(second);
+        assert_eq!(guest.request(1, FLUSH, 0, None), 0);
+        guest.transport.reset();
+        guest
+    });
+    guest.join().unwrap().power_off();
 }

@@ -55,6 +55,14 @@ impl Descriptor {
         Ok(Self { fd, manner })
     }
 
+    /// Takes over a connected socket.
+    pub(super) const fn socket(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            manner: Manner::Socket,
+        }
+    }
+
     /// A descriptor for the file behind `shared`, whose description stays as it is. Needs `/proc`, hence before lock-down.
     pub(super) fn shared(shared: BorrowedFd<'_>, writes: bool) -> io::Result<Self> {
         let manner = if is(shared, SFlag::S_IFSOCK)? {

@@ -282,8 +282,8 @@ impl Chardev {
             return;
         };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let client = match accept4(listener.as_raw_fd(), flags) {
-            Ok(client) => adopt(client),
+        let reader = match accept4(listener.as_raw_fd(), flags) {
+            Ok(client) => Descriptor::socket(adopt(client)),
             // It left again, or a signal came: the next event tells.
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED) => return,
             Err(error) => {
@@ -291,11 +291,8 @@ impl Chardev {
                 return;
             }
         };
-        let client = Descriptor::owned(client)
-            .map_err(io::Error::from)
-            .and_then(|reader| Ok((reader.try_clone()?, reader)));
-        match client {
-            Ok((writer, reader)) => {
+        match reader.try_clone() {
+            Ok(writer) => {
                 info!("chardev \"{}\": client connected", self.id);
                 self.reader = Some(reader);
                 self.waiting = false;
