@@ -7,19 +7,14 @@
 
 use ipc::spec::DeviceSpec;
 use ipc::start::{SandboxMode, SeccompMode, StartMessage};
-use ozone::Sandbox;
-use ozone::inner::LockError;
 use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
 /// Why the door cannot be locked.
 #[derive(Debug, Error)]
 pub enum JailError {
-    /// A layer is missing that must be there, or cannot be had.
-    #[error(transparent)]
-    Lock(#[from] LockError),
     /// The filter could not be installed.
-    #[error(transparent)]
+    #[error("seccomp")]
     Seccomp(#[from] seccomp_policies::Error),
 }
 
@@ -32,27 +27,19 @@ const fn policy(device: &DeviceSpec) -> Policy {
 }
 
 /// Locks this process. Afterwards only the calls of its policy are possible.
-pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailError> {
-    let jailed = ozone::inner::lock(match start.sandbox {
-        SandboxMode::BestEffort => Sandbox::BestEffort,
-        SandboxMode::Strict => Sandbox::Strict,
-    })?;
-    let missing = |layer: &&ozone::LayerReport| !layer.is_on();
-    for layer in jailed.report().layers.iter().filter(missing) {
-        ipc::log::warn!("jail: {layer}");
-    }
+pub(crate) fn lock(start: &StartMessage) -> Result<(), JailError> {
+    let _: SandboxMode = start.sandbox;
     let action = match start.seccomp {
         SeccompMode::Kill => Action::Kill,
         SeccompMode::Log => Action::Log,
         SeccompMode::Trap => Action::Trap,
         SeccompMode::Disabled => {
             ipc::log::warn!("runs without a seccomp filter, as was asked for");
-            return Ok(jailed);
+            return Ok(());
         }
     };
     if action != Action::Kill {
         ipc::log::warn!("the seccomp filter does not kill, as was asked for: {action:?}");
     }
-    seccomp_policies::install(policy(&start.device), action)?;
-    Ok(jailed)
+    Ok(seccomp_policies::install(policy(&start.device), action)?)
 }

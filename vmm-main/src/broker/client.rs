@@ -1,0 +1,246 @@
+//! The control process's end of the broker channel.
+//!
+//! **Job.** Start the broker, send requests, keep what it tells unasked until somebody wants it.
+//! **Who is not trusted**: nobody; the broker is ours and its replies are typed.
+//! **Why this way.** Requests can be sent before earlier replies are taken, so that devices start side by side while the
+//! control process does its own work.
+
+use std::collections::VecDeque;
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use ipc::channel::{Channel, ChannelError};
+use ipc::control::{Exit, Reply, Request};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::unistd::{ForkResult, Pid};
+use thiserror::Error;
+
+/// Why the broker did not do what it was asked.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// The broker could not be started.
+    #[error("broker process cannot be started: {step} failed")]
+    Spawn {
+        /// What failed.
+        step: &'static str,
+        /// What the kernel said.
+        source: Errno,
+    },
+    /// The channel failed.
+    #[error("broker is gone")]
+    Channel(#[from] ChannelError),
+    /// The broker said no; the text is for the user.
+    #[error("{0}")]
+    Refused(String),
+    /// The broker's answer belongs to another question.
+    #[error("broker answered out of order: {0}")]
+    OutOfOrder(String),
+}
+
+/// A device process that ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceExit {
+    /// Index into the policy's devices.
+    pub index: u32,
+    /// Process id that it had.
+    pub pid: i32,
+    /// How it ended.
+    pub how: Exit,
+    /// Its last log line.
+    pub last_words: String,
+}
+
+/// The broker as the control process sees it.
+#[derive(Debug)]
+pub struct Client {
+    channel: Channel,
+    pid: Pid,
+    exits: VecDeque<DeviceExit>,
+    /// Index and process id of each device process.
+    pids: Vec<(u32, i32)>,
+}
+
+/// A process whose socket has closed is about to end; this long is waited for word of it, in milliseconds.
+const LAST_WORDS_MS: u16 = 1000;
+
+impl Client {
+    /// Starts the broker. Must be called while this process has one thread and has opened nothing.
+    #[allow(unsafe_code)] // fork
+    pub fn spawn() -> Result<Self, ClientError> {
+        let failed = |step| move |source| ClientError::Spawn { step, source };
+        let (ours, theirs) = Channel::pair()?;
+        let exe = c"/proc/self/exe";
+        let role = CString::new(super::process::ROLE).unwrap_or_default();
+        let number = CString::new(theirs.as_fd().as_raw_fd().to_string()).unwrap_or_default();
+        // SAFETY: this process has one thread (nothing has been started yet), so the child may call anything; it calls
+        // only fcntl, execve and _exit.
+        match unsafe { nix::unistd::fork() }.map_err(failed("fork"))? {
+            ForkResult::Parent { child } => Ok(Self {
+                channel: ours,
+                pid: child,
+                exits: VecDeque::new(),
+                pids: Vec::new(),
+            }),
+            ForkResult::Child => {
+                let kept = fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()));
+                if kept.is_ok() {
+                    // Environment variables are nobody's business there.
+                    let empty: [CString; 0] = [];
+                    let _ = nix::unistd::execve(exe, &[role, number], &empty);
+                }
+                // SAFETY: ends this process without running anything that belongs to the parent.
+                unsafe { libc::_exit(127) }
+            }
+        }
+    }
+
+    /// The broker's process id.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// Takes the reply to [`Request::SetPolicy`]: the log file that `-D FILE` names.
+    pub fn policy_set(&mut self) -> Result<Option<OwnedFd>, ClientError> {
+        match self.reply()? {
+            (Reply::PolicySet { .. }, mut fds) => Ok(fds.pop()),
+            (other, _) => Err(ClientError::OutOfOrder(format!("{other:?}"))),
+        }
+    }
+
+    /// Sends a request whose reply is taken later, in order, with [`Client::reply`].
+    pub fn send(&self, request: &Request) -> Result<(), ClientError> {
+        Ok(self.channel.send(request, &[])?)
+    }
+
+    /// Waits for the next reply to a request; what is told unasked is kept.
+    pub fn reply(&mut self) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        loop {
+            match self.channel.receive::<Reply>()? {
+                (Reply::Failed { message }, _) => return Err(ClientError::Refused(message)),
+                (
+                    Reply::Exited {
+                        index,
+                        pid,
+                        how,
+                        last_words,
+                    },
+                    _,
+                ) => {
+                    self.exits.push_back(DeviceExit {
+                        index,
+                        pid,
+                        how,
+                        last_words,
+                    });
+                }
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// Opens entry `index` of the policy's files: the descriptor, and for a pseudo terminal the other side's name.
+    pub fn open(&mut self, index: u32) -> Result<(OwnedFd, Option<String>), ClientError> {
+        self.send(&Request::Open { index })?;
+        self.opened(index)
+    }
+
+    /// Takes the reply to an earlier [`Request::Open`].
+    pub fn opened(&mut self, index: u32) -> Result<(OwnedFd, Option<String>), ClientError> {
+        match self.reply()? {
+            (Reply::Opened { index: got, name }, mut fds) if got == index => match fds.pop() {
+                Some(fd) => Ok((fd, name)),
+                None => Err(ClientError::OutOfOrder(format!(
+                    "no descriptor came with file {index}"
+                ))),
+            },
+            (other, _) => Err(ClientError::OutOfOrder(format!("{other:?}"))),
+        }
+    }
+
+    /// Takes the reply to an earlier [`Request::Start`]: the vhost-user socket and the process id.
+    pub fn started(&mut self, index: u32) -> Result<(OwnedFd, i32), ClientError> {
+        match self.reply()? {
+            (Reply::Started { index: got, pid }, mut fds) if got == index => match fds.pop() {
+                Some(fd) => {
+                    self.pids.push((index, pid));
+                    Ok((fd, pid))
+                }
+                None => Err(ClientError::OutOfOrder(format!(
+                    "no socket came with device {index}"
+                ))),
+            },
+            (other, _) => Err(ClientError::OutOfOrder(format!("{other:?}"))),
+        }
+    }
+
+    /// Tells the broker that the VM is set up, and waits until it has written the pid file.
+    pub fn ready(&mut self) -> Result<(), ClientError> {
+        self.send(&Request::Ready)?;
+        match self.reply()? {
+            (Reply::ReadyDone, _) => Ok(()),
+            (other, _) => Err(ClientError::OutOfOrder(format!("{other:?}"))),
+        }
+    }
+
+    /// Takes what the broker told unasked without waiting. `Err(Channel(Closed))` means that it is gone.
+    pub fn poll_exits(&mut self) -> Result<Vec<DeviceExit>, ClientError> {
+        while let Some((reply, _)) = self.channel.try_receive::<Reply>()? {
+            match reply {
+                Reply::Exited {
+                    index,
+                    pid,
+                    how,
+                    last_words,
+                } => {
+                    self.exits.push_back(DeviceExit {
+                        index,
+                        pid,
+                        how,
+                        last_words,
+                    });
+                }
+                other => return Err(ClientError::OutOfOrder(format!("{other:?}"))),
+            }
+        }
+        Ok(self.exits.drain(..).collect())
+    }
+
+    /// Waits for the end of a device process whose socket has closed, for the error that follows from it. `None` if the
+    /// broker itself is gone, or if the process goes on.
+    pub fn wait_exit(&mut self, index: u32) -> Option<DeviceExit> {
+        loop {
+            if let Some(exit) = self.exits.iter().find(|exit| exit.index == index) {
+                return Some(exit.clone());
+            }
+            let mut waited = [PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut waited, LAST_WORDS_MS).ok()? == 0 {
+                return None;
+            }
+            let exits = self.poll_exits().ok()?;
+            self.exits.extend(exits);
+        }
+    }
+
+    /// The process of entry `index`, if it was started and has not been heard to end.
+    pub fn device_pid(&self, index: u32) -> Option<i32> {
+        self.pids.iter().find(|(at, _)| *at == index).map(|(_, pid)| *pid)
+    }
+
+    /// Ends the broker and everything it started, and waits until it has cleaned up.
+    pub fn shut_down(self) {
+        let _ = nix::sys::socket::shutdown(
+            self.channel.as_fd().as_raw_fd(),
+            nix::sys::socket::Shutdown::Write,
+        );
+        // Its end closes when it exits; messages that still come are of no interest any more.
+        while self.channel.receive::<Reply>().is_ok() {}
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}

@@ -1,0 +1,397 @@
+//! Device processes: start, log lines, end.
+//!
+//! **Job.** Each entry of the policy's devices has at most one process. It gets exactly its descriptors ([`ipc::start`]),
+//! its jail from [`ozone::spawn`], and a pipe for its log.
+//! **Who is not trusted**: the device process. What it logs is cut into lines of bounded length, cleaned of control
+//! characters and rate limited before it reaches the log.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use ipc::PROTOCOL_VERSION;
+use ipc::control::{DeviceGrant, Exit, Policy, Reply};
+use ipc::limits::MAX_LOG_LINE;
+use ipc::log::{RateLimit, trace, warn};
+use ipc::spec::DeviceSpec;
+use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
+use crate::lifecycle::with_causes;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use ozone::{Child, DeviceLaunch, Identity, Limits, Pending, Sandbox};
+
+/// All device processes of this VM, by their index in the policy.
+#[derive(Debug)]
+pub(super) struct Devices {
+    slots: Vec<Option<Process>>,
+    log: Option<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Process {
+    id: String,
+    pid: i32,
+    stage: Stage,
+    lines: LogLines,
+}
+
+/// How far a device process is.
+#[derive(Debug)]
+enum Stage {
+    /// Building its jail.
+    Pending(Pending),
+    /// Running its own program.
+    Running(Child),
+    /// Its end was told; only for the moment between two stages.
+    Gone,
+}
+
+impl Devices {
+    pub(super) fn new(count: usize, log: Option<OwnedFd>) -> Self {
+        Self {
+            slots: std::iter::repeat_with(|| None).take(count).collect(),
+            log,
+        }
+    }
+
+    /// Starts the process of entry `index`: the control process's end of its socket, and its process id.
+    pub(super) fn start(
+        &mut self,
+        index: usize,
+        grant: &DeviceGrant,
+        backend: Vec<OwnedFd>,
+        policy: &Policy,
+    ) -> Result<(OwnedFd, i32), String> {
+        let id = grant.spec.id();
+        if self.slots.get(index).is_none_or(Option::is_some) {
+            return Err(format!("device {id} has a process already"));
+        }
+        let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
+        let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
+        let (log_reader, log_writer) =
+            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
+                .map_err(|e| told("log pipe", &e))?;
+        let start = ipc::start::to_memfd(&StartMessage {
+            version: PROTOCOL_VERSION,
+            device: grant.spec.clone(),
+            backend_fds: backend.len() as u32,
+            seccomp: policy.seccomp,
+            sandbox: policy.sandbox,
+            log_level: policy.log_level,
+        })
+        .map_err(|e| told("start message", &e))?;
+
+        let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
+        let mut fds = vec![
+            (duplicate(&log_writer)?, 0),
+            (duplicate(&log_writer)?, 1),
+            (log_writer, FD_LOG),
+            (OwnedFd::from(theirs), FD_VHOST_USER),
+            (start, FD_START),
+        ];
+        fds.extend(backend.into_iter().zip(FD_BACKEND..));
+
+        let name = grant.spec.binary();
+        let binary = find_binary(name)?;
+        let argv = [name, id].map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default());
+        let pending = ozone::spawn(DeviceLaunch {
+            name: id,
+            binary: binary.as_fd(),
+            argv: argv.into(),
+            fds,
+            identity: Identity::least(),
+            limits: limits(&grant.spec),
+            mode: match policy.sandbox {
+                SandboxMode::BestEffort => Sandbox::BestEffort,
+                SandboxMode::Strict => Sandbox::Strict,
+            },
+            trace: policy.log_level == ipc::log::Level::Trace,
+        })
+        .map_err(|e| with_causes(&e))?;
+        let pid = pending.pid().as_raw();
+        self.slots[index] = Some(Process {
+            id: id.to_owned(),
+            pid,
+            stage: Stage::Pending(pending),
+            lines: LogLines::new(log_reader.into()),
+        });
+        Ok((ours.into(), pid))
+    }
+
+    /// Every descriptor to poll, with the index of its device.
+    pub(super) fn watched(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
+        self.slots.iter().enumerate().flat_map(|(index, slot)| {
+            slot.iter().flat_map(move |process| {
+                let pipe = process.lines.open.then(|| process.lines.pipe.as_fd());
+                let life = match &process.stage {
+                    Stage::Pending(pending) => Some(pending.as_fd()),
+                    Stage::Running(child) => Some(child.pidfd.as_fd()),
+                    Stage::Gone => None,
+                };
+                pipe.into_iter().chain(life).map(move |fd| (index, fd))
+            })
+        })
+    }
+
+    /// Takes log lines of device `index`, follows it into its program, and tells if its process has ended.
+    pub(super) fn handle(&mut self, index: usize) -> Option<Reply> {
+        let slot = self.slots.get_mut(index)?;
+        let process = slot.as_mut()?;
+        process.lines.relay(self.log.as_ref());
+        let (how, last_words) = process.follow()?;
+        // What it wrote just before it ended is still in the pipe.
+        process.lines.relay(self.log.as_ref());
+        let last_words = last_words.unwrap_or_else(|| std::mem::take(&mut process.lines.last));
+        let pid = process.pid;
+        *slot = None;
+        Some(Reply::Exited {
+            index: index as u32,
+            pid,
+            how,
+            last_words,
+        })
+    }
+
+    /// Ends the process of entry `index` and reaps it.
+    pub(super) fn stop(&mut self, index: usize) -> Result<(), String> {
+        let slot = self
+            .slots
+            .get_mut(index)
+            .ok_or_else(|| format!("the policy has no device {index}"))?;
+        if let Some(mut process) = slot.take() {
+            process.end();
+            process.lines.relay(self.log.as_ref());
+        }
+        Ok(())
+    }
+
+    /// Ends all: first every signal, then every wait, so that they go side by side.
+    pub(super) fn end_all(&mut self) {
+        for process in self.slots.iter().flatten() {
+            if let Stage::Running(child) = &process.stage {
+                kill(child);
+            }
+        }
+        for mut process in self.slots.iter_mut().filter_map(Option::take) {
+            process.end();
+            process.lines.relay(self.log.as_ref());
+        }
+    }
+}
+
+impl Process {
+    /// Moves on to the next stage if it has been reached; `Some` if the process has ended, with the reason if its jail
+    /// could not be built.
+    fn follow(&mut self) -> Option<(Exit, Option<String>)> {
+        match std::mem::replace(&mut self.stage, Stage::Gone) {
+            Stage::Pending(pending) if is_readable(pending.as_fd()) => match pending.finish() {
+                Ok(child) => {
+                    self.tell_jail(&child);
+                    self.stage = Stage::Running(child);
+                    None
+                }
+                Err(e) => Some((Exit::Code(127), Some(with_causes(&e)))),
+            },
+            Stage::Running(child) => {
+                match waitid(
+                    Id::PIDFd(child.pidfd.as_fd()),
+                    WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
+                ) {
+                    Ok(WaitStatus::Exited(_, code)) => Some((Exit::Code(code), None)),
+                    Ok(WaitStatus::Signaled(_, signal, _)) => {
+                        Some((Exit::Signal(signal as i32), None))
+                    }
+                    _ => {
+                        self.stage = Stage::Running(child);
+                        None
+                    }
+                }
+            }
+            stage => {
+                self.stage = stage;
+                None
+            }
+        }
+    }
+
+    /// Logs what is missing in the jail, and at trace level how long each step took.
+    fn tell_jail(&self, child: &Child) {
+        for layer in child.layers.iter().filter(|layer| !layer.is_on()) {
+            warn!("device {}: jail layer missing: {layer}", self.id);
+        }
+        let mut last = None;
+        for phase in &child.phases {
+            let since = last
+                .replace(phase.at)
+                .map_or(0, |before| phase.at.saturating_sub(before) / 1000);
+            trace!("device {}: {:>6} us  {}", self.id, since, phase.step);
+        }
+    }
+
+    /// Kills and reaps.
+    fn end(&mut self) {
+        // Dropping a pending one does both.
+        if let Stage::Running(child) = std::mem::replace(&mut self.stage, Stage::Gone) {
+            kill(&child);
+            while let Err(Errno::EINTR) =
+                waitid(Id::PIDFd(child.pidfd.as_fd()), WaitPidFlag::WEXITED)
+            {}
+        }
+    }
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(fd, PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+}
+
+/// Limits by what the device does: only a writable image needs to write files at all.
+fn limits(spec: &DeviceSpec) -> Limits {
+    let queues = u64::from(spec.num_queues());
+    Limits {
+        // Its own, and for each queue a kick, a call and an error eventfd, with room for a second set in a message.
+        descriptors: 64 + 6 * queues + ipc::limits::MAX_MEMORY_REGIONS as u64,
+        file_size: match spec {
+            DeviceSpec::Block(block) if !block.readonly => None,
+            _ => Some(0),
+        },
+        ..Limits::default()
+    }
+}
+
+#[allow(unsafe_code)] // nix has no pidfd_send_signal
+fn kill(child: &Child) {
+    // SAFETY: a system call on a descriptor that we own, with no pointer but the null siginfo that it allows.
+    unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            child.pidfd.as_raw_fd(),
+            Signal::SIGKILL as libc::c_int,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+}
+
+/// The device binary: beside this one, or in the libexec folder of the same prefix.
+fn find_binary(name: &str) -> Result<OwnedFd, String> {
+    let own = std::fs::read_link("/proc/self/exe")
+        .or_else(|_| std::env::current_exe())
+        .map_err(|e| format!("cannot find this program's own folder: {e}"))?;
+    let folder = own.parent().map(PathBuf::from).unwrap_or_default();
+    let candidates = [
+        folder.join(name),
+        folder.join("../libexec/stratovirt").join(name),
+    ];
+    for candidate in &candidates {
+        match File::open(candidate) {
+            Ok(file) => return Ok(file.into()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(format!("device binary {}: {e}", candidate.display())),
+        }
+    }
+    Err(format!(
+        "device binary {name} is neither in {} nor in {}",
+        folder.display(),
+        folder.join("../libexec/stratovirt").display()
+    ))
+}
+
+/// The log pipe of one device process.
+#[derive(Debug)]
+struct LogLines {
+    pipe: File,
+    open: bool,
+    partial: Vec<u8>,
+    last: String,
+    limit: RateLimit,
+}
+
+impl LogLines {
+    fn new(pipe: File) -> Self {
+        Self {
+            pipe,
+            open: true,
+            partial: Vec::new(),
+            last: String::new(),
+            limit: RateLimit::new(),
+        }
+    }
+
+    /// Moves what is in the pipe to the log, line by line; at most one pipe's worth, so that a flood cannot hold the loop.
+    fn relay(&mut self, log: Option<&OwnedFd>) {
+        let mut buffer = [0u8; 4096];
+        for _ in 0..16 {
+            match self.pipe.read(&mut buffer) {
+                Ok(0) => {
+                    self.open = false;
+                    break;
+                }
+                Ok(len) => {
+                    for &byte in &buffer[..len] {
+                        self.take(byte, log);
+                    }
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        if !self.open && !self.partial.is_empty() {
+            self.take(b'\n', log);
+        }
+    }
+
+    fn take(&mut self, byte: u8, log: Option<&OwnedFd>) {
+        if byte != b'\n' {
+            if self.partial.len() < MAX_LOG_LINE {
+                self.partial.push(byte);
+            }
+            return;
+        }
+        let line: String = String::from_utf8_lossy(&self.partial)
+            .chars()
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect();
+        self.partial.clear();
+        if let (Some(dropped), Some(log)) = (self.limit.admit(), log) {
+            let note = if dropped > 0 {
+                format!(" ({dropped} lines dropped before)")
+            } else {
+                String::new()
+            };
+            let _ = nix::unistd::write(log, format!("{line}{note}\n").as_bytes());
+        }
+        self.last = line;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn log_lines_are_cut_and_cleaned() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let (mut out, log) = std::io::pipe().unwrap();
+        let log = OwnedFd::from(log);
+        let mut lines = LogLines::new(OwnedFd::from(reader).into());
+        writer.write_all(b"one\x1b[31m\n").unwrap();
+        writer.write_all(&[b'x'; 3 * MAX_LOG_LINE]).unwrap();
+        drop(writer);
+        lines.relay(Some(&log));
+        drop(log);
+        let mut text = String::new();
+        out.read_to_string(&mut text).unwrap();
+        let mut got = text.lines();
+        assert_eq!(got.next(), Some("one [31m"));
+        assert_eq!(got.next().map(str::len), Some(MAX_LOG_LINE));
+        assert_eq!(got.next(), None);
+        assert_eq!(lines.last.len(), MAX_LOG_LINE);
+    }
+}

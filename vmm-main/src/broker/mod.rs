@@ -1,0 +1,30 @@
+//! The broker: the one process of a VM that may still open things.
+//!
+//! **Job.** It is split off before anything else is opened, by re-executing this binary, so that it shares no address-space
+//! layout with the control process. It takes one [`Policy`](ipc::control::Policy), and from then on opens what the policy
+//! lists, starts the device processes it lists, watches them, and cleans up behind the VM: sockets, the pid file, the
+//! terminal's mode, and every device process, however the control process ended.
+//!
+//! **Who is not trusted.** The control process, once the guest runs: requests name policy entries by number only (see
+//! [`ipc::control`]). Device processes: their log lines are cut, cleaned and rate limited. The broker maps no guest memory
+//! and holds no KVM descriptor.
+//!
+//! **Why this way.** A control process without the right to open, connect or fork cannot lose it, and hot-plug works in the
+//! locked-down state because somebody else still can.
+//!
+//! | file | job |
+//! |---|---|
+//! | `client.rs` | the control process's end: start the broker, ask, take what it tells unasked |
+//! | `process.rs` | the broker's own loop |
+//! | `open.rs` | one function per kind of grant |
+//! | `devices.rs` | device processes: start, log lines, end |
+//! | `cleanup.rs` | what must be gone when the VM is |
+
+mod cleanup;
+mod client;
+mod devices;
+mod open;
+mod process;
+
+pub use client::{Client, ClientError, DeviceExit};
+pub use process::{is_broker, run};

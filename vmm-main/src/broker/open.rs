@@ -1,0 +1,366 @@
+//! One function per kind of grant: policy entry in, descriptor out.
+//!
+//! **Job.** Everything that takes a path, an address or an interface name for this VM.
+//! **Who is not trusted**: nobody, as grants come from the command line; but paths may be anything, so a file that should
+//! be read is not created, a socket is not replaced while somebody listens, and every error names the option, the value
+//! and the reason.
+
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use ipc::control::{BackendGrant, FileGrant};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+
+use super::cleanup::Cleanup;
+
+/// What was opened.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) fd: OwnedFd,
+    /// Name of the other side of a pseudo terminal.
+    pub(super) name: Option<String>,
+}
+
+impl From<OwnedFd> for Opened {
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd, name: None }
+    }
+}
+
+/// Opens one entry of the policy's files.
+pub(super) fn file(grant: &FileGrant, cleanup: &mut Cleanup) -> Result<Opened, String> {
+    match grant {
+        FileGrant::Read { option, path } => {
+            let file = open(File::options().read(true), path).map_err(|e| {
+                format!("{option} {}: cannot open for reading: {e}", path.display())
+            })?;
+            match file.metadata() {
+                Ok(meta) if meta.is_file() => Ok(OwnedFd::from(file).into()),
+                Ok(_) => Err(format!("{option} {}: not a regular file", path.display())),
+                Err(e) => Err(format!("{option} {}: {e}", path.display())),
+            }
+        }
+        FileGrant::Output { option, path } => open(
+            File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600),
+            path,
+        )
+        .map(|file| OwnedFd::from(file).into())
+        .map_err(|e| format!("{option} {}: cannot open for writing: {e}", path.display())),
+        FileGrant::ListenUnix { option, path } => listen_unix(option, path, cleanup),
+        FileGrant::ConnectUnix { option, path } => UnixStream::connect(path)
+            .map(|socket| OwnedFd::from(socket).into())
+            .map_err(|e| format!("{option} {}: cannot connect: {e}", path.display())),
+        FileGrant::ListenTcp { option, host, port } => {
+            TcpListener::bind(address(option, host, *port)?)
+                .map(|socket| OwnedFd::from(socket).into())
+                .map_err(|e| format!("{option} tcp:{host}:{port}: cannot listen: {e}"))
+        }
+        FileGrant::ConnectTcp { option, host, port } => {
+            TcpStream::connect(address(option, host, *port)?)
+                .map(|socket| OwnedFd::from(socket).into())
+                .map_err(|e| format!("{option} tcp:{host}:{port}: cannot connect: {e}"))
+        }
+        FileGrant::Pty => pty(),
+        FileGrant::Memory { path, size } => memory(path, *size).map(Into::into),
+    }
+}
+
+fn open(options: &mut std::fs::OpenOptions, path: &Path) -> std::io::Result<File> {
+    // A FIFO without a writer must not hold the broker, and a terminal must not become its own.
+    options
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+}
+
+fn listen_unix(option: &str, path: &Path, cleanup: &mut Cleanup) -> Result<Opened, String> {
+    let told = |what: &str| format!("{option} {}: {what}", path.display());
+    if let Ok(meta) = std::fs::symlink_metadata(path) {
+        if !meta.file_type().is_socket() {
+            return Err(told("exists and is not a socket"));
+        }
+        match UnixStream::connect(path) {
+            Ok(_) => return Err(told("another process listens on this socket")),
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
+                // Left behind by a process that was killed together with its broker.
+                std::fs::remove_file(path)
+                    .map_err(|e| told(&format!("stale socket cannot be removed: {e}")))?;
+            }
+            Err(e) => return Err(told(&format!("exists and cannot be tested: {e}"))),
+        }
+    }
+    let listener =
+        UnixListener::bind(path).map_err(|e| told(&format!("cannot create the socket: {e}")))?;
+    cleanup.created(path.to_path_buf());
+    Ok(OwnedFd::from(listener).into())
+}
+
+/// Numeric addresses and `localhost` only: a static binary has no name service switch, and a resolver would be one more
+/// parser of what comes from a network.
+fn address(option: &str, host: &str, port: u16) -> Result<SocketAddr, String> {
+    let bare = match host {
+        "" => "0.0.0.0",
+        "localhost" => "127.0.0.1",
+        other => other
+            .strip_prefix('[')
+            .and_then(|h| h.strip_suffix(']'))
+            .unwrap_or(other),
+    };
+    bare.parse::<IpAddr>()
+        .map(|ip| (ip, port).into())
+        .map_err(|_| {
+            format!("{option} tcp:{host}:{port}: the host must be a numeric address or localhost")
+        })
+}
+
+#[allow(unsafe_code)] // TIOCGPTPEER hands a descriptor over as a number
+fn pty() -> Result<Opened, String> {
+    let failed = |what: &str, e: Errno| format!("-chardev pty: {what}: {}", e.desc());
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let master = nix::pty::posix_openpt(flags).map_err(|e| failed("/dev/ptmx", e))?;
+    nix::pty::grantpt(&master).map_err(|e| failed("grantpt", e))?;
+    nix::pty::unlockpt(&master).map_err(|e| failed("unlockpt", e))?;
+    let name = nix::pty::ptsname_r(&master).map_err(|e| failed("ptsname", e))?;
+    // The terminal starts raw: a guest does its own echo and line editing.
+    let slave = nix::fcntl::open(
+        name.as_str(),
+        OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC,
+        nix::sys::stat::Mode::empty(),
+    )
+    .map_err(|e| failed(&name, e))?;
+    if let Ok(mut mode) = nix::sys::termios::tcgetattr(&slave) {
+        nix::sys::termios::cfmakeraw(&mut mode);
+        let _ = nix::sys::termios::tcsetattr(&slave, nix::sys::termios::SetArg::TCSANOW, &mode);
+    }
+    // SAFETY: `master` gives its descriptor up, so this is the only owner.
+    let fd = unsafe { OwnedFd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(master)) };
+    Ok(Opened {
+        fd,
+        name: Some(name),
+    })
+}
+
+/// Backing for guest RAM: in a directory an unlinked file, else the file itself, at least `size` bytes long.
+fn memory(path: &Path, size: u64) -> Result<OwnedFd, String> {
+    let told = |what: String| format!("-mem-path {}: {what}", path.display());
+    let meta = std::fs::metadata(path);
+    let file = match &meta {
+        Ok(meta) if meta.is_dir() => {
+            // hugetlbfs has O_TMPFILE since Linux 5.18 only through a fallback: make and unlink works on every version.
+            let name = path.join(format!(".stratovirt-ram-{}", std::process::id()));
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&name)
+                .map_err(|e| told(format!("cannot create a file in it: {e}")))?;
+            std::fs::remove_file(&name)
+                .map_err(|e| told(format!("cannot unlink the file in it: {e}")))?;
+            file
+        }
+        _ => File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(|e| told(format!("cannot open: {e}")))?,
+    };
+    let now = file.metadata().map_err(|e| told(e.to_string()))?;
+    if !now.is_file() {
+        return Err(told("neither a directory nor a regular file".into()));
+    }
+    let block = now.blksize();
+    if now.len() < size {
+        file.set_len(size).map_err(|e| {
+            told(format!(
+                "cannot be made {size} bytes long (page size {block} bytes): {e}"
+            ))
+        })?;
+    }
+    Ok(file.into())
+}
+
+/// Opens the back end of one device; `inherited` are descriptors that came with the start of the VM.
+pub(super) fn backend(
+    grant: &BackendGrant,
+    device: &str,
+    inherited: &super::process::Inherited,
+) -> Result<Vec<OwnedFd>, String> {
+    match grant {
+        BackendGrant::Nothing => Ok(Vec::new()),
+        BackendGrant::Image { path, readonly, direct } => {
+            image(path, *readonly, *direct).map(|fd| vec![fd])
+        }
+        BackendGrant::Tap { ifname, queues } => tap(ifname, *queues),
+        BackendGrant::Inherited { fds } => fds
+            .iter()
+            .map(|number| {
+                let fd = inherited.duplicate(*number).ok_or_else(|| {
+                    format!("-netdev fd={number}: no such open descriptor was inherited (device {device})")
+                })?;
+                check_tap(&fd).map_err(|what| format!("-netdev fd={number}: {what}"))?;
+                Ok(fd)
+            })
+            .collect(),
+    }
+}
+
+fn image(path: &Path, readonly: bool, direct: bool) -> Result<OwnedFd, String> {
+    let told = |what: String| format!("-drive file={}: {what}", path.display());
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if direct { libc::O_DIRECT } else { 0 };
+    let file = File::options()
+        .read(true)
+        .write(!readonly)
+        .custom_flags(flags)
+        .open(path)
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) if direct => {
+                told("its file system does not support O_DIRECT; use direct=off".into())
+            }
+            Some(libc::EACCES | libc::EROFS | libc::EPERM) if !readonly => told(format!(
+                "cannot open for writing: {e}; use readonly=on if the guest only reads"
+            )),
+            _ => told(format!("cannot open: {e}")),
+        })?;
+    let kind = file
+        .metadata()
+        .map_err(|e| told(e.to_string()))?
+        .file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(told("neither a regular file nor a block device".into()));
+    }
+    lock_image(&file, readonly).map_err(told)?;
+    // O_NONBLOCK was only for opening.
+    let keep = if direct {
+        OFlag::O_DIRECT
+    } else {
+        OFlag::empty()
+    };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(keep))
+        .map_err(|e| told(e.to_string()))?;
+    Ok(file.into())
+}
+
+/// Two VMs that write one image destroy it: an advisory lock on the open file description, which lives as long as the
+/// device process, keeps a second writer away. Readers share.
+fn lock_image(file: &File, readonly: bool) -> Result<(), String> {
+    let lock = libc::flock {
+        l_type: if readonly {
+            libc::F_RDLCK
+        } else {
+            libc::F_WRLCK
+        } as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(format!(
+            "another process holds a lock on this image{}",
+            if readonly { " for writing" } else { "" }
+        )),
+        // Some file systems have no locks; that is no reason not to start.
+        Err(_) => Ok(()),
+    }
+}
+
+mod tap_ioctl {
+    //! `linux/if_tun.h`
+    nix::ioctl_write_int!(tunsetiff, b'T', 202);
+    nix::ioctl_read!(tungetiff, b'T', 210, libc::ifreq);
+}
+
+const IFF_TAP: libc::c_short = libc::IFF_TAP as libc::c_short;
+const IFF_NO_PI: libc::c_short = libc::IFF_NO_PI as libc::c_short;
+const IFF_VNET_HDR: libc::c_short = libc::IFF_VNET_HDR as libc::c_short;
+const IFF_MULTI_QUEUE: libc::c_short = libc::IFF_MULTI_QUEUE as libc::c_short;
+
+#[allow(unsafe_code)] // ioctls of the tun driver
+fn tap(ifname: &str, queues: u16) -> Result<Vec<OwnedFd>, String> {
+    let told = |what: String| format!("-netdev ifname={ifname}: {what}");
+    if ifname.is_empty() || ifname.len() >= libc::IFNAMSIZ {
+        return Err(told(format!(
+            "an interface name has 1 to {} bytes",
+            libc::IFNAMSIZ - 1
+        )));
+    }
+    // TUNSETIFF makes an interface that is not there; a typing error must not become a new one.
+    if nix::net::if_::if_nametoindex(ifname).is_err() {
+        return Err(told(
+            "no such network interface; make it with: ip tuntap add NAME mode tap [multi_queue]"
+                .into(),
+        ));
+    }
+    let mut fds = Vec::with_capacity(usize::from(queues));
+    for _ in 0..queues {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .map_err(|e| told(format!("cannot open /dev/net/tun: {e}")))?;
+        // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(ifname.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags =
+            IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
+        // SAFETY: the argument points to an ifreq that lives across the call.
+        unsafe { tap_ioctl::tunsetiff(file.as_raw_fd(), std::ptr::from_ref(&request) as u64) }.map_err(
+            |e| match e {
+                Errno::EBUSY => told("the tap device is in use by another process".into()),
+                Errno::EINVAL if queues > 1 => told(format!(
+                    "cannot attach {queues} queues: make it with: ip tuntap add {ifname} mode tap multi_queue"
+                )),
+                Errno::EINVAL => told(
+                    "not a tap device, or one made with multi_queue that wants queues=2 or more".into(),
+                ),
+                Errno::EPERM => told("no permission to attach to this tap device".into()),
+                other => told(format!("cannot attach to the tap device: {}", other.desc())),
+            },
+        )?;
+        fds.push(file.into());
+    }
+    Ok(fds)
+}
+
+/// An inherited descriptor must be one queue of a tap device with virtio headers and without packet information.
+#[allow(unsafe_code)] // ioctls of the tun driver
+fn check_tap(fd: &OwnedFd) -> Result<(), String> {
+    // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: the argument points to an ifreq that lives across the call.
+    unsafe { tap_ioctl::tungetiff(fd.as_raw_fd(), &raw mut request) }
+        .map_err(|_| "not an open tap device".to_string())?;
+    // SAFETY: TUNGETIFF fills the flags member of the union.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    if flags & IFF_TAP == 0 {
+        return Err("a tun device; a tap device (IFF_TAP) is needed".into());
+    }
+    if flags & IFF_VNET_HDR == 0 || flags & IFF_NO_PI == 0 {
+        return Err("the tap must be opened with IFF_VNET_HDR and IFF_NO_PI".into());
+    }
+    let set = nix::fcntl::fcntl(fd.as_fd(), nix::fcntl::FcntlArg::F_GETFL)
+        .map(OFlag::from_bits_retain)
+        .and_then(|now| {
+            nix::fcntl::fcntl(
+                fd.as_fd(),
+                nix::fcntl::FcntlArg::F_SETFL(now | OFlag::O_NONBLOCK),
+            )
+        });
+    set.map(|_| ()).map_err(|e| e.desc().to_string())
+}

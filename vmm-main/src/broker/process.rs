@@ -1,0 +1,315 @@
+//! The broker's own loop.
+//!
+//! **Job.** Take the policy, then serve requests, relay device log lines, and tell the control process when a device
+//! process ends. When the channel closes, everything that belongs to this VM is ended and removed.
+//! **Who is not trusted**: the control process after the policy; device processes always.
+//! **Why this way.** One thread and one `poll`: the jail's `clone3` needs a single-threaded parent, and there is nothing here
+//! that could wait for anything else.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::process::ExitCode;
+
+use ipc::PROTOCOL_VERSION;
+use ipc::channel::{Channel, ChannelError};
+use ipc::control::{Policy, Reply, Request};
+use ipc::log::{debug, error};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigHandler, Signal, signal};
+
+use super::cleanup::Cleanup;
+use super::devices::Devices;
+use super::open;
+use crate::lifecycle::close_all_but;
+
+/// First argument of a process that is a broker.
+pub(super) const ROLE: &str = "stratovirt-broker";
+
+/// The number of the channel's descriptor, if these arguments are a broker's.
+pub fn is_broker(args: &[std::ffi::OsString]) -> Option<RawFd> {
+    let [role, number] = args else { return None };
+    (role == ROLE)
+        .then(|| number.to_str()?.parse().ok())
+        .flatten()
+}
+
+/// Descriptors that the VM was started with, for `-netdev fd=`.
+#[derive(Debug, Default)]
+pub(super) struct Inherited {
+    fds: Vec<OwnedFd>,
+}
+
+impl Inherited {
+    /// Keeps the open ones among `numbers` and closes every other descriptor above standard error but `channel`.
+    #[allow(unsafe_code)] // inherited descriptors are numbers
+    fn keep(numbers: &[RawFd], channel: RawFd) -> Self {
+        let mut kept: Vec<RawFd> = numbers
+            .iter()
+            .copied()
+            .filter(|&fd| {
+                // SAFETY: only asks whether the number is open.
+                fd > 2 && fd != channel && unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0
+            })
+            .collect();
+        kept.sort_unstable();
+        kept.dedup();
+        close_all_but(&[kept.as_slice(), &[channel]].concat());
+        for &fd in &kept {
+            // SAFETY: changes a flag of a descriptor that was just found open; close-on-exec keeps it away from device
+            // processes that it is not for.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
+        // SAFETY: each number was just found open, is there once, and has no other owner.
+        Self {
+            fds: kept
+                .into_iter()
+                .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+                .collect(),
+        }
+    }
+
+    /// A duplicate of the descriptor with this number: the first stays here for a restart of the device.
+    pub(super) fn duplicate(&self, number: RawFd) -> Option<OwnedFd> {
+        self.fds
+            .iter()
+            .find(|fd| fd.as_raw_fd() == number)?
+            .try_clone()
+            .ok()
+    }
+}
+
+/// Runs as the broker on an inherited channel until the control process is gone.
+#[allow(unsafe_code)] // the channel is an inherited number
+pub fn run(channel: RawFd) -> ExitCode {
+    // SAFETY: only asks whether the number is open.
+    if channel < 3 || unsafe { libc::fcntl(channel, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        eprintln!("stratovirt-broker is started by stratovirt, not by hand");
+        return ExitCode::FAILURE;
+    }
+    // SAFETY: the control process passed this descriptor to this process alone, as its argument says.
+    let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(channel) });
+    // A terminal's signals are for the control process; the broker ends when that one has.
+    let _ = nix::unistd::setsid();
+    for ignored in [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGPIPE,
+        Signal::SIGTTOU,
+    ] {
+        // SAFETY: ignoring a signal runs no handler.
+        let _ = unsafe { signal(ignored, SigHandler::SigIgn) };
+    }
+    match take_policy(channel) {
+        Ok(mut broker) => broker.serve(),
+        Err(ChannelError::Closed) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("stratovirt-broker: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
+    let (request, _) = channel.receive::<Request>()?;
+    let Request::SetPolicy(policy) = request else {
+        channel.send(
+            &Reply::Failed {
+                message: "the policy must come first".into(),
+            },
+            &[],
+        )?;
+        return Err(ChannelError::Closed);
+    };
+    if policy.version != PROTOCOL_VERSION {
+        let message = format!(
+            "control process speaks protocol version {}, this broker {PROTOCOL_VERSION}",
+            policy.version
+        );
+        channel.send(&Reply::Failed { message }, &[])?;
+        return Err(ChannelError::Closed);
+    }
+    let wanted: Vec<RawFd> = policy
+        .devices
+        .iter()
+        .filter_map(|device| match &device.backend {
+            ipc::control::BackendGrant::Inherited { fds } => Some(fds.as_slice()),
+            _ => None,
+        })
+        .flatten()
+        .copied()
+        .collect();
+    let inherited = Inherited::keep(&wanted, channel.as_fd().as_raw_fd());
+    let mut cleanup = Cleanup::default();
+    if policy.restore_terminal {
+        cleanup.terminal();
+    }
+    let log = match &policy.log_file {
+        None => std::io::stderr().as_fd().try_clone_to_owned(),
+        Some(path) => std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map(Into::into),
+    };
+    let log = match log {
+        Ok(fd) => fd,
+        Err(e) => {
+            let path = policy.log_file.clone().unwrap_or_default();
+            let message = format!("-D {}: cannot open for appending: {e}", path.display());
+            channel.send(&Reply::Failed { message }, &[])?;
+            return Err(ChannelError::Closed);
+        }
+    };
+    let shared = policy
+        .log_file
+        .is_some()
+        .then(|| log.as_fd())
+        .into_iter()
+        .collect::<Vec<_>>();
+    channel.send(
+        &Reply::PolicySet {
+            version: PROTOCOL_VERSION,
+        },
+        &shared,
+    )?;
+    drop(shared);
+    let devices = Devices::new(policy.devices.len(), log.try_clone().ok());
+    ipc::log::init("broker", policy.log_level, log);
+    Ok(Broker {
+        channel,
+        policy,
+        inherited,
+        cleanup,
+        devices,
+    })
+}
+
+struct Broker {
+    channel: Channel,
+    policy: Policy,
+    inherited: Inherited,
+    cleanup: Cleanup,
+    devices: Devices,
+}
+
+impl Broker {
+    fn serve(&mut self) -> ExitCode {
+        loop {
+            match self.step() {
+                Ok(()) => {}
+                Err(ChannelError::Closed) => break,
+                Err(e) => {
+                    error!("control channel: {e}");
+                    break;
+                }
+            }
+        }
+        debug!("control process is gone: ending its device processes");
+        self.devices.end_all();
+        ExitCode::SUCCESS
+    }
+
+    /// Waits for one round of events and handles them.
+    fn step(&mut self) -> Result<(), ChannelError> {
+        let (request_waits, ready) = {
+            let watched: Vec<(usize, BorrowedFd<'_>)> = self.devices.watched().collect();
+            let mut polled = vec![PollFd::new(self.channel.as_fd(), PollFlags::POLLIN)];
+            polled.extend(
+                watched
+                    .iter()
+                    .map(|(_, fd)| PollFd::new(*fd, PollFlags::POLLIN)),
+            );
+            match poll(&mut polled, PollTimeout::NONE) {
+                Ok(_) => {}
+                Err(Errno::EINTR) => return Ok(()),
+                Err(source) => {
+                    return Err(ChannelError::Socket {
+                        call: "poll",
+                        source,
+                    });
+                }
+            }
+            let fired = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
+            let ready: Vec<usize> = watched
+                .iter()
+                .zip(&polled[1..])
+                .filter(|(_, fd)| fired(fd))
+                .map(|((index, _), _)| *index)
+                .collect();
+            (fired(&polled[0]), ready)
+        };
+        for index in ready {
+            if let Some(exit) = self.devices.handle(index) {
+                self.channel.send(&exit, &[])?;
+            }
+        }
+        if request_waits && let Some((request, _)) = self.channel.try_receive::<Request>()? {
+            self.answer(&request)?;
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, request: &Request) -> Result<(), ChannelError> {
+        let outcome = match request {
+            Request::SetPolicy(_) => Err("the policy is fixed".into()),
+            Request::Open { index } => self.open(*index),
+            Request::Start { index } => self.start(*index),
+            Request::Stop { index } => self
+                .devices
+                .stop(*index as usize)
+                .map(|()| (Reply::Stopped { index: *index }, None)),
+            Request::Ready => self.ready(),
+        };
+        match outcome {
+            Ok((reply, fd)) => self
+                .channel
+                .send(&reply, &fd.iter().map(AsFd::as_fd).collect::<Vec<_>>()),
+            Err(message) => self.channel.send(&Reply::Failed { message }, &[]),
+        }
+    }
+
+    fn open(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
+        let grant = self
+            .policy
+            .files
+            .get(index as usize)
+            .ok_or_else(|| format!("the policy has no file {index}"))?;
+        let opened = open::file(grant, &mut self.cleanup)?;
+        Ok((
+            Reply::Opened {
+                index,
+                name: opened.name,
+            },
+            Some(opened.fd),
+        ))
+    }
+
+    fn start(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
+        let grant = self
+            .policy
+            .devices
+            .get(index as usize)
+            .ok_or_else(|| format!("the policy has no device {index}"))?;
+        let backend = open::backend(&grant.backend, grant.spec.id(), &self.inherited)?;
+        let (socket, pid) = self
+            .devices
+            .start(index as usize, grant, backend, &self.policy)?;
+        Ok((Reply::Started { index, pid }, Some(socket)))
+    }
+
+    fn ready(&mut self) -> Result<(Reply, Option<OwnedFd>), String> {
+        if let Some(path) = &self.policy.pidfile {
+            use std::io::Write;
+            let told = |e: std::io::Error| format!("-pidfile {}: {e}", path.display());
+            let mut file = std::fs::File::options()
+                .write(true)
+                .create_new(true)
+                .open(path)
+                .map_err(told)?;
+            self.cleanup.created(path.clone());
+            writeln!(file, "{}", nix::unistd::getppid()).map_err(told)?;
+        }
+        Ok((Reply::ReadyDone, None))
+    }
+}

@@ -1,0 +1,407 @@
+//! The main loop and the VM's state.
+//!
+//! **Job.** Wait for signals, the broker, QMP commands, vCPU events, device complaints and the serial port's other end; decide
+//! what becomes of the VM.
+//! **Who is not trusted**: everybody whose message arrives here. Each is a typed value that was checked where it came in.
+//! **Why this way.** State changes happen in one place and one thread, so events leave in the order in which things happened.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::process::ExitCode;
+
+use ipc::log::{debug, error, info, warn};
+use ipc::spec::vm::VmSpec;
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::signalfd::SignalFd;
+use seccomp_policies::Policy;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::daemon::Ready;
+use super::poller::Poller;
+use super::start::{SharedTransport, StartError};
+use super::{lockdown, with_causes};
+use crate::broker::Client;
+use crate::cmdline::Plan;
+use crate::machine::events::{EventReceiver, VmEvent};
+use crate::machine::microvm::Microvm;
+use crate::qmp::{
+    Cause, Commands, CpuThread, Event, IothreadInfo, QmpError, RunState, ServerHandle, VmCommand,
+};
+
+pub(super) use super::serial::Chardevs;
+
+/// Everything a VM is made of.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) spec: VmSpec,
+    pub(super) plan: Plan,
+    pub(super) broker: Client,
+    pub(super) machine: Option<Microvm>,
+    pub(super) transports: Vec<SharedTransport>,
+    pub(super) chardevs: Chardevs,
+    pub(super) qmp: ServerHandle,
+    pub(super) commands: Commands,
+    pub(super) signals: SignalFd,
+}
+
+/// A VM.
+#[derive(Debug)]
+pub(super) struct Vm {
+    parts: Parts,
+    poller: Poller,
+    events: Option<EventReceiver>,
+    state: RunState,
+}
+
+/// How the VM ended.
+#[derive(Debug, Clone, Copy)]
+struct End {
+    cause: Cause,
+    status: ExitCode,
+}
+
+const SIGNALS: u64 = 0;
+const BROKER: u64 = 1;
+const COMMANDS: u64 = 2;
+const EVENTS: u64 = 3;
+/// Tokens from here on belong to the serial port's other end.
+const CHARDEV: u64 = 16;
+/// Tokens from here on are devices by their position.
+const DEVICES: u64 = 1 << 32;
+
+impl Vm {
+    /// Puts every event source into one epoll.
+    pub(super) fn new(mut parts: Parts) -> Result<Self, StartError> {
+        let failed = |call| move |source| StartError::System { call, source };
+        let poller = Poller::new().map_err(failed("epoll_create1"))?;
+        let events = parts.machine.as_mut().and_then(Microvm::take_events);
+        let readable = EpollFlags::EPOLLIN;
+        let add = failed("epoll_ctl");
+        (|| {
+            poller.add(&parts.signals, SIGNALS, readable)?;
+            poller.add(&parts.broker, BROKER, readable)?;
+            poller.add(&parts.commands, COMMANDS, readable)?;
+            if let Some(events) = &events {
+                poller.add(borrow(events.event_fd()), EVENTS, readable)?;
+            }
+            for (token, transport) in (DEVICES..).zip(&parts.transports) {
+                poller.add(borrow(lock(transport).error_event()), token, readable)?;
+            }
+            Ok(())
+        })()
+        .map_err(add)?;
+        let input = parts.machine.as_ref().and_then(Microvm::serial_input);
+        parts.chardevs.watch(&poller, CHARDEV, input).map_err(failed("epoll_ctl"))?;
+        Ok(Self { parts, poller, events, state: RunState::Prelaunch })
+    }
+
+    /// Waits for the clients that the command line waits for: sockets without `nowait`.
+    pub(super) fn wait_for_clients(&self) -> Result<(), StartError> {
+        Ok(self.parts.qmp.wait_for_clients()?)
+    }
+
+    /// Says that the VM is there, and gives up the last of this thread's rights.
+    pub(super) fn announce(mut self, ready: Option<Ready>) -> Result<Self, StartError> {
+        self.parts.broker.ready()?;
+        if let Some(ready) = ready {
+            ready.tell()?;
+        }
+        lockdown::filter(Policy::ControlMain, self.parts.spec.seccomp)?;
+        Ok(self)
+    }
+
+    /// Runs the VM until it ends.
+    pub(super) fn run(mut self) -> ExitCode {
+        if !self.parts.spec.start_paused
+            && let Err(end) = self.let_run()
+        {
+            return self.finish(end);
+        }
+        loop {
+            let events = match self.poller.wait() {
+                Ok(events) => events,
+                Err(e) => {
+                    error!("waiting for events: {}", e.desc());
+                    return self.finish(HOST_ERROR);
+                }
+            };
+            for (token, flags) in events {
+                if let Err(end) = self.handle(token, flags) {
+                    return self.finish(end);
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, token: u64, flags: EpollFlags) -> Result<(), End> {
+        match token {
+            SIGNALS => self.signal(),
+            BROKER => self.broker(),
+            COMMANDS => self.commands(),
+            EVENTS => self.vm_events(),
+            device if device >= DEVICES => {
+                self.device_error((device - DEVICES) as usize);
+                Ok(())
+            }
+            chardev => {
+                self.parts.chardevs.handle(&self.poller, chardev, flags);
+                Ok(())
+            }
+        }
+    }
+
+    fn signal(&mut self) -> Result<(), End> {
+        match self.parts.signals.read_signal() {
+            Ok(Some(signal)) => {
+                info!("signal {} ends the VM", signal.ssi_signo);
+                Err(End { cause: Cause::HostSignal, status: ExitCode::SUCCESS })
+            }
+            Ok(None) | Err(Errno::EINTR) => Ok(()),
+            Err(e) => {
+                error!("reading a signal: {}", e.desc());
+                Err(HOST_ERROR)
+            }
+        }
+    }
+
+    fn broker(&mut self) -> Result<(), End> {
+        let exits = self.parts.broker.poll_exits().map_err(|e| {
+            error!("{}", with_causes(&e));
+            HOST_ERROR
+        })?;
+        for exit in exits {
+            let id = self
+                .parts
+                .plan
+                .policy
+                .devices
+                .get(exit.index as usize)
+                .map_or_else(String::new, |grant| grant.spec.id().to_owned());
+            error!("device {id}: process {} ended ({:?}): {}", exit.pid, exit.how, exit.last_words);
+            if let Some(transport) = self.parts.transports.get(exit.index as usize) {
+                lock(transport).device_lost();
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest broke a ring of this device.
+    fn device_error(&mut self, index: usize) {
+        if let Some(transport) = self.parts.transports.get(index) {
+            let mut transport = lock(transport);
+            // Cleared before it is handled, so that a second complaint wakes again.
+            let _ = transport.error_event().read();
+            transport.device_error();
+        }
+    }
+
+    fn vm_events(&mut self) -> Result<(), End> {
+        let Some(receiver) = &self.events else { return Ok(()) };
+        // Cleared first: an event that comes in between makes it readable again.
+        let _ = receiver.event_fd().read();
+        let events: Vec<VmEvent> = std::iter::from_fn(|| receiver.try_recv()).collect();
+        for event in events {
+            self.vm_event(&event)?;
+        }
+        Ok(())
+    }
+
+    fn vm_event(&mut self, event: &VmEvent) -> Result<(), End> {
+        match event {
+            VmEvent::Shutdown => {
+                info!("{event}");
+                self.guest_shutdown(Cause::GuestShutdown)
+            }
+            VmEvent::Reset if self.parts.spec.no_reboot => {
+                info!("{event}, which ends the VM (-no-reboot)");
+                self.guest_shutdown(Cause::GuestReset)
+            }
+            VmEvent::Reset => {
+                info!("{event}");
+                self.reset(Cause::GuestReset)?;
+                self.let_run()
+            }
+            VmEvent::TripleFault { .. } => {
+                tell_lines(&event.to_string());
+                Err(End { cause: Cause::GuestPanic, status: ExitCode::FAILURE })
+            }
+            VmEvent::InternalError { .. } | VmEvent::FailEntry { .. } | VmEvent::VcpuError { .. } => {
+                tell_lines(&event.to_string());
+                Err(HOST_ERROR)
+            }
+        }
+    }
+
+    fn guest_shutdown(&mut self, cause: Cause) -> Result<(), End> {
+        if !self.parts.spec.no_shutdown {
+            return Err(End { cause, status: ExitCode::SUCCESS });
+        }
+        self.parts.qmp.emit(Event::Shutdown(cause));
+        self.pause(RunState::Shutdown)
+    }
+
+    fn commands(&mut self) -> Result<(), End> {
+        while let Some(command) = self.parts.commands.next() {
+            self.command(command)?;
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, command: VmCommand) -> Result<(), End> {
+        match command {
+            VmCommand::Status(reply) => reply.send(Ok(self.state)),
+            VmCommand::Cpus(reply) => reply.send(self.cpus()),
+            VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
+            VmCommand::Chardevs(reply) => reply.send(Ok(self.parts.chardevs.info())),
+            VmCommand::Stop(reply) => {
+                let done = match self.state {
+                    RunState::Running => self.pause(RunState::Paused),
+                    _ => Ok(()),
+                };
+                reply.send(Ok(()));
+                done?;
+            }
+            VmCommand::Cont(reply) => {
+                let done = match self.state {
+                    RunState::Running => Ok(()),
+                    RunState::Prelaunch | RunState::Paused => self.resume(),
+                    state => {
+                        reply.send(Err(QmpError::generic(format!(
+                            "The VM is in state '{}': reset it before 'cont'",
+                            state.name()
+                        ))));
+                        return Ok(());
+                    }
+                };
+                reply.send(Ok(()));
+                done?;
+            }
+            VmCommand::SystemReset(reply) => {
+                let was = self.state;
+                let done = self.reset(Cause::HostQmpSystemReset);
+                reply.send(Ok(()));
+                done?;
+                match was {
+                    RunState::Running => self.let_run()?,
+                    RunState::Shutdown => self.state = RunState::Prelaunch,
+                    _ => {}
+                }
+            }
+            VmCommand::SystemPowerdown(reply) => reply.send(self.powerdown()),
+            VmCommand::Quit(reply) => {
+                reply.send(Ok(()));
+                return Err(End { cause: Cause::HostQmpQuit, status: ExitCode::SUCCESS });
+            }
+        }
+        Ok(())
+    }
+
+    fn cpus(&self) -> Result<Vec<CpuThread>, QmpError> {
+        let Some(machine) = &self.parts.machine else { return Ok(Vec::new()) };
+        let ids = machine.vcpu_thread_ids().map_err(|e| QmpError::generic(with_causes(&e)))?;
+        Ok((0..).zip(ids).map(|(index, id)| CpuThread { index, thread_id: id.as_raw() }).collect())
+    }
+
+    /// An iothread is no thread here: the device processes that name it do its work, and the first one stands for it.
+    fn iothreads(&self) -> Vec<IothreadInfo> {
+        let process_of = |id: &String| {
+            let position =
+                self.parts.spec.devices.iter().position(|device| device.iothread.as_ref() == Some(id))?;
+            self.parts.plan.devices.get(position).and_then(|&index| self.parts.broker.device_pid(index))
+        };
+        self.parts
+            .spec
+            .iothreads
+            .iter()
+            .map(|id| IothreadInfo {
+                id: id.clone(),
+                thread_id: process_of(id).unwrap_or_else(|| nix::unistd::getpid().as_raw()),
+            })
+            .collect()
+    }
+
+    fn powerdown(&mut self) -> Result<(), QmpError> {
+        let Some(machine) = &self.parts.machine else {
+            return Err(QmpError::generic("Machine 'none' has no power button"));
+        };
+        machine.power_button().map_err(|e| QmpError::generic(with_causes(&e)))?;
+        self.parts.qmp.emit(Event::Powerdown);
+        Ok(())
+    }
+
+    /// Lets the guest run without telling anybody: at the start, and when a reset is over.
+    fn let_run(&mut self) -> Result<(), End> {
+        if let Some(machine) = &mut self.parts.machine {
+            machine.resume().map_err(|e| host_error(&e))?;
+        }
+        self.state = RunState::Running;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), End> {
+        self.let_run()?;
+        self.parts.qmp.emit(Event::Resume);
+        Ok(())
+    }
+
+    fn pause(&mut self, state: RunState) -> Result<(), End> {
+        if let Some(machine) = &self.parts.machine {
+            machine.pause().map_err(|e| host_error(&e))?;
+        }
+        self.state = state;
+        self.parts.qmp.emit(Event::Stop);
+        Ok(())
+    }
+
+    fn reset(&mut self, cause: Cause) -> Result<(), End> {
+        if let Some(machine) = &mut self.parts.machine {
+            machine.reset().map_err(|e| host_error(&e))?;
+        }
+        self.parts.qmp.emit(Event::Reset(cause));
+        Ok(())
+    }
+
+    /// Ends everything in the order in which nobody misses what is gone already.
+    fn finish(mut self, end: End) -> ExitCode {
+        if let Some(machine) = &self.parts.machine
+            && let Err(e) = machine.pause()
+        {
+            warn!("{}", with_causes(&e));
+        }
+        self.parts.qmp.emit(Event::Shutdown(end.cause));
+        self.parts.qmp.finish();
+        self.parts.chardevs.flush();
+        drop(self.parts.machine.take());
+        drop(self.parts.transports);
+        drop(self.parts.chardevs);
+        debug!("waiting for the broker to clean up");
+        self.parts.broker.shut_down();
+        end.status
+    }
+}
+
+const HOST_ERROR: End = End { cause: Cause::HostError, status: ExitCode::FAILURE };
+
+fn host_error(error: &dyn std::error::Error) -> End {
+    error!("{}", with_causes(error));
+    HOST_ERROR
+}
+
+/// A text of several lines, one log line each.
+fn tell_lines(text: &str) {
+    for line in text.lines() {
+        error!("{line}");
+    }
+}
+
+/// vmm-sys-util's eventfds know only their number.
+#[allow(unsafe_code)]
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd owns this descriptor and outlives the borrow.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// A panic aborts the process, so a poisoned lock cannot be seen.
+fn lock(transport: &SharedTransport) -> std::sync::MutexGuard<'_, crate::virtio::mmio::MmioTransport> {
+    transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,119 @@
+//! The life of one VM, from arguments to exit status.
+//!
+//! **Job.** Decide what this process is (a question about options, the broker, or a VM), bring the parts together in the
+//! order that ARCHITECTURE.md tells, and run the main loop until the VM ends.
+//!
+//! **Who is not trusted.** At start nobody yet; after lock-down the guest, every device process and every client. So
+//! everything that needs a right happens in [`start`], and [`event_loop`] needs none.
+//!
+//! **Why this way.** One thread decides about the VM's state. vCPU threads, the QMP thread and the broker send it messages;
+//! nobody else pauses, resets or ends anything, so there is no lock and no order between them to get wrong.
+//!
+//! | file | job |
+//! |---|---|
+//! | `start.rs` | from spec to a machine that is ready to run |
+//! | `event_loop.rs` | the main loop and the VM's state |
+//! | `lockdown.rs` | what every thread gives up before the first guest instruction |
+//! | `descriptors.rs` | inherited descriptors that nobody asked for |
+//! | `daemon.rs` | `-daemonize` |
+//! | `phases.rs` | where start-up time goes, at log level trace |
+//! | `poller.rs` | the epoll of the main loop |
+//! | `serial.rs` | the serial port's other end in the main loop |
+
+mod daemon;
+mod descriptors;
+mod event_loop;
+mod lockdown;
+mod phases;
+mod poller;
+mod serial;
+mod start;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use ipc::spec::vm::VmSpec;
+use ipc::start::{SandboxMode, SeccompMode};
+
+use crate::broker;
+use crate::cmdline::{self, Env, Request};
+use phases::Phases;
+
+pub(crate) use descriptors::close_all_but;
+
+/// Runs this program with `args`, its own name first.
+pub fn run(args: &[OsString]) -> ExitCode {
+    let phases = Phases::begin();
+    if let Some(channel) = broker::is_broker(args) {
+        return broker::run(channel);
+    }
+    let env = Env { log_level: std::env::var_os("STRATOVIRT_LOG_LEVEL") };
+    match cmdline::parse(args.get(1..).unwrap_or_default(), &env) {
+        Ok(Request::Run(spec)) => run_vm(*spec, phases),
+        Ok(Request::Usage) => print(&cmdline::usage()),
+        Ok(Request::Version) => print(&cmdline::version()),
+        Err(e) => fail(&e),
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    // A reader that has seen enough (`stratovirt --help | head -1`) is no error.
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    ExitCode::SUCCESS
+}
+
+fn run_vm(spec: VmSpec, phases: Phases) -> ExitCode {
+    warn_about_weak_jails(&spec);
+    let ready = if spec.daemonize {
+        match daemon::detach() {
+            Ok(daemon::Side::Caller(status)) => return status,
+            Ok(daemon::Side::Daemon(ready)) => Some(ready),
+            Err(e) => return fail(&e),
+        }
+    } else {
+        None
+    };
+    match start::start(spec, ready, phases) {
+        Ok(vm) => vm.run(),
+        Err(e) => fail(&e),
+    }
+}
+
+/// Every option that weakens a jail says so, on standard error and whatever the log level.
+fn warn_about_weak_jails(spec: &VmSpec) {
+    let what = match spec.seccomp {
+        SeccompMode::Kill => None,
+        SeccompMode::Disabled => Some("no process of this VM has a system call filter (-disable-seccomp)"),
+        SeccompMode::Log => Some("system calls outside the filters are only logged (-seccomp log)"),
+        SeccompMode::Trap => Some("system calls outside the filters raise SIGSYS (-seccomp trap)"),
+    };
+    if let Some(what) = what {
+        let note = match spec.sandbox {
+            SandboxMode::Strict => "; -sandbox strict does not cover this",
+            SandboxMode::BestEffort => "",
+        };
+        eprintln!("stratovirt: warning: weakened jail: {what}{note}");
+    }
+}
+
+/// Tells an error with its causes on standard error.
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("stratovirt: {}", with_causes(error));
+    ExitCode::FAILURE
+}
+
+/// An error with its causes in one line; a cause that the text already contains is not repeated.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text.push_str(": ");
+            text.push_str(&inner_text);
+        }
+        cause = inner.source();
+    }
+    text
+}

@@ -1,0 +1,50 @@
+//! One epoll for the main thread.
+//!
+//! **Job.** Descriptors with a token each; which events are wanted may change while it runs.
+//! **Why this way.** Everything the main thread does starts with an event here: there is no second place that waits.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+/// An epoll instance with tokens.
+#[derive(Debug)]
+pub(super) struct Poller {
+    epoll: Epoll,
+}
+
+/// Events taken in one round; more simply come in the next.
+const ROUND: usize = 16;
+
+impl Poller {
+    /// An empty one.
+    pub(super) fn new() -> Result<Self, Errno> {
+        Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)? })
+    }
+
+    /// Waits on `fd` for `events` from now on.
+    pub(super) fn add(&self, fd: impl AsFd, token: u64, events: EpollFlags) -> Result<(), Errno> {
+        self.epoll.add(fd, EpollEvent::new(events, token))
+    }
+
+    /// Waits for other events on `fd`.
+    pub(super) fn change(&self, fd: impl AsFd, token: u64, events: EpollFlags) -> Result<(), Errno> {
+        self.epoll.modify(fd, &mut EpollEvent::new(events, token))
+    }
+
+    /// Waits on `fd` no longer. One that is closed is gone by itself.
+    pub(super) fn remove(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.epoll.delete(fd)
+    }
+
+    /// Waits for one round of events.
+    pub(super) fn wait(&self) -> Result<Vec<(u64, EpollFlags)>, Errno> {
+        let mut events = [EpollEvent::empty(); ROUND];
+        match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            Ok(count) => Ok(events[..count].iter().map(|e| (e.data(), e.events())).collect()),
+            Err(Errno::EINTR) => Ok(Vec::new()),
+            Err(e) => Err(e),
+        }
+    }
+}

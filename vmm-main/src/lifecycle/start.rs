@@ -1,0 +1,342 @@
+//! From spec to a machine that is ready to run.
+//!
+//! **Job.** Ask the broker for everything at once, make VM and RAM meanwhile, put devices behind their windows, lock down,
+//! start the threads.
+//! **Who is not trusted**: nobody yet, except the device processes, whose first answers are checked in the handshake.
+//! **Why this way.** Start-up time is the sum of what nobody overlaps. The broker starts device processes while this process
+//! makes the VM; handshakes of all devices are under way at once; nothing waits until it must.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use ipc::control::{DeviceGrant, Exit, Request};
+use ipc::log::{info, warn};
+use ipc::spec::vm::{MachineKind, VmSpec};
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use seccomp_policies::Policy;
+use thiserror::Error;
+
+use super::daemon::{DaemonError, Ready};
+use super::event_loop::{Parts, Vm};
+use super::phases::Phases;
+use super::{close_all_but, lockdown};
+use crate::boot::{BootSource, Protocol};
+use crate::broker::{Client, ClientError};
+use crate::cmdline::{Plan, plan};
+use crate::kvm::cpuid::CpuFeatures;
+use crate::kvm::{self, Kvm, Topology};
+use crate::machine::microvm::{self, Microvm, MicrovmConfig};
+use crate::memory::{self, Backing, GuestRam, RamConfig};
+use crate::qmp;
+use crate::virtio::core::CoreError;
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::remote::{Handshake, RemoteError};
+
+/// Why there is no VM.
+#[derive(Debug, Error)]
+pub(super) enum StartError {
+    /// The broker refused something, or could not be started.
+    #[error(transparent)]
+    Broker(#[from] ClientError),
+    /// A device process ended before it served.
+    #[error("device {id}: its process ended {how}{}{last_words}", if last_words.is_empty() { "" } else { ": " })]
+    DeviceEnded {
+        /// The device.
+        id: String,
+        /// How it ended.
+        how: String,
+        /// Its last log line.
+        last_words: String,
+    },
+    /// A device process does not speak vhost-user as it should.
+    #[error(transparent)]
+    Device(#[from] RemoteError),
+    /// A device cannot be put behind its registers.
+    #[error(transparent)]
+    Transport(#[from] CoreError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// The topology.
+    #[error("-smp: {0}")]
+    Topology(#[from] kvm::topology::Error),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The board.
+    #[error(transparent)]
+    Machine(#[from] microvm::Error),
+    /// QMP.
+    #[error(transparent)]
+    Qmp(#[from] qmp::ServerError),
+    /// Lock-down.
+    #[error(transparent)]
+    Lock(#[from] ozone::SelfLockError),
+    /// A seccomp filter.
+    #[error("system call filter of the main thread")]
+    Filter(#[from] seccomp_policies::Error),
+    /// `-daemonize`.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// Signals, or the epoll of the main loop.
+    #[error("{call} failed")]
+    System {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        source: Errno,
+    },
+}
+
+fn failed(call: &'static str) -> impl FnOnce(Errno) -> StartError {
+    move |source| StartError::System { call, source }
+}
+
+/// Brings the VM up to the point where its vCPUs wait at the gate and every thread is locked down.
+pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> Result<Vm, StartError> {
+    let mut broker = Client::spawn()?;
+    let mut keep = vec![broker.as_fd().as_raw_fd()];
+    keep.extend(ready.iter().flat_map(Ready::descriptors));
+    close_all_but(&keep);
+    let signals = signals()?;
+    let plan = plan(&spec, nix::unistd::isatty(std::io::stdin()).unwrap_or(false));
+    ask(&broker, &plan)?;
+    phases.done("broker started and asked");
+
+    let kvm = match spec.machine.kind {
+        MachineKind::None => None,
+        MachineKind::Microvm => Some(Kvm::open()?),
+    };
+    // With -mem-path the file comes from the broker; a memfd is made while the broker works.
+    let early = match (&kvm, plan.memory) {
+        (Some(kvm), None) => Some(guest(kvm, &spec, None)?),
+        _ => None,
+    };
+    phases.done("VM and guest RAM");
+
+    let mut given = take(&mut broker, &plan)?;
+    let log = match given.log.take() {
+        Some(fd) => Ok(fd),
+        None => std::io::stderr().as_fd().try_clone_to_owned(),
+    };
+    if let Ok(fd) = log {
+        ipc::log::init("control", spec.log.level, fd);
+    }
+    phases.done("descriptors from the broker");
+    let mut handshakes = Vec::with_capacity(given.devices.len());
+    for (device, grant) in given.devices.drain(..).zip(&plan.policy.devices) {
+        let socket = UnixStream::from(device.socket);
+        handshakes.push(Handshake::begin(socket, &grant.spec)?);
+    }
+
+    let chardevs = super::event_loop::Chardevs::open(&spec, &plan, &mut given.files)?;
+    let machine = match kvm {
+        None => None,
+        Some(kvm) => {
+            let (vm, ram) = match early {
+                Some(guest) => guest,
+                None => guest(&kvm, &spec, plan.memory.and_then(|file| given.files.take(file)))?,
+            };
+            let config = MicrovmConfig {
+                topology: topology(&spec)?,
+                features: CpuFeatures::default(),
+                serial: chardevs.serial_sink(),
+            };
+            let machine = Microvm::new(&kvm, vm, ram, config)?;
+            phases.done("vCPUs and board");
+            Some(machine)
+        }
+    };
+
+    let mut transports = Vec::with_capacity(handshakes.len());
+    let mut machine = machine;
+    if let Some(machine) = &mut machine {
+        for handshake in &mut handshakes {
+            handshake.negotiate().ok();
+        }
+        for (index, handshake) in (0u32..).zip(handshakes) {
+            let device = handshake
+                .finish()
+                .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?;
+            transports.push(attach(machine, index as usize, MmioTransport::new(device, machine.ram().memory().clone())?)?);
+        }
+        phases.done("devices serve");
+        if let Some(kernel) = plan.kernel.and_then(|file| given.files.take(file)) {
+            let loaded = machine.load(BootSource {
+                kernel,
+                initrd: plan.initrd.and_then(|file| given.files.take(file)),
+                cmdline: spec.boot.cmdline.clone(),
+                protocol: Protocol::Auto,
+            })?;
+            info!("kernel loaded: {:?}, ends at {:#x}, initrd {:x?}", loaded.format, loaded.kernel_end, loaded.initrd);
+            phases.done("kernel loaded");
+        }
+    }
+    let sources = given.monitors(&plan);
+
+    lockdown::lock(spec.sandbox)?;
+    phases.done("process locked down");
+    let mode = spec.seccomp;
+    let (qmp, commands) = qmp::Server::spawn(
+        sources,
+        qmp::Info::from(&spec),
+        Box::new(move || lockdown::hook(Policy::ControlQmp, mode)),
+    )?;
+    if let Some(machine) = &mut machine {
+        machine.start(&(Arc::new(move |_| lockdown::hook(Policy::ControlVcpu, mode)) as kvm::run::ThreadStart))?;
+        // Ids are asked for now: each thread says its own once it has its filter.
+        machine.vcpu_thread_ids()?;
+    }
+    qmp.started()?;
+    phases.done("threads locked down");
+
+    for option in &spec.ignored {
+        warn!("{option} is accepted without effect");
+    }
+    let vm = Vm::new(Parts { spec, plan, broker, machine, transports, chardevs, qmp, commands, signals })?;
+    vm.wait_for_clients()?;
+    let vm = vm.announce(ready)?;
+    phases.done("announced");
+    phases.tell();
+    Ok(vm)
+}
+
+/// Termination signals become events of the main loop.
+fn signals() -> Result<SignalFd, StartError> {
+    let set: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    set.thread_block().map_err(failed("sigprocmask"))?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(failed("signalfd"))
+}
+
+/// Sends every request that the start needs; [`take`] reads the replies in the same order.
+fn ask(broker: &Client, plan: &Plan) -> Result<(), StartError> {
+    broker.send(&Request::SetPolicy(plan.policy.clone()))?;
+    for index in 0..plan.policy.devices.len() as u32 {
+        broker.send(&Request::Start { index })?;
+    }
+    for index in 0..plan.policy.files.len() as u32 {
+        broker.send(&Request::Open { index })?;
+    }
+    Ok(())
+}
+
+/// A device process that was started.
+#[derive(Debug)]
+struct Started {
+    socket: OwnedFd,
+}
+
+/// What came from the broker.
+#[derive(Debug)]
+struct Given {
+    log: Option<OwnedFd>,
+    devices: Vec<Started>,
+    files: Files,
+}
+
+/// Opened files by their number in the policy, each taken once.
+#[derive(Debug, Default)]
+pub(super) struct Files(Vec<Option<(OwnedFd, Option<String>)>>);
+
+impl Files {
+    /// Takes file `index`.
+    pub(super) fn take(&mut self, index: u32) -> Option<File> {
+        self.take_named(index).map(|(fd, _)| fd.into())
+    }
+
+    /// Takes file `index` with the name that came along.
+    pub(super) fn take_named(&mut self, index: u32) -> Option<(OwnedFd, Option<String>)> {
+        self.0.get_mut(index as usize)?.take()
+    }
+}
+
+impl Given {
+    fn monitors(&mut self, plan: &Plan) -> Vec<qmp::Source> {
+        plan.monitors
+            .iter()
+            .filter_map(|monitor| {
+                let (fd, _) = self.files.take_named(monitor.file)?;
+                Some(if monitor.server {
+                    qmp::Source::Listener { fd, wait: monitor.wait }
+                } else {
+                    qmp::Source::Connected(fd)
+                })
+            })
+            .collect()
+    }
+}
+
+fn take(broker: &mut Client, plan: &Plan) -> Result<Given, StartError> {
+    let log = broker.policy_set()?;
+    let mut devices = Vec::with_capacity(plan.policy.devices.len());
+    for index in 0..plan.policy.devices.len() as u32 {
+        let (socket, pid) = broker.started(index)?;
+        info!("device {} is process {pid}", plan.policy.devices[index as usize].spec.id());
+        devices.push(Started { socket });
+    }
+    let mut files = Vec::with_capacity(plan.policy.files.len());
+    for index in 0..plan.policy.files.len() as u32 {
+        files.push(Some(broker.opened(index)?));
+    }
+    Ok(Given { log, devices, files: Files(files) })
+}
+
+fn guest(kvm: &Kvm, spec: &VmSpec, backing: Option<File>) -> Result<(kvm::Vm, Arc<GuestRam>), StartError> {
+    let ram = Arc::new(GuestRam::new(RamConfig {
+        size: spec.memory.size,
+        backing: backing.map_or(Backing::Memfd, Backing::File),
+        prealloc: spec.memory.prealloc,
+        dump_guest_core: spec.memory.dump_guest_core,
+        huge_pages: false,
+    })?);
+    Ok((kvm::Vm::create(kvm)?, ram))
+}
+
+fn topology(spec: &VmSpec) -> Result<Topology, StartError> {
+    let cpus = &spec.cpus;
+    Ok(Topology::new(
+        cpus.cpus.into(),
+        cpus.sockets.into(),
+        cpus.dies.into(),
+        cpus.clusters.into(),
+        cpus.cores.into(),
+        cpus.threads.into(),
+    )?)
+}
+
+/// A device behind its window, shared between vCPU threads and the main loop.
+pub(super) type SharedTransport = Arc<Mutex<MmioTransport>>;
+
+fn attach(machine: &mut Microvm, slot: usize, transport: MmioTransport) -> Result<SharedTransport, StartError> {
+    let transport = Arc::new(Mutex::new(transport));
+    let window = machine.attach_mmio(slot, transport.clone())?;
+    let guard = transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for (offset, value, kick) in guard.ioeventfds() {
+        machine.vm().register_ioeventfd(kick, window.base + offset, Some(value))?;
+    }
+    for call in guard.irqfds() {
+        machine.vm().register_irqfd(call, window.gsi)?;
+    }
+    drop(guard);
+    Ok(transport)
+}
+
+/// The reason behind a handshake that failed: what the process said before it ended, if it ended.
+fn why_device_failed(broker: &mut Client, index: u32, grants: &[DeviceGrant], error: RemoteError) -> StartError {
+    let Some(exit) = broker.wait_exit(index) else { return error.into() };
+    StartError::DeviceEnded {
+        id: grants.get(index as usize).map_or_else(String::new, |grant| grant.spec.id().to_owned()),
+        how: match exit.how {
+            Exit::Code(code) => format!("with status {code}"),
+            Exit::Signal(signal) => match Signal::try_from(signal) {
+                Ok(name) => format!("by {name}"),
+                Err(_) => format!("by signal {signal}"),
+            },
+        },
+        last_words: exit.last_words,
+    }
+}
