@@ -12,4 +12,5 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod platform;
+pub mod qmp;
 pub mod virtio;

@@ -3,17 +3,18 @@
 //! **Job.** Remember every path that was created for this VM, with its inode, and the terminal's mode; undo both on drop.
 //! **Who is not trusted**: whoever may have replaced a path meanwhile: only the very inode that was created is removed.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
+use ipc::log::warn;
 use nix::sys::stat::{FileStat, lstat};
-use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
+
+use crate::chardev::terminal::TerminalState;
 
 /// Paths and terminal to put back.
 #[derive(Debug, Default)]
 pub(super) struct Cleanup {
     paths: Vec<(PathBuf, FileStat)>,
-    terminal: Option<(OwnedFd, Termios)>,
+    terminal: Option<TerminalState>,
 }
 
 impl Cleanup {
@@ -26,10 +27,7 @@ impl Cleanup {
 
     /// Remembers the mode of the terminal on standard input, if it is one.
     pub(super) fn terminal(&mut self) {
-        let stdin = std::io::stdin();
-        if let (Ok(mode), Ok(fd)) = (tcgetattr(stdin.as_fd()), stdin.as_fd().try_clone_to_owned()) {
-            self.terminal = Some((fd, mode));
-        }
+        self.terminal = TerminalState::of(std::io::stdin()).unwrap_or_default();
     }
 }
 
@@ -42,9 +40,10 @@ impl Drop for Cleanup {
                 let _ = nix::unistd::unlink(&path);
             }
         }
-        if let Some((fd, mode)) = self.terminal.take() {
-            // At once, not after output has drained: a stopped terminal would hold the broker here.
-            let _ = tcsetattr(&fd, SetArg::TCSANOW, &mode);
+        if let Some(terminal) = self.terminal.take()
+            && let Err(e) = terminal.restore()
+        {
+            warn!("{e}");
         }
     }
 }

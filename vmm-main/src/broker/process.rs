@@ -20,7 +20,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use super::cleanup::Cleanup;
 use super::devices::Devices;
 use super::open;
-use crate::lifecycle::close_all_but;
+use crate::lifecycle::{close_all_but, filter, with_causes};
 
 /// First argument of a process that is a broker.
 pub(super) const ROLE: &str = "stratovirt-broker";
@@ -176,6 +176,10 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
     drop(shared);
     let devices = Devices::new(policy.devices.len(), log.try_clone().ok());
     ipc::log::init("broker", policy.log_level, log);
+    if let Err(e) = filter(seccomp_policies::Policy::Broker, policy.seccomp) {
+        error!("{}", with_causes(&e));
+        return Err(ChannelError::Closed);
+    }
     Ok(Broker {
         channel,
         policy,

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::daemon::Ready;
 use super::poller::Poller;
+use super::serial::Chardevs;
 use super::start::{SharedTransport, StartError};
 use super::{lockdown, with_causes};
 use crate::broker::Client;
@@ -27,8 +28,6 @@ use crate::machine::microvm::Microvm;
 use crate::qmp::{
     Cause, Commands, CpuThread, Event, IothreadInfo, QmpError, RunState, ServerHandle, VmCommand,
 };
-
-pub(super) use super::serial::Chardevs;
 
 /// Everything a VM is made of.
 #[derive(Debug)]
@@ -96,7 +95,11 @@ impl Vm {
     }
 
     /// Waits for the clients that the command line waits for: sockets without `nowait`.
-    pub(super) fn wait_for_clients(&self) -> Result<(), StartError> {
+    pub(super) fn wait_for_clients(&mut self) -> Result<(), StartError> {
+        self.parts
+            .chardevs
+            .wait_for_clients()
+            .map_err(|source| StartError::System { call: "poll", source })?;
         Ok(self.parts.qmp.wait_for_clients()?)
     }
 
@@ -125,15 +128,15 @@ impl Vm {
                     return self.finish(HOST_ERROR);
                 }
             };
-            for (token, flags) in events {
-                if let Err(end) = self.handle(token, flags) {
+            for token in events {
+                if let Err(end) = self.handle(token) {
                     return self.finish(end);
                 }
             }
         }
     }
 
-    fn handle(&mut self, token: u64, flags: EpollFlags) -> Result<(), End> {
+    fn handle(&mut self, token: u64) -> Result<(), End> {
         match token {
             SIGNALS => self.signal(),
             BROKER => self.broker(),
@@ -144,7 +147,7 @@ impl Vm {
                 Ok(())
             }
             chardev => {
-                self.parts.chardevs.handle(&self.poller, chardev, flags);
+                self.parts.chardevs.handle((chardev - CHARDEV) as usize);
                 Ok(())
             }
         }

@@ -41,6 +41,7 @@ use crate::cmdline::{self, Env, Request};
 use phases::Phases;
 
 pub(crate) use descriptors::close_all_but;
+pub(crate) use lockdown::filter;
 
 /// Runs this program with `args`, its own name first.
 pub fn run(args: &[OsString]) -> ExitCode {

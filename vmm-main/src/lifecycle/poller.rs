@@ -1,9 +1,9 @@
 //! One epoll for the main thread.
 //!
-//! **Job.** Descriptors with a token each; which events are wanted may change while it runs.
+//! **Job.** Descriptors with a token each.
 //! **Why this way.** Everything the main thread does starts with an event here: there is no second place that waits.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -28,21 +28,11 @@ impl Poller {
         self.epoll.add(fd, EpollEvent::new(events, token))
     }
 
-    /// Waits for other events on `fd`.
-    pub(super) fn change(&self, fd: impl AsFd, token: u64, events: EpollFlags) -> Result<(), Errno> {
-        self.epoll.modify(fd, &mut EpollEvent::new(events, token))
-    }
-
-    /// Waits on `fd` no longer. One that is closed is gone by itself.
-    pub(super) fn remove(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
-        self.epoll.delete(fd)
-    }
-
-    /// Waits for one round of events.
-    pub(super) fn wait(&self) -> Result<Vec<(u64, EpollFlags)>, Errno> {
+    /// Waits for one round of events: the tokens that have some.
+    pub(super) fn wait(&self) -> Result<Vec<u64>, Errno> {
         let mut events = [EpollEvent::empty(); ROUND];
         match self.epoll.wait(&mut events, EpollTimeout::NONE) {
-            Ok(count) => Ok(events[..count].iter().map(|e| (e.data(), e.events())).collect()),
+            Ok(count) => Ok(events[..count].iter().map(EpollEvent::data).collect()),
             Err(Errno::EINTR) => Ok(Vec::new()),
             Err(e) => Err(e),
         }

@@ -23,6 +23,7 @@ use thiserror::Error;
 use super::daemon::{DaemonError, Ready};
 use super::event_loop::{Parts, Vm};
 use super::phases::Phases;
+use super::serial::Chardevs;
 use super::{close_all_but, lockdown};
 use crate::boot::{BootSource, Protocol};
 use crate::broker::{Client, ClientError};
@@ -73,6 +74,9 @@ pub(super) enum StartError {
     /// QMP.
     #[error(transparent)]
     Qmp(#[from] qmp::ServerError),
+    /// The serial port's other end.
+    #[error(transparent)]
+    Chardev(#[from] crate::chardev::ChardevError),
     /// Lock-down.
     #[error(transparent)]
     Lock(#[from] ozone::SelfLockError),
@@ -133,7 +137,7 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
         handshakes.push(Handshake::begin(socket, &grant.spec)?);
     }
 
-    let chardevs = super::event_loop::Chardevs::open(&spec, &plan, &mut given.files)?;
+    let chardevs = Chardevs::open(&spec, &plan, &mut given.files)?;
     let machine = match kvm {
         None => None,
         Some(kvm) => {
@@ -197,7 +201,7 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
     for option in &spec.ignored {
         warn!("{option} is accepted without effect");
     }
-    let vm = Vm::new(Parts { spec, plan, broker, machine, transports, chardevs, qmp, commands, signals })?;
+    let mut vm = Vm::new(Parts { spec, plan, broker, machine, transports, chardevs, qmp, commands, signals })?;
     vm.wait_for_clients()?;
     let vm = vm.announce(ready)?;
     phases.done("announced");
