@@ -58,10 +58,16 @@ pub const MAX_CMDLINE: usize = 2048;
 
 /// One QMP request, in bytes, as QEMU's own limit on a token stream (64 MiB) is far beyond any real request.
 pub const MAX_QMP_REQUEST: usize = 1 << 20;
+/// Brackets inside each other in one QMP request (QEMU: 1024). No command needs more than a few.
+pub const MAX_QMP_NESTING: usize = 64;
 /// QMP clients at once on one socket.
 pub const MAX_QMP_CLIENTS: usize = 8;
 /// Bytes that wait for a QMP client that does not read; beyond it the client is dropped.
 pub const MAX_QMP_BACKLOG: usize = 8 << 20;
+/// Bytes that wait for a QMP client, beyond which no further command of it is taken.
+pub const QMP_PAUSE_BACKLOG: usize = 64 * 1024;
+/// Milliseconds that QMP clients have at the end of the VM to take what waits for them.
+pub const QMP_FLUSH_MS: u64 = 200;
 /// Bytes of serial output kept for a reader that is slow or absent; beyond it the oldest are dropped and counted.
 pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
 

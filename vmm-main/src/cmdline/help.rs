@@ -9,7 +9,7 @@ use super::table::{Arg, Group, OPTIONS, OptionDef};
 const WIDTH: usize = 100;
 
 /// The QEMU version whose QMP this program speaks: clients decide by it what they may ask.
-pub(super) const QMP_VERSION: (u32, u32, u32) = (9, 2, 0);
+pub(crate) const QMP_VERSION: (u32, u32, u32) = (9, 2, 0);
 
 const EXAMPLES: &str = "\
 Examples

@@ -35,7 +35,9 @@ pub mod props;
 pub mod table;
 
 pub use error::CmdlineError;
+pub(crate) use help::QMP_VERSION;
 pub use help::{manual, usage, version};
+pub(crate) use nearest::nearest;
 pub use plan::{ChardevPlan, Plan, plan};
 
 use props::Props;
@@ -198,8 +200,7 @@ fn unknown(spelled: &str, name: &str) -> CmdlineError {
     let names = table::OPTIONS
         .iter()
         .flat_map(|option| option.aliases.iter().copied().chain([option.name]));
-    let near =
-        nearest::nearest(name, names).map_or(String::new(), |near| format!(", nearest is -{near}"));
+    let near = nearest(name, names).map_or(String::new(), |near| format!(", nearest is -{near}"));
     CmdlineError::new(
         spelled,
         "",

@@ -2,7 +2,7 @@
 
 /// The candidate with the least edit distance from `word`, if it is near enough to be what was meant: a third of the
 /// longer name's characters, at least one. Among equals the first one wins.
-pub(super) fn nearest<'a>(
+pub(crate) fn nearest<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {

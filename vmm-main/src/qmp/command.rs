@@ -1,0 +1,263 @@
+//! What crosses from QMP to the main thread, and how the answer gets back.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use nix::sys::eventfd::EventFd;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+use super::session::Info;
+
+/// Class of a QMP error (QAPI `QapiErrorClass`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorClass {
+    /// Anything without a class of its own.
+    GenericError,
+    /// No such command.
+    CommandNotFound,
+    /// The device is not in use.
+    DeviceNotActive,
+    /// No such device.
+    DeviceNotFound,
+    /// The host's KVM lacks something.
+    KvmMissingCap,
+}
+
+impl ErrorClass {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::GenericError => "GenericError",
+            Self::CommandNotFound => "CommandNotFound",
+            Self::DeviceNotActive => "DeviceNotActive",
+            Self::DeviceNotFound => "DeviceNotFound",
+            Self::KvmMissingCap => "KVMMissingCap",
+        }
+    }
+}
+
+/// An error as a client sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{desc}")]
+pub struct QmpError {
+    /// Its class.
+    pub class: ErrorClass,
+    /// A sentence for people, without full stop.
+    pub desc: String,
+}
+
+impl QmpError {
+    /// An error without a class of its own.
+    pub fn generic(desc: impl Into<String>) -> Self {
+        Self {
+            class: ErrorClass::GenericError,
+            desc: desc.into(),
+        }
+    }
+
+    /// Device `id` does not exist.
+    pub fn device_not_found(id: &str) -> Self {
+        Self {
+            class: ErrorClass::DeviceNotFound,
+            desc: format!("Device '{id}' not found"),
+        }
+    }
+
+    pub(super) fn command_not_found(desc: impl Into<String>) -> Self {
+        Self {
+            class: ErrorClass::CommandNotFound,
+            desc: desc.into(),
+        }
+    }
+}
+
+/// The answer to a request with this `id`.
+pub(super) fn answer(id: Option<Value>, result: Result<Value, QmpError>) -> Value {
+    let mut message = Map::new();
+    match result {
+        Ok(value) => message.insert("return".into(), value),
+        Err(error) => message.insert(
+            "error".into(),
+            json!({ "class": error.class.name(), "desc": error.desc }),
+        ),
+    };
+    if let Some(id) = id {
+        message.insert("id".into(), id);
+    }
+    Value::Object(message)
+}
+
+/// What the QMP thread takes from the others.
+#[derive(Debug)]
+pub(super) enum Inbox {
+    /// The answer that this client waits for.
+    Answer {
+        /// The client.
+        client: u64,
+        /// The message.
+        message: Value,
+    },
+    /// An event for all.
+    Event(Value),
+    /// Send what is waiting and end.
+    Finish,
+}
+
+/// The way into the QMP thread.
+#[derive(Debug, Clone)]
+pub(super) struct Outbox {
+    pub(super) sender: Sender<Inbox>,
+    pub(super) wake: Arc<EventFd>,
+}
+
+impl Outbox {
+    pub(super) fn send(&self, message: Inbox) {
+        if self.sender.send(message).is_ok() {
+            wake(&self.wake);
+        }
+    }
+}
+
+/// Makes `eventfd` readable. It cannot block: the counter would have to be full of unread wakes.
+pub(super) fn wake(eventfd: &EventFd) {
+    let _ = nix::unistd::write(eventfd.as_fd(), &1_u64.to_ne_bytes());
+}
+
+/// The way back to one request, before it is known what the answer is made of.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    pub(super) client: u64,
+    pub(super) id: Option<Value>,
+    pub(super) info: Arc<Info>,
+    pub(super) outbox: Outbox,
+}
+
+/// The way back to one request; each is answered once. One that is dropped answers with an error, so that the client
+/// does not wait for ever.
+#[derive(Debug)]
+pub struct Reply<T> {
+    ticket: Option<Ticket>,
+    shape: fn(&Info, T) -> Value,
+}
+
+impl<T> Reply<T> {
+    pub(super) fn new(ticket: Ticket, shape: fn(&Info, T) -> Value) -> Self {
+        Self {
+            ticket: Some(ticket),
+            shape,
+        }
+    }
+
+    /// Answers.
+    pub fn send(mut self, result: Result<T, QmpError>) {
+        if let Some(ticket) = self.ticket.take() {
+            let shape = self.shape;
+            let result = result.map(|value| shape(&ticket.info, value));
+            ticket.send(result);
+        }
+    }
+}
+
+impl<T> Drop for Reply<T> {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            ticket.send(Err(QmpError::generic(
+                "The command was given up: the VM is going down",
+            )));
+        }
+    }
+}
+
+impl Ticket {
+    fn send(self, result: Result<Value, QmpError>) {
+        let message = answer(self.id, result);
+        self.outbox.send(Inbox::Answer {
+            client: self.client,
+            message,
+        });
+    }
+}
+
+/// State of the VM (QAPI `RunState`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// Set up, and not started yet (`-S`).
+    Prelaunch,
+    /// vCPUs run.
+    Running,
+    /// Stopped by `stop`.
+    Paused,
+    /// Powered off, with `-no-shutdown`.
+    Shutdown,
+    /// The guest panicked.
+    GuestPanicked,
+    /// KVM or this program failed.
+    InternalError,
+}
+
+impl RunState {
+    /// Its name on the wire.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prelaunch => "prelaunch",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Shutdown => "shutdown",
+            Self::GuestPanicked => "guest-panicked",
+            Self::InternalError => "internal-error",
+        }
+    }
+}
+
+/// One vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuThread {
+    /// Its number, from 0.
+    pub index: u8,
+    /// Its thread's id on the host.
+    pub thread_id: i32,
+}
+
+/// One iothread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IothreadInfo {
+    /// Its id on the command line.
+    pub id: String,
+    /// Id on the host of the thread, or of the process, that does its work.
+    pub thread_id: i32,
+}
+
+/// One character device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChardevInfo {
+    /// Its id on the command line.
+    pub label: String,
+    /// Where it leads, as QEMU writes it: `pty:/dev/pts/3`, `unix:/path,server=on`, `file`, `stdio`.
+    pub filename: String,
+    /// Whether the guest's device uses it.
+    pub frontend_open: bool,
+}
+
+/// A command that the main thread executes. It answers through the reply that comes along, now or later.
+#[derive(Debug)]
+pub enum VmCommand {
+    /// `query-status`
+    Status(Reply<RunState>),
+    /// `query-cpus`, `query-cpus-fast`
+    Cpus(Reply<Vec<CpuThread>>),
+    /// `query-iothreads`
+    Iothreads(Reply<Vec<IothreadInfo>>),
+    /// `query-chardev`
+    Chardevs(Reply<Vec<ChardevInfo>>),
+    /// `stop`: pauses the vCPUs; emits STOP before it answers.
+    Stop(Reply<()>),
+    /// `cont`: lets them run; emits RESUME before it answers.
+    Cont(Reply<()>),
+    /// `system_reset`
+    SystemReset(Reply<()>),
+    /// `system_powerdown`
+    SystemPowerdown(Reply<()>),
+    /// `quit`: answers, emits SHUTDOWN, ends.
+    Quit(Reply<()>),
+}

@@ -1,0 +1,180 @@
+//! One client's side of the protocol, without its socket: bytes in, steps out.
+
+use serde_json::{Map, Value, json};
+
+use ipc::limits::MAX_QMP_REQUEST;
+use ipc::spec::vm::{CpuSpec, MachineKind, VmSpec};
+
+use super::command::{QmpError, answer};
+use super::json::{Broken, Splitter};
+use super::schema::{self, Command, Run};
+
+/// What queries answer that never changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Info {
+    /// `-name`
+    pub name: Option<String>,
+    /// `-uuid`
+    pub uuid: Option<[u8; 16]>,
+    /// The board.
+    pub machine: MachineKind,
+    /// The topology.
+    pub cpus: CpuSpec,
+}
+
+impl From<&VmSpec> for Info {
+    fn from(spec: &VmSpec) -> Self {
+        Self {
+            name: spec.name.clone(),
+            uuid: spec.uuid,
+            machine: spec.machine.kind,
+            cpus: spec.cpus,
+        }
+    }
+}
+
+/// What to do next.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// Send this.
+    Answer(Value),
+    /// Have main execute this, and take nothing more until it has answered.
+    Forward(
+        fn(super::command::Ticket) -> super::VmCommand,
+        Option<Value>,
+    ),
+    /// Send this and hang up.
+    HangUp(Value),
+}
+
+/// A client.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    input: Splitter,
+    negotiated: bool,
+}
+
+/// The first message to each client.
+pub(super) fn greeting() -> Value {
+    json!({ "QMP": { "version": schema::version(), "capabilities": [] } })
+}
+
+impl Session {
+    /// Takes what has arrived.
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        self.input.push(bytes);
+    }
+
+    /// Whether the client is to get events.
+    pub(super) fn negotiated(&self) -> bool {
+        self.negotiated
+    }
+
+    /// The next step; `None` when more has to arrive.
+    pub(super) fn step(&mut self, info: &Info) -> Option<Step> {
+        let parsed: Result<Value, QmpError> = match self.input.next()? {
+            Ok(bytes) => serde_json::from_slice(bytes)
+                .map_err(|why| QmpError::generic(format!("JSON parse error, {why}"))),
+            Err(Broken::TooLarge) => {
+                let error = QmpError::generic(format!(
+                    "Request is too large; allowed: {MAX_QMP_REQUEST} bytes"
+                ));
+                return Some(Step::HangUp(answer(None, Err(error))));
+            }
+            Err(why) => Err(QmpError::generic(match why {
+                Broken::Control => "JSON parse error, control character in a string",
+                Broken::Bracket => "JSON parse error, brackets do not match",
+                Broken::Nesting => "JSON parse error, nested too deeply",
+                Broken::Garbage | Broken::TooLarge => "JSON parse error, expecting an object",
+            })),
+        };
+        Some(match parsed {
+            Ok(Value::Object(mut request)) => {
+                let id = request.remove("id");
+                match self.execute(info, request) {
+                    Ok(Executed::Done(value)) => Step::Answer(answer(id, Ok(value))),
+                    Ok(Executed::Forward(build)) => Step::Forward(build, id),
+                    Err(error) => Step::Answer(answer(id, Err(error))),
+                }
+            }
+            Ok(_) => Step::Answer(answer(
+                None,
+                Err(QmpError::generic("QMP input must be a JSON object")),
+            )),
+            Err(error) => Step::Answer(answer(None, Err(error))),
+        })
+    }
+
+    fn execute(
+        &mut self,
+        info: &Info,
+        mut request: Map<String, Value>,
+    ) -> Result<Executed, QmpError> {
+        if request.contains_key("exec-oob") {
+            return Err(QmpError::generic(
+                "QMP input member 'exec-oob' is unexpected: oob is not offered",
+            ));
+        }
+        let name = match request.remove("execute") {
+            Some(Value::String(name)) => name,
+            Some(_) => {
+                return Err(QmpError::generic(
+                    "QMP input member 'execute' must be a string",
+                ));
+            }
+            None => return Err(QmpError::generic("QMP input lacks member 'execute'")),
+        };
+        let arguments = match request.remove("arguments") {
+            Some(Value::Object(arguments)) => arguments,
+            Some(_) => {
+                return Err(QmpError::generic(
+                    "QMP input member 'arguments' must be an object",
+                ));
+            }
+            None => Map::new(),
+        };
+        if let Some((other, _)) = request.into_iter().next() {
+            let shown: String = other.chars().take(64).collect();
+            return Err(QmpError::generic(format!(
+                "QMP input member '{shown}' is unexpected"
+            )));
+        }
+        let negotiating = name == "qmp_capabilities";
+        if !self.negotiated && !negotiating {
+            return Err(QmpError::command_not_found(
+                "Expecting capabilities negotiation with 'qmp_capabilities'",
+            ));
+        }
+        if self.negotiated && negotiating {
+            return Err(QmpError::command_not_found(
+                "Capabilities negotiation is already complete, command ignored",
+            ));
+        }
+        let command: &Command = schema::find(&name)?;
+        schema::check(command, &arguments)?;
+        match command.run {
+            Run::Capabilities => {
+                // None is offered, so none can be enabled.
+                let enable = arguments
+                    .get("enable")
+                    .and_then(Value::as_array)
+                    .and_then(|list| list.first());
+                if let Some(capability) = enable.and_then(Value::as_str) {
+                    let shown: String = capability.chars().take(64).collect();
+                    return Err(QmpError::generic(format!(
+                        "Capability '{shown}' is not available; allowed: none"
+                    )));
+                }
+                self.negotiated = true;
+                Ok(Executed::Done(json!({})))
+            }
+            Run::Here(run) => Ok(Executed::Done(run(info))),
+            Run::Main(build) => Ok(Executed::Forward(build)),
+        }
+    }
+}
+
+enum Executed {
+    Done(Value),
+    Forward(fn(super::command::Ticket) -> super::VmCommand),
+}
