@@ -34,7 +34,7 @@ fn time() {
 fn waiting() {
     let (sender, receiver) = mpsc::channel::<u8>();
     black_box(receiver.recv_timeout(Duration::from_millis(2)).is_err());
-    black_box(sender.send(1).and_then(|()| Ok(receiver.recv())).is_ok());
+    black_box(sender.send(1).map(|()| receiver.recv()).is_ok());
     let (lock, changed) = (Mutex::new(()), Condvar::new());
     if let Ok(guard) = lock.lock() {
         black_box(
