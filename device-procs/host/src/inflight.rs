@@ -134,10 +134,15 @@ impl InflightQueue {
         self.store_u16(AT_LAST_BATCH_HEAD, head)
     }
 
-    /// After the used index has moved to `used_idx`, past `head`.
-    pub(crate) fn was_used(&mut self, head: u16, used_idx: u16) -> Result<(), FaultKind> {
-        let entry = self.entry(head, self.entries)?;
-        self.store_u8(entry, 0)?;
+    /// After the used index has moved to `used_idx`, past the last `batch` heads given to
+    /// [`will_be_used`](Self::will_be_used).
+    pub(crate) fn were_used(&mut self, batch: u16, used_idx: u16) -> Result<(), FaultKind> {
+        let mut head = self.load_u16(AT_LAST_BATCH_HEAD)?;
+        for _ in 0..batch.min(self.entries) {
+            let entry = self.entry(head, self.entries)?;
+            self.store_u8(entry, 0)?;
+            head = self.load_u16(entry + ENTRY_NEXT)?;
+        }
         self.store_u16(AT_USED_IDX, used_idx)
     }
 
@@ -208,7 +213,7 @@ mod tests {
             queue.taken(head).unwrap();
         }
         queue.will_be_used(0).unwrap();
-        queue.was_used(0, 101).unwrap();
+        queue.were_used(1, 101).unwrap();
 
         let mut next = InflightQueue::new(region.clone(), 1, 8);
         assert_eq!(next.start(101, 8), Ok(Some(vec![7, 3, 5])));

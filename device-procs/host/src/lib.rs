@@ -18,6 +18,7 @@ mod memory;
 mod ring;
 mod server;
 mod start;
+pub mod tap;
 #[cfg(feature = "test-frontend")]
 pub mod test_frontend;
 
@@ -26,7 +27,8 @@ pub use device::{Device, Interest};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use jail::JailError;
 pub use memory::{
-    BounceBuffer, GuestBuffers, GuestByte, GuestRam, MemoryError, direct_io_alignment,
+    BounceBuffer, GuestBuffers, GuestByte, GuestRam, MemoryError, PACKET_SEGMENTS,
+    direct_io_alignment,
 };
 pub use ring::Ring;
 pub use server::ServeError;

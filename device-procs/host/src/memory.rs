@@ -418,6 +418,15 @@ impl<'m> GuestBuffers<'m> {
         self.len = count;
     }
 
+    /// Cuts everything after the first `count` pieces off.
+    pub fn keep_segments(&mut self, count: usize) {
+        if count >= self.segments.len() {
+            return;
+        }
+        self.segments = &mut std::mem::take(&mut self.segments)[..count];
+        self.len = self.segments.iter().map(|s| s.iov_len).sum();
+    }
+
     /// Takes the last byte off the back.
     pub fn take_last_byte(&mut self) -> Option<GuestByte<'m>> {
         let last = self.segments.last_mut()?;
@@ -466,36 +475,30 @@ impl<'m> GuestBuffers<'m> {
         })
     }
 
-    /// `readv` of one packet: the buffers first, then `rest` for what does not fit. Returns the packet's length.
+    /// `readv` of one packet: the buffers first, then `rest` for what does not fit. Returns the packet's length. Pieces after
+    /// the first [`PACKET_SEGMENTS`] are cut off before.
     pub fn fill_from_stream(
         &mut self,
         stream: BorrowedFd<'_>,
         rest: &mut [u8],
     ) -> Result<usize, Errno> {
-        // One slot more for `rest`; chains that fill all of them leave it out.
+        self.keep_segments(PACKET_SEGMENTS);
         let mut all = [libc::iovec {
             iov_base: std::ptr::null_mut(),
             iov_len: 0,
-        }; READV_SEGMENTS];
-        let n = self.segments.len().min(READV_SEGMENTS - 1);
-        all[..n].copy_from_slice(&self.segments[..n]);
+        }; PACKET_SEGMENTS + 1];
+        let n = self.segments.len();
+        all[..n].copy_from_slice(self.segments);
         all[n] = libc::iovec {
             iov_base: rest.as_mut_ptr().cast(),
             iov_len: rest.len(),
         };
-        // The count is at most READV_SEGMENTS.
-        let count = (n + 1) as libc::c_int;
+        let count = (n + 1) as libc::c_int; // at most PACKET_SEGMENTS + 1
         // SAFETY: the pieces are in mapped RAM that the lifetime keeps, and `rest` is borrowed mutably for the call.
         retry(|| unsafe { libc::readv(stream.as_raw_fd(), all.as_ptr(), count) })
     }
 
-    /// `writev` of the buffers as one packet.
-    pub fn send_to_stream(&self, stream: BorrowedFd<'_>) -> Result<usize, Errno> {
-        // SAFETY: the pieces are in mapped RAM that the lifetime keeps; the kernel only reads them.
-        retry(|| unsafe { libc::writev(stream.as_raw_fd(), self.segments.as_ptr(), self.count()) })
-    }
-
-    /// `writev` of `head` and then the buffers, as one packet.
+    /// `writev` of `head` and then the buffers, as one packet. `EMSGSIZE` if there are more than [`PACKET_SEGMENTS`] pieces.
     pub fn send_to_stream_after(
         &self,
         head: &[u8],
@@ -504,9 +507,9 @@ impl<'m> GuestBuffers<'m> {
         let mut all = [libc::iovec {
             iov_base: std::ptr::null_mut(),
             iov_len: 0,
-        }; READV_SEGMENTS];
+        }; PACKET_SEGMENTS + 1];
         let n = self.segments.len();
-        if n >= READV_SEGMENTS {
+        if n > PACKET_SEGMENTS {
             return Err(Errno::EMSGSIZE);
         }
         all[0] = libc::iovec {
@@ -515,7 +518,7 @@ impl<'m> GuestBuffers<'m> {
             iov_len: head.len(),
         };
         all[1..=n].copy_from_slice(self.segments);
-        let count = (n + 1) as libc::c_int; // at most READV_SEGMENTS
+        let count = (n + 1) as libc::c_int; // at most PACKET_SEGMENTS + 1
         // SAFETY: `head` is borrowed for the call, the other pieces are in mapped RAM that the lifetime keeps; the kernel
         // only reads all of them.
         retry(|| unsafe { libc::writev(stream.as_raw_fd(), all.as_ptr(), count) })
@@ -552,7 +555,7 @@ impl<'m> GuestBuffers<'m> {
 
 /// Pieces of one packet that are given to the kernel at once. A driver that has tens of pieces for a 64 KiB packet is normal
 /// (17 pages and a header); the array is on the stack, so the number is kept small.
-const READV_SEGMENTS: usize = 64;
+pub const PACKET_SEGMENTS: usize = 63;
 
 /// `len` bytes of `segment` from `skip` on; the caller has checked that they are there.
 fn slice_of(segment: &libc::iovec, skip: usize, len: usize) -> VolatileSlice<'_> {

@@ -6,14 +6,15 @@
 //! **Who is not trusted.** The driver, whose indices and chains are checked before a device sees them; and the front end, whose
 //! addresses are checked when the ring starts.
 //!
-//! **Why this way.** `virtio-queue`'s [`Queue`] keeps the two indices and the event-index arithmetic. It ignores
-//! `VIRTQ_AVAIL_F_NO_INTERRUPT`, so that is read here. A ring counts what a device takes from it: after one queue's worth the
+//! **Why this way.** `virtio-queue`'s [`Queue`] keeps addresses, the two indices and the kick side. It ignores
+//! `VIRTQ_AVAIL_F_NO_INTERRUPT` and publishes used elements one by one, which a packet in several buffers must not be (a driver
+//! that sees the first without the rest drops it), so the used side is written here. A ring counts what a device takes from it: after one queue's worth the
 //! other queues and the front end get their turn, however fast a guest refills it.
 
 use std::num::Wrapping;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use nix::errno::Errno;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -23,7 +24,7 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use crate::chain::{Chain, Table, Token, walk};
 use crate::fault::{FaultKind, GuestFault};
 use crate::inflight::InflightQueue;
-use crate::memory::{GuestRam, SegmentList};
+use crate::memory::{GuestBuffers, GuestRam, SegmentList};
 
 /// Where the front end says that the parts of a queue are, in its own address space.
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,10 +56,10 @@ pub struct Ring {
     writable: SegmentList,
     /// Chains that the device may still take in this turn.
     budget: u16,
-    /// The device has seen that nothing is available.
-    drained: bool,
-    /// A chain was completed since the driver was last considered for an interrupt.
-    to_signal: bool,
+    /// Where the device found nothing more available, in this turn.
+    drained: Option<u16>,
+    /// Used index when the driver was last considered for an interrupt.
+    signalled: u16,
     /// The device's turn is due whether or not a kick comes.
     pub(crate) due: bool,
 }
@@ -83,8 +84,8 @@ impl Ring {
             readable: SegmentList::default(),
             writable: SegmentList::default(),
             budget: 0,
-            drained: false,
-            to_signal: false,
+            drained: None,
+            signalled: 0,
             due: false,
         })
     }
@@ -133,11 +134,7 @@ impl Ring {
         let (head, replayed) = head;
         let index = self.index;
         let at = move |kind| GuestFault { queue: index, kind };
-        let table = Table {
-            address: GuestAddress(self.queue.desc_table()),
-            size: self.queue.size(),
-            indirect: self.indirect,
-        };
+        let table = self.table();
         let Some(ram) = &self.ram else {
             return Ok(None);
         };
@@ -155,7 +152,6 @@ impl Ring {
         }
         if let Some(head) = self.replay.pop() {
             self.budget -= 1;
-            self.drained = false;
             return Ok(Some((head, true)));
         }
         let Some(ram) = &self.ram else {
@@ -164,7 +160,7 @@ impl Ring {
         let memory = ram.map();
         let available = self.available(ram)?;
         if available == 0 {
-            self.drained = true;
+            self.drained = Some(self.queue.next_avail());
             return Ok(None);
         }
         // Two bytes of flags, two of the index, then two per entry (virtio 1.3, 2.7.6).
@@ -186,7 +182,6 @@ impl Ring {
         self.queue
             .set_next_avail(self.queue.next_avail().wrapping_add(1));
         self.budget -= 1;
-        self.drained = false;
         Ok(Some((head, false)))
     }
 
@@ -211,25 +206,83 @@ impl Ring {
     /// # Errors
     /// The queue's memory is gone, or the in-flight region is not consistent.
     pub fn complete(&mut self, token: Token, written: u32) -> Result<(), GuestFault> {
-        self.complete_head(token.head, written)
+        self.publish(std::iter::once((token.head, written)))
             .map_err(|kind| self.fault(kind))
     }
 
-    fn complete_head(&mut self, head: u16, written: u32) -> Result<(), FaultKind> {
+    /// Gives several requests back at once: the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// As for [`complete`](Self::complete).
+    pub fn complete_all(
+        &mut self,
+        done: impl Iterator<Item = (Token, u32)>,
+    ) -> Result<(), GuestFault> {
+        self.publish(done.map(|(token, written)| (token.head, written)))
+            .map_err(|kind| self.fault(kind))
+    }
+
+    fn publish(&mut self, done: impl Iterator<Item = (u16, u32)>) -> Result<(), FaultKind> {
         let Some(ram) = &self.ram else {
             return Err(FaultKind::QueueMemory);
         };
-        if let Some(inflight) = &mut self.inflight {
-            inflight.will_be_used(head)?;
+        let used_ring = GuestAddress(self.queue.used_ring());
+        let place = |offset: u64| used_ring.checked_add(offset).ok_or(FaultKind::QueueMemory);
+        let first = self.queue.next_used();
+        let mut next = first;
+        for (head, written) in done {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.will_be_used(head)?;
+            }
+            // le32 id, le32 len, after le16 flags and le16 idx (virtio 1.3, 2.7.8).
+            let mut element = [0; 8];
+            element[..2].copy_from_slice(&head.to_le_bytes());
+            element[4..].copy_from_slice(&written.to_le_bytes());
+            let slot = u64::from(next % self.queue.size());
+            ram.map()
+                .write_slice(&element, place(4 + slot * 8)?)
+                .map_err(|_| FaultKind::QueueMemory)?;
+            next = next.wrapping_add(1);
         }
-        self.queue
-            .add_used(ram.map(), head, written)
+        ram.map()
+            .store(next.to_le(), place(2)?, Ordering::Release)
             .map_err(|_| FaultKind::QueueMemory)?;
-        self.to_signal = true;
+        self.queue.set_next_used(next);
         if let Some(inflight) = &mut self.inflight {
-            inflight.was_used(head, self.queue.next_used())?;
+            inflight.were_used(next.wrapping_sub(first), next)?;
         }
         Ok(())
+    }
+
+    /// The writable buffers of a request that was popped before the last one. Its chain is walked and checked anew, since the
+    /// driver may have changed it.
+    ///
+    /// # Errors
+    /// The chain is malformed now.
+    pub fn writable_of(&mut self, token: &Token) -> Result<GuestBuffers<'_>, GuestFault> {
+        let (table, index) = (self.table(), self.index);
+        let at = move |kind| GuestFault { queue: index, kind };
+        let ram = self
+            .ram
+            .as_ref()
+            .ok_or_else(|| at(FaultKind::QueueMemory))?;
+        walk(
+            ram,
+            table,
+            token.head,
+            &mut self.readable,
+            &mut self.writable,
+        )
+        .map_err(at)?;
+        Ok(self.writable.buffers(ram))
+    }
+
+    fn table(&self) -> Table {
+        Table {
+            address: GuestAddress(self.queue.desc_table()),
+            size: self.queue.size(),
+            indirect: self.indirect,
+        }
     }
 
     /// Undoes the last [`pop`](Self::pop) that was not undone or completed. Requests must be put back in the reverse of their
@@ -276,8 +329,7 @@ impl Ring {
         self.broken = false;
         self.due = true;
         self.indirect = indirect;
-        self.to_signal = false;
-        self.drained = false;
+        self.drained = None;
         self.replay.clear();
         self.queue.set_event_idx(event_idx);
         self.place(ram)
@@ -316,6 +368,7 @@ impl Ring {
             .map_err(|_| FaultKind::QueueMemory)?
             .0;
         self.queue.set_next_used(used);
+        self.signalled = used;
         let old = match &mut self.inflight {
             Some(inflight) => inflight.start(used, self.queue.size())?,
             None => None,
@@ -377,11 +430,10 @@ impl Ring {
         }
     }
 
-    /// Before the device's turn.
+    /// Before the device's turn on this queue: no kicks meanwhile.
     pub(crate) fn begin_turn(&mut self) -> Result<(), FaultKind> {
         self.due = false;
-        self.budget = self.queue.size();
-        self.drained = false;
+        self.refill_budget();
         match &self.ram {
             Some(ram) => self
                 .queue
@@ -391,19 +443,26 @@ impl Ring {
         }
     }
 
+    /// Before a turn in which the device may or may not look at this queue.
+    pub(crate) fn refill_budget(&mut self) {
+        self.budget = self.queue.size();
+        self.drained = None;
+    }
+
     /// After the device's turn: interrupts the driver if it wants that, and decides what wakes the device next.
     pub(crate) fn end_turn(&mut self) -> Result<(), FaultKind> {
         self.signal_driver()?;
         let Some(ram) = &self.ram else {
             return Ok(());
         };
-        if self.drained {
-            let more = self
-                .queue
-                .enable_notification(ram.map())
-                .map_err(|_| FaultKind::QueueMemory)?;
-            self.due |= more;
-            self.drained = false;
+        if let Some(end) = self.drained.take() {
+            // A kick is wanted for what comes after the place where nothing was left, even if the device has put back
+            // chains that are before it because they were not enough.
+            let next = self.queue.next_avail();
+            self.queue.set_next_avail(end);
+            let more = self.queue.enable_notification(ram.map());
+            self.queue.set_next_avail(next);
+            self.due |= more.map_err(|_| FaultKind::QueueMemory)?;
         } else if self.budget == 0 {
             self.due = true;
         }
@@ -411,23 +470,31 @@ impl Ring {
     }
 
     fn signal_driver(&mut self) -> Result<(), FaultKind> {
-        let Some(ram) = self.ram.as_ref().filter(|_| self.to_signal) else {
+        let (old, new) = (self.signalled, self.queue.next_used());
+        let Some(ram) = self.ram.as_ref().filter(|_| old != new) else {
             return Ok(());
         };
-        self.to_signal = false;
-        let memory = ram.map();
-        // Contains the fence between the used index and the driver's wishes.
-        let mut wanted = self
-            .queue
-            .needs_notification(memory)
-            .map_err(|_| FaultKind::QueueMemory)?;
-        if !self.queue.event_idx_enabled() {
-            let flags = memory
-                .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-                .map(u16::from_le)
-                .map_err(|_| FaultKind::QueueMemory)?;
-            wanted = u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0;
-        }
+        self.signalled = new;
+        // The driver writes its wish and then reads the used index; we wrote the index and now read the wish.
+        fence(Ordering::SeqCst);
+        let event_idx = self.queue.event_idx_enabled();
+        // `used_event` is behind the last entry of the available ring, `flags` is in front of all (virtio 1.3, 2.7.6).
+        let offset = if event_idx {
+            4 + u64::from(self.queue.size()) * 2
+        } else {
+            0
+        };
+        let wish = GuestAddress(self.queue.avail_ring())
+            .checked_add(offset)
+            .and_then(|at| ram.map().load::<u16>(at, Ordering::Relaxed).ok())
+            .map(u16::from_le)
+            .ok_or(FaultKind::QueueMemory)?;
+        let wanted = if event_idx {
+            // virtio 1.3, 2.7.10: the index that the driver waits for is among those just published.
+            new.wrapping_sub(wish).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            u32::from(wish) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
         if wanted && let Some(call) = &self.call {
             signal(call);
         }

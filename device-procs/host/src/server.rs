@@ -317,14 +317,7 @@ impl<D: Device> Server<D> {
             readable: failed || ready.contains(EpollFlags::EPOLLIN),
             writable: failed || ready.contains(EpollFlags::EPOLLOUT),
         };
-        for ring in self.rings.iter_mut().filter(|r| r.is_running()) {
-            // Keeps a turn that is due.
-            let due = ring.due;
-            if let Err(kind) = ring.begin_turn() {
-                ring.break_with(kind);
-            }
-            ring.due |= due && !ring.is_broken();
-        }
+        self.rings.iter_mut().for_each(Ring::refill_budget);
         let result = self.device.backend_ready(index, ready, &mut self.rings);
         self.after_device(result)?;
         for ring in self.rings.iter_mut().filter(|r| r.is_running()) {

@@ -1,0 +1,39 @@
+//! What the driver reads before it sends a packet (virtio 1.3, 5.1.4).
+
+use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
+
+/// `mac`, `status`, `max_virtqueue_pairs`.
+const LEN: usize = 10;
+
+/// The encoded structure, little endian.
+#[derive(Debug, Clone)]
+pub(crate) struct ConfigSpace([u8; LEN]);
+
+impl ConfigSpace {
+    pub(crate) fn new(mac: [u8; 6], pairs: u16) -> Self {
+        let mut space = [0; LEN];
+        space[..6].copy_from_slice(&mac);
+        space[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        space[8..].copy_from_slice(&pairs.to_le_bytes());
+        Self(space)
+    }
+
+    /// Copies what there is from `offset` on; the rest of `out` stays as it is.
+    pub(crate) fn read(&self, offset: usize, out: &mut [u8]) {
+        let have = self.0.get(offset..).unwrap_or(&[]);
+        let len = have.len().min(out.len());
+        out[..len].copy_from_slice(&have[..len]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_where_the_standard_puts_them() {
+        let mut all = [0xff; 12];
+        ConfigSpace::new([2, 3, 4, 5, 6, 7], 4).read(0, &mut all);
+        assert_eq!(all, [2, 3, 4, 5, 6, 7, 1, 0, 4, 0, 0xff, 0xff]);
+    }
+}

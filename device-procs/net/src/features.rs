@@ -1,0 +1,118 @@
+//! What is offered, and what the tap is told of what was accepted (virtio 1.3, 5.1.3).
+
+use device_host::tap;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+};
+
+const fn bit(feature: u32) -> u64 {
+    1 << feature
+}
+
+/// Feature bits of a card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Features(pub(crate) u64);
+
+impl Features {
+    /// All that a card with `pairs` queue pairs offers.
+    pub(crate) fn offered(pairs: u16, uso: bool) -> Self {
+        let mut bits = bit(VIRTIO_NET_F_CSUM)
+            | bit(VIRTIO_NET_F_GUEST_CSUM)
+            | bit(VIRTIO_NET_F_MAC)
+            | bit(VIRTIO_NET_F_GUEST_TSO4)
+            | bit(VIRTIO_NET_F_GUEST_TSO6)
+            | bit(VIRTIO_NET_F_GUEST_ECN)
+            | bit(VIRTIO_NET_F_GUEST_UFO)
+            | bit(VIRTIO_NET_F_HOST_TSO4)
+            | bit(VIRTIO_NET_F_HOST_TSO6)
+            | bit(VIRTIO_NET_F_HOST_ECN)
+            | bit(VIRTIO_NET_F_HOST_UFO)
+            | bit(VIRTIO_NET_F_MRG_RXBUF)
+            | bit(VIRTIO_NET_F_STATUS);
+        if uso {
+            bits |= bit(VIRTIO_NET_F_GUEST_USO4)
+                | bit(VIRTIO_NET_F_GUEST_USO6)
+                | bit(VIRTIO_NET_F_HOST_USO);
+        }
+        if pairs > 1 {
+            bits |= bit(VIRTIO_NET_F_CTRL_VQ) | bit(VIRTIO_NET_F_MQ);
+        }
+        Self(bits)
+    }
+
+    pub(crate) fn has(self, feature: u32) -> bool {
+        self.0 & bit(feature) != 0
+    }
+
+    /// Received packets may be spread over several buffers.
+    pub(crate) fn mergeable(self) -> bool {
+        self.has(VIRTIO_NET_F_MRG_RXBUF)
+    }
+
+    /// Flags for `TUNSETOFFLOAD`. A segmentation bit without the bits that it requires (virtio 1.3, 5.1.3.1) is left out, so
+    /// that no set of bits makes the kernel refuse.
+    pub(crate) fn tap_offloads(self) -> u32 {
+        if !self.has(VIRTIO_NET_F_GUEST_CSUM) {
+            return 0;
+        }
+        let mut flags = tap::CSUM;
+        let (tso4, tso6) = (
+            self.has(VIRTIO_NET_F_GUEST_TSO4),
+            self.has(VIRTIO_NET_F_GUEST_TSO6),
+        );
+        if tso4 {
+            flags |= tap::TSO4;
+        }
+        if tso6 {
+            flags |= tap::TSO6;
+        }
+        if self.has(VIRTIO_NET_F_GUEST_ECN) && (tso4 || tso6) {
+            flags |= tap::TSO_ECN;
+        }
+        if self.has(VIRTIO_NET_F_GUEST_UFO) {
+            flags |= tap::UFO;
+        }
+        if self.has(VIRTIO_NET_F_GUEST_USO4) && self.has(VIRTIO_NET_F_GUEST_USO6) {
+            flags |= tap::USO;
+        }
+        flags
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_pair_has_no_control_queue() {
+        let one = Features::offered(1, false);
+        assert!(!one.has(VIRTIO_NET_F_CTRL_VQ) && !one.has(VIRTIO_NET_F_MQ));
+        assert!(!one.has(VIRTIO_NET_F_HOST_USO));
+        let four = Features::offered(4, true);
+        assert!(four.has(VIRTIO_NET_F_CTRL_VQ) && four.has(VIRTIO_NET_F_MQ));
+        assert!(four.has(VIRTIO_NET_F_HOST_USO));
+    }
+
+    #[test]
+    fn offloads_need_what_they_depend_on() {
+        let of =
+            |bits: &[u32]| Features(bits.iter().fold(0, |all, b| all | bit(*b))).tap_offloads();
+        assert_eq!(of(&[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_UFO]), 0);
+        assert_eq!(
+            of(&[VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN]),
+            tap::CSUM
+        );
+        assert_eq!(
+            of(&[VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_USO4]),
+            tap::CSUM
+        );
+        assert_eq!(
+            Features::offered(1, true).tap_offloads(),
+            tap::CSUM | tap::TSO4 | tap::TSO6 | tap::TSO_ECN | tap::UFO | tap::USO
+        );
+    }
+}

@@ -1,0 +1,160 @@
+//! From the tap to the guest.
+//!
+//! **Job.** A packet that fits into the driver's next buffers is read straight into them. One that does not, which a driver with
+//! mergeable buffers must expect (virtio 1.3, 5.1.6.4), is read partly into them and partly behind, put together here, and
+//! copied into as many buffers as it needs; if there are not enough, it waits here until the driver adds more.
+//! **Who is not trusted.** The driver, for the number and size of its buffers; the packet is not looked at.
+//! **Why this way.** The common case copies nothing and looks at one chain; only packets larger than the driver's buffers cost a
+//! second look.
+
+use device_host::{Chain, DeviceFault, FaultKind, Ring, Token};
+use nix::errno::Errno;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+
+use crate::backend::tap::TapQueue;
+use crate::features::Features;
+use crate::header::{HEADER, MAX_PACKET, NUM_BUFFERS};
+
+/// Why receiving stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// The tap has no packet.
+    Idle,
+    /// The driver has not enough buffers.
+    NoBuffers,
+    /// The tap cannot be read any more.
+    Gone,
+}
+
+/// One tap queue's way to the guest.
+#[derive(Debug, Default)]
+pub(crate) struct Receiver {
+    /// Room for a packet with its header; of no length until it is needed.
+    buffer: Vec<u8>,
+    /// Bytes of a packet that waits in `buffer`.
+    waiting: usize,
+    /// Buffers that the current packet takes, kept for its capacity.
+    taken: Vec<(Token, u32)>,
+}
+
+impl Receiver {
+    /// Forgets a packet that waits.
+    pub(crate) fn reset(&mut self) {
+        self.waiting = 0;
+    }
+
+    /// Hands packets over until something is missing.
+    pub(crate) fn process(
+        &mut self,
+        ring: &mut Ring,
+        tap: &TapQueue,
+        features: Features,
+    ) -> Result<Stopped, DeviceFault> {
+        if self.buffer.is_empty() {
+            // Once; pages that no large packet uses stay untouched.
+            self.buffer = vec![0; HEADER + MAX_PACKET];
+        }
+        loop {
+            if self.waiting > 0 && !self.deliver(ring, features)? {
+                return Ok(Stopped::NoBuffers);
+            }
+            let Some(Chain {
+                token,
+                mut writable,
+                ..
+            }) = ring.pop()?
+            else {
+                return Ok(Stopped::NoBuffers);
+            };
+            if writable.len() < HEADER {
+                return Err(ring
+                    .fault(FaultKind::Request(
+                        "receive buffer is smaller than a header",
+                    ))
+                    .into());
+            }
+            // A packet is at most this long, so that nothing of it is cut off.
+            writable.truncate(self.buffer.len());
+            writable.keep_segments(device_host::PACKET_SEGMENTS);
+            let room = writable.len();
+            let behind = self.buffer.get_mut(room..).unwrap_or(&mut []);
+            match writable.fill_from_stream(tap.fd(), behind) {
+                Ok(len) if len <= room => {
+                    // 5.1.6.4.1: 1 even without mergeable buffers.
+                    writable.write_at(NUM_BUFFERS, &1u16.to_le_bytes());
+                    if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
+                        // 5.1.6.4.1: no flags for a driver that cannot know them.
+                        writable.write_at(0, &[0]);
+                    }
+                    // At most HEADER + MAX_PACKET.
+                    ring.complete(token, len as u32)?;
+                }
+                Ok(len) => {
+                    // The buffers are still the device's; what the guest makes of its own packet meanwhile harms no one.
+                    writable.read_at(0, &mut self.buffer[..room]);
+                    ring.put_back(token)?;
+                    if features.mergeable() {
+                        self.waiting = len;
+                    } else {
+                        ipc::guest_warn!(
+                            "packet of {} bytes dropped: the receive buffer has {room} bytes",
+                            len - HEADER
+                        );
+                    }
+                }
+                Err(Errno::EAGAIN) => {
+                    ring.put_back(token)?;
+                    return Ok(Stopped::Idle);
+                }
+                Err(errno) => {
+                    ring.put_back(token)?;
+                    // The interface was deleted, for one.
+                    ipc::log::error!("tap cannot be read any more: {errno}");
+                    return Ok(Stopped::Gone);
+                }
+            }
+        }
+    }
+
+    /// Copies the packet that waits into as many buffers as it needs; `false` if there are not enough.
+    fn deliver(&mut self, ring: &mut Ring, features: Features) -> Result<bool, DeviceFault> {
+        if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
+            self.buffer[0] = 0;
+        }
+        let mut at = 0;
+        while at < self.waiting {
+            let Some(Chain {
+                token,
+                mut writable,
+                ..
+            }) = ring.pop()?
+            else {
+                while let Some((token, _)) = self.taken.pop() {
+                    ring.put_back(token)?;
+                }
+                return Ok(false);
+            };
+            let len = writable.write(&self.buffer[at..self.waiting]);
+            if len == 0 || (at == 0 && len < HEADER) {
+                self.taken.clear();
+                return Err(ring
+                    .fault(FaultKind::Request(
+                        "receive buffer is smaller than a header",
+                    ))
+                    .into());
+            }
+            at += len;
+            // At most HEADER + MAX_PACKET.
+            self.taken.push((token, len as u32));
+        }
+        self.waiting = 0;
+        if let Some((first, _)) = self.taken.first() {
+            // At most one for each entry of the queue.
+            let count = self.taken.len() as u16;
+            ring.writable_of(first)?
+                .write_at(NUM_BUFFERS, &count.to_le_bytes());
+        }
+        ring.complete_all(self.taken.drain(..))?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,75 @@
+//! From the guest to the tap.
+
+use device_host::{Chain, DeviceFault, GuestBuffers, PACKET_SEGMENTS, Ring};
+use nix::errno::Errno;
+
+use crate::backend::tap::TapQueue;
+use crate::features::Features;
+use crate::header::{HEADER, MAX_PACKET, checked};
+
+/// What became of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Sent,
+    Dropped,
+    /// The tap takes no more now.
+    Full,
+}
+
+/// Sends all that is available. `true` if the tap became full: what is left waits until it is writable.
+pub(crate) fn process(
+    ring: &mut Ring,
+    tap: &TapQueue,
+    features: Features,
+    copy: &mut Vec<u8>,
+) -> Result<bool, DeviceFault> {
+    while let Some(Chain {
+        token, readable, ..
+    }) = ring.pop()?
+    {
+        match send(readable, tap, features, copy) {
+            Fate::Sent | Fate::Dropped => ring.complete(token, 0)?,
+            Fate::Full => {
+                ring.put_back(token)?;
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+fn send(
+    mut packet: GuestBuffers<'_>,
+    tap: &TapQueue,
+    features: Features,
+    copy: &mut Vec<u8>,
+) -> Fate {
+    let mut raw = [0; HEADER];
+    let got = packet.read(&mut raw);
+    let len = packet.len();
+    let Some(header) = (got == HEADER)
+        .then(|| checked(raw, len, features))
+        .flatten()
+    else {
+        ipc::guest_warn!("packet of {len} bytes with a malformed header dropped");
+        return Fate::Dropped;
+    };
+    let sent = if packet.segments() <= PACKET_SEGMENTS {
+        packet.send_to_stream_after(&header, tap.fd())
+    } else {
+        // No driver in use sends so many pieces; one that does pays for a copy. Allocated once.
+        copy.resize(HEADER + MAX_PACKET, 0);
+        copy[..HEADER].copy_from_slice(&header);
+        let end = HEADER + packet.read(&mut copy[HEADER..]);
+        nix::unistd::write(tap.fd(), &copy[..end])
+    };
+    match sent {
+        Ok(_) => Fate::Sent,
+        Err(Errno::EAGAIN) => Fate::Full,
+        Err(errno) => {
+            // EIO: the interface is down. EINVAL: the kernel finds the header at odds with the packet.
+            ipc::guest_warn!("packet of {len} bytes dropped: {errno}");
+            Fate::Dropped
+        }
+    }
+}

@@ -1,0 +1,485 @@
+//! The network card, as a live process with its filter on, between a driver's queues and a tap in a network namespace of the
+//! test's own thread.
+
+#![allow(unsafe_code)] // taps and packet sockets
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use device_host::test_frontend::{
+    Buffer, DeviceProcess, DriverQueue, EVENT_IDX, TestFrontend, wait_readable,
+};
+use ipc::spec::DeviceSpec;
+use ipc::spec::net::NetSpec;
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_net");
+const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+const TX: u64 = 0x10_0000;
+const RX: u64 = 0x20_0000;
+/// Of a queue's place in memory.
+const QUEUE: u64 = 0x2_0000;
+
+const CSUM: u64 = 1 << 0;
+const GUEST_CSUM: u64 = 1 << 1;
+const GUEST_TSO4: u64 = 1 << 7;
+const HOST_TSO4: u64 = 1 << 11;
+const MRG_RXBUF: u64 = 1 << 15;
+const CTRL_VQ: u64 = 1 << 17;
+const MQ: u64 = 1 << 22;
+
+#[repr(C)]
+struct Ifreq {
+    name: [u8; 16],
+    value: [u8; 24],
+}
+
+impl Ifreq {
+    fn new(flags: i32) -> Self {
+        let mut name = [0; 16];
+        name[..4].copy_from_slice(b"tap0");
+        let mut value = [0; 24];
+        value[..2].copy_from_slice(&(flags as u16).to_ne_bytes());
+        Self { name, value }
+    }
+}
+
+fn check(result: libc::c_int) -> libc::c_int {
+    Errno::result(result).unwrap()
+}
+
+/// A tap with `queues` queues in a fresh network namespace, up, and a packet socket on its other side. `None` where the test
+/// may not have one.
+fn tap(queues: u16) -> Option<(Vec<OwnedFd>, File)> {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: a network namespace and a tap need root");
+        return None;
+    }
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if queues > 1 {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    let fds = (0..queues)
+        .map(|_| {
+            let fd = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open("/dev/net/tun")
+                .unwrap();
+            let request = Ifreq::new(flags);
+            // SAFETY: the structure has the size that the kernel reads and writes.
+            check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw const request) });
+            OwnedFd::from(fd)
+        })
+        .collect();
+    // Nothing that the kernel sends by itself (neighbour discovery) shall come in between.
+    std::fs::write("/proc/sys/net/ipv6/conf/tap0/disable_ipv6", "1").unwrap();
+    // SAFETY: numbers only; the new descriptor is ours.
+    let socket = unsafe {
+        let fd = libc::socket(
+            libc::AF_PACKET,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+            i32::from((libc::ETH_P_ALL as u16).to_be()),
+        );
+        File::from(OwnedFd::from_raw_fd(check(fd)))
+    };
+    let up = Ifreq::new(libc::IFF_UP | libc::IFF_RUNNING);
+    // SAFETY: the structure has the size that the kernel reads.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const up) });
+    let index = nix::net::if_::if_nametoindex("tap0").unwrap();
+    // SAFETY: all-zero bytes are a valid address structure, which holds integers only.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = index as i32;
+    // SAFETY: the address and its size belong together.
+    check(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_ll>() as u32,
+        )
+    });
+    Some((fds, socket))
+}
+
+struct Card {
+    process: DeviceProcess,
+    front: TestFrontend,
+    queues: Vec<DriverQueue>,
+    host: File,
+}
+
+fn card(pairs: u16, features: u64) -> Option<Card> {
+    let (fds, host) = tap(pairs)?;
+    let spec = DeviceSpec::Net(NetSpec {
+        id: "net0".into(),
+        mac: MAC,
+        queue_pairs: pairs,
+        queue_size: 256,
+    });
+    let count = spec.num_queues();
+    let mut process = DeviceProcess::start(BINARY, spec, fds);
+    let mut front = TestFrontend::connect(process.socket(), features);
+    let queues: Vec<_> = (0..count)
+        .map(|index| DriverQueue::new(usize::from(index), 16, QUEUE * u64::from(index)))
+        .collect();
+    for queue in &queues {
+        front.start(queue);
+    }
+    Some(Card {
+        process,
+        front,
+        queues,
+        host,
+    })
+}
+
+/// An Ethernet frame of a type that nobody answers (IEEE 802 local experimental).
+fn frame(len: usize, mark: u8) -> Vec<u8> {
+    let mut frame = vec![mark; len];
+    frame[..6].copy_from_slice(&MAC);
+    frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+    frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+    frame
+}
+
+impl Card {
+    fn transmit(&mut self, header: [u8; 12], frame: &[u8]) {
+        self.front.memory.write(TX, &header);
+        self.front.memory.write(TX + 12, frame);
+        let buffers = [
+            Buffer::readable(TX, 12),
+            Buffer::readable(TX + 12, frame.len() as u32),
+        ];
+        assert_eq!(self.queues[1].request(&self.front.memory, &buffers), 0);
+    }
+
+    /// The next frame of our type that the host sees.
+    fn host_receives(&mut self) -> Vec<u8> {
+        loop {
+            wait_readable(&self.host, "a frame from the guest");
+            let mut buffer = vec![0; 70_000];
+            let len = self.host.read(&mut buffer).unwrap();
+            buffer.truncate(len);
+            if buffer[12..14] == [0x88, 0xb5] || buffer[12..14] == [8, 0] {
+                return buffer;
+            }
+        }
+    }
+
+    /// Offers receive buffers of these lengths on queue `queue`, one after the other in memory.
+    fn offer(&mut self, queue: usize, lengths: &[u32]) {
+        let mut at = RX;
+        for len in lengths {
+            let q = &mut self.queues[queue];
+            let head = q.chain(&self.front.memory, &[Buffer::writable(at, *len)]);
+            q.offer(&self.front.memory, head);
+            at += u64::from(*len);
+        }
+        self.queues[queue].kick();
+    }
+
+    fn finish(self) -> String {
+        drop(self.front);
+        self.process.finish_well()
+    }
+}
+
+#[test]
+fn the_driver_sees_what_was_asked_for() {
+    let Some(mut card) = card(2, 0) else { return };
+    assert_eq!(
+        card.front.config(0, 12),
+        [&MAC[..], &[1, 0, 2, 0, 0, 0]].concat()
+    );
+    let offered = card.front.offered;
+    for bit in [
+        CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF, CTRL_VQ, MQ, EVENT_IDX,
+    ] {
+        assert_ne!(offered & bit, 0, "{bit:#x}");
+    }
+    card.finish();
+}
+
+#[test]
+fn frames_go_both_ways() {
+    let Some(mut card) = card(1, 0) else { return };
+    for len in [14, 60, 1514] {
+        card.transmit([0; 12], &frame(len, 7));
+        assert_eq!(card.host_receives(), frame(len, 7));
+    }
+    card.offer(0, &[1600, 1600]);
+    for (slot, len) in [(0, 60), (1, 1514)] {
+        card.host.write_all(&frame(len, 9)).unwrap();
+        let (_, used) = card.queues[0].wait_used(&card.front.memory);
+        assert_eq!(used as usize, len + 12);
+        let got = card.front.memory.read(RX + slot * 1600, used as usize);
+        assert_eq!(got[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        assert_eq!(got[12..], frame(len, 9));
+    }
+    card.finish();
+}
+
+#[test]
+fn frames_wait_for_buffers() {
+    let Some(mut card) = card(1, MRG_RXBUF | EVENT_IDX) else {
+        return;
+    };
+    for mark in 1..=3 {
+        card.host.write_all(&frame(100, mark)).unwrap();
+    }
+    // A message is answered only when the loop has had its turn with the tap.
+    card.front.config(0, 6);
+    for mark in 1..=3 {
+        let memory = &card.front.memory;
+        card.queues[0].set_used_event(memory, card.queues[0].used_index(memory));
+        card.offer(0, &[200]);
+        let (_, used) = card.queues[0].wait_used(&card.front.memory);
+        assert_eq!(used, 112);
+        assert_eq!(card.front.memory.read(RX + 12, 100), frame(100, mark));
+    }
+    card.finish();
+}
+
+#[test]
+fn a_large_frame_is_spread_over_mergeable_buffers_all_at_once() {
+    let Some(mut card) = card(1, MRG_RXBUF) else {
+        return;
+    };
+    // Three buffers are not enough for the frame; it waits for more.
+    card.offer(0, &[300, 300, 300]);
+    card.host.write_all(&frame(1400, 5)).unwrap();
+    card.front.config(0, 6);
+    assert_eq!(card.queues[0].used_index(&card.front.memory), 0);
+    let more = 5;
+    let mut at = RX + 900;
+    for _ in 0..more {
+        let q = &mut card.queues[0];
+        let head = q.chain(&card.front.memory, &[Buffer::writable(at, 300)]);
+        q.offer(&card.front.memory, head);
+        at += 300;
+    }
+    card.queues[0].kick();
+    let mut lengths = Vec::new();
+    for _ in 0..5 {
+        lengths.push(card.queues[0].wait_used(&card.front.memory).1);
+        assert_eq!(
+            card.queues[0].used_index(&card.front.memory),
+            5,
+            "all or none"
+        );
+    }
+    assert_eq!(lengths, [300, 300, 300, 300, 212]);
+    let got = card.front.memory.read(RX, 1412);
+    assert_eq!(got[10..12], [5, 0]);
+    assert_eq!(got[12..], frame(1400, 5));
+    // The next one goes on with the buffers that were left.
+    card.host.write_all(&frame(64, 6)).unwrap();
+    assert_eq!(card.queues[0].wait_used(&card.front.memory).1, 76);
+    card.finish();
+}
+
+#[test]
+fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped() {
+    let Some(mut card) = card(1, 0) else { return };
+    card.offer(0, &[300, 300]);
+    card.host.write_all(&frame(1000, 1)).unwrap();
+    card.host.write_all(&frame(100, 2)).unwrap();
+    assert_eq!(card.queues[0].wait_used(&card.front.memory).1, 112);
+    assert_eq!(card.front.memory.read(RX + 12, 100), frame(100, 2));
+    let log = card.finish();
+    assert!(log.contains("packet of 1000 bytes dropped"), "{log}");
+}
+
+/// IPv4 and TCP headers in front of `payload` bytes; the checksum is left to the device.
+fn tcp(payload: usize) -> Vec<u8> {
+    let mut packet = frame(14 + 20 + 20 + payload, 0xab);
+    packet[12..14].copy_from_slice(&[8, 0]);
+    let ip = &mut packet[14..34];
+    ip.copy_from_slice(&[
+        0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1,
+    ]);
+    ip[2..4].copy_from_slice(&(40 + payload as u16).to_be_bytes());
+    let sum: u32 = ip
+        .chunks(2)
+        .map(|b| u32::from(u16::from_be_bytes([b[0], b[1]])))
+        .sum();
+    let folded = !((sum & 0xffff) + (sum >> 16)) as u16;
+    ip[10..12].copy_from_slice(&folded.to_be_bytes());
+    packet[34..54].copy_from_slice(&[
+        0, 80, 0, 81, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0,
+    ]);
+    packet
+}
+
+fn gso(kind: u8) -> [u8; 12] {
+    // NEEDS_CSUM, headers of 54 bytes, segments of 1448, checksum at 34 + 16.
+    [1, kind, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0]
+}
+
+#[test]
+fn a_segmented_packet_reaches_the_host_whole() {
+    let Some(mut card) = card(1, CSUM | HOST_TSO4) else {
+        return;
+    };
+    let packet = tcp(9000);
+    card.transmit(gso(1), &packet);
+    let got = card.host_receives();
+    assert_eq!(got.len(), packet.len());
+    assert_eq!(got[54..], packet[54..]);
+    card.finish();
+}
+
+#[test]
+fn malformed_headers_are_dropped_and_the_queue_goes_on() {
+    let Some(mut card) = card(1, CSUM | HOST_TSO4) else {
+        return;
+    };
+    let packet = tcp(3000);
+    let mut hostile = vec![
+        (gso(4), packet.clone()),
+        (gso(3), packet.clone()),
+        (gso(5), packet.clone()),
+        (gso(0x81), packet.clone()),
+        (gso(2), packet.clone()),
+        ([0; 12], vec![1; 13]),
+        ([0; 12], vec![1; 66_000]),
+    ];
+    for (at, value) in [(0, 0), (3, 0xff), (7, 0xff), (9, 0xff)] {
+        let mut header = gso(1);
+        header[at] = value;
+        hostile.push((header, packet.clone()));
+    }
+    let mut no_size = gso(1);
+    no_size[4..6].copy_from_slice(&[0, 0]);
+    hostile.push((no_size, packet.clone()));
+    for (header, packet) in &hostile {
+        card.transmit(*header, packet);
+    }
+    // Shorter than a header.
+    let short = [Buffer::readable(TX, 11)];
+    assert_eq!(card.queues[1].request(&card.front.memory, &short), 0);
+    card.transmit([0; 12], &frame(60, 3));
+    assert_eq!(
+        card.host_receives(),
+        frame(60, 3),
+        "none of the others came through"
+    );
+    let log = card.finish();
+    assert_eq!(
+        log.matches("malformed header dropped").count(),
+        hostile.len() + 1,
+        "{log}"
+    );
+}
+
+#[test]
+fn packets_in_very_many_pieces_are_sent() {
+    let Some(mut card) = card(1, device_host::test_frontend::INDIRECT_DESC) else {
+        return;
+    };
+    let whole = frame(1000, 4);
+    card.front.memory.write(TX, &[0; 12]);
+    card.front.memory.write(TX + 12, &whole);
+    let pieces: Vec<_> = (0..506).map(|i| Buffer::readable(TX + 2 * i, 2)).collect();
+    let q = &mut card.queues[1];
+    let head = q.indirect_chain(&card.front.memory, &pieces);
+    q.offer(&card.front.memory, head);
+    q.kick();
+    q.wait_used(&card.front.memory);
+    assert_eq!(card.host_receives(), whole);
+    card.finish();
+}
+
+#[test]
+fn receive_buffers_smaller_than_a_header_break_the_queue_only() {
+    let Some(mut card) = card(1, MRG_RXBUF) else {
+        return;
+    };
+    card.offer(0, &[11]);
+    card.queues[0].wait_broken();
+    card.transmit([0; 12], &frame(60, 3));
+    assert_eq!(card.host_receives(), frame(60, 3));
+    card.finish();
+}
+
+#[test]
+fn the_control_queue_sets_pairs_and_refuses_the_rest() {
+    let Some(mut card) = card(2, MQ | CTRL_VQ | MRG_RXBUF) else {
+        return;
+    };
+    let control = 0x30_0000;
+    for (command, want) in [
+        (&[4u8, 0, 2, 0][..], 0),
+        (&[4, 0, 1, 0], 0),
+        (&[4, 0, 0, 0], 1),
+        (&[4, 0, 3, 0], 1),
+        (&[4, 0, 2], 1),
+        (&[0, 0, 1], 1),
+        (&[1, 0, 0, 0, 0, 0], 1),
+    ] {
+        card.front.memory.write(control, command);
+        card.front.memory.write(control + 100, &[9]);
+        let buffers = [
+            Buffer::readable(control, 1),
+            Buffer::readable(control + 1, command.len() as u32 - 1),
+            Buffer::writable(control + 100, 1),
+        ];
+        assert_eq!(card.queues[4].request(&card.front.memory, &buffers), 1);
+        assert_eq!(
+            card.front.memory.read(control + 100, 1),
+            [want],
+            "{command:?}"
+        );
+    }
+    // One pair in use: whatever tap queue the kernel chooses, the frame arrives on the first.
+    card.offer(0, &[1600; 8]);
+    for mark in 1..=8u8 {
+        let mut one = frame(100, mark);
+        one[11] = mark; // another sender, another flow
+        card.host.write_all(&one).unwrap();
+        assert_eq!(card.queues[0].wait_used(&card.front.memory).1, 112);
+    }
+    card.finish();
+}
+
+#[test]
+fn both_pairs_transmit() {
+    let Some(mut card) = card(2, MQ | CTRL_VQ) else {
+        return;
+    };
+    for queue in [1, 3] {
+        let mark = queue as u8;
+        card.front.memory.write(TX, &[0; 12]);
+        card.front.memory.write(TX + 12, &frame(80, mark));
+        let buffers = [Buffer::readable(TX, 92)];
+        card.queues[queue].request(&card.front.memory, &buffers);
+        assert_eq!(card.host_receives(), frame(80, mark));
+    }
+    card.finish();
+}
+
+#[test]
+fn wrong_descriptors_are_refused_with_their_reason() {
+    let spec = |pairs| {
+        DeviceSpec::Net(NetSpec {
+            id: "n".into(),
+            mac: MAC,
+            queue_pairs: pairs,
+            queue_size: 256,
+        })
+    };
+    let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let run = |pairs, fds: Vec<OwnedFd>| {
+        let (status, log) = DeviceProcess::start(BINARY, spec(pairs), fds).finish();
+        assert_eq!(status.code(), Some(1), "{log}");
+        log
+    };
+    assert!(run(2, vec![null()]).contains("2 queue pairs need as many tap descriptors, 1 came"));
+    assert!(run(17, vec![]).contains("queues=17: 1 to 16"));
+    assert!(run(1, vec![null()]).contains("TUNSETVNETHDRSZ on tap queue 0 failed"));
+}
