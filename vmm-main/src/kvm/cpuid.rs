@@ -83,7 +83,10 @@ impl CpuidTemplate {
                 source,
             })?;
         let tsc_deadline = kvm.fd().check_extension(Cap::TscDeadlineTimer);
-        Self::from_supported(supported.as_slice(), topology, features, tsc_deadline)
+        let supported = supported.as_slice();
+        let mut template = Self::from_supported(supported, topology, features, tsc_deadline)?;
+        template.brand_string(host_brand_string);
+        Ok(template)
     }
 
     fn from_supported(
