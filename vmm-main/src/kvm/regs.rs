@@ -11,6 +11,7 @@ use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, 
 use kvm_ioctls::VcpuFd;
 
 use super::Error;
+use super::state::VcpuState;
 
 /// What the boot processor starts with. The tables that `gdt`, `idt` and `page_table` point to are in guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +73,7 @@ impl BootRegisters {
     #[must_use]
     pub fn gdt(&self) -> [u64; 5] {
         let pack = |segment: &kvm_segment| {
-            let (base, limit) = (u64::from(segment.base), u64::from(segment.limit));
+            let (base, limit) = (segment.base, u64::from(segment.limit));
             let limit = if segment.g == 1 { limit >> 12 } else { limit };
             let bit = |value: u8, position: u32| u64::from(value) << position;
             (limit & 0xFFFF)
@@ -161,8 +162,14 @@ impl BootRegisters {
         }
     }
 
-    /// Sets the registers of a vCPU that is in its reset state.
-    pub(crate) fn set(&self, vcpu: &VcpuFd, gdt: u64, idt: u64) -> Result<(), Error> {
+    /// Sets the registers of the boot processor, whose reset state is `new`.
+    pub(crate) fn set(
+        &self,
+        vcpu: &VcpuFd,
+        new: &VcpuState,
+        gdt: u64,
+        idt: u64,
+    ) -> Result<(), Error> {
         let call = |call| {
             move |source| Error::VcpuCall {
                 call,
@@ -170,7 +177,7 @@ impl BootRegisters {
                 source,
             }
         };
-        let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+        let mut sregs = new.sregs();
         let mut regs = kvm_regs::default();
         self.apply(&mut regs, &mut sregs, gdt, idt);
         vcpu.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;

@@ -182,8 +182,6 @@ pub struct VcpuThreads {
     vcpus: Vec<Arc<Shared>>,
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
-    /// Whether the guest has run, so that resuming must tell kvmclock about the gap.
-    has_run: bool,
 }
 
 impl std::fmt::Debug for VcpuThreads {
@@ -222,7 +220,6 @@ impl VcpuThreads {
             vcpus,
             gate,
             threads: Vec::new(),
-            has_run: false,
         }
     }
 
@@ -264,7 +261,7 @@ impl VcpuThreads {
         Ok(())
     }
 
-    /// Opens the gate. After a pause, tells kvmclock that time passed unseen, so that the guest's watchdogs stay calm.
+    /// Opens the gate.
     ///
     /// # Errors
     /// The threads have not been started.
@@ -272,15 +269,6 @@ impl VcpuThreads {
         if self.threads.len() < self.vcpus.len() {
             return Err(Error::NotStarted);
         }
-        if self.has_run {
-            // Devices may have closed the gate an instant ago; their vCPUs must be parked before others touch them.
-            self.pause()?;
-            for shared in &self.vcpus {
-                // EINVAL: this guest does not use kvmclock.
-                let _ = lock(&shared.vcpu).kvmclock_ctrl();
-            }
-        }
-        self.has_run = true;
         self.gate.set(Want::Run);
         Ok(())
     }
@@ -404,12 +392,19 @@ fn thread_main(
             VcpuStop::Error(format!("start of the vCPU's thread: {error}")),
         );
     }
+    let mut has_run = false;
     while gate.wait() {
         if !usable {
             gate.close();
             continue;
         }
         let mut vcpu = lock(&shared.vcpu);
+        if has_run {
+            // Time passed that the guest did not see: its watchdogs must not take that for a hang. EINVAL: this guest
+            // does not use kvmclock.
+            let _ = vcpu.kvmclock_ctrl();
+        }
+        has_run = true;
         shared.immediate_exit.set(0);
         if let Some(reason) = run(&mut vcpu, shared.index, gate, io) {
             gate.close();
@@ -494,9 +489,9 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
                 // String instructions bring several accesses to one port at once.
                 for access in data.chunks_exact_mut(size.max(1)) {
                     if write {
-                        io.pio_write(port, access)
+                        io.pio_write(port, access);
                     } else {
-                        io.pio_read(port, access)
+                        io.pio_read(port, access);
                     }
                 }
             }

@@ -71,7 +71,7 @@ pub(crate) struct VcpuState {
     xcrs: kvm_xcrs,
 }
 
-/// `IA32_TSC_DEADLINE`: armed and disarmed by the LAPIC's state; KVM reads it as 0 and a write of 0 disarms.
+/// `IA32_MCG_CTL`
 const MSR_MCG_CTL: u32 = 0x17B;
 
 /// MSRs to put back, as KVM lists them for this host.
@@ -111,6 +111,11 @@ impl VcpuState {
             debug: vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?,
             xcrs: vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?,
         })
+    }
+
+    /// System registers when new, with the APIC base that tells the boot processor from the others.
+    pub(crate) fn sregs(&self) -> kvm_sregs {
+        self.sregs
     }
 
     /// Writes the state back. The order is KVM's: modes before what depends on them, the LAPIC before MSRs that its

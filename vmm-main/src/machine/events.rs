@@ -23,7 +23,7 @@ pub enum VmEvent {
     Reset,
     /// The guest crashed its processor (or some kernel's way to reboot).
     TripleFault {
-        /// Registers of the vCPU at that point.
+        /// Registers of the vCPU at that point. On AMD hosts KVM has put the vCPU into its reset state by then.
         registers: Box<RegisterDump>,
     },
     /// KVM could not continue.

@@ -147,7 +147,7 @@ impl GuestRam {
         if !(MIN_SIZE..=MAX_SIZE).contains(&size) {
             return Err(Error::Size(size));
         }
-        if size % 4096 != 0 {
+        if !size.is_multiple_of(4096) {
             return Err(Error::Alignment(size));
         }
         let file = match config.backing {

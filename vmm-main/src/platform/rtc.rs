@@ -159,7 +159,7 @@ impl Rtc {
         if self.status_b() & STATUS_B_BINARY != 0 {
             value
         } else {
-            (value / 10 << 4) | (value % 10)
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -175,7 +175,11 @@ impl Rtc {
         if self.status_b() & STATUS_B_24H != 0 {
             return self.encode(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = if hour.is_multiple_of(12) {
+            12
+        } else {
+            hour % 12
+        };
         self.encode(twelve) | if hour >= 12 { PM } else { 0 }
     }
 
@@ -199,7 +203,7 @@ impl Rtc {
             // Always BCD, whatever status B says: the cell is firmware's, not the chip's.
             CENTURY => {
                 let century = date.year.div_euclid(100).rem_euclid(100) as u8;
-                (century / 10 << 4) | (century % 10)
+                ((century / 10) << 4) | (century % 10)
             }
             STATUS_C => 0,
             STATUS_D => STATUS_D_VALID,

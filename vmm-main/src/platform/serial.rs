@@ -42,7 +42,8 @@ impl Write for SinkWriter {
     }
 }
 
-struct Line(EventFd);
+#[derive(Clone)]
+struct Line(Arc<EventFd>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -104,7 +105,7 @@ impl SerialPort {
             event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             wanted: std::sync::atomic::AtomicBool::new(false),
         });
-        let uart = Serial::with_events(Line(line), room.clone(), SinkWriter(sink));
+        let uart = Serial::with_events(Line(Arc::new(line)), room.clone(), SinkWriter(sink));
         Ok(Self {
             uart: Arc::new(Mutex::new(Some(uart))),
             room,
@@ -193,13 +194,11 @@ impl BusDevice for SerialPort {
     fn reset(&mut self) {
         let mut guard = self.lock();
         if let Some(uart) = guard.take() {
-            let line = uart.interrupt_evt().0.try_clone();
+            let line = uart.interrupt_evt().clone();
             let sink = uart.into_writer();
-            // Without a descriptor for the line the port stays dead rather than silent: reads give 0xff.
-            *guard = line.ok().and_then(|line| {
-                Serial::from_state(&SerialState::default(), Line(line), self.room.clone(), sink)
-                    .ok()
-            });
+            // Cannot fail: a new UART has no input and raises nothing.
+            *guard =
+                Serial::from_state(&SerialState::default(), line, self.room.clone(), sink).ok();
         }
     }
 }

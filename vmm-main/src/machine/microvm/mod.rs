@@ -361,7 +361,8 @@ impl Microvm {
         Ok(self.vcpus.thread_ids()?)
     }
 
-    /// The registers of all vCPUs, in order. The guest must be paused.
+    /// The registers of all vCPUs, in order. The guest must be paused. For diagnosis: the main thread's system call
+    /// filter does not allow this once it is installed.
     ///
     /// # Errors
     /// The guest runs, or KVM refuses.
@@ -450,13 +451,17 @@ impl Microvm {
             "the reset vector",
         )?;
 
-        self.vcpus.for_each(|index, vcpu| match index {
-            0 => loaded
-                .registers
-                .set(vcpu, layout::BOOT_GDT, layout::BOOT_IDT),
-            // All others wait for the boot processor's start-up message.
-            _ => Ok(()),
-        })?;
+        let new_vcpus = &self.new_vcpus;
+        self.vcpus
+            .for_each(|index, vcpu| match (index, new_vcpus.first()) {
+                (0, Some(new)) => {
+                    loaded
+                        .registers
+                        .set(vcpu, new, layout::BOOT_GDT, layout::BOOT_IDT)
+                }
+                // All others wait for the boot processor's start-up message.
+                _ => Ok(()),
+            })?;
         Ok(loaded)
     }
 
