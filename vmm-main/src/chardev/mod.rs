@@ -372,11 +372,10 @@ impl Chardev {
     fn update(&mut self) {
         let has_room = self.sink.as_ref().map(|sink| sink.room() > 0);
         let reader = match (&self.reader, has_room) {
-            (None, _) => None,
             (Some(_), Some(true)) => Some(EpollFlags::EPOLLIN),
             // Hang-ups are told without being asked for.
             (Some(reader), _) if reader.is_socket() => Some(EpollFlags::empty()),
-            (Some(_), _) => None,
+            _ => None,
         };
         let backlog = self.shared.lock();
         let writer =
@@ -438,11 +437,8 @@ impl EventSource for Chardev {
 
     fn handle(&mut self) {
         let mut events = [EpollEvent::empty(); SLOTS];
-        let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
-            Ok(count) => count,
-            // Interrupted: the descriptor is still readable and the main loop calls again.
-            Err(_) => 0,
-        };
+        // Interrupted: the descriptor is still readable and the main loop calls again.
+        let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
         for event in &events[..count] {
             let slot = event.data();
             if slot == Slot::Wake as u64 {

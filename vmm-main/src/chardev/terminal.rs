@@ -3,7 +3,8 @@
 //! **Job.** [`TerminalState`] remembers a terminal's settings and puts them back. [`RawTerminal`] does so when dropped.
 //! The broker holds a `TerminalState` as well and restores it when the control process is gone, whatever killed it.
 //!
-//! **Who is not trusted**: nobody; the terminal is the user's. But the guest writes to it: see SECURITY on consoles.
+//! **Who is not trusted**: the guest, whose bytes reach the terminal as they are, escape sequences included, as over any
+//! serial line. A user who does not trust the guest that far reads it through a pty, socket or file instead.
 //!
 //! **Why this way.** Restoring must work from the background too: once the control process has died, the shell owns the
 //! terminal, and a process outside of the foreground group that sets a terminal up is stopped by SIGTTOU unless it

@@ -110,6 +110,11 @@ impl MmioTransport {
         self.core.device_lost(&self.line);
     }
 
+    /// Whether the device process was given up: it is to be ended, and a reset of the VM must wait for that.
+    pub const fn device_failed(&self) -> bool {
+        self.core.device().is_failed()
+    }
+
     /// See [`Core::device_config_changed`].
     pub fn device_config_changed(&mut self) {
         self.core.device_config_changed(&self.line);
@@ -236,7 +241,7 @@ impl BusDevice for MmioTransport {
         }
     }
 
-    // The device process is told, keeps running, and does not touch guest memory on return.
+    // The device process is told, keeps running, and does not touch guest memory on return unless it has failed.
     fn reset(&mut self) {
         self.core.reset();
     }

@@ -429,7 +429,9 @@ impl RemoteDevice {
         Ok(())
     }
 
-    /// Takes the queues back. On return the device process does not touch guest memory any more, or it has failed.
+    /// Takes the queues back. On return the device process does not touch guest memory any more. After an error it may:
+    /// it is given up then, and whoever started it has to end it ([`RemoteDevice::is_failed`]) before guest memory gets a
+    /// new owner.
     pub fn deactivate(&mut self) -> Result<(), RemoteError> {
         let active = std::mem::take(&mut self.active);
         // What was in flight belongs to a driver that is gone.
