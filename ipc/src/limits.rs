@@ -77,3 +77,7 @@ pub const DEVICE_REPLY_MS: u64 = 5_000;
 pub const MAX_LOG_LINE: usize = 1024;
 /// Log lines a second that one device process may cause; beyond it they are counted and dropped.
 pub const MAX_LOG_LINES_PER_SECOND: u32 = 100;
+
+/// Bytes of a device's in-flight region: 16 a descriptor (vhost-user, "Inflight description"), for the largest device,
+/// rounded up generously. Also the largest file that a device without a writable image may make.
+pub const MAX_INFLIGHT_REGION: u64 = 4 << 20;

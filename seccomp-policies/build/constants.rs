@@ -119,6 +119,7 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("TIOCGWINSZ", 0x5413),
     ("FIONREAD", 0x541B),
     ("FIONBIO", 0x5421),
+    ("SIOCGIFINDEX", 0x8933),
     ("FIOCLEX", 0x5451),
     ("BLKDISCARD", io(0x12, 119)),
     ("BLKZEROOUT", io(0x12, 127)),

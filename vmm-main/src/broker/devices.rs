@@ -250,7 +250,8 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
-/// Limits by what the device does: only a writable image needs to write files at all.
+/// Limits by what the device does: only a writable image is ever written; all others make one memfd, for their in-flight
+/// region.
 fn limits(spec: &DeviceSpec) -> Limits {
     let queues = u64::from(spec.num_queues());
     Limits {
@@ -258,7 +259,7 @@ fn limits(spec: &DeviceSpec) -> Limits {
         descriptors: 64 + 6 * queues + ipc::limits::MAX_MEMORY_REGIONS as u64,
         file_size: match spec {
             DeviceSpec::Block(block) if !block.readonly => None,
-            _ => Some(0),
+            _ => Some(ipc::limits::MAX_INFLIGHT_REGION),
         },
         ..Limits::default()
     }
