@@ -1,20 +1,27 @@
 //! The steps that build a jail, one kernel mechanism each.
 //!
 //! Job: start a device process in its jail ([`spawn()`]), let that process lock the door from the
-//! inside and check that it is locked ([`inner::lock`]), and lock the control process down
-//! ([`self_lock()`]).
+//! inside and check that it is locked ([`inner::lock`]), lock the control process down
+//! ([`self_lock()`]), and put a whole VM into an outer jail ([`cli::run`], the command `ozone`).
 //! Not trusted: the process inside the jail, from its first instruction after the harness. The
 //! caller is trusted: it is the broker, or the control process before the guest runs.
 //! Why this way: every layer is a small file under `steps/` that does one thing and says whether it
 //! could. A layer that the host cannot give is reported with the reason, and [`Sandbox::Strict`]
 //! turns the report into a refusal; a step that fails for any other reason ends the start.
 
+mod cleanup;
+pub mod cli;
+mod exec;
+mod fault;
 pub mod inner;
+mod inside;
 mod layer;
+mod plan;
 mod self_lock;
 pub mod spawn;
 mod steps;
 mod sys;
+mod watch;
 
 pub use layer::{Layer, LayerReport, Sandbox, State};
 pub use self_lock::{SelfLockError, SelfReport, self_lock};

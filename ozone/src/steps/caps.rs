@@ -22,14 +22,103 @@ const SECUREBITS: c_int = LOCKED | LOCKED << 1 | KEEP_CAPS_LOCKED;
 /// user, which costs it the `CAP_SETPCAP` that this needs, and keeps that change from touching
 /// capabilities. Without that capability the bounding set stays; `no_new_privs` makes it worthless.
 pub(crate) fn seal() -> Result<(), Errno> {
+    seal_but(&[])?;
+    sys::set_securebits(SECUREBITS)
+}
+
+/// Drops all but `kept` from the bounding set, and keeps a change of the user from touching the
+/// other sets.
+fn seal_but(kept: &[u8]) -> Result<(), Errno> {
     for capability in 0..MANY {
+        if kept.iter().any(|k| c_ulong::from(*k) == capability) {
+            continue;
+        }
         match sys::drop_from_bounding_set(capability) {
             Ok(()) => {}
             Err(Errno::EINVAL) if capability > 0 => break,
             Err(errno) => return Err(errno),
         }
     }
-    sys::set_securebits(SECUREBITS)
+    sys::set_securebits(NOROOT | NO_SETUID_FIXUP)
+}
+
+/// As root: leaves exactly `granted` in all five sets, for this process and what it executes, while
+/// `become_user` changes the user. With an empty list that is no capability at all.
+pub(crate) fn grant<E>(
+    granted: &[u8],
+    become_user: impl FnOnce() -> Result<(), E>,
+) -> Result<Result<(), E>, Errno> {
+    seal_but(granted)?;
+    if let Err(error) = become_user() {
+        return Ok(Err(error));
+    }
+    let mask = granted.iter().fold(0, |mask, c| mask | 1u64 << c);
+    let now = sys::capabilities()?;
+    sys::clear_ambient_set()?;
+    sys::set_capabilities(CapSets {
+        inheritable: mask,
+        ..now
+    })?;
+    for capability in granted {
+        sys::raise_ambient(c_ulong::from(*capability))?;
+    }
+    sys::set_securebits(SECUREBITS)?;
+    sys::set_capabilities(CapSets {
+        effective: mask,
+        permitted: mask,
+        inheritable: mask,
+    })?;
+    Ok(Ok(()))
+}
+
+/// include/uapi/linux/capability.h: the names, by number.
+const NAMES: [&str; 41] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
+
+/// The number of a capability.
+pub(crate) fn by_name(name: &str) -> Option<u8> {
+    NAMES.iter().position(|n| *n == name).map(|n| n as u8)
 }
 
 /// Empties the four other sets of the calling thread.

@@ -58,3 +58,22 @@ pub(crate) fn apply(limits: &Limits) -> Result<(), Errno> {
     }
     Ok(())
 }
+
+/// Most descriptors of the control process or its broker.
+const VM_DESCRIPTORS: u64 = 4096;
+
+/// Limits of a whole VM: those that do no harm to a control process of any size. The number of
+/// processes is not limited here, since it would count those of other VMs of the same user.
+pub(crate) fn apply_to_vm() -> Result<(), Errno> {
+    let all = [
+        (Resource::RLIMIT_CORE, 0),
+        (Resource::RLIMIT_MSGQUEUE, 0),
+        (Resource::RLIMIT_NOFILE, VM_DESCRIPTORS),
+    ];
+    for (resource, wanted) in all {
+        let (_, hard) = getrlimit(resource)?;
+        let value = wanted.min(hard);
+        setrlimit(resource, value, value)?;
+    }
+    Ok(())
+}

@@ -10,6 +10,7 @@
 
 pub(crate) mod process;
 pub(crate) mod root;
+pub(crate) mod tree;
 
 use nix::errno::Errno;
 

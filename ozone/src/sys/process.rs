@@ -347,3 +347,90 @@ pub(crate) fn now() -> u64 {
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
+
+/// Sets the three main capability sets of the calling thread.
+pub(crate) fn set_capabilities(sets: CapSets) -> Result<(), Errno> {
+    let header = CapHeader {
+        version: CAPABILITY_VERSION_3,
+        pid: 0,
+    };
+    let half = |shift: u32| CapData {
+        effective: (sets.effective >> shift) as u32,
+        permitted: (sets.permitted >> shift) as u32,
+        inheritable: (sets.inheritable >> shift) as u32,
+    };
+    let data = [half(0), half(32)];
+    // SAFETY: version 3 reads two data structures.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })
+}
+
+/// Adds a capability that is permitted and inheritable to those that survive exec.
+pub(crate) fn raise_ambient(capability: c_ulong) -> Result<(), Errno> {
+    let raise = libc::PR_CAP_AMBIENT_RAISE as c_ulong;
+    // SAFETY: no addresses.
+    let raised = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, raise, capability, 0, 0) };
+    Errno::result(raised).map(drop)
+}
+
+/// Lets the calling process live on when its parent ends.
+pub(crate) fn outlive_parent() -> Result<(), Errno> {
+    prctl(libc::PR_SET_PDEATHSIG, 0).map(drop)
+}
+
+/// Back to what the kernel does with a signal by itself.
+pub(crate) fn default_action(signal: nix::sys::signal::Signal) -> Result<(), Errno> {
+    // SAFETY: the default action runs no handler.
+    unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }.map(drop)
+}
+
+/// Takes over a descriptor that came with exec, if it is open.
+///
+/// Each number may be taken once, before the process opens anything itself.
+pub(crate) fn adopt(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: only asks whether the number is open.
+    let open = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == 0;
+    // SAFETY: open, and by the caller's word nobody else's.
+    open.then(|| unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Closes the descriptors from `first` to `last`, which came with exec and belong to nobody here.
+pub(crate) fn close_inherited(first: u32, last: u32) -> Result<(), Errno> {
+    // SAFETY: called before the process opens anything, so no object of it has such a descriptor.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })
+}
+
+/// Executes the program at `path`. Returns only on failure.
+pub(crate) fn exec_path(path: &CStr, argv: &Argv, environment: &Argv) -> Errno {
+    // SAFETY: the path is terminated; `Argv` holds pointers to strings that it owns, then null.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execve,
+            path.as_ptr(),
+            argv.pointers.as_ptr(),
+            environment.pointers.as_ptr(),
+        )
+    };
+    Errno::last()
+}
+
+/// Lets a descriptor live on in the program that is executed next, on the same number.
+pub(crate) fn keep_at_exec(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: clears a flag.
+    Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) }).map(drop)
+}
+
+/// Locks a file or folder for all copies of the descriptor together, until the last is closed.
+/// `EWOULDBLOCK` if somebody else holds a lock.
+pub(crate) fn lock_exclusively(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: no pointers.
+    Errno::result(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }).map(drop)
+}
+
+/// Takes the end of any child: its process id and its status of wait(2); `None` if none has ended
+/// yet, `ECHILD` if there are none.
+pub(crate) fn reap() -> Result<Option<(libc::pid_t, c_int)>, Errno> {
+    let mut status = 0;
+    // SAFETY: a writable number.
+    let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) })?;
+    Ok((pid > 0).then_some((pid, status)))
+}

@@ -25,7 +25,7 @@ pub(crate) const MOUNT_ATTR_NODEV: c_uint = 4;
 /// Mount attribute: nothing can be executed.
 pub(crate) const MOUNT_ATTR_NOEXEC: c_uint = 8;
 
-fn descriptor(result: c_long) -> Result<OwnedFd, Errno> {
+pub(super) fn descriptor(result: c_long) -> Result<OwnedFd, Errno> {
     let number = Errno::result(result)?;
     // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(number as RawFd) })
