@@ -19,7 +19,8 @@ pub struct Limits {
     /// Threads of the process's user in its own user namespace, io_uring's workers included.
     pub threads: u64,
     /// Largest offset that may be written in a file, in bytes; `None` for devices that write
-    /// images. Mapped guest RAM is not affected, nor are pipes and sockets.
+    /// images. A memfd that the process sizes itself counts as a file; guest RAM that arrives
+    /// mapped is not affected, nor are pipes and sockets.
     pub file_size: Option<u64>,
     /// Bytes of memory that may be locked: buffers registered with io_uring.
     pub locked_memory: u64,
