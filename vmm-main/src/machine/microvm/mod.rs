@@ -194,7 +194,6 @@ impl Microvm {
         let control = PowerControl::new(vcpus.gate(), events.clone());
         let button = PowerButton::new(irq_line(&vm, layout::GED_GSI, "the power button")?);
         let buses = Arc::new(Buses::default());
-        let shared = |device| -> SharedDevice { Arc::new(Mutex::new(device)) };
         let pio = |port: u16, ports: u16, device: SharedDevice| {
             buses.pio.add(port.into(), ports.into(), device)
         };
@@ -214,20 +213,7 @@ impl Microvm {
             layout::RTC_PORTS,
             Arc::new(Mutex::new(Rtc::default())),
         )?;
-        let serial = match config.serial {
-            Some(sink) => {
-                let line = irq_line(&vm, layout::SERIAL_GSI, "the serial port")?;
-                let port = SerialPort::new(line, sink).map_err(eventfd_error("the serial port"))?;
-                pio(
-                    layout::SERIAL_PORT,
-                    layout::SERIAL_PORTS,
-                    shared(port.clone()),
-                )?;
-                Some(port)
-            }
-            None => None,
-        };
-        Ok(Self {
+        let mut machine = Self {
             vcpus,
             buses,
             vm: Arc::new(vm),
@@ -236,13 +222,35 @@ impl Microvm {
             cpuid,
             windows: [false; MMIO_SLOTS],
             boot: None,
-            serial,
+            serial: None,
             button,
             events,
             receiver: Some(receiver),
             new_vm,
             new_vcpus,
-        })
+        };
+        if let Some(sink) = config.serial {
+            machine.add_serial(sink)?;
+        }
+        Ok(machine)
+    }
+
+    /// Adds the serial port, whose output goes to `sink`, to a machine that was made without. Comes before
+    /// [`Self::load`]. For callers that can put the machine together before they have the port's other end.
+    ///
+    /// # Errors
+    /// There is one already, or no eventfds are left.
+    pub fn add_serial(&mut self, sink: Box<dyn SerialSink>) -> Result<(), Error> {
+        let line = irq_line(&self.vm, layout::SERIAL_GSI, "the serial port")?;
+        let port = SerialPort::new(line, sink).map_err(eventfd_error("the serial port"))?;
+        let device = Arc::new(Mutex::new(port.clone()));
+        self.buses.pio.add(
+            layout::SERIAL_PORT.into(),
+            layout::SERIAL_PORTS.into(),
+            device,
+        )?;
+        self.serial = Some(port);
+        Ok(())
     }
 
     /// The VM, for eventfds and lines.
