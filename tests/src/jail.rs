@@ -35,8 +35,6 @@ pub struct Jail {
     pub root: Vec<String>,
     /// Whether its root's file system is mounted read-only.
     pub read_only_root: bool,
-    /// Whether it is dumpable: then its own user owns its `/proc` files, else root does. Root itself counts as not.
-    pub dumpable: bool,
 }
 
 impl Jail {
@@ -83,7 +81,6 @@ impl Jail {
             fds: procfs::fds(pid)?,
             root: procfs::root_entries(pid)?,
             read_only_root,
-            dumpable: procfs::owner_of_proc_files(pid)? == uid && uid != 0,
         })
     }
 }

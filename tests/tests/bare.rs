@@ -296,16 +296,15 @@ fn no_reboot_turns_a_reset_into_the_end() {
 }
 
 #[test]
-fn a_triple_fault_is_reported_with_the_registers() {
+fn a_guest_that_crashes_is_reported_with_the_registers() {
     let mut vm = vm(Payload::Machine, "end=triple").start().unwrap();
     expect(&mut vm, "MACHINE OK");
     let status = vm.wait(LIMIT).unwrap();
     assert_ne!(status.code(), Some(0));
     let messages = vm.messages().to_lowercase();
-    assert!(
-        messages.contains("triple fault") && messages.contains("rip"),
-        "{messages}"
-    );
+    // A software KVM stops at the missing handler already, with an internal error.
+    let told = messages.contains("triple fault") || messages.contains("kvm internal error");
+    assert!(told && messages.contains("rip="), "{messages}");
 }
 
 #[test]

@@ -26,8 +26,12 @@ fn guest() -> Guest {
 }
 
 fn vm(kernel: &Path, initrd: &Path, append: &str) -> VmBuilder {
+    vm_of(256, kernel, initrd, append)
+}
+
+fn vm_of(mebibytes: u32, kernel: &Path, initrd: &Path, append: &str) -> VmBuilder {
     Vm::builder()
-        .args(["-machine", "microvm", "-m", "256"])
+        .args(["-machine", "microvm", "-m", &mebibytes.to_string()])
         .kernel(kernel, &format!("{APPEND} {append}"))
         .arg("-initrd")
         .arg(initrd)
@@ -170,8 +174,7 @@ fn the_network_carries_pings_and_a_hundred_megabytes_each_way() {
             TcpListener::bind("10.0.2.1:5000").unwrap(),
             TcpListener::bind("10.0.2.1:5001").unwrap(),
         );
-        let mut vm = vm(&guest.kernel.elf, initrd.path(), "")
-            .args(["-m", "768"])
+        let mut vm = vm_of(768, &guest.kernel.elf, initrd.path(), "")
             .tap("n0", &tap.name, "52:54:00:aa:bb:cc")
             .start()
             .unwrap();

@@ -120,7 +120,10 @@ fn devices_are_jailed() {
             "a seccomp filter on each thread\n{jail}"
         );
         assert!(jail.root.is_empty() && jail.read_only_root, "{jail}");
-        assert!(!jail.dumpable, "{jail}");
+        assert!(
+            !readable_by_its_user(pid, jail.uid),
+            "dumpable: its own user may read it\n{jail}"
+        );
         assert_ne!(
             jail.uid, 0,
             "not root outside of its user namespace\n{jail}"
@@ -134,6 +137,48 @@ fn devices_are_jailed() {
             );
         }
     }
+}
+
+/// Whether another process of the same user may look into this one. The kernel refuses that for a process that is not
+/// dumpable, which no field of `/proc` shows.
+fn readable_by_its_user(pid: i32, uid: u32) -> bool {
+    let id = uid.to_string();
+    let mut setpriv = Command::new("setpriv");
+    setpriv
+        .args(["--reuid", &id, "--regid", &id, "--clear-groups", "readlink"])
+        .arg(format!("/proc/{pid}/ns/user"));
+    setpriv.output().unwrap().status.success()
+}
+
+#[test]
+fn the_kernel_shows_dumpable_processes_to_their_user() {
+    require_root();
+    // The other side of the question above: it must be able to say yes.
+    let mut child = Command::new("setpriv")
+        .args([
+            "--reuid",
+            "65534",
+            "--regid",
+            "65534",
+            "--clear-groups",
+            "sh",
+            "-c",
+            "echo; cat",
+        ])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = child.stdout.as_ref().unwrap();
+    assert!(
+        readable(&[output.as_fd()], Deadline::after(LIMIT))
+            .unwrap()
+            .is_some()
+    );
+    let readable = readable_by_its_user(i32::try_from(child.id()).unwrap(), 65534);
+    drop(child.stdin.take());
+    child.wait().unwrap();
+    assert!(readable);
 }
 
 #[test]
@@ -178,12 +223,34 @@ fn devices_hold_exactly_their_descriptors() {
         );
         let back_ends = fds.values().filter(|f| f.target.contains(back_end)).count();
         assert_eq!(back_ends, 1, "one back end: {counts:?}");
-        let ram: Vec<(&i32, &Fd)> = fds
-            .iter()
-            .filter(|(_, f)| f.kind() == "memfd" && f.target.contains("ram"))
-            .collect();
-        assert_eq!(ram.len(), 1, "guest RAM once: {fds:?}");
-        let file = std::fs::File::open(format!("/proc/{pid}/fd/{}", ram[0].0)).unwrap();
+        // Guest RAM came as a descriptor, was mapped, and the descriptor closed: nothing can be passed on.
+        assert!(
+            !fds.values().any(|f| f.target.contains("guest-ram")),
+            "{fds:?}"
+        );
+        // The disk's driver has started, the network card's has not: then there is nothing to share yet.
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let mapped = maps
+            .lines()
+            .filter(|l| l.contains("/memfd:guest-ram"))
+            .count();
+        assert_eq!(mapped, usize::from(name == "block"), "{maps}");
+    }
+}
+
+#[test]
+fn guest_ram_is_sealed() {
+    let running = running("sv-seal", 17, &[]);
+    let pid = running.vm.pid();
+    let fds = procfs::fds(pid).unwrap();
+    let ram: Vec<&i32> = fds
+        .iter()
+        .filter(|(_, f)| f.target.contains("guest-ram"))
+        .map(|(n, _)| n)
+        .collect();
+    assert!(!ram.is_empty(), "{fds:?}");
+    for number in ram {
+        let file = std::fs::File::open(format!("/proc/{pid}/fd/{number}")).unwrap();
         let seals = nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap();
         let wanted = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
         assert_eq!(
