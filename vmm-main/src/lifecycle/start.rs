@@ -115,12 +115,12 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
         MachineKind::None => None,
         MachineKind::Microvm => Some(Kvm::open()?),
     };
-    // With -mem-path the file comes from the broker; a memfd is made while the broker works.
+    // With -mem-path the file comes from the broker; a memfd, and the board on it, are made while the broker works.
     let early = match (&kvm, plan.memory) {
-        (Some(kvm), None) => Some(guest(kvm, &spec, None)?),
+        (Some(kvm), None) => Some(board(kvm, &spec, None)?),
         _ => None,
     };
-    phases.done("VM and guest RAM");
+    phases.done("VM, guest RAM and vCPUs");
 
     let mut given = take(&mut broker, &plan)?;
     let log = match given.log.take() {
@@ -138,26 +138,21 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
     }
 
     let chardevs = Chardevs::open(&spec, &plan, &mut given.files)?;
-    let machine = match kvm {
-        None => None,
-        Some(kvm) => {
-            let (vm, ram) = match early {
-                Some(guest) => guest,
-                None => guest(&kvm, &spec, plan.memory.and_then(|file| given.files.take(file)))?,
-            };
-            let config = MicrovmConfig {
-                topology: topology(&spec)?,
-                features: CpuFeatures::default(),
-                serial: chardevs.serial_sink(),
-            };
-            let machine = Microvm::new(&kvm, vm, ram, config)?;
-            phases.done("vCPUs and board");
+    let mut machine = match (early, kvm) {
+        (Some(machine), _) => Some(machine),
+        (None, Some(kvm)) => {
+            let backing = plan.memory.and_then(|file| given.files.take(file));
+            let machine = board(&kvm, &spec, backing)?;
+            phases.done("VM, guest RAM and vCPUs");
             Some(machine)
         }
+        (None, None) => None,
     };
+    if let (Some(machine), Some(sink)) = (&mut machine, chardevs.serial_sink()) {
+        machine.add_serial(sink)?;
+    }
 
     let mut transports = Vec::with_capacity(handshakes.len());
-    let mut machine = machine;
     if let Some(machine) = &mut machine {
         for handshake in &mut handshakes {
             handshake.negotiate().ok();
@@ -289,7 +284,8 @@ fn take(broker: &mut Client, plan: &Plan) -> Result<Given, StartError> {
     Ok(Given { log, devices, files: Files(files) })
 }
 
-fn guest(kvm: &Kvm, spec: &VmSpec, backing: Option<File>) -> Result<(kvm::Vm, Arc<GuestRam>), StartError> {
+/// The board with its RAM and vCPUs, before anything is plugged.
+fn board(kvm: &Kvm, spec: &VmSpec, backing: Option<File>) -> Result<Microvm, StartError> {
     let ram = Arc::new(GuestRam::new(RamConfig {
         size: spec.memory.size,
         backing: backing.map_or(Backing::Memfd, Backing::File),
@@ -297,7 +293,8 @@ fn guest(kvm: &Kvm, spec: &VmSpec, backing: Option<File>) -> Result<(kvm::Vm, Ar
         dump_guest_core: spec.memory.dump_guest_core,
         huge_pages: false,
     })?);
-    Ok((kvm::Vm::create(kvm)?, ram))
+    let config = MicrovmConfig { topology: topology(spec)?, features: CpuFeatures::default(), serial: None };
+    Ok(Microvm::new(kvm, kvm::Vm::create(kvm)?, ram, config)?)
 }
 
 fn topology(spec: &VmSpec) -> Result<Topology, StartError> {
