@@ -20,7 +20,7 @@ use ozone::{DeviceLaunch, Identity, Limits, Sandbox};
 use std::{
     env,
     fs::{self, File},
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     os::fd::{AsFd, OwnedFd},
     process::ExitCode,
 };
@@ -139,10 +139,11 @@ fn device_jail() -> Result<(), String> {
     for layer in &child.layers {
         println!("layer {layer}");
     }
-    let mut link = File::from(ours);
-    let mut buffer = [0; 4096];
-    let length = link.read(&mut buffer).map_err(|e| text(&e))?;
-    print!("{}", String::from_utf8_lossy(&buffer[..length]));
+    let mut line = String::new();
+    BufReader::new(File::from(ours))
+        .read_line(&mut line)
+        .map_err(|e| text(&e))?;
+    print!("{line}");
     Ok(())
 }
 

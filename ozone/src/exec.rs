@@ -20,7 +20,7 @@
 //! ```
 
 use crate::{
-    fault::Fault,
+    fault::{Fault, TRIES},
     inside,
     plan::{HostStep, Item, Plan},
     steps::{cgroup, devices, folder, outer_root, place},
@@ -307,7 +307,8 @@ pub(crate) fn check_trusted(fd: BorrowedFd<'_>, path: &str) -> Result<(), Fault>
     }
 }
 
-fn make_folder(plan: &Plan, prepared: &mut Prepared, undo: &mut Undo) -> Result<(), Fault> {
+/// Opens the folder that the jail's own is made in, and makes that one.
+fn make_root(plan: &Plan, undo: &mut Undo) -> Result<OwnedFd, Fault> {
     let mut path = BASE.to_owned();
     let mut parent = open_base()?;
     for name in [OURS, &plan.program] {
@@ -324,10 +325,6 @@ fn make_folder(plan: &Plan, prepared: &mut Prepared, undo: &mut Undo) -> Result<
         parent = inner;
     }
     path = host_path(plan);
-    let failed = |what: &'static str| {
-        let path = path.clone();
-        move |e| Fault::os(path, what, e)
-    };
     let mode = Mode::from_bits_truncate(0o700);
     let root = folder::make(parent.as_fd(), &plan.name, mode).map_err(|e| match e {
         Errno::EEXIST => Fault::new(
@@ -340,7 +337,23 @@ fn make_folder(plan: &Plan, prepared: &mut Prepared, undo: &mut Undo) -> Result<
         e => Fault::os(path.clone(), "cannot be made", e),
     })?;
     undo.add(parent.as_fd(), &plan.name, UnlinkatFlags::RemoveDir)
-        .map_err(failed("cannot be made"))?;
+        .map_err(|e| Fault::os(path, "cannot be made", e))?;
+    Ok(root)
+}
+
+fn make_folder(plan: &Plan, prepared: &mut Prepared, undo: &mut Undo) -> Result<(), Fault> {
+    let mut tries = 1;
+    let root = loop {
+        match make_root(plan, undo) {
+            Err(fault) if fault.is_vanished() && tries < TRIES => tries += 1,
+            other => break other?,
+        }
+    };
+    let path = host_path(plan);
+    let failed = |what: &'static str| {
+        let path = path.clone();
+        move |e| Fault::os(path, what, e)
+    };
     // Held by the VM's first process, so that cleaning up can tell whether it lives.
     sys::lock_exclusively(root.as_fd()).map_err(failed("cannot be locked"))?;
     prepared.root_mount =

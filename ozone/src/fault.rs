@@ -35,7 +35,16 @@ impl Fault {
             errno: Some(errno),
         }
     }
+
+    /// Whether it failed because a folder that was just there is gone: somebody else cleaned up.
+    pub(crate) fn is_vanished(&self) -> bool {
+        matches!(self.errno, Some(Errno::ENOENT | Errno::ENODEV))
+    }
 }
+
+/// How often a start tries again when others remove the folders that all share, as the last one to
+/// leave does. Each time means that somebody else got something done.
+pub(crate) const TRIES: usize = 32;
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

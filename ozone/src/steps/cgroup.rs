@@ -5,7 +5,11 @@
 //! been there at the start. Version 1 wants a cpuset's parents filled in first; version 2 wants the
 //! controllers handed down, and calls `memory.limit_in_bytes` `memory.max`.
 
-use crate::{cli::Cgroup, fault::Fault, steps::folder};
+use crate::{
+    cli::Cgroup,
+    fault::{Fault, TRIES},
+    steps::folder,
+};
 use nix::{errno::Errno, fcntl::OFlag, sys::stat::Mode, unistd};
 use std::{
     ffi::{CStr, CString, OsStr},
@@ -146,7 +150,13 @@ pub(crate) fn make(
                 .partition::<Vec<_>, _>(|s| has.iter().any(|c| c == s.controller));
             left = others;
             if !mine.is_empty() {
-                make_in(hierarchy, &mine, program, name, made)?;
+                let mut tries = 1;
+                loop {
+                    match make_in(hierarchy, &mine, program, name, made) {
+                        Err(fault) if fault.is_vanished() && tries < TRIES => tries += 1,
+                        other => break other?,
+                    }
+                }
             }
         }
     }
