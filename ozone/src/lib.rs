@@ -21,6 +21,7 @@ mod self_lock;
 pub mod spawn;
 mod steps;
 mod sys;
+pub mod tree;
 mod watch;
 
 pub use layer::{Layer, LayerReport, Sandbox, State};

@@ -45,6 +45,7 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("F_SETFD", 2),
     ("F_GETFL", 3),
     ("F_SETFL", 4),
+    ("F_OFD_GETLK", 36),
     ("F_OFD_SETLK", 37),
     ("F_DUPFD_CLOEXEC", 1030),
     ("F_ADD_SEALS", 1033),

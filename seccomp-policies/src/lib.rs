@@ -32,6 +32,8 @@ pub enum Policy {
     Net,
     /// The example device process.
     Template,
+    /// The file-sharing daemon.
+    VhostUserFs,
 }
 
 /// What the kernel does when a thread makes a call that its policy does not name.
@@ -48,7 +50,7 @@ pub enum Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
@@ -56,6 +58,7 @@ impl Policy {
         Self::Block,
         Self::Net,
         Self::Template,
+        Self::VhostUserFs,
     ];
 
     /// What the policy says, for people and for audits.
@@ -69,6 +72,7 @@ impl Policy {
             Self::Block => &generated::BLOCK_INFO,
             Self::Net => &generated::NET_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
+            Self::VhostUserFs => &generated::VHOST_USER_FS_INFO,
         }
     }
 
@@ -81,6 +85,7 @@ impl Policy {
             Self::Block => &generated::BLOCK,
             Self::Net => &generated::NET,
             Self::Template => &generated::TEMPLATE,
+            Self::VhostUserFs => &generated::VHOST_USER_FS,
         }
     }
 }

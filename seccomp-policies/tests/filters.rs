@@ -150,6 +150,12 @@ fn ways_out_kill() {
             assert_eq!(kill(policy, number, NONE), KILLED, "{policy}: {name}");
         }
     }
+    // The daemon that serves files opens and cuts them, and has no other way.
+    for (name, number) in calls {
+        if !["openat", "openat2", "ftruncate"].contains(&name) {
+            assert_eq!(kill(Policy::VhostUserFs, number, NONE), KILLED, "{name}");
+        }
+    }
 }
 
 #[test]
@@ -195,6 +201,19 @@ fn arguments_are_checked() {
             "{policy}"
         );
     }
+    // A user that can be taken back, and none that cannot; locks that do not wait.
+    let fs = |call, args| kill(Policy::VhostUserFs, call, args);
+    for call in [libc::SYS_setresuid, libc::SYS_setresgid] {
+        assert_eq!(fs(call, [-1, -1, -1, 0, 0, 0]), End::Exit(0));
+        assert_eq!(fs(call, [0, -1, -1, 0, 0, 0]), KILLED);
+        assert_eq!(fs(call, [-1, -1, 0, 0, 0, 0]), KILLED);
+    }
+    let (lock, try_lock) = (libc::LOCK_EX, libc::LOCK_EX | libc::LOCK_NB);
+    assert_eq!(fs(libc::SYS_flock, [-1, c_long::from(lock), 0, 0, 0, 0]), KILLED);
+    assert_eq!(
+        fs(libc::SYS_flock, [-1, c_long::from(try_lock), 0, 0, 0, 0]),
+        errno(libc::EBADF)
+    );
     let ioctl = |policy, request| kill(policy, libc::SYS_ioctl, [-1, request, 0, 0, 0, 0]);
     const KVM_RUN: c_long = 0xae80;
     const KVM_CREATE_VM: c_long = 0xae01;

@@ -27,9 +27,9 @@ pub use device::{Device, Interest};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use jail::JailError;
 pub use memory::{
-    BounceBuffer, GuestBuffers, GuestByte, GuestRam, MemoryError, PACKET_SEGMENTS,
+    BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, MemoryError, PACKET_SEGMENTS,
     direct_io_alignment,
 };
 pub use ring::Ring;
 pub use server::ServeError;
-pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, run};
+pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, Standalone, run};

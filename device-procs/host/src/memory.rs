@@ -303,6 +303,28 @@ pub struct GuestByte<'m> {
     _ram: PhantomData<&'m GuestRam>,
 }
 
+/// The first bytes of a request's buffers, where some devices put the header of a reply once they know its length.
+#[derive(Debug)]
+pub struct GuestHead<'m, const N: usize> {
+    // As every piece has at least one byte, there are at most as many pieces as bytes.
+    pieces: [libc::iovec; N],
+    _ram: PhantomData<&'m GuestRam>,
+}
+
+impl<const N: usize> GuestHead<'_, N> {
+    /// Writes the bytes.
+    pub fn set(self, value: &[u8; N]) {
+        let mut at = 0;
+        for piece in &self.pieces {
+            let len = piece.iov_len;
+            if len > 0 {
+                slice_of(piece, 0, len).copy_from(&value[at..at + len]);
+            }
+            at += len;
+        }
+    }
+}
+
 impl GuestByte<'_> {
     /// Writes the byte.
     pub fn set(self, value: u8) {
@@ -357,6 +379,29 @@ impl<'m> GuestBuffers<'m> {
     /// Takes `count` bytes off the front without looking at them; returns how many there were.
     pub fn skip(&mut self, count: usize) -> usize {
         self.take(count, |_, _| ())
+    }
+
+    /// Takes the first `N` bytes off the front, to be written later; `None` if there are not as many.
+    pub fn reserve<const N: usize>(&mut self) -> Option<GuestHead<'m, N>> {
+        if self.len < N {
+            return None;
+        }
+        let mut pieces = [libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        }; N];
+        let mut count = 0;
+        self.take(N, |_, piece| {
+            pieces[count] = libc::iovec {
+                iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+                iov_len: piece.len(),
+            };
+            count += 1;
+        });
+        Some(GuestHead {
+            pieces,
+            _ram: PhantomData,
+        })
     }
 
     /// Copies `data` to `offset` bytes from the front without taking anything. Returns how many fitted.
@@ -710,6 +755,25 @@ mod tests {
             .read_slice(&mut all, GuestAddress(0x1ffd))
             .unwrap();
         assert_eq!(&all, b"abC1EF");
+    }
+
+    #[test]
+    fn a_head_is_written_after_the_rest() {
+        let ram = ram();
+        let mut list = SegmentList::default();
+        ram.resolve(GuestAddress(0x1ffe), 3, &mut list).unwrap();
+        ram.resolve(GuestAddress(0x100), 4, &mut list).unwrap();
+        let mut buffers = list.buffers(&ram);
+        let head = buffers.reserve::<4>().unwrap();
+        assert_eq!((buffers.len(), buffers.write(b"xyz")), (3, 3));
+        head.set(b"abcd");
+        assert!(buffers.reserve::<1>().is_none());
+        let mut bytes = [0; 3];
+        ram.map().read_slice(&mut bytes, GuestAddress(0x1ffe)).unwrap();
+        assert_eq!(&bytes, b"abc");
+        let mut bytes = [0; 4];
+        ram.map().read_slice(&mut bytes, GuestAddress(0x100)).unwrap();
+        assert_eq!(&bytes, b"dxyz");
     }
 
     #[test]

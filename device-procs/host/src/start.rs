@@ -138,7 +138,33 @@ impl<D: Device> Prepared<D> {
     }
 }
 
-/// A device in its jail, without a front end. Only [`Prepared::enter_jail`] makes one.
+/// A device of a stand-alone daemon, which builds its jail itself, around the tree that it serves.
+#[derive(Debug)]
+pub struct Standalone<D> {
+    device: D,
+    resources: Resources,
+}
+
+impl<D: Device> Standalone<D> {
+    /// Makes what cannot be made inside the jail.
+    ///
+    /// # Errors
+    /// As [`Prepared::new`].
+    pub fn new(device: D) -> Result<Self, ServeError> {
+        let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+        Ok(Self { device, resources })
+    }
+
+    /// The process is in its jail now, as `_jail` proves.
+    pub fn locked(self, _jail: &ozone::tree::Locked) -> Jailed<D> {
+        Jailed {
+            device: self.device,
+            resources: self.resources,
+        }
+    }
+}
+
+/// A device in its jail, without a front end. Only [`Prepared::enter_jail`] and [`Standalone::locked`] make one.
 #[derive(Debug)]
 pub struct Jailed<D> {
     device: D,

@@ -127,6 +127,20 @@ pub(crate) fn clear() -> Result<(), Errno> {
     sys::clear_capabilities()
 }
 
+/// Leaves the calling thread no capability but those in the bit set `kept`, as effective and permitted, and nothing for what
+/// it executes. Says whether the bounding set could be reduced to them and the securebits be locked, which takes a capability.
+pub(crate) fn keep(kept: u64) -> Result<bool, Errno> {
+    let list: Vec<u8> = (0..64).filter(|c| kept & 1 << c != 0).collect();
+    let sealed = seal_but(&list).and_then(|()| sys::set_securebits(SECUREBITS));
+    sys::clear_ambient_set()?;
+    sys::set_capabilities(CapSets {
+        effective: kept,
+        permitted: kept,
+        inheritable: 0,
+    })?;
+    Ok(sealed.is_ok())
+}
+
 /// What the calling thread has in each of its five sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FiveSets {

@@ -116,6 +116,36 @@ pub(crate) fn map_self(outside: Identity) -> Result<(), Errno> {
     put(me(), "gid_map", line(outside.gid)?.bytes())
 }
 
+/// The parent's half for a child that works with the files of many users: every id that the caller has is the same one
+/// inside. Takes the same capabilities as [`map_child`].
+pub(crate) fn map_child_alike(child: libc::pid_t) -> Result<(), Errno> {
+    for file in ["uid_map", "gid_map"] {
+        let own = std::fs::read_to_string(format!("/proc/self/{file}"))
+            .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+        let mut text = String::new();
+        for line in own.lines() {
+            let mut words = line.split_whitespace();
+            if let (Some(inside), Some(_), Some(count)) = (words.next(), words.next(), words.next())
+            {
+                // Writing to a string does not fail.
+                let _ = writeln!(text, "{inside} {inside} {count}");
+            }
+        }
+        put(format_args!("{child}"), file, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The child's half without privileges, for a child that serves as user 0 inside: its only user and group are the caller's.
+pub(crate) fn map_self_to_root(outside: Identity) -> Result<(), Errno> {
+    sys::set_dumpable(true)?; // or /proc/self belongs to root
+    let line = |id: u32| Text::new(format_args!("0 {id} 1\n"));
+    let me = || format_args!("self");
+    put(me(), "setgroups", b"deny")?;
+    put(me(), "uid_map", line(outside.uid)?.bytes())?;
+    put(me(), "gid_map", line(outside.gid)?.bytes())
+}
+
 /// Whether supplementary groups are left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Groups {

@@ -5,8 +5,8 @@
 
 use crate::layer::{Layer, LayerReport, State};
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset,
-    RulesetAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, PathBeneath,
+    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 /// What the kernel enforces.
@@ -32,6 +32,49 @@ pub(crate) fn deny_all() -> Result<LandlockReport, RulesetError> {
         .handle_access(AccessNet::from_all(newest))?
         .scope(Scope::from_all(newest))?
         .create()?
+        .restrict_self()?;
+    let abi = match status.landlock {
+        LandlockStatus::Available {
+            effective_abi,
+            kernel_abi,
+        } => kernel_abi.unwrap_or(effective_abi as i32),
+        LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
+    };
+    let enforced = status.ruleset != RulesetStatus::NotEnforced;
+    Ok(report(if enforced { abi } else { 0 }))
+}
+
+/// As [`deny_all`], but leaves the files of `tree`: with `readonly` for reading, else for everything but executing, devices
+/// and device ioctls. A kernel whose Landlock has no right for it (ABI 1) refuses every rename between folders.
+pub(crate) fn only_tree(
+    tree: std::os::fd::BorrowedFd<'_>,
+    readonly: bool,
+) -> Result<LandlockReport, RulesetError> {
+    let newest = ABI::V9;
+    let all = AccessFs::from_all(newest);
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let allowed = if readonly {
+        read
+    } else {
+        read | AccessFs::WriteFile
+            | AccessFs::Truncate
+            | AccessFs::Refer
+            | AccessFs::MakeReg
+            | AccessFs::MakeDir
+            | AccessFs::MakeSym
+            | AccessFs::MakeFifo
+            | AccessFs::MakeSock
+            | AccessFs::MakeChar // a whiteout of overlayfs is one; the mount's nodev makes all others useless
+            | AccessFs::RemoveFile
+            | AccessFs::RemoveDir
+    };
+    let status = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(all)?
+        .handle_access(AccessNet::from_all(newest))?
+        .scope(Scope::from_all(newest))?
+        .create()?
+        .add_rule(PathBeneath::new(tree, allowed))?
         .restrict_self()?;
     let abi = match status.landlock {
         LandlockStatus::Available {

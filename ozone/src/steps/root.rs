@@ -45,6 +45,30 @@ pub(crate) fn empty(shared_with_host: bool) -> Result<(), Errno> {
     sys::chdir_root()
 }
 
+/// Makes the tree at `path` the root: a copy of its mounts, in which no file is a device, a program or gives rights, and with
+/// `readonly` nothing can be written. Returns the new root.
+pub(crate) fn shared_tree(
+    path: &std::ffi::CStr,
+    readonly: bool,
+    shared_with_host: bool,
+) -> Result<std::os::fd::OwnedFd, Errno> {
+    if shared_with_host {
+        root::make_private()?;
+    }
+    let tree = crate::sys::tree::clone_path(path, true)?;
+    let mut attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+    if readonly {
+        attributes |= MOUNT_ATTR_RDONLY;
+    }
+    crate::sys::tree::restrict_below(tree.as_fd(), attributes)?;
+    root::move_mount_to_root(tree.as_fd())?;
+    sys::fchdir(tree.as_fd())?;
+    root::pivot_root_here()?;
+    root::detach_here()?;
+    sys::chdir_root()?;
+    Ok(tree)
+}
+
 /// Why the root is not the empty one of [`empty()`].
 pub(crate) fn fault() -> Result<Option<&'static str>, Errno> {
     const TMPFS: i64 = 0x0102_1994; // include/uapi/linux/magic.h

@@ -98,6 +98,12 @@ pub(crate) fn move_mount_to_root(mount: BorrowedFd<'_>) -> Result<(), Errno> {
     })
 }
 
+/// Makes the working folder the root.
+pub(crate) fn chroot_here() -> Result<(), Errno> {
+    // SAFETY: a terminated string.
+    check(unsafe { libc::syscall(libc::SYS_chroot, c".".as_ptr()) })
+}
+
 /// Makes the mount that the working folder is on the root, and puts the old root over it.
 pub(crate) fn pivot_root_here() -> Result<(), Errno> {
     let here = c".".as_ptr();

@@ -9,6 +9,7 @@ use std::{
 
 // include/uapi/linux/mount.h
 const OPEN_TREE_CLONE: c_uint = 1;
+const AT_RECURSIVE: c_uint = 0x8000;
 const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 4;
 /// Mount attribute: ids on the file system are shown through a user namespace's map.
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
@@ -30,6 +31,35 @@ pub(crate) fn clone_at(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let (file, here) = (file.as_raw_fd(), c"".as_ptr());
     // SAFETY: a terminated string.
     descriptor(unsafe { libc::syscall(libc::SYS_open_tree, file, here, flags) })
+}
+
+/// A copy of the mount at `path`, attached nowhere; with `recursive`, of the mounts below it too.
+pub(crate) fn clone_path(path: &CStr, recursive: bool) -> Result<OwnedFd, Errno> {
+    let below = if recursive { AT_RECURSIVE } else { 0 };
+    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC as c_uint | below;
+    // SAFETY: a terminated string.
+    descriptor(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
+}
+
+/// Adds attributes to a mount and to all below it, and cuts them off from the mounts they were copied from.
+pub(crate) fn restrict_below(mount: BorrowedFd<'_>, attributes: c_uint) -> Result<(), Errno> {
+    let attr = MountAttr {
+        set: u64::from(attributes),
+        propagation: libc::MS_PRIVATE,
+        ..MountAttr::default()
+    };
+    let flags = libc::AT_EMPTY_PATH as c_uint | AT_RECURSIVE;
+    // SAFETY: a terminated string and a structure of the size that is told.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    })
 }
 
 /// Sets attributes of an unattached mount and cuts it off from the mounts it was copied from; with

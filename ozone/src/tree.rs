@@ -1,0 +1,446 @@
+//! A jail for a daemon that serves one tree of files.
+//!
+//! Job: [`enter`] forks a process whose root is the shared tree, in namespaces of its own; [`Inside::lock`] then takes every
+//! right away from it that serving the tree does not need.
+//! Not trusted: the process inside, once it serves. The tree's contents are not looked at here.
+//! Why this way: a daemon that many front ends can use is started by a person or a manager, not by the broker, so it builds
+//! its jail itself. The process outside keeps nothing but the end of a pipe and waits; it reads nothing that the other writes.
+//! Started by root, the jail has a user namespace in which all ids stay what they are, so that files can be given to any user
+//! while the capabilities for it mean nothing outside of the tree.
+
+use crate::{
+    layer::{Layer, LayerReport, State},
+    steps::{
+        caps, dumpable,
+        idmap::{self, Identity},
+        landlock, namespaces, no_new_privs, parent_death, root, threads,
+    },
+    sys::{
+        process::{self as sys, Fork},
+        root as mounts,
+        tree::clone_path,
+    },
+};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open},
+    sys::{
+        signal::{SigSet, Signal},
+        socket::{AddressFamily, SockFlag, SockType, socketpair},
+        stat::Mode,
+        wait::{Id, WaitPidFlag, WaitStatus, waitid},
+    },
+    unistd,
+};
+use std::{
+    ffi::{CString, c_int},
+    fmt::Write as _,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::unix::ffi::OsStrExt,
+    path::Path,
+};
+
+/// How the tree becomes the root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// By pivot_root(2) in new namespaces.
+    #[default]
+    Namespace,
+    /// By chroot(2), for hosts that allow no namespaces.
+    Chroot,
+}
+
+/// What is wanted.
+#[derive(Debug, Clone)]
+pub struct Wanted<'a> {
+    /// The tree.
+    pub source: &'a Path,
+    /// How it becomes the root.
+    pub kind: Kind,
+    /// Nothing in it may be written.
+    pub readonly: bool,
+    /// Capabilities that are kept if the caller has them, one bit each.
+    pub capabilities: u64,
+    /// Make a user namespace even though the caller is root. Capabilities that the kernel looks for in the host's namespace
+    /// (`MKNOD`, `SYS_ADMIN`) do not work in it.
+    pub own_users: bool,
+}
+
+/// Why there is no jail.
+#[derive(Debug, thiserror::Error)]
+pub enum TreeError {
+    /// Other threads would not be in it.
+    #[error("the jail must be entered before threads are started; there are {0}")]
+    Threads(u64),
+    /// The path has a NUL in it.
+    #[error("the shared folder's path cannot be given to the kernel")]
+    Path,
+    /// A step failed.
+    #[error("sandbox: {what}")]
+    Step {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: Errno,
+    },
+    /// Landlock's calls failed in a way that an old kernel does not explain.
+    #[error("sandbox: Landlock")]
+    Landlock(#[from] ::landlock::RulesetError),
+}
+
+fn step(what: &'static str) -> impl FnOnce(Errno) -> TreeError {
+    move |source| TreeError::Step { what, source }
+}
+
+/// Which process this is after [`enter`].
+#[derive(Debug)]
+pub enum Side {
+    /// The one outside, which has nothing more to do than to wait.
+    Outside(Outside),
+    /// The one inside.
+    Inside(Inside),
+}
+
+/// The process outside.
+#[derive(Debug)]
+pub struct Outside {
+    child: OwnedFd,
+    signals: SigSet,
+    /// Its closing tells the child that this process is gone.
+    _lifeline: OwnedFd,
+}
+
+/// How the process inside ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this status.
+    Exited(i32),
+    /// By this signal; `SIGSYS` is its system call filter.
+    Killed(Signal),
+    /// By this process, which was told to end.
+    Stopped(Signal),
+}
+
+impl Outside {
+    /// Waits until the process inside ends, or ends it when this one is told to.
+    ///
+    /// # Errors
+    /// Waiting is not possible; the process inside then ends with this one.
+    pub fn wait(self) -> Result<Ended, TreeError> {
+        loop {
+            let signal = self.signals.wait().map_err(step("waiting for signals"))?;
+            if signal != Signal::SIGCHLD {
+                // It may have ended by itself meanwhile.
+                let _ = sys::kill(self.child.as_fd());
+                self.reap(WaitPidFlag::WEXITED)?;
+                return Ok(Ended::Stopped(signal));
+            }
+            match self.reap(WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG)? {
+                WaitStatus::Exited(_, status) => return Ok(Ended::Exited(status)),
+                WaitStatus::Signaled(_, signal, _) => return Ok(Ended::Killed(signal)),
+                _ => {}
+            }
+        }
+    }
+
+    fn reap(&self, flags: WaitPidFlag) -> Result<WaitStatus, TreeError> {
+        waitid(Id::PIDFd(self.child.as_fd()), flags).map_err(step("waiting for the process inside"))
+    }
+}
+
+/// The process inside, which still has all capabilities of its namespaces.
+#[derive(Debug)]
+pub struct Inside {
+    /// The tree's root.
+    pub tree: OwnedFd,
+    /// `/proc/self/fd`, as a mount of its own where the host allows that.
+    pub own_fds: OwnedFd,
+    /// Readable when the process outside is gone; `None` without one.
+    pub lifeline: Option<OwnedFd>,
+    /// Whether every user and group of the caller exists inside.
+    pub all_users: bool,
+    layers: Vec<LayerReport>,
+    readonly: bool,
+    capabilities: u64,
+}
+
+/// Proof that this process is in a jail around a tree. Only [`Inside::lock`] makes one.
+#[derive(Debug)]
+pub struct Locked {
+    layers: Vec<LayerReport>,
+    capabilities: u64,
+}
+
+impl Locked {
+    /// The layers of the jail.
+    #[must_use]
+    pub fn layers(&self) -> &[LayerReport] {
+        &self.layers
+    }
+
+    /// The capabilities that are left, one bit each.
+    #[must_use]
+    pub fn capabilities(&self) -> u64 {
+        self.capabilities
+    }
+}
+
+/// Builds the jail and starts the process inside.
+///
+/// # Errors
+/// [`TreeError`], on the side where it happened.
+pub fn enter(wanted: &Wanted<'_>) -> Result<Side, TreeError> {
+    match threads::count().map_err(step("counting threads"))? {
+        1 => {}
+        more => return Err(TreeError::Threads(more)),
+    }
+    let path = CString::new(wanted.source.as_os_str().as_bytes()).map_err(|_| TreeError::Path)?;
+    match wanted.kind {
+        Kind::Namespace => with_namespaces(wanted, &path),
+        Kind::Chroot => with_chroot(wanted, &path).map(Side::Inside),
+    }
+}
+
+/// Capabilities without which a user namespace cannot be given all ids.
+const MAPPING: u64 = 1 << 6 | 1 << 7; // CAP_SETGID, CAP_SETUID
+
+fn with_namespaces(wanted: &Wanted<'_>, path: &CString) -> Result<Side, TreeError> {
+    let own = caps::read()
+        .map_err(step("reading capabilities"))?
+        .main
+        .permitted;
+    let privileged = unistd::geteuid().is_root() && own & MAPPING == MAPPING;
+    let identity = Identity {
+        uid: unistd::geteuid().as_raw(),
+        gid: unistd::getegid().as_raw(),
+    };
+    let new_users = !privileged || wanted.own_users;
+    let (lifeline, childs_end) = socketpair(
+        AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(step("making a socket pair"))?;
+    let mut signals = SigSet::empty();
+    for signal in [
+        Signal::SIGCHLD,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+    ] {
+        signals.add(signal);
+    }
+    signals.thread_block().map_err(step("blocking signals"))?;
+    let me = sys::own_pidfd().map_err(step("opening a pidfd"))?;
+    let mut flags = libc::CLONE_NEWPID;
+    if new_users {
+        flags |= libc::CLONE_NEWUSER;
+    }
+    match sys::fork(flags).map_err(step("making a process in new namespaces"))? {
+        Fork::Parent { pid, pidfd } => {
+            drop(childs_end);
+            if new_users && privileged {
+                idmap::map_child_alike(pid).map_err(step("mapping users"))?;
+            }
+            unistd::write(&lifeline, b"1").map_err(step("telling the process inside"))?;
+            // What is left to do needs no right.
+            caps::clear().map_err(step("dropping capabilities"))?;
+            no_new_privs::set().map_err(step("setting no_new_privs"))?;
+            Ok(Side::Outside(Outside {
+                child: pidfd,
+                signals,
+                _lifeline: lifeline,
+            }))
+        }
+        Fork::Child => {
+            drop(lifeline);
+            SigSet::empty()
+                .thread_set_mask()
+                .map_err(step("unblocking signals"))?;
+            parent_death::follow(me.as_raw_fd()).map_err(step("following the process outside"))?;
+            drop(me);
+            if !sys::await_byte(childs_end.as_raw_fd()).map_err(step("waiting for users"))? {
+                return Err(step("waiting for users")(Errno::ESRCH));
+            }
+            if new_users && !privileged {
+                idmap::map_self_to_root(identity).map_err(step("mapping users"))?;
+            }
+            let mut inside = enter_namespaces(wanted, path, new_users)?;
+            inside.lifeline = Some(childs_end);
+            inside.all_users = privileged;
+            Ok(Side::Inside(inside))
+        }
+    }
+}
+
+fn enter_namespaces(
+    wanted: &Wanted<'_>,
+    path: &CString,
+    new_users: bool,
+) -> Result<Inside, TreeError> {
+    let mut layers = Vec::new();
+    let mut note = |layer, state| layers.push(LayerReport { layer, state });
+    note(
+        Layer::UserNamespace,
+        if new_users {
+            State::On
+        } else {
+            State::Lacking("capabilities of the host's namespace were asked for")
+        },
+    );
+    note(Layer::PidNamespace, State::On);
+    let entered: c_int = namespaces::enter(|layer, errno| note(layer, State::Off(errno)));
+    if entered & libc::CLONE_NEWNS == 0 {
+        return Err(step("making a mount namespace")(Errno::EPERM));
+    }
+    for (flag, layer) in namespaces::LATER {
+        if entered & flag != 0 {
+            note(layer, State::On);
+        }
+    }
+    if entered & libc::CLONE_NEWUTS != 0 {
+        namespaces::hide_hostname().map_err(step("setting the host name"))?;
+    }
+    let own_fds = own_fds()?;
+    let tree = root::shared_tree(path, wanted.readonly, !new_users)
+        .map_err(step("making the shared folder the root"))?;
+    Ok(Inside {
+        tree,
+        own_fds,
+        lifeline: None,
+        all_users: false,
+        layers,
+        readonly: wanted.readonly,
+        capabilities: wanted.capabilities,
+    })
+}
+
+/// `/proc/self/fd` without a way to the rest of `/proc`, where mounts can be copied.
+fn own_fds() -> Result<OwnedFd, TreeError> {
+    match clone_path(c"/proc/self/fd", false) {
+        Ok(fd) => Ok(fd),
+        Err(Errno::EPERM | Errno::EINVAL | Errno::ENOSYS) => open(
+            c"/proc/self/fd",
+            OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(step("opening /proc/self/fd")),
+        Err(errno) => Err(step("opening /proc/self/fd")(errno)),
+    }
+}
+
+fn with_chroot(wanted: &Wanted<'_>, path: &CString) -> Result<Inside, TreeError> {
+    let own_fds = own_fds()?;
+    let tree = open(
+        path.as_c_str(),
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(step("opening the shared folder"))?;
+    sys::fchdir(tree.as_fd()).map_err(step("entering the shared folder"))?;
+    mounts::chroot_here().map_err(step("chroot (it needs CAP_SYS_CHROOT)"))?;
+    sys::chdir_root().map_err(step("entering the shared folder"))?;
+    let own = caps::read()
+        .map_err(step("reading capabilities"))?
+        .main
+        .permitted;
+    let lacking = |layer| LayerReport {
+        layer,
+        state: State::Lacking("chroot was asked for"),
+    };
+    Ok(Inside {
+        tree,
+        own_fds,
+        lifeline: None,
+        all_users: unistd::geteuid().is_root() && own & MAPPING == MAPPING,
+        layers: vec![
+            lacking(Layer::UserNamespace),
+            lacking(Layer::MountNamespace),
+        ],
+        readonly: wanted.readonly,
+        capabilities: wanted.capabilities,
+    })
+}
+
+impl Inside {
+    /// Gives up all other rights for good: capabilities, new privileges, files outside of the tree, TCP, signals to others.
+    ///
+    /// # Errors
+    /// [`TreeError`]; the process should then end.
+    pub fn lock(&mut self) -> Result<Locked, TreeError> {
+        let mut layers = std::mem::take(&mut self.layers);
+        let mut note = |layer, state| layers.push(LayerReport { layer, state });
+        if self.all_users {
+            match sys::drop_groups() {
+                Ok(()) => note(Layer::Identity, State::On),
+                Err(errno) => note(Layer::Identity, State::Off(errno)),
+            }
+        }
+        let have = caps::read()
+            .map_err(step("reading capabilities"))?
+            .main
+            .permitted;
+        let kept = have & self.capabilities;
+        let sealed = match caps::keep(kept).map_err(step("dropping capabilities"))? {
+            true => State::On,
+            false => State::Partly("the bounding set cannot be reduced without CAP_SETPCAP"),
+        };
+        let left = caps::read().map_err(step("reading capabilities"))?.main;
+        if left.permitted | left.effective != kept || left.inheritable != 0 {
+            return Err(step("dropping capabilities")(Errno::EPERM));
+        }
+        note(Layer::Capabilities, sealed);
+        no_new_privs::set().map_err(step("setting no_new_privs"))?;
+        note(Layer::NoNewPrivileges, State::On);
+        if !dumpable::switch_off().map_err(step("switching dumps off"))? {
+            return Err(step("switching dumps off")(Errno::EPERM));
+        }
+        note(Layer::NotDumpable, State::On);
+        let landlock = landlock::only_tree(self.tree.as_fd(), self.readonly)?;
+        layers.extend(landlock.layers);
+        Ok(Locked {
+            layers,
+            capabilities: kept,
+        })
+    }
+}
+
+/// The number of a capability by its name without `CAP_`, as of Linux 5.9 (include/uapi/linux/capability.h).
+#[must_use]
+pub fn capability(name: &str) -> Option<u32> {
+    caps::by_name(&format!("CAP_{name}")).map(u32::from)
+}
+
+/// The layers that are missing or partial, for a log.
+#[must_use]
+pub fn describe_missing(layers: &[LayerReport]) -> Option<String> {
+    let mut text = String::new();
+    for layer in layers.iter().filter(|l| !l.is_on()) {
+        let separator = if text.is_empty() { "" } else { "; " };
+        // Writing to a string does not fail.
+        let _ = write!(text, "{separator}{layer}");
+    }
+    (!text.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_have_the_kernels_numbers() {
+        for (name, number) in [
+            ("CHOWN", 0),
+            ("SETUID", 7),
+            ("SYS_ADMIN", 21),
+            ("MKNOD", 27),
+            ("SETFCAP", 31),
+        ] {
+            assert_eq!(capability(name), Some(number), "{name}");
+        }
+        assert_eq!(capability("CHECKPOINT_RESTORE"), Some(40));
+        assert_eq!(capability("CAP_CHOWN"), None);
+        assert_eq!(capability("chown"), None);
+    }
+}

@@ -1,0 +1,318 @@
+//! From options to serving.
+//!
+//! **Job.** Opens the log and the socket, enters the jail, waits for the front end, shuts the jail, serves it, ends.
+//! **Who is not trusted.** The front end and the guest, from the moment the front end is connected; by then the process inside
+//! has lost every right but those on the tree, and its first message is read behind the system call filter.
+//! **Why this way.** One daemon serves one front end and ends with it, so that no guest inherits another's state.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use device_host::{ServeError, Standalone};
+use fs_device::FsDevice;
+use fs_device::passthrough::{Config, OwnFds, Passthrough};
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::stat::{Mode, umask};
+use ozone::tree::{self, Ended, Inside, Side, TreeError, Wanted};
+use seccomp_policies::{Action, Policy};
+use thiserror::Error;
+
+use crate::cli::{LogTo, Options, Seccomp, Socket};
+use crate::inherited;
+
+/// Descriptors that are not for the guest's files: the socket, queues, memory while it is mapped, the log.
+const RESERVED: u64 = 128;
+/// Descriptors when nothing is said; less if the host allows less.
+const DEFAULT_NOFILE: u64 = 1_000_000;
+
+// include/uapi/linux/capability.h
+const CHOWN: u64 = 1;
+const DAC_OVERRIDE: u64 = 1 << 1;
+const DAC_READ_SEARCH: u64 = 1 << 2;
+const FOWNER: u64 = 1 << 3;
+const FSETID: u64 = 1 << 4;
+const SETGID: u64 = 1 << 6;
+const SETUID: u64 = 1 << 7;
+const LINUX_IMMUTABLE: u64 = 1 << 9;
+const SYS_ADMIN: u64 = 1 << 21;
+const SYS_RESOURCE: u64 = 1 << 24;
+const MKNOD: u64 = 1 << 27;
+const SETFCAP: u64 = 1 << 31;
+/// These count in the host's user namespace only.
+const OF_THE_HOST: u64 = LINUX_IMMUTABLE | SYS_ADMIN | SYS_RESOURCE | MKNOD;
+
+#[derive(Debug, Error)]
+enum DaemonError {
+    #[error("-source {0}")]
+    Source(PathBuf, #[source] io::Error),
+    #[error("-source {0}: not a folder")]
+    NoFolder(PathBuf),
+    #[error("-D {0}")]
+    Log(PathBuf, #[source] io::Error),
+    #[error("-socket-path {0}")]
+    Socket(PathBuf, #[source] io::Error),
+    #[error("-socket-path {0}: another process listens there")]
+    InUse(PathBuf),
+    #[error("-socket-path {0}: exists and is no socket")]
+    NoSocket(PathBuf),
+    #[error("-fd {0}: not an open unix stream socket")]
+    Fd(i32, #[source] Errno),
+    #[error("-rlimit-nofile {wanted}: the host allows {allowed}")]
+    Limit { wanted: u64, allowed: u64 },
+    #[error("resource limits")]
+    Limits(#[source] Errno),
+    #[error(transparent)]
+    Jail(#[from] TreeError),
+    #[error("shared folder")]
+    Tree(#[source] Errno),
+    #[error("-tag does not fit")]
+    Tag,
+    #[error("waiting for the front end")]
+    Accept(#[source] io::Error),
+    #[error(transparent)]
+    Seccomp(#[from] seccomp_policies::Error),
+    #[error("serving")]
+    Serve(#[from] ServeError),
+}
+
+/// A front end that will come, or one that is here.
+#[derive(Debug)]
+enum FrontEnd {
+    Listening(UnixListener),
+    Connected(UnixStream),
+}
+
+impl FrontEnd {
+    fn wait(self) -> io::Result<UnixStream> {
+        match self {
+            Self::Listening(listener) => listener.accept().map(|(stream, _)| stream),
+            Self::Connected(stream) => Ok(stream),
+        }
+    }
+}
+
+/// Shares the folder until the front end leaves.
+pub(crate) fn run(options: &Options) -> ExitCode {
+    match start(options) {
+        Ok(code) => code,
+        Err(error) => {
+            let mut line = error.to_string();
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                // Writing to a string does not fail.
+                let _ = write!(line, ": {error}");
+                cause = error.source();
+            }
+            if matches!(options.log, LogTo::Stderr) || matches!(error, DaemonError::Log(..)) {
+                eprintln!("vhost_user_fs: {line}");
+            } else {
+                ipc::log::error!("{line}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(options: &Options) -> Result<ExitCode, DaemonError> {
+    // First, since its number must not be given to anything else.
+    let inherited = match options.socket {
+        Socket::Fd(fd) => Some(inherited::take(fd).map_err(|errno| DaemonError::Fd(fd, errno))?),
+        Socket::Path(_) => None,
+    };
+    let log = open_log(&options.log)?;
+    ipc::log::init("vhost_user_fs", options.log_level, log);
+    let source = std::fs::canonicalize(&options.source)
+        .map_err(|error| DaemonError::Source(options.source.clone(), error))?;
+    if !source.is_dir() {
+        return Err(DaemonError::NoFolder(source));
+    }
+    let front_end = match (&options.socket, inherited) {
+        (Socket::Path(path), _) => FrontEnd::Listening(listen(path)?),
+        (Socket::Fd(fd), socket) => {
+            take_socket(socket.ok_or(Errno::EBADF)).map_err(|e| DaemonError::Fd(*fd, e))?
+        }
+    };
+    let descriptors = limit_descriptors(options.rlimit_nofile)?;
+    let capabilities = capabilities(options);
+    let wanted = Wanted {
+        source: &source,
+        kind: options.sandbox,
+        readonly: options.readonly,
+        capabilities,
+        own_users: options.add_caps & OF_THE_HOST == 0,
+    };
+    match tree::enter(&wanted)? {
+        Side::Outside(outside) => {
+            drop(front_end);
+            let ended = outside.wait()?;
+            if let Socket::Path(path) = &options.socket {
+                // It may be gone, or belong to the next daemon's preparations by now; neither is a fault.
+                let _ = std::fs::remove_file(path);
+            }
+            Ok(exit_code(ended))
+        }
+        Side::Inside(inside) => serve(options, inside, front_end, descriptors),
+    }
+}
+
+fn exit_code(ended: Ended) -> ExitCode {
+    match ended {
+        Ended::Exited(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+        Ended::Killed(signal) => {
+            ipc::log::error!("the serving process was killed by {signal}");
+            // As shells do: signal numbers have 7 bits.
+            ExitCode::from(128 + signal as u8)
+        }
+        Ended::Stopped(_) => ExitCode::SUCCESS,
+    }
+}
+
+/// Inside of the jail: locks it and serves.
+fn serve(
+    options: &Options,
+    mut inside: Inside,
+    front_end: FrontEnd,
+    descriptors: usize,
+) -> Result<ExitCode, DaemonError> {
+    let all_users = inside.all_users;
+    let locked = inside.lock()?;
+    if let Some(missing) = tree::describe_missing(locked.layers()) {
+        ipc::log::warn!("sandbox: {missing}");
+    }
+    let switching = SETUID | SETGID;
+    let switch_user = all_users && locked.capabilities() & switching == switching;
+    if !switch_user && !options.readonly {
+        ipc::log::info!("all new files belong to the user of this process");
+    }
+    let config = Config {
+        cache: options.cache,
+        writeback: options.writeback,
+        readonly: options.readonly,
+        xattr: options.xattr,
+        posix_acl: options.posix_acl,
+        announce_submounts: options.announce_submounts,
+        readdirplus: options.readdirplus,
+        posix_lock: options.posix_lock,
+        flock: options.flock,
+        allow_mmap: options.allow_mmap,
+        switch_user,
+        descriptors,
+        ..Config::default()
+    };
+    let own = OwnFds::new(inside.own_fds);
+    let tree = Passthrough::new(inside.tree, own, config).map_err(DaemonError::Tree)?;
+    let device = FsDevice::new(tree, &options.tag)
+        .ok_or(DaemonError::Tag)?
+        .with_lifeline(inside.lifeline);
+    let prepared = Standalone::new(device)?;
+    let stream = front_end.wait().map_err(DaemonError::Accept)?;
+    let action = match options.seccomp {
+        Seccomp::Allow => None,
+        Seccomp::Kill => Some(Action::Kill),
+        Seccomp::Log => Some(Action::Log),
+        Seccomp::Trap => Some(Action::Trap),
+    };
+    if action != Some(Action::Kill) {
+        ipc::log::warn!("-seccomp: unexpected system calls do not end this process");
+    }
+    if let Some(action) = action {
+        seccomp_policies::install(Policy::VhostUserFs, action)?;
+    }
+    prepared.locked(&locked).serve(stream)?.run()?;
+    ipc::log::info!("the front end left");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the options need, with the user's changes.
+fn capabilities(options: &Options) -> u64 {
+    let mut needed = if options.readonly {
+        DAC_READ_SEARCH
+    } else {
+        CHOWN | DAC_OVERRIDE | FOWNER | FSETID | SETGID | SETUID
+    };
+    if options.xattr && !options.readonly {
+        needed |= SETFCAP;
+    }
+    (needed | options.add_caps) & !options.drop_caps
+}
+
+fn open_log(to: &LogTo) -> Result<OwnedFd, DaemonError> {
+    match to {
+        LogTo::Stderr => io::stderr()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|error| DaemonError::Log("standard error".into(), error)),
+        LogTo::File(path) => OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(path)
+            .map(OwnedFd::from)
+            .map_err(|error| DaemonError::Log(path.clone(), error)),
+    }
+}
+
+/// Listens at `path`, for this user only. A socket that nobody listens at any more is replaced.
+fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
+    let failed = |error| DaemonError::Socket(path.to_owned(), error);
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(DaemonError::NoSocket(path.to_owned()));
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(failed)?;
+            }
+            _ => return Err(DaemonError::InUse(path.to_owned())),
+        },
+        Err(_) => {}
+    }
+    let before = umask(Mode::from_bits_truncate(0o077));
+    let listener = UnixListener::bind(path).map_err(failed);
+    umask(before);
+    listener
+}
+
+fn take_socket(socket: Result<OwnedFd, Errno>) -> Result<FrontEnd, Errno> {
+    let socket = socket?;
+    // Fails for what is no socket.
+    if getsockopt(&socket, sockopt::AcceptConn)? {
+        Ok(FrontEnd::Listening(socket.into()))
+    } else {
+        Ok(FrontEnd::Connected(socket.into()))
+    }
+}
+
+/// Sets the limit of open descriptors; returns how many the guest may hold.
+fn limit_descriptors(wanted: Option<u64>) -> Result<usize, DaemonError> {
+    let resource = Resource::RLIMIT_NOFILE;
+    let (_, hard) = getrlimit(resource).map_err(DaemonError::Limits)?;
+    let limit = match wanted {
+        Some(wanted) => setrlimit(resource, wanted, wanted)
+            .map(|()| wanted)
+            .map_err(|_| DaemonError::Limit {
+                wanted,
+                allowed: hard,
+            })?,
+        // Root may raise it; otherwise the hard limit is what there is.
+        None => match setrlimit(resource, DEFAULT_NOFILE, DEFAULT_NOFILE) {
+            Ok(()) => DEFAULT_NOFILE,
+            Err(_) => {
+                let limit = hard.min(DEFAULT_NOFILE);
+                setrlimit(resource, limit, limit).map_err(DaemonError::Limits)?;
+                limit
+            }
+        },
+    };
+    // At most 2^30.
+    Ok(limit.saturating_sub(RESERVED) as usize)
+}

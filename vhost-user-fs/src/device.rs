@@ -1,0 +1,259 @@
+//! The virtio-fs device (virtio 1.3, 5.11).
+//!
+//! **Job.** Takes requests from the queues, copies their headers once, lets [`Passthrough`] do them and writes the replies.
+//! The data of `READ` and `WRITE` goes between the guest's own pages and the file, without a copy.
+//! **Who is not trusted.** The guest: lengths in headers are held against the buffers that are really there; replies never
+//! get larger than the room for them.
+//! **Why this way.** One thread does every request to its end before the next, so there is no order to get wrong and nothing
+//! left behind when a queue stops. The high-priority queue is served by the same code: what may wait there is the guest's
+//! business.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use device_host::{Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring};
+use nix::errno::Errno;
+
+use crate::fuse::decode::MAX_BODY;
+use crate::fuse::reply::{self, Put};
+use crate::fuse::wire::{IN_HEADER, OUT_HEADER, WRITE_IN, opcode};
+use crate::fuse::{Body, InHeader, decode};
+use crate::passthrough::{Outcome, Passthrough};
+
+/// Bytes of the name that the guest mounts by (virtio 1.3, 5.11.4).
+pub const TAG_BYTES: usize = 36;
+/// Request queues beside the high-priority one.
+pub const REQUEST_QUEUES: u16 = 8;
+/// Entries of a queue at most; a `WRITE` of 1 MiB needs 256 and a few.
+pub const QUEUE_SIZE: u16 = 1024;
+
+/// A shared tree as a device.
+#[derive(Debug)]
+pub struct FsDevice {
+    tree: Passthrough,
+    tag: [u8; TAG_BYTES],
+    /// Readable when the process that waits for this one is gone.
+    lifeline: Option<OwnedFd>,
+    /// The body of the request at hand.
+    body: Vec<u8>,
+    /// The body of its reply.
+    reply: Vec<u8>,
+}
+
+impl FsDevice {
+    /// Shares `tree` as `tag`; `None` if the tag has no bytes or more than [`TAG_BYTES`].
+    pub fn new(tree: Passthrough, tag: &str) -> Option<Self> {
+        let mut padded = [0; TAG_BYTES];
+        padded
+            .get_mut(..tag.len())
+            .filter(|room| !room.is_empty())?
+            .copy_from_slice(tag.as_bytes());
+        Some(Self {
+            tree,
+            tag: padded,
+            lifeline: None,
+            body: Vec::new(),
+            reply: Vec::new(),
+        })
+    }
+
+    /// Ends serving when `lifeline` becomes readable. The kernel's own way to die with a parent does not survive a change of
+    /// the user.
+    #[must_use]
+    pub fn with_lifeline(self, lifeline: Option<OwnedFd>) -> Self {
+        Self { lifeline, ..self }
+    }
+
+    /// Does one request; returns the bytes that were written for the guest.
+    fn serve(&mut self, mut readable: GuestBuffers<'_>, writable: GuestBuffers<'_>) -> u32 {
+        let mut head = [0; IN_HEADER];
+        if readable.read(&mut head) < IN_HEADER {
+            ipc::guest_warn!("request without a whole header");
+            return 0;
+        }
+        let header = InHeader::read(&head);
+        let announced = (header.len as usize).checked_sub(IN_HEADER);
+        let Some(len) = announced.filter(|len| *len <= readable.len()) else {
+            ipc::guest_warn!("request of {} bytes in smaller buffers", header.len);
+            return self.answer(&header, writable, Err(Errno::EIO));
+        };
+        readable.truncate(len);
+        let take = match header.opcode {
+            opcode::WRITE => len.min(WRITE_IN),
+            _ if len > MAX_BODY => return self.answer(&header, writable, Err(Errno::E2BIG)),
+            _ => len,
+        };
+        let mut body = std::mem::take(&mut self.body);
+        body.resize(take, 0);
+        readable.read(&mut body);
+        let written = self.serve_body(header, &body, readable, writable);
+        self.body = body;
+        written
+    }
+
+    fn serve_body(
+        &mut self,
+        header: InHeader,
+        body: &[u8],
+        data: GuestBuffers<'_>,
+        writable: GuestBuffers<'_>,
+    ) -> u32 {
+        self.reply.clear();
+        let request = match decode(header, body, self.tree.layout()) {
+            Ok(request) => request,
+            Err(errno) => return self.answer(&header, writable, Err(errno)),
+        };
+        match request.body {
+            Body::Read { fh, offset, size } => self.read(&header, (fh, offset, size), writable),
+            Body::Write {
+                fh,
+                offset,
+                size,
+                write_flags,
+            } => {
+                let result = self.write((fh, offset, size, write_flags), data);
+                self.answer(&header, writable, result)
+            }
+            _ => {
+                let room = writable.len().saturating_sub(OUT_HEADER);
+                match self.tree.serve(&request, &mut self.reply, room) {
+                    Ok(Outcome::Silent) => 0,
+                    Ok(Outcome::Reply) => self.answer(&header, writable, Ok(())),
+                    Err(errno) => self.answer(&header, writable, Err(errno)),
+                }
+            }
+        }
+    }
+
+    fn read(
+        &mut self,
+        header: &InHeader,
+        (fh, offset, size): (u64, u64, u32),
+        mut writable: GuestBuffers<'_>,
+    ) -> u32 {
+        let Some(head) = writable.reserve::<OUT_HEADER>() else {
+            ipc::guest_warn!("READ without room for a reply");
+            return 0;
+        };
+        writable.truncate(size as usize);
+        let result = i64::try_from(offset)
+            .map_err(|_| Errno::EINVAL)
+            .and_then(|offset| writable.fill_from_file(self.tree.readable(fh)?, offset));
+        let (len, error) = match result {
+            // At most `size`.
+            Ok(n) => (OUT_HEADER as u32 + n as u32, 0),
+            Err(errno) => (OUT_HEADER as u32, errno as i32),
+        };
+        head.set(&reply::header(len, error, header.unique));
+        len
+    }
+
+    fn write(
+        &mut self,
+        (fh, offset, size, flags): (u64, u64, u32, u32),
+        mut data: GuestBuffers<'_>,
+    ) -> Result<(), Errno> {
+        if data.len() < size as usize {
+            return Err(Errno::EIO);
+        }
+        data.truncate(size as usize);
+        let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
+        let written = data.send_to_file(self.tree.writable(fh, flags)?, offset)?;
+        // At most `size`.
+        self.reply.u32(written as u32).u32(0);
+        Ok(())
+    }
+
+    /// Writes header and body of a reply.
+    fn answer(
+        &mut self,
+        header: &InHeader,
+        mut writable: GuestBuffers<'_>,
+        result: Result<(), Errno>,
+    ) -> u32 {
+        if matches!(header.opcode, opcode::FORGET | opcode::BATCH_FORGET) {
+            return 0;
+        }
+        let body: &[u8] = match result {
+            Ok(()) => &self.reply,
+            Err(_) => &[],
+        };
+        let mut error = result.err().map_or(0, |errno| errno as i32);
+        let mut len = OUT_HEADER + body.len();
+        let mut body = body;
+        if len > writable.len() {
+            if writable.len() < OUT_HEADER {
+                ipc::guest_warn!("request {} without room for a reply", header.opcode);
+                return 0;
+            }
+            (body, len, error) = (&[], OUT_HEADER, libc::EIO);
+        }
+        // Replies have less than the 4 GiB that a chain may have.
+        let len = len as u32;
+        writable.write(&reply::header(len, error, header.unique));
+        writable.write(body);
+        len
+    }
+}
+
+impl Device for FsDevice {
+    fn features(&self) -> u64 {
+        // VIRTIO_FS_F_NOTIFICATION is not offered: this daemon has nothing to tell unasked.
+        0
+    }
+
+    fn num_queues(&self) -> u16 {
+        1 + REQUEST_QUEUES
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        QUEUE_SIZE
+    }
+
+    fn accept(&mut self, _features: u64) -> Result<(), HostFault> {
+        Ok(())
+    }
+
+    /// `struct virtio_fs_config`: the tag and the number of request queues, of which one thread needs only one.
+    fn read_config(&self, offset: usize, out: &mut [u8]) {
+        let mut space = [0; TAG_BYTES + 4];
+        space[..TAG_BYTES].copy_from_slice(&self.tag);
+        space[TAG_BYTES..].copy_from_slice(&1u32.to_le_bytes());
+        for (to, from) in out.iter_mut().zip(space.iter().skip(offset)) {
+            *to = *from;
+        }
+    }
+
+    fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
+        while let Some(chain) = ring.pop()? {
+            let Chain {
+                token,
+                readable,
+                writable,
+            } = chain;
+            let written = self.serve(readable, writable);
+            ring.complete(token, written)?;
+        }
+        Ok(())
+    }
+
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        self.lifeline.iter().map(AsFd::as_fd).collect()
+    }
+
+    fn interest(&self, _index: usize) -> Interest {
+        Interest::READ
+    }
+
+    fn backend_ready(
+        &mut self,
+        _index: usize,
+        _ready: Interest,
+        _rings: &mut [Ring],
+    ) -> Result<(), DeviceFault> {
+        Err(HostFault::of("waiting process: it is gone, so this")(Errno::ESRCH).into())
+    }
+
+    fn reset(&mut self) {
+        self.tree.clear();
+    }
+}

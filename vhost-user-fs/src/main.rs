@@ -1,0 +1,34 @@
+//! The daemon `vhost_user_fs`: shares a folder of the host with a guest (manual 2.17.2).
+
+mod cli;
+mod daemon;
+mod inherited;
+
+use std::process::ExitCode;
+
+use cli::Command;
+
+fn main() -> ExitCode {
+    let arguments = std::env::args_os().skip(1);
+    // Options are ASCII; a path that is no UTF-8 would be changed, so it is refused.
+    let words: Result<Vec<String>, _> = arguments.map(std::ffi::OsString::into_string).collect();
+    let Ok(words) = words else {
+        eprintln!("vhost_user_fs: arguments must be UTF-8");
+        return ExitCode::from(2);
+    };
+    match cli::parse(words.into_iter()) {
+        Ok(Command::Help) => {
+            print!("{}", cli::help());
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Version) => {
+            println!("vhost_user_fs {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Serve(options)) => daemon::run(&options),
+        Err(error) => {
+            eprintln!("vhost_user_fs: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Names: finding, making, moving and removing what they stand for.
+
+use std::ffi::CStr;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+
+use super::attributes::attr_of;
+use super::creds::AsUser;
+use super::inodes::Identity;
+use super::{Cache, Passthrough, sys, xattrs};
+use crate::fuse::reply::{self, Attr, Validity};
+use crate::fuse::wire::{flag, init};
+use crate::fuse::{InHeader, Name};
+
+const RENAME_FLAGS: u32 = libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT;
+
+impl Passthrough {
+    pub(super) fn lookup(
+        &mut self,
+        parent: u64,
+        name: Name<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        match self.find(parent, name) {
+            Ok((node, attr)) => self.put_entry(out, node, &attr),
+            // A guest that may keep everything may also keep that there is nothing.
+            Err(Errno::ENOENT) if self.config.cache == Cache::Always => {
+                self.put_entry(out, 0, &Attr::default());
+            }
+            Err(errno) => return Err(errno),
+        }
+        Ok(())
+    }
+
+    pub(super) fn put_entry(&self, out: &mut Vec<u8>, node: u64, attr: &Attr) {
+        reply::entry_out(out, node, self.config.cache.validity(), attr);
+    }
+
+    /// The file `name` of folder `parent`, counted as looked up once.
+    pub(super) fn find(&mut self, parent: u64, name: Name<'_>) -> Result<(u64, Attr), Errno> {
+        let folder = self.inodes.folder(parent)?;
+        let mount = folder.identity.mount;
+        // Most names are known already; then a look is enough and nothing is opened. The identity that it shows is that of a
+        // file in this very folder, as nothing is followed, and a known inode's identity is pinned by its descriptor.
+        let stat = sys::stat_at(folder.fd(), name)?;
+        if let Some(node) = self.inodes.find(Identity::of(&stat)) {
+            return Ok((node, self.entry_attr(&stat, mount)));
+        }
+        self.find_new(parent, name)
+    }
+
+    /// As [`find`](Self::find), for what is not known yet.
+    pub(super) fn find_new(&mut self, parent: u64, name: Name<'_>) -> Result<(u64, Attr), Errno> {
+        self.room()?;
+        let folder = self.inodes.folder(parent)?;
+        let mount = folder.identity.mount;
+        let fd = sys::open_beneath(folder.fd(), name, libc::O_PATH, 0)?;
+        let stat = sys::stat(fd.as_fd())?;
+        // Another name of the same file, or the file was exchanged since the first look.
+        let node = match self.inodes.find(Identity::of(&stat)) {
+            Some(node) => node,
+            None => self.inodes.insert(fd, &stat),
+        };
+        Ok((node, self.entry_attr(&stat, mount)))
+    }
+
+    fn entry_attr(&self, stat: &libc::statx, parent_mount: u64) -> Attr {
+        let mut attr = attr_of(stat);
+        let folder = attr.mode & libc::S_IFMT == libc::S_IFDIR;
+        if folder && stat.stx_mnt_id != parent_mount && self.agreed(init::SUBMOUNTS) {
+            attr.flags = flag::ATTR_SUBMOUNT;
+        }
+        attr
+    }
+
+    pub(super) fn read_link(&mut self, node: u64, out: &mut Vec<u8>) -> Result<(), Errno> {
+        let inode = self.inodes.get(node)?;
+        if inode.kind != libc::S_IFLNK {
+            return Err(Errno::EINVAL);
+        }
+        // PATH_MAX, and one byte more to see that nothing was cut.
+        out.resize(4097, 0);
+        let len = sys::read_link(inode.fd(), out)?;
+        if len > 4096 {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        out.truncate(len);
+        Ok(())
+    }
+
+    /// The permissions of a new file. With access control lists the guest sends its mask along, since a default list of the
+    /// folder replaces it.
+    fn masked(&self, parent: u64, (mode, umask): (u32, u32)) -> Result<u32, Errno> {
+        let mode = mode & 0o7777;
+        if !self.agreed(init::DONT_MASK) {
+            return Ok(mode);
+        }
+        if xattrs::has_default_acl(self.inodes.folder(parent)?.fd())? {
+            return Ok(mode);
+        }
+        Ok(mode & !(umask & 0o777))
+    }
+
+    fn as_user(&self, header: &InHeader) -> Result<AsUser, Errno> {
+        AsUser::new(header, self.config.switch_user)
+    }
+
+    fn put_new(&mut self, parent: u64, name: Name<'_>, out: &mut Vec<u8>) -> Result<(), Errno> {
+        let (node, attr) = self.find_new(parent, name)?;
+        self.put_entry(out, node, &attr);
+        Ok(())
+    }
+
+    pub(super) fn symlink(
+        &mut self,
+        header: &InHeader,
+        name: Name<'_>,
+        target: &CStr,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        self.room()?;
+        let folder = self.inodes.folder(header.nodeid)?;
+        let user = self.as_user(header)?;
+        sys::symlink(target, folder.fd(), name)?;
+        drop(user);
+        self.put_new(header.nodeid, name, out)
+    }
+
+    pub(super) fn mknod(
+        &mut self,
+        header: &InHeader,
+        name: Name<'_>,
+        mode: (u32, u32),
+        rdev: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        self.room()?;
+        let kind = mode.0 & libc::S_IFMT;
+        let permissions = self.masked(header.nodeid, mode)?;
+        let folder = self.inodes.folder(header.nodeid)?;
+        let user = self.as_user(header)?;
+        sys::make_node(
+            folder.fd(),
+            name,
+            kind | permissions,
+            reply::unpack_dev(rdev),
+        )?;
+        drop(user);
+        self.put_new(header.nodeid, name, out)
+    }
+
+    pub(super) fn mkdir(
+        &mut self,
+        header: &InHeader,
+        name: Name<'_>,
+        mode: (u32, u32),
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        self.room()?;
+        let permissions = self.masked(header.nodeid, mode)?;
+        let folder = self.inodes.folder(header.nodeid)?;
+        let user = self.as_user(header)?;
+        sys::make_folder(folder.fd(), name, permissions)?;
+        drop(user);
+        self.put_new(header.nodeid, name, out)
+    }
+
+    pub(super) fn unlink(
+        &mut self,
+        parent: u64,
+        name: Name<'_>,
+        folder_wanted: bool,
+    ) -> Result<(), Errno> {
+        sys::unlink(self.inodes.folder(parent)?.fd(), name, folder_wanted)
+    }
+
+    pub(super) fn rename(
+        &mut self,
+        from: (u64, Name<'_>),
+        to: (u64, Name<'_>),
+        flags: u32,
+    ) -> Result<(), Errno> {
+        if flags & !RENAME_FLAGS != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let source = self.inodes.folder(from.0)?.fd();
+        let target = self.inodes.folder(to.0)?.fd();
+        sys::rename((source, from.1), (target, to.1), flags)
+    }
+
+    pub(super) fn link(
+        &mut self,
+        old: u64,
+        parent: u64,
+        name: Name<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        let inode = self.inodes.get(old)?;
+        let folder = self.inodes.folder(parent)?;
+        self.own.link(inode.fd(), folder.fd(), name)?;
+        let stat = sys::stat(inode.fd())?;
+        let attr = self.entry_attr(&stat, stat.stx_mnt_id);
+        // One name more is one lookup more.
+        let node = self.inodes.find(Identity::of(&stat)).ok_or(Errno::ESTALE)?;
+        self.put_entry(out, node, &attr);
+        Ok(())
+    }
+
+    pub(super) fn create(
+        &mut self,
+        header: &InHeader,
+        name: Name<'_>,
+        mode: (u32, u32),
+        (flags, open_flags): (u32, u32),
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        self.room()?;
+        let permissions = self.masked(header.nodeid, mode)?;
+        let folder = self.inodes.folder(header.nodeid)?;
+        let host_flags = self.host_flags(flags)? & !libc::O_TRUNC;
+        let user = self.as_user(header)?;
+        let made = sys::open_beneath(
+            folder.fd(),
+            name,
+            host_flags | libc::O_CREAT | libc::O_EXCL,
+            permissions,
+        );
+        drop(user);
+        match made {
+            Ok(file) => {
+                let fd = self.own.reopen(file.as_fd(), libc::O_PATH)?;
+                let stat = sys::stat(fd.as_fd())?;
+                let node = match self.inodes.find(Identity::of(&stat)) {
+                    Some(node) => node,
+                    None => self.inodes.insert(fd, &stat),
+                };
+                self.put_entry(out, node, &attr_of(&stat));
+                self.put_open(file, out)
+            }
+            // Someone was faster; what is there may be anything, so it is looked at before it is opened.
+            Err(Errno::EEXIST) if flags & libc::O_EXCL.cast_unsigned() == 0 => {
+                let (node, attr) = self.find(header.nodeid, name)?;
+                let opened = self.open_file(node, flags, open_flags);
+                let file = opened.inspect_err(|_| self.forget(node, 1))?;
+                // An O_TRUNC may have changed it.
+                let attr = sys::stat(file.as_fd()).map_or(attr, |stat| attr_of(&stat));
+                self.put_entry(out, node, &attr);
+                self.put_open(file, out)
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    pub(super) fn tmpfile(
+        &mut self,
+        header: &InHeader,
+        mode: (u32, u32),
+        flags: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        self.room()?;
+        let permissions = self.masked(header.nodeid, mode)?;
+        let folder = self.inodes.folder(header.nodeid)?;
+        // With O_EXCL it can never get a name.
+        let exclusive = flags.cast_signed() & libc::O_EXCL;
+        let host_flags = (self.host_flags(flags)? & !libc::O_TRUNC) | exclusive;
+        let user = self.as_user(header)?;
+        let file = self.own.tmpfile(folder.fd(), host_flags, permissions)?;
+        drop(user);
+        let fd = self.own.reopen(file.as_fd(), libc::O_PATH)?;
+        let stat = sys::stat(fd.as_fd())?;
+        let node = self.inodes.insert(fd, &stat);
+        // It has no name that could be kept.
+        reply::entry_out(out, node, Validity::default(), &attr_of(&stat));
+        self.put_open(file, out)
+    }
+}

@@ -1,0 +1,197 @@
+//! Reading folders.
+//!
+//! A reply is filled from getdents64(2). What was read and did not fit is kept for the next request, but of one folder only,
+//! so that a guest with many open folders costs no memory; another folder then seeks back.
+
+use nix::errno::Errno;
+use std::ffi::CStr;
+use std::os::fd::AsFd;
+
+use super::Cache;
+use super::handles::Handle;
+use super::{Passthrough, sys};
+use crate::fuse::Name;
+use crate::fuse::reply::{self, Attr, Validity};
+use crate::fuse::wire::{DIRENT, ENTRY_OUT, fopen};
+
+/// Bytes of entries that are read at once.
+const READ_AT_ONCE: usize = 32 * 1024;
+
+/// Entries that were read and not yet given.
+#[derive(Debug, Default)]
+pub(super) struct ReadAhead {
+    /// The handle that they are of; 0 is none.
+    fh: u64,
+    /// The position of the first of them.
+    offset: u64,
+    buffer: Vec<u8>,
+    at: usize,
+    end: usize,
+}
+
+/// One `struct linux_dirent64`.
+struct Entry<'a> {
+    ino: u64,
+    /// Position of the next one.
+    next: u64,
+    kind: u8,
+    name: &'a CStr,
+    len: usize,
+}
+
+impl<'a> Entry<'a> {
+    /// The first one in `bytes`, which the kernel wrote.
+    fn parse(bytes: &'a [u8]) -> Option<Self> {
+        let u64_at = |at: usize| {
+            let word = bytes.get(at..at + 8)?.first_chunk()?;
+            Some(u64::from_ne_bytes(*word))
+        };
+        let len = usize::from(u16::from_ne_bytes(*bytes.get(16..18)?.first_chunk()?));
+        Some(Self {
+            ino: u64_at(0)?,
+            next: u64_at(8)?,
+            kind: *bytes.get(18)?,
+            name: CStr::from_bytes_until_nul(bytes.get(19..len)?).ok()?,
+            len,
+        })
+    }
+}
+
+impl ReadAhead {
+    /// Makes sure that the next entry, if there is one, is at the front. `false` at the end of the folder.
+    fn fill(
+        &mut self,
+        handles: &mut super::handles::Handles,
+        fh: u64,
+        offset: u64,
+    ) -> Result<bool, Errno> {
+        let (fd, position) = handles.folder(fh)?;
+        if self.fh == fh && self.offset == offset && self.at < self.end {
+            return Ok(true);
+        }
+        if *position != offset {
+            sys::seek(fd, offset, libc::SEEK_SET)?;
+        }
+        self.fh = 0;
+        self.buffer.resize(READ_AT_ONCE, 0);
+        self.at = 0;
+        self.end = sys::read_entries(fd, &mut self.buffer)?;
+        self.fh = fh;
+        self.offset = offset;
+        // The kernel stands after the last entry.
+        let mut last = offset;
+        let mut at = 0;
+        while let Some(entry) = Entry::parse(&self.buffer[at..self.end]) {
+            last = entry.next;
+            at += entry.len;
+        }
+        *position = last;
+        Ok(self.end > 0)
+    }
+}
+
+impl Passthrough {
+    pub(super) fn open_folder(&mut self, node: u64, out: &mut Vec<u8>) -> Result<(), Errno> {
+        self.room()?;
+        let fd = self.inodes.folder(node)?.fd();
+        let fd = self.own.reopen(fd, libc::O_RDONLY | libc::O_DIRECTORY)?;
+        let fh = self.handles.insert(Handle::Folder { fd, position: 0 });
+        let flags = match self.config.cache {
+            Cache::Never => 0,
+            Cache::Auto => fopen::CACHE_DIR,
+            Cache::Metadata | Cache::Always => fopen::CACHE_DIR | fopen::KEEP_CACHE,
+        };
+        reply::open_out(out, fh, flags);
+        Ok(())
+    }
+
+    pub(super) fn read_folder(
+        &mut self,
+        node: u64,
+        fh: u64,
+        mut offset: u64,
+        room: usize,
+        plus: bool,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        // Taken out while it is read from, since lookups need the rest of `self`.
+        let mut ahead = std::mem::take(&mut self.ahead);
+        let result = loop {
+            match ahead.fill(&mut self.handles, fh, offset) {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                // What is in the reply already was looked up and must reach the guest.
+                Err(_) if !out.is_empty() => break Ok(()),
+                Err(errno) => break Err(errno),
+            }
+            let Some(entry) = Entry::parse(&ahead.buffer[ahead.at..ahead.end]) else {
+                break Err(Errno::EIO);
+            };
+            let name = entry.name.to_bytes();
+            let needed = reply::dirent_len(name.len()) + if plus { ENTRY_OUT } else { 0 };
+            if out.len() + needed > room {
+                // A reply without any entry would mean the end.
+                break if out.is_empty() {
+                    Err(Errno::EINVAL)
+                } else {
+                    Ok(())
+                };
+            }
+            if !plus || self.put_looked_up(node, &entry, out) {
+                reply::dirent(out, entry.ino, entry.next, entry.kind, name);
+            }
+            offset = entry.next;
+            ahead.offset = offset;
+            ahead.at += entry.len;
+        };
+        self.ahead = ahead;
+        result
+    }
+
+    /// The part of a `fuse_direntplus` before the entry itself; `false` if the file is gone.
+    fn put_looked_up(&mut self, node: u64, entry: &Entry<'_>, out: &mut Vec<u8>) -> bool {
+        let unknown = |out: &mut Vec<u8>| {
+            let attr = Attr {
+                ino: entry.ino,
+                mode: u32::from(entry.kind) << 12,
+                ..Attr::default()
+            };
+            reply::entry_out(out, 0, Validity::default(), &attr);
+            true
+        };
+        // "." and ".." are no names that can be looked up, and the guest has both.
+        let Ok(name) = Name::new(entry.name) else {
+            return unknown(out);
+        };
+        match self.find(node, name) {
+            Ok((node, attr)) => {
+                self.put_entry(out, node, &attr);
+                true
+            }
+            Err(Errno::ENOENT) => false,
+            // The guest may look it up by itself and learn the error then.
+            Err(_) => unknown(out),
+        }
+    }
+
+    pub(super) fn release_folder(&mut self, fh: u64) -> Result<(), Errno> {
+        if self.ahead.fh == fh {
+            self.ahead = ReadAhead::default();
+        }
+        match self.handles.remove(fh)? {
+            Handle::Folder { .. } => Ok(()),
+            Handle::File(_) => Err(Errno::EBADF),
+        }
+    }
+
+    pub(super) fn fsync_folder(&mut self, fh: u64, datasync: bool) -> Result<(), Errno> {
+        let (fd, _) = self.handles.folder(fh)?;
+        sys::sync(fd.as_fd(), datasync)
+    }
+}
+
+// Used by the tests of sizes only, but said here, where it matters.
+const _: () = assert!(
+    DIRENT + ENTRY_OUT + 256 < 4096,
+    "the longest entry fits the smallest reply"
+);

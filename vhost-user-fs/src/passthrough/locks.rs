@@ -1,0 +1,152 @@
+//! Locks that hold on the host too.
+//!
+//! **Job.** Locks of fcntl(2) by the guest's lock owners, as locks of open file descriptions of the host, one description for
+//! each owner and inode; locks of flock(2) on the guest's open file itself.
+//! **Who is not trusted.** The guest: the number of owners that hold locks is bounded.
+//! **Why this way.** An open file description is the only lock owner of the host that is not this process as a whole. A lock
+//! that is not free is answered at once; a request that waits would need a thread of its own, so `SETLKW` says so.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use super::{Passthrough, sys};
+use crate::fuse::decode::Lock;
+use crate::fuse::reply::Put;
+
+/// Owners of locks that one guest may have at a time.
+const MAX_OWNERS: usize = 4096;
+
+/// One description per inode and owner.
+#[derive(Debug, Default)]
+pub(super) struct Locks(HashMap<(u64, u64), OwnedFd>);
+
+impl Locks {
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Ends all locks of one owner on one inode.
+    pub(super) fn release(&mut self, node: u64, owner: u64) {
+        self.0.remove(&(node, owner));
+    }
+
+    /// Ends all locks on an inode.
+    pub(super) fn forget(&mut self, node: u64) {
+        if !self.0.is_empty() {
+            self.0.retain(|(inode, _), _| *inode != node);
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// `struct flock` for a range of the protocol, whose end is its last byte.
+fn host_lock(lock: &Lock) -> Result<libc::flock, Errno> {
+    let start = i64::try_from(lock.start).map_err(|_| Errno::EINVAL)?;
+    // No length means up to the end, wherever it is.
+    let len = match i64::try_from(lock.end) {
+        Ok(i64::MAX) | Err(_) => 0,
+        Ok(end) => end - start + 1,
+    };
+    Ok(libc::flock {
+        // Checked by the decoder to be one of the three.
+        l_type: lock.kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    })
+}
+
+impl Passthrough {
+    /// The description that holds an owner's locks on an inode.
+    fn lock_file(&mut self, node: u64, owner: u64) -> Result<&OwnedFd, Errno> {
+        if !self.locks.0.contains_key(&(node, owner)) {
+            if self.locks.len() >= MAX_OWNERS {
+                return Err(Errno::ENOLCK);
+            }
+            self.room()?;
+            let inode = self.inodes.get(node)?;
+            if inode.kind != libc::S_IFREG {
+                return Err(Errno::EBADF);
+            }
+            // A lock for writing needs a file that is open for writing; a read-only tree has none.
+            let flags = if self.config.readonly {
+                libc::O_RDONLY
+            } else {
+                libc::O_RDWR
+            };
+            let fd = match self.own.reopen(inode.fd(), flags) {
+                Err(Errno::EACCES | Errno::EPERM | Errno::EROFS | Errno::ETXTBSY) => {
+                    self.own.reopen(inode.fd(), libc::O_RDONLY)?
+                }
+                other => other?,
+            };
+            self.locks.0.insert((node, owner), fd);
+        }
+        self.locks.0.get(&(node, owner)).ok_or(Errno::ENOLCK)
+    }
+
+    pub(super) fn get_lock(
+        &mut self,
+        node: u64,
+        lock: &Lock,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        if !self.config.posix_lock || lock.flock {
+            return Err(Errno::ENOSYS);
+        }
+        let mut host = host_lock(lock)?;
+        let fd = self.lock_file(node, lock.owner)?;
+        sys::range_lock(fd.as_fd(), libc::F_OFD_GETLK, &mut host)?;
+        let start = host.l_start.cast_unsigned();
+        let end = match host.l_len {
+            0 => i64::MAX.cast_unsigned(),
+            len => (host.l_start.saturating_add(len) - 1).cast_unsigned(),
+        };
+        // A holder that is no process of this guest has no number there.
+        out.u64(start)
+            .u64(end)
+            .u32(u32::from(host.l_type.cast_unsigned()))
+            .u32(0);
+        Ok(())
+    }
+
+    pub(super) fn set_lock(&mut self, node: u64, lock: &Lock, wait: bool) -> Result<(), Errno> {
+        let allowed = if lock.flock {
+            self.config.flock
+        } else {
+            self.config.posix_lock
+        };
+        if !allowed {
+            return Err(Errno::ENOSYS);
+        }
+        let unlock = i64::from(lock.kind) == i64::from(libc::F_UNLCK);
+        let result = if lock.flock {
+            let operation = if unlock {
+                libc::LOCK_UN
+            } else if i64::from(lock.kind) == i64::from(libc::F_RDLCK) {
+                libc::LOCK_SH
+            } else {
+                libc::LOCK_EX
+            };
+            sys::flock(self.handles.file(lock.fh)?, operation)
+        } else {
+            if unlock && !self.locks.0.contains_key(&(node, lock.owner)) {
+                return Ok(());
+            }
+            let mut host = host_lock(lock)?;
+            let fd = self.lock_file(node, lock.owner)?;
+            sys::range_lock(fd.as_fd(), libc::F_OFD_SETLK, &mut host)
+        };
+        match result {
+            Err(Errno::EAGAIN | Errno::EACCES) if wait => Err(Errno::EOPNOTSUPP),
+            Err(Errno::EACCES) => Err(Errno::EAGAIN),
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,431 @@
+//! Requests done on the files of the shared tree.
+//!
+//! **Job.** [`Passthrough`] holds what the guest knows (inodes, open files, locks) and does each request, one file per family:
+//! `entries` names, `attributes`, `files`, `folders`, `xattrs`, `locks`.
+//! **Who is not trusted.** The guest, and other processes that change the tree meanwhile. Every name is one component that is
+//! looked up beneath an open folder without following anything; nothing but regular files and folders is ever opened.
+//! **Why this way.** An inode is an `O_PATH` descriptor, so what is checked is what is used: there is no path to swap.
+
+mod attributes;
+mod creds;
+mod entries;
+mod files;
+mod folders;
+mod handles;
+mod inodes;
+mod locks;
+mod sys;
+mod xattrs;
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use crate::fuse::decode::Layout;
+use crate::fuse::reply::{Put, Validity};
+use crate::fuse::wire::{self, fopen, init};
+use crate::fuse::{Body, Request};
+use folders::ReadAhead;
+use handles::Handles;
+use inodes::Inodes;
+use locks::Locks;
+
+pub use sys::OwnFds;
+
+/// What the guest may keep of what it has seen (`--cache`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Cache {
+    /// Nothing: every use asks the host.
+    Never,
+    /// Names, attributes and folders; no file contents.
+    Metadata,
+    /// Names and attributes for a second; contents as long as the file's times do not change.
+    #[default]
+    Auto,
+    /// Everything, as if nobody else used the tree.
+    Always,
+}
+
+impl Cache {
+    /// Seconds that names and attributes hold; a day stands for ever.
+    fn validity(self) -> Validity {
+        let seconds = match self {
+            Self::Never => 0,
+            Self::Auto => 1,
+            Self::Metadata | Self::Always => 86400,
+        };
+        Validity {
+            entry: seconds,
+            attr: seconds,
+        }
+    }
+}
+
+/// How the tree is shared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// What the guest may keep.
+    pub cache: Cache,
+    /// The guest may gather writes.
+    pub writeback: bool,
+    /// Nothing may change.
+    pub readonly: bool,
+    /// Extended attributes.
+    pub xattr: bool,
+    /// POSIX access control lists; needs `xattr`.
+    pub posix_acl: bool,
+    /// The guest is told where mounts are inside of the tree.
+    pub announce_submounts: bool,
+    /// Folders are read with the attributes of their entries.
+    pub readdirplus: bool,
+    /// Locks of fcntl(2) hold on the host.
+    pub posix_lock: bool,
+    /// Locks of flock(2) hold on the host.
+    pub flock: bool,
+    /// Files that are not cached can be mapped shared.
+    pub allow_mmap: bool,
+    /// New files belong to the guest's user: this process may take any user and group of its user namespace.
+    pub switch_user: bool,
+    /// Inodes, open files and locks at most, together.
+    pub descriptors: usize,
+    /// Bytes of one `WRITE` at most; the guest's queue may allow less.
+    pub max_write: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cache: Cache::Auto,
+            writeback: false,
+            readonly: false,
+            xattr: false,
+            posix_acl: false,
+            announce_submounts: false,
+            readdirplus: true,
+            posix_lock: false,
+            flock: false,
+            allow_mmap: false,
+            switch_user: false,
+            descriptors: 1024,
+            max_write: 1 << 20,
+        }
+    }
+}
+
+/// What becomes of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The reply is in the buffer.
+    Reply,
+    /// The protocol has no reply for it.
+    Silent,
+}
+
+/// The shared tree.
+#[derive(Debug)]
+pub struct Passthrough {
+    config: Config,
+    own: OwnFds,
+    inodes: Inodes,
+    handles: Handles,
+    locks: Locks,
+    ahead: ReadAhead,
+    /// Flags of `INIT` that both sides have.
+    agreed: u64,
+}
+
+impl Passthrough {
+    /// Shares the folder `root` (an `O_PATH` descriptor is enough). Makes `own` the working folder of this process, and its
+    /// file mode mask empty.
+    ///
+    /// # Errors
+    /// `root` is no folder or cannot be looked at, `own` is none.
+    pub fn new(root: OwnedFd, own: OwnFds, config: Config) -> Result<Self, Errno> {
+        sys::work_in(&own)?;
+        // The guest's mask was applied by its kernel, or comes with the request.
+        nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+        let stat = sys::stat(root.as_fd())?;
+        if u32::from(stat.stx_mode) & libc::S_IFMT != libc::S_IFDIR {
+            return Err(Errno::ENOTDIR);
+        }
+        Ok(Self {
+            config,
+            own,
+            inodes: Inodes::new(root, &stat),
+            handles: Handles::default(),
+            locks: Locks::default(),
+            ahead: ReadAhead::default(),
+            agreed: 0,
+        })
+    }
+
+    /// How requests of this guest are laid out.
+    pub fn layout(&self) -> Layout {
+        Layout {
+            setxattr_ext: self.agreed & init::SETXATTR_EXT != 0,
+        }
+    }
+
+    /// Inodes, open files and locks that the guest holds.
+    pub fn held(&self) -> usize {
+        self.inodes.len() + self.handles.len() + self.locks.len()
+    }
+
+    /// Whether one more descriptor may be opened for the guest.
+    fn room(&self) -> Result<(), Errno> {
+        if self.held() < self.config.descriptors {
+            Ok(())
+        } else {
+            Err(Errno::ENFILE)
+        }
+    }
+
+    /// Forgets everything that the guest was told: it is gone, or starts over.
+    pub fn clear(&mut self) {
+        self.handles.clear();
+        self.locks.clear();
+        self.inodes.clear();
+        self.ahead = ReadAhead::default();
+        self.agreed = 0;
+    }
+
+    /// Does a request, other than `READ` and `WRITE`, and puts the reply's body into `reply`, which is empty and will get at
+    /// most `room` bytes.
+    ///
+    /// # Errors
+    /// What the guest is told.
+    pub fn serve(
+        &mut self,
+        request: &Request<'_>,
+        reply: &mut Vec<u8>,
+        room: usize,
+    ) -> Result<Outcome, Errno> {
+        if self.config.readonly && changes_files(&request.body) {
+            return Err(Errno::EROFS);
+        }
+        let header = &request.header;
+        let node = header.nodeid;
+        match request.body {
+            Body::Lookup { name } => self.lookup(node, name, reply)?,
+            Body::Forget { nlookup } => {
+                self.forget(node, nlookup);
+                return Ok(Outcome::Silent);
+            }
+            Body::BatchForget(entries) => {
+                for (node, nlookup) in entries.iter() {
+                    self.forget(node, nlookup);
+                }
+                return Ok(Outcome::Silent);
+            }
+            Body::GetAttr { .. } => self.get_attr(node, reply)?,
+            Body::SetAttr(set) => self.set_attr(node, &set, reply)?,
+            Body::Statx { .. } => self.statx(node, reply)?,
+            Body::ReadLink => self.read_link(node, reply)?,
+            Body::Symlink { name, target } => self.symlink(header, name, target, reply)?,
+            Body::Mknod {
+                name,
+                mode,
+                rdev,
+                umask,
+            } => self.mknod(header, name, (mode, umask), rdev, reply)?,
+            Body::Mkdir { name, mode, umask } => self.mkdir(header, name, (mode, umask), reply)?,
+            Body::Unlink { name } => self.unlink(node, name, false)?,
+            Body::Rmdir { name } => self.unlink(node, name, true)?,
+            Body::Rename {
+                name,
+                newdir,
+                newname,
+                flags,
+            } => self.rename((node, name), (newdir, newname), flags)?,
+            Body::Link { oldnodeid, name } => self.link(oldnodeid, node, name, reply)?,
+            Body::Open { flags, open_flags } => self.open(node, flags, open_flags, reply)?,
+            Body::Create {
+                name,
+                flags,
+                mode,
+                umask,
+                open_flags,
+            } => self.create(header, name, (mode, umask), (flags, open_flags), reply)?,
+            Body::TmpFile { flags, mode, umask } => {
+                self.tmpfile(header, (mode, umask), flags, reply)?;
+            }
+            // Their data goes between guest memory and file, which only the caller has.
+            Body::Read { .. } | Body::Write { .. } => return Err(Errno::EIO),
+            Body::Flush { lock_owner, .. } => self.flush(node, lock_owner)?,
+            Body::Fsync { fh, datasync } => self.fsync(fh, datasync)?,
+            Body::Release {
+                fh,
+                release_flags,
+                lock_owner,
+            } => self.release(node, fh, release_flags, lock_owner)?,
+            Body::OpenDir { .. } => self.open_folder(node, reply)?,
+            Body::ReadDir { fh, offset, size } => {
+                self.read_folder(node, fh, offset, room.min(size as usize), false, reply)?;
+            }
+            Body::ReadDirPlus { fh, offset, size } => {
+                self.read_folder(node, fh, offset, room.min(size as usize), true, reply)?;
+            }
+            Body::ReleaseDir { fh } => self.release_folder(fh)?,
+            Body::FsyncDir { fh, datasync } => self.fsync_folder(fh, datasync)?,
+            Body::StatFs => self.stat_fs(node, reply)?,
+            Body::Access { mask } => self.access(header, mask)?,
+            Body::SetXattr {
+                name,
+                value,
+                flags,
+                setxattr_flags,
+            } => self.set_xattr(node, name, value, (flags, setxattr_flags))?,
+            Body::GetXattr { name, size } => self.get_xattr(node, name, size, reply)?,
+            Body::ListXattr { size } => self.list_xattr(node, size, reply)?,
+            Body::RemoveXattr { name } => self.remove_xattr(node, name)?,
+            Body::Lseek { fh, offset, whence } => self.lseek(fh, offset, whence, reply)?,
+            Body::Fallocate {
+                fh,
+                offset,
+                length,
+                mode,
+            } => self.fallocate(fh, offset, length, mode)?,
+            Body::CopyFileRange {
+                fh_in,
+                off_in,
+                fh_out,
+                off_out,
+                len,
+                flags,
+                nodeid_out: _,
+            } => self.copy_range((fh_in, off_in), (fh_out, off_out), len, flags, reply)?,
+            Body::GetLk(lock) => self.get_lock(node, &lock, reply)?,
+            Body::SetLk { lock, wait } => self.set_lock(node, &lock, wait)?,
+            Body::SyncFs => self.sync_file_system(node)?,
+            // No request is ever left unfinished, so there is nothing to interrupt.
+            Body::Interrupt { .. } => return Ok(Outcome::Silent),
+            Body::Init {
+                major,
+                minor,
+                max_readahead,
+                flags,
+            } => self.init(major, minor, max_readahead, flags, reply)?,
+            Body::Destroy => self.clear(),
+        }
+        Ok(Outcome::Reply)
+    }
+
+    fn forget(&mut self, node: u64, count: u64) {
+        if self.inodes.forget(node, count) {
+            self.locks.forget(node);
+        }
+    }
+
+    /// What this end wants of the flags that a guest may offer.
+    fn wanted(&self) -> u64 {
+        let mut flags = init::ASYNC_READ
+            | init::ATOMIC_O_TRUNC
+            | init::BIG_WRITES
+            | init::AUTO_INVAL_DATA
+            | init::ASYNC_DIO
+            | init::PARALLEL_DIROPS
+            | init::MAX_PAGES
+            | init::HANDLE_KILLPRIV_V2
+            | init::SETXATTR_EXT
+            | init::INIT_EXT;
+        let mut choose = |on: bool, flag: u64| {
+            if on {
+                flags |= flag;
+            }
+        };
+        let config = &self.config;
+        choose(
+            config.readdirplus,
+            init::DO_READDIRPLUS | init::READDIRPLUS_AUTO,
+        );
+        choose(config.writeback && !config.readonly, init::WRITEBACK_CACHE);
+        // The mask is applied here then, if the folder has no default list.
+        choose(config.posix_acl, init::POSIX_ACL | init::DONT_MASK);
+        choose(config.posix_lock, init::POSIX_LOCKS);
+        choose(config.flock, init::FLOCK_LOCKS);
+        choose(config.announce_submounts, init::SUBMOUNTS);
+        choose(config.cache == Cache::Always, init::CACHE_SYMLINKS);
+        choose(config.allow_mmap, init::DIRECT_IO_ALLOW_MMAP);
+        flags
+    }
+
+    /// Starts over with a guest (virtio 1.3, 5.11.6: a session begins with `FUSE_INIT`).
+    fn init(
+        &mut self,
+        major: u32,
+        minor: u32,
+        max_readahead: u32,
+        offered: u64,
+        reply: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        if major < wire::MAJOR || (major == wire::MAJOR && minor < wire::OLDEST_MINOR) {
+            ipc::guest_warn!(
+                "the guest's FUSE is {major}.{minor}: at least 7.{} is needed",
+                wire::OLDEST_MINOR
+            );
+            return Err(Errno::EPROTO);
+        }
+        if major > wire::MAJOR {
+            // The guest asks again with this major version.
+            reply.u32(wire::MAJOR).u32(wire::MINOR).zeros(56);
+            return Ok(());
+        }
+        self.clear();
+        let mut agreed = self.wanted() & offered;
+        if agreed & init::INIT_EXT == 0 {
+            agreed &= 0xffff_ffff;
+        }
+        self.agreed = agreed;
+        let max_write = self.config.max_write;
+        // 4096 is the smallest page of any guest.
+        let pages = (max_write / 4096).clamp(1, u32::from(u16::MAX)) as u16;
+        reply.u32(wire::MAJOR).u32(wire::MINOR).u32(max_readahead);
+        // The low word, then what else fuse_init_out has.
+        reply.u32((agreed & 0xffff_ffff) as u32);
+        // Requests in the background: unlimited; congestion at three quarters of it.
+        reply.u16(u16::MAX).u16(u16::MAX / 4 * 3).u32(max_write);
+        reply
+            .u32(1)
+            .u16(pages)
+            .u16(0)
+            .u32((agreed >> 32) as u32)
+            .zeros(28);
+        ipc::log::info!("FUSE 7.{minor} session, flags {agreed:#x}");
+        Ok(())
+    }
+
+    fn agreed(&self, flag: u64) -> bool {
+        self.agreed & flag != 0
+    }
+
+    /// `open_flags` of an answer to `OPEN` and `CREATE`.
+    fn open_reply_flags(&self) -> u32 {
+        match self.config.cache {
+            Cache::Never | Cache::Metadata => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
+            Cache::Auto => 0,
+            Cache::Always => fopen::KEEP_CACHE,
+        }
+    }
+}
+
+/// Requests that a read-only tree refuses before they reach the file system. `OPEN` is looked at where it is done.
+fn changes_files(body: &Body<'_>) -> bool {
+    matches!(
+        body,
+        Body::SetAttr(_)
+            | Body::Symlink { .. }
+            | Body::Mknod { .. }
+            | Body::Mkdir { .. }
+            | Body::Unlink { .. }
+            | Body::Rmdir { .. }
+            | Body::Rename { .. }
+            | Body::Link { .. }
+            | Body::Create { .. }
+            | Body::TmpFile { .. }
+            | Body::Write { .. }
+            | Body::SetXattr { .. }
+            | Body::RemoveXattr { .. }
+            | Body::Fallocate { .. }
+            | Body::CopyFileRange { .. }
+    )
+}

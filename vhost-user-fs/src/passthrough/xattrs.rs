@@ -1,0 +1,107 @@
+//! Extended attributes.
+//!
+//! Off unless asked for, since an attribute can be a right: `security.capability` on a file that the host executes from this
+//! tree is the guest's choice then. What needs privileges on the host beyond the tree (`trusted.*`) its kernel refuses.
+
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+
+use super::{Passthrough, sys};
+use crate::fuse::XattrName;
+use crate::fuse::decode::XATTR_SIZE_MAX;
+use crate::fuse::reply::Put;
+use crate::fuse::wire::flag;
+
+const ACL_PREFIX: &[u8] = b"system.posix_acl_";
+
+/// Whether new files in the folder get their permissions from a list.
+pub(super) fn has_default_acl(folder: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let name = XattrName::of(c"system.posix_acl_default");
+    match sys::get_xattr(folder, name, &mut []) {
+        Ok(_) => Ok(true),
+        Err(Errno::ENODATA | Errno::EOPNOTSUPP) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+impl Passthrough {
+    fn may_use(&self, name: XattrName<'_>) -> Result<(), Errno> {
+        if !self.config.xattr {
+            // The guest stops asking.
+            return Err(Errno::ENOSYS);
+        }
+        let acl = name.as_c_str().to_bytes().starts_with(ACL_PREFIX);
+        if acl && !self.config.posix_acl {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        Ok(())
+    }
+
+    pub(super) fn get_xattr(
+        &mut self,
+        node: u64,
+        name: XattrName<'_>,
+        size: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        self.may_use(name)?;
+        let fd = self.inodes.get(node)?.fd();
+        answer(size, out, |buffer| sys::get_xattr(fd, name, buffer))
+    }
+
+    pub(super) fn list_xattr(
+        &mut self,
+        node: u64,
+        size: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        if !self.config.xattr {
+            return Err(Errno::ENOSYS);
+        }
+        let fd = self.inodes.get(node)?.fd();
+        answer(size, out, |buffer| sys::list_xattr(fd, buffer))
+    }
+
+    pub(super) fn set_xattr(
+        &mut self,
+        node: u64,
+        name: XattrName<'_>,
+        value: &[u8],
+        (flags, setxattr_flags): (u32, u32),
+    ) -> Result<(), Errno> {
+        self.may_use(name)?;
+        let fd = self.inodes.get(node)?.fd();
+        sys::set_xattr(fd, name, value, flags.cast_signed())?;
+        if setxattr_flags & flag::SETXATTR_ACL_KILL_SGID != 0 {
+            let mode = u32::from(sys::stat(fd)?.stx_mode);
+            if mode & libc::S_ISGID != 0 {
+                self.own.chmod(fd, mode & 0o7777 & !libc::S_ISGID)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn remove_xattr(&mut self, node: u64, name: XattrName<'_>) -> Result<(), Errno> {
+        self.may_use(name)?;
+        sys::remove_xattr(self.inodes.get(node)?.fd(), name)
+    }
+}
+
+/// Answers with the bytes that `get` gives, or with their number if the guest asks for that with a size of 0.
+fn answer(
+    size: u32,
+    out: &mut Vec<u8>,
+    get: impl Fn(&mut [u8]) -> Result<usize, Errno>,
+) -> Result<(), Errno> {
+    if size == 0 {
+        let len = get(&mut [])?;
+        // At most 64 KiB.
+        out.u32(len as u32).u32(0);
+        return Ok(());
+    }
+    out.resize((size as usize).min(XATTR_SIZE_MAX), 0);
+    let len = get(out)?;
+    out.truncate(len);
+    Ok(())
+}
