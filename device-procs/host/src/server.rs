@@ -14,20 +14,21 @@
 //! system call less per kick, and the counter tells a restarted process that there was a kick before it.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::OwnedFd;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{MsgFlags, recvmsg};
 use thiserror::Error;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures,
+    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
     VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
@@ -243,6 +244,9 @@ impl<D: Device> Connection<D> {
 
     /// One message; `false` when the front end has left.
     fn message(&mut self) -> Result<bool, ServeError> {
+        if self.early_enable() {
+            return Ok(true);
+        }
         let result = self.messages.handle_request();
         let mut server = lock(&self.server);
         if let Some(fault) = server.fatal.take() {
@@ -263,6 +267,48 @@ impl<D: Device> Connection<D> {
                 source,
             }),
         }
+    }
+}
+
+impl<D: Device> Connection<D> {
+    /// QEMU's network card sends SET_VRING_ENABLE once, before SET_FEATURES, when nobody can know yet whether the message is
+    /// allowed; the library refuses it then. Such a message, and no other, is taken off the socket and obeyed here.
+    /// A queue is served only after it has been started all the same, which takes the features.
+    fn early_enable(&self) -> bool {
+        /// Request, flags and payload size, then queue and state, all of 32 bits.
+        const LEN: usize = 20;
+        let mut server = lock(&self.server);
+        if server.features != 0 {
+            return false;
+        }
+        let socket = self.messages.as_raw_fd();
+        let take = |flags| {
+            let mut bytes = [0; LEN];
+            let mut parts = [IoSliceMut::new(&mut bytes)];
+            let flags = flags | MsgFlags::MSG_DONTWAIT;
+            match recvmsg::<()>(socket, &mut parts, None, flags) {
+                Ok(message) if message.bytes == LEN => Some(bytes),
+                _ => None,
+            }
+        };
+        let Some(bytes) = take(MsgFlags::MSG_PEEK) else {
+            return false;
+        };
+        let word = |at: usize| {
+            let mut word = [0; 4];
+            word.copy_from_slice(&bytes[at..at + 4]);
+            u32::from_ne_bytes(word)
+        };
+        let (request, flags, size, index, state) = (word(0), word(4), word(8), word(12), word(16));
+        // Version 1, no reply, no answer wanted.
+        if (request, flags, size) != (FrontendReq::SET_VRING_ENABLE as u32, 1, 8) || state > 1 {
+            return false;
+        }
+        let Some(ring) = server.rings.get_mut(index as usize) else {
+            return false;
+        };
+        ring.enabled = state == 1;
+        take(MsgFlags::empty()).is_some()
     }
 }
 
@@ -551,6 +597,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             }));
         }
         self.features = features;
+        ipc::log::debug!("features {features:#x} accepted");
         if let Err(source) = self.device.accept(features) {
             return Err(self.refuse(&Refusal::Host { message, source }));
         }
@@ -676,6 +723,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         if let Err(fault) = ring.start(&ram, event_idx, indirect) {
             ring.break_with(fault.kind);
         }
+        ipc::log::debug!("queue {index}: started with {} entries", ring.size());
         Ok(())
     }
 
@@ -717,6 +765,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
         let ring = self.ring("SET_VRING_ENABLE", index)?;
         ring.enabled = enable;
+        ipc::log::debug!("queue {index}: enabled {enable}");
         ring.due = ring.is_running();
         Ok(())
     }
