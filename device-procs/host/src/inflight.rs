@@ -11,7 +11,7 @@
 //! **Why this way.** Every store is in program order (Release), so that a process killed between any two of them leaves a
 //! region from which no request is lost: a request may be done twice, which block I/O allows, but never zero times.
 
-use std::sync::Arc;
+use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use vm_memory::Bytes;
@@ -39,7 +39,7 @@ pub(crate) fn queue_bytes(queue_size: u16) -> usize {
 /// One queue's part of the region.
 #[derive(Debug)]
 pub(crate) struct InflightQueue {
-    region: Arc<Mapping>,
+    region: Rc<Mapping>,
     start: usize,
     entries: u16,
     counter: u64,
@@ -47,7 +47,7 @@ pub(crate) struct InflightQueue {
 
 impl InflightQueue {
     /// The part for queue `index`. The caller has checked that the region has `index + 1` parts of `entries` each.
-    pub(crate) fn new(region: Arc<Mapping>, index: usize, entries: u16) -> Self {
+    pub(crate) fn new(region: Rc<Mapping>, index: usize, entries: u16) -> Self {
         Self {
             region,
             start: index * queue_bytes(entries),
@@ -197,11 +197,11 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::fs::File;
 
-    fn region(queues: usize, entries: u16) -> Arc<Mapping> {
+    fn region(queues: usize, entries: u16) -> Rc<Mapping> {
         let file = File::from(memfd_create(c"inflight", MFdFlags::MFD_CLOEXEC).unwrap());
         let size = (queues * queue_bytes(entries)) as u64;
         file.set_len(size).unwrap();
-        Arc::new(Mapping::new(&file, 0, size).unwrap())
+        Rc::new(Mapping::new(&file, 0, size).unwrap())
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use ipc::limits::{MAX_CHAIN_SEGMENTS, MAX_MEMORY, MAX_MEMORY_REGIONS};
 use nix::errno::Errno;
@@ -151,7 +151,7 @@ pub(crate) struct Region {
     pub(crate) size: u64,
     /// The same first byte as the front end addresses it.
     pub(crate) user: u64,
-    mapping: Arc<Mapping>,
+    mapping: Rc<Mapping>,
 }
 
 impl Region {
@@ -174,7 +174,7 @@ impl Region {
             guest,
             size,
             user,
-            mapping: Arc::new(Mapping::new(file, offset, size)?),
+            mapping: Rc::new(Mapping::new(file, offset, size)?),
         })
     }
 }
@@ -351,9 +351,9 @@ impl<'m> GuestBuffers<'m> {
 
     /// Whether each piece's address and length is a multiple of `memory` and `length`, as `O_DIRECT` wants.
     pub fn is_aligned(&self, memory: usize, length: usize) -> bool {
-        self.segments
-            .iter()
-            .all(|s| s.iov_base as usize % memory == 0 && s.iov_len % length == 0)
+        self.segments.iter().all(|s| {
+            (s.iov_base as usize).is_multiple_of(memory) && s.iov_len.is_multiple_of(length)
+        })
     }
 
     /// Copies the next bytes to `out` and takes them off the front. Returns how many there were: less than `out.len()` only

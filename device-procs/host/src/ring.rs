@@ -13,7 +13,7 @@
 
 use std::num::Wrapping;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::rc::Rc;
 use std::sync::atomic::{Ordering, fence};
 
 use nix::errno::Errno;
@@ -39,7 +39,7 @@ pub(crate) struct UserAddresses {
 pub struct Ring {
     index: u16,
     queue: Queue,
-    ram: Option<Arc<GuestRam>>,
+    ram: Option<Rc<GuestRam>>,
     pub(crate) addresses: Option<UserAddresses>,
     pub(crate) base: u16,
     pub(crate) kick: Option<OwnedFd>,
@@ -205,6 +205,7 @@ impl Ring {
     ///
     /// # Errors
     /// The queue's memory is gone, or the in-flight region is not consistent.
+    #[allow(clippy::needless_pass_by_value)] // a token is used up: no request is given back twice
     pub fn complete(&mut self, token: Token, written: u32) -> Result<(), GuestFault> {
         self.publish(std::iter::once((token.head, written)))
             .map_err(|kind| self.fault(kind))
@@ -290,6 +291,7 @@ impl Ring {
     ///
     /// # Errors
     /// The in-flight region is not consistent.
+    #[allow(clippy::needless_pass_by_value)] // as for `complete`
     pub fn put_back(&mut self, token: Token) -> Result<(), GuestFault> {
         if token.replayed {
             self.replay.push(token.head);
@@ -321,7 +323,7 @@ impl Ring {
     /// Starts to serve the queue that was described before. A fault leaves it broken.
     pub(crate) fn start(
         &mut self,
-        ram: &Arc<GuestRam>,
+        ram: &Rc<GuestRam>,
         event_idx: bool,
         indirect: bool,
     ) -> Result<(), GuestFault> {
@@ -338,7 +340,7 @@ impl Ring {
     }
 
     /// Translates the addresses, now and whenever guest memory changes.
-    pub(crate) fn place(&mut self, ram: &Arc<GuestRam>) -> Result<(), FaultKind> {
+    pub(crate) fn place(&mut self, ram: &Rc<GuestRam>) -> Result<(), FaultKind> {
         let addresses = self.addresses.ok_or(FaultKind::QueueAddress)?;
         let guest = |user| ram.guest_address(user).ok_or(FaultKind::QueueAddress);
         let (descriptors, available, used) = (

@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
@@ -125,7 +126,7 @@ struct Server<D> {
     epoll: Epoll,
     /// What each back end is polled for now.
     polled: Vec<Interest>,
-    ram: Option<Arc<GuestRam>>,
+    ram: Option<Rc<GuestRam>>,
     features: u64,
     /// Handed out on `GET_INFLIGHT_FD`; made before the jail was shut, since nothing can be made inside.
     inflight_memory: File,
@@ -254,9 +255,8 @@ impl<D: Device> Connection<D> {
         }
         let refused = server.refused.take();
         match result {
-            Ok(()) => Ok(true),
+            Ok(()) | Err(VhostError::SocketRetry(_)) => Ok(true),
             Err(VhostError::Disconnected) => Ok(false),
-            Err(VhostError::SocketRetry(_)) => Ok(true),
             Err(VhostError::SocketBroken(source))
                 if source.kind() == io::ErrorKind::ConnectionReset =>
             {
@@ -482,7 +482,7 @@ impl<D: Device> Server<D> {
 
     fn set_regions(&mut self, message: &'static str, regions: Vec<Region>) -> VhostResult<()> {
         let ram = match GuestRam::new(regions) {
-            Ok(ram) => Arc::new(ram),
+            Ok(ram) => Rc::new(ram),
             Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
         };
         for ring in self
@@ -512,7 +512,7 @@ impl<D: Device> Server<D> {
             }));
         }
         let mapping = match Mapping::new(file, region.mmap_offset, needed) {
-            Ok(mapping) => Arc::new(mapping),
+            Ok(mapping) => Rc::new(mapping),
             Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
         };
         for (index, ring) in self.rings.iter_mut().enumerate() {

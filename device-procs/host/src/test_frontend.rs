@@ -9,7 +9,11 @@
 //! Compiled only with the feature `test-frontend`, which nothing in the product turns on.
 
 #![allow(unsafe_code)] // descriptors get their fixed numbers between fork and exec
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc)] // test code
+#![allow(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    clippy::needless_pass_by_value
+)] // test code
 
 use std::fs::File;
 use std::io::Read;
