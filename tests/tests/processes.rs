@@ -421,3 +421,35 @@ fn an_absent_reader_does_not_block_the_guest() {
         "the guest's text is in the pipe"
     );
 }
+
+#[test]
+fn a_vm_that_waits_for_its_first_client_can_be_ended() {
+    require_kvm();
+    let dir = tempfile::tempdir().unwrap();
+    let (monitor, serial) = (dir.path().join("qmp"), dir.path().join("serial"));
+    let mut child = Command::new(binary("stratovirt").unwrap())
+        .args(["-machine", "microvm", "-m", "128", "-kernel"])
+        .arg(Payload::FirstByte.path())
+        .arg("-qmp")
+        .arg(format!("unix:{},server,nowait", monitor.display()))
+        .arg("-chardev")
+        .arg(format!("socket,id=c0,path={},server", serial.display()))
+        .args(["-serial", "chardev:c0"])
+        .spawn()
+        .unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    let watched = Watched::new(pid).unwrap();
+    let qmp = tests::qmp::Qmp::connect_raw(&monitor, &watched, LIMIT).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
+    let ended = watched.ended(Deadline::after(LIMIT)).unwrap();
+    if !ended {
+        child.kill().unwrap();
+    }
+    child.wait().unwrap();
+    drop(qmp);
+    assert!(ended, "SIGTERM was not heard");
+}

@@ -447,8 +447,6 @@ impl EventSource for Chardev {
                 let _ = self.sink.as_ref().map(|sink| sink.room_event().read());
             } else if slot == Slot::Listener as u64 {
                 self.accept();
-            } else if slot == Slot::Writer as u64 {
-                self.shared.lock().flush();
             } else if slot == Slot::Reader as u64
                 && event
                     .events()
@@ -459,6 +457,8 @@ impl EventSource for Chardev {
             }
         }
         self.take_input();
+        // Whatever the events were: at the end of a VM this is the last chance of its last words.
+        self.shared.lock().flush();
         if self.shared.lock().lost {
             self.drop_writer();
             if self.reader.as_ref().is_some_and(Descriptor::is_socket) {

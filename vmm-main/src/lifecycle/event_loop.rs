@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::daemon::Ready;
 use super::poller::Poller;
 use super::serial::Chardevs;
-use super::start::{SharedTransport, StartError};
+use super::start::{SharedTransport, StartError, termination_signals};
 use super::{lockdown, with_causes};
 use crate::broker::Client;
 use crate::cmdline::Plan;
@@ -94,13 +94,19 @@ impl Vm {
         Ok(Self { parts, poller, events, state: RunState::Prelaunch })
     }
 
-    /// Waits for the clients that the command line waits for: sockets without `nowait`.
+    /// Waits for the clients that the command line waits for: sockets without `nowait`. Nothing reads signals yet, so for
+    /// this long they end the process, and the broker cleans up.
     pub(super) fn wait_for_clients(&mut self) -> Result<(), StartError> {
+        let signals = termination_signals();
+        signals
+            .thread_unblock()
+            .map_err(|source| StartError::System { call: "sigprocmask", source })?;
         self.parts
             .chardevs
             .wait_for_clients()
             .map_err(|source| StartError::System { call: "poll", source })?;
-        Ok(self.parts.qmp.wait_for_clients()?)
+        self.parts.qmp.wait_for_clients()?;
+        signals.thread_block().map_err(|source| StartError::System { call: "sigprocmask", source })
     }
 
     /// Says that the VM is there, and gives up the last of this thread's rights.

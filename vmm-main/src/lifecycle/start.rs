@@ -204,9 +204,14 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
     Ok(vm)
 }
 
+/// What ends the VM in good order.
+pub(super) fn termination_signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect()
+}
+
 /// Termination signals become events of the main loop.
 fn signals() -> Result<SignalFd, StartError> {
-    let set: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    let set = termination_signals();
     set.thread_block().map_err(failed("sigprocmask"))?;
     SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(failed("signalfd"))
 }
