@@ -10,7 +10,7 @@
 #![allow(unsafe_code)] // madvise on our own mapping has no safe wrapper
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
@@ -206,7 +206,9 @@ impl GuestRam {
                 }
             }
         }
-        ram.populate()?;
+        if ram.prealloc {
+            ram.populate(populate_threads(size))?;
+        }
         Ok(ram)
     }
 
@@ -258,29 +260,76 @@ impl GuestRam {
             )
             .map_err(Error::Zero)?;
         }
-        self.populate()
-    }
-
-    fn populate(&self) -> Result<(), Error> {
         if self.prealloc {
-            self.advise(libc::MADV_POPULATE_WRITE)
-                .map_err(|source| Error::Prealloc {
-                    size: self.size,
-                    source,
-                })?;
+            // One thread: the process is locked down by now and makes no more.
+            self.populate(1)?;
         }
         Ok(())
+    }
+
+    /// Allocates all pages, `threads` pieces at a time.
+    fn populate(&self, threads: u64) -> Result<(), Error> {
+        // Whole huge pages, so that no two threads share one.
+        let piece = (self.size / threads)
+            .next_multiple_of(PREALLOC_ALIGNMENT)
+            .max(PREALLOC_ALIGNMENT);
+        let pieces: Vec<(usize, usize)> = self
+            .memory
+            .iter()
+            .flat_map(|region| {
+                let (start, size) = (region.as_ptr() as usize, region.len());
+                (0..size)
+                    .step_by(piece as usize)
+                    .map(move |offset| (start + offset as usize, piece.min(size - offset) as usize))
+            })
+            .collect();
+        let populate = |(start, length): (usize, usize)| {
+            // SAFETY: the range lies in one mapping that `self` owns; the advice allocates its pages and changes
+            // nothing that they contain.
+            let result =
+                unsafe { libc::madvise(start as *mut _, length, libc::MADV_POPULATE_WRITE) };
+            Errno::result(result).map(drop)
+        };
+        let result = if threads == 1 {
+            pieces.into_iter().try_for_each(populate)
+        } else {
+            std::thread::scope(|scope| {
+                let workers: Vec<_> = pieces
+                    .into_iter()
+                    .map(|piece| scope.spawn(move || populate(piece)))
+                    .collect();
+                // A worker's panic aborts the process, so joining cannot fail.
+                workers
+                    .into_iter()
+                    .try_for_each(|worker| worker.join().unwrap_or(Err(Errno::EAGAIN)))
+            })
+        };
+        result.map_err(|source| Error::Prealloc {
+            size: self.size,
+            source,
+        })
     }
 
     fn advise(&self, advice: i32) -> Result<(), Errno> {
         for region in self.memory.iter() {
             // SAFETY: the range is one whole mapping that `self` owns, and none of the advices used here
-            // (DONTDUMP, HUGEPAGE, POPULATE_WRITE) changes what the memory contains.
+            // (DONTDUMP, HUGEPAGE) changes what the memory contains.
             let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
             Errno::result(result)?;
         }
         Ok(())
     }
+}
+
+/// 2 MiB
+const PREALLOC_ALIGNMENT: u64 = 2 << 20;
+/// A thread's worth of pages to allocate; less is not worth a thread.
+const PREALLOC_SHARE: u64 = 64 << 20;
+const PREALLOC_THREADS: u64 = 16;
+
+fn populate_threads(size: u64) -> u64 {
+    let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
+    (size / PREALLOC_SHARE).clamp(1, processors.min(PREALLOC_THREADS))
 }
 
 fn sealed_memfd(size: u64) -> Result<File, Error> {
@@ -301,7 +350,6 @@ fn sealed_memfd(size: u64) -> Result<File, Error> {
         .map_err(|source| Error::Resize { size, source })?;
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(Error::Seal)?;
-    debug_assert!(file.as_raw_fd() >= 0);
     Ok(file)
 }
 
@@ -424,9 +472,15 @@ mod tests {
         let mut config = RamConfig::new(MIN_SIZE);
         config.backing = Backing::File(file.try_clone().unwrap());
         config.prealloc = true;
-        let _ram = GuestRam::new(config).unwrap();
+        let ram = GuestRam::new(config).unwrap();
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), MIN_SIZE);
+        assert_eq!(
+            std::os::unix::fs::MetadataExt::blocks(&metadata) * 512,
+            MIN_SIZE
+        );
+        ram.zero().unwrap();
+        let metadata = file.metadata().unwrap();
         assert_eq!(
             std::os::unix::fs::MetadataExt::blocks(&metadata) * 512,
             MIN_SIZE
