@@ -7,14 +7,19 @@
 
 use ipc::spec::DeviceSpec;
 use ipc::start::{SandboxMode, SeccompMode, StartMessage};
+use ozone::Sandbox;
+use ozone::inner::LockError;
 use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
 /// Why the door cannot be locked.
 #[derive(Debug, Error)]
 pub enum JailError {
+    /// A layer is missing that must be there, or cannot be had.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The filter could not be installed.
-    #[error("seccomp")]
+    #[error(transparent)]
     Seccomp(#[from] seccomp_policies::Error),
 }
 
@@ -27,19 +32,27 @@ const fn policy(device: &DeviceSpec) -> Policy {
 }
 
 /// Locks this process. Afterwards only the calls of its policy are possible.
-pub(crate) fn lock(start: &StartMessage) -> Result<(), JailError> {
-    let _: SandboxMode = start.sandbox;
+pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailError> {
+    let jailed = ozone::inner::lock(match start.sandbox {
+        SandboxMode::BestEffort => Sandbox::BestEffort,
+        SandboxMode::Strict => Sandbox::Strict,
+    })?;
+    let missing = |layer: &&ozone::LayerReport| !layer.is_on();
+    for layer in jailed.report().layers.iter().filter(missing) {
+        ipc::log::warn!("jail: {layer}");
+    }
     let action = match start.seccomp {
         SeccompMode::Kill => Action::Kill,
         SeccompMode::Log => Action::Log,
         SeccompMode::Trap => Action::Trap,
         SeccompMode::Disabled => {
             ipc::log::warn!("runs without a seccomp filter, as was asked for");
-            return Ok(());
+            return Ok(jailed);
         }
     };
     if action != Action::Kill {
         ipc::log::warn!("the seccomp filter does not kill, as was asked for: {action:?}");
     }
-    Ok(seccomp_policies::install(policy(&start.device), action)?)
+    seccomp_policies::install(policy(&start.device), action)?;
+    Ok(jailed)
 }

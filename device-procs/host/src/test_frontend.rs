@@ -1,7 +1,7 @@
 //! A vhost-user front end for tests: guest memory, rings as a driver builds them, and live device processes.
 //!
-//! **Job.** [`DeviceProcess`] starts a device binary as the broker does, but without namespaces and with this process as its
-//! front end; [`TestFrontend`] negotiates; [`DriverQueue`] is the driver's side of a split virtqueue, well behaved or not.
+//! **Job.** [`DeviceProcess`] starts a device binary with the descriptors, the identity and the limits that the broker gives
+//! it, but without namespaces (a test has threads, and `ozone` starts no process from such), and with this process as its front end; [`TestFrontend`] negotiates; [`DriverQueue`] is the driver's side of a split virtqueue, well behaved or not.
 //!
 //! **Who is not trusted.** Nobody: this is test code, it panics when something is not as expected.
 //!
@@ -131,14 +131,20 @@ impl DeviceProcess {
                 .zip(FD_BACKEND..)
                 .map(|(fd, number)| (fd.as_raw_fd(), number)),
         );
-        let mut command = Command::new(binary);
+        // By its descriptor: the folders above it need not be open to the user that the process runs as.
+        let binary = File::open(binary).unwrap();
+        let mut command = Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()));
         command
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null());
+        let root = nix::unistd::geteuid().is_root();
         // SAFETY: the closure makes system calls only, on numbers that the parent keeps open until after exec.
         unsafe {
-            command.pre_exec(move || place_descriptors(&plan));
+            command.pre_exec(move || {
+                place_descriptors(&plan)?;
+                give_rights_up(root)
+            });
         }
         let child = command.spawn().unwrap();
         Self {
@@ -202,6 +208,32 @@ fn place_descriptors(plan: &[(RawFd, RawFd)]) -> std::io::Result<()> {
     // SAFETY: see above.
     check(unsafe { libc::close_range(last as u32 + 1, u32::MAX, flags) })?;
     Ok(())
+}
+
+/// Between fork and exec: what the harness demands of whoever starts it, on any host.
+fn give_rights_up(root: bool) -> std::io::Result<()> {
+    /// The user and group that own nothing.
+    const NOBODY: u32 = 65534;
+    let check = |result: libc::c_int| match result {
+        -1 => Err(std::io::Error::last_os_error()),
+        _ => Ok(()),
+    };
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: reads one structure on the stack.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) })?;
+    if root {
+        // SAFETY: no list is read when its length is 0; the others take numbers only.
+        unsafe {
+            check(libc::setgroups(0, std::ptr::null()))?;
+            check(libc::setresgid(NOBODY, NOBODY, NOBODY))?;
+            check(libc::setresuid(NOBODY, NOBODY, NOBODY))?;
+        }
+    }
+    // SAFETY: takes numbers only.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
 }
 
 /// Guest memory, shared with the device: two regions with a hole between them.

@@ -91,7 +91,7 @@ fn configuration_space_answers_the_greeting_and_zeros() {
     assert_eq!(bench.front.config(0, 8), b"ahoy\0\0\0\0");
     assert_eq!(bench.front.config(2, 1), b"o");
     assert_eq!(bench.front.config(200, 56), [0; 56]);
-    assert_eq!(bench.finish(), "");
+    bench.finish();
 }
 
 #[test]
