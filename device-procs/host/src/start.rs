@@ -130,11 +130,10 @@ impl<D: Device> Prepared<D> {
     /// # Errors
     /// A layer cannot be had; the process must end.
     pub fn enter_jail(self) -> Result<Jailed<D>, JailError> {
-        let proof = jail::lock(&self.start)?;
+        let _proof: ozone::inner::Jailed = jail::lock(&self.start)?;
         Ok(Jailed {
             device: self.device,
             resources: self.resources,
-            proof,
         })
     }
 }
@@ -170,7 +169,6 @@ impl<D: Device> Standalone<D> {
 pub struct Jailed<D> {
     device: D,
     resources: Resources,
-    proof: ozone::inner::Jailed,
 }
 
 impl<D: Device> Jailed<D> {
@@ -181,7 +179,6 @@ impl<D: Device> Jailed<D> {
     pub fn serve(self, front_end: UnixStream) -> Result<Serving<D>, ServeError> {
         Ok(Serving {
             connection: Connection::new(front_end, self.device, self.resources)?,
-            _proof: self.proof,
         })
     }
 }
@@ -189,7 +186,6 @@ impl<D: Device> Jailed<D> {
 /// A device that serves a front end.
 pub struct Serving<D: Device> {
     connection: Connection<D>,
-    _proof: ozone::inner::Jailed,
 }
 
 impl<D: Device> Serving<D> {
