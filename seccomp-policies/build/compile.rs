@@ -5,7 +5,7 @@ use crate::{
     parse::{Op, Width},
     resolve::{Check, Kind, Policy, Rule},
 };
-use seccompiler::{BpfProgram, TargetArch, compile_from_json};
+use seccompiler::{BpfProgram, TargetArch, compile_from_json, sock_filter};
 use serde_json::{Value, json};
 
 /// A policy in its variants.
@@ -16,8 +16,6 @@ pub(crate) struct Programs {
     pub(crate) log: BpfProgram,
     /// Answers forbidden calls with a catchable SIGSYS.
     pub(crate) trap: BpfProgram,
-    /// One filter per error number that the policy answers with, to be installed first.
-    pub(crate) errno: Vec<BpfProgram>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -43,43 +41,67 @@ pub(crate) fn compile(policy: &Policy, arch: &str) -> Result<Programs, CompileEr
             file: policy.file.clone(),
         });
     }
-    // A call answered with an error number must pass the main filter: of all filters' answers the
-    // kernel takes the strictest, and "kill" would win over the error number.
-    let allowed: Vec<Value> = policy.rules.iter().flat_map(json_rules).collect();
+    let allowed: Vec<Value> = policy
+        .rules
+        .iter()
+        .filter(|rule| error_number(rule).is_none())
+        .flat_map(json_rules)
+        .collect();
+    let answers = answers(policy)?;
     let main = |action: &str| {
-        program(
-            &policy.file,
-            &json!(action),
-            &json!("allow"),
-            &allowed,
-            arch,
-        )
+        let allow = json!("allow");
+        let program = program(&policy.file, &json!(action), &allow, &allowed, arch)?;
+        Ok(with_answers(program, &answers))
     };
-
-    let mut errors: Vec<u32> = policy.rules.iter().filter_map(error_number).collect();
-    errors.sort_unstable();
-    errors.dedup();
-    let errno = errors.into_iter().map(|number| {
-        let rules: Vec<Value> = policy
-            .rules
-            .iter()
-            .filter(|r| error_number(r) == Some(number))
-            .map(|r| json!({ "syscall": r.call }))
-            .collect();
-        program(
-            &policy.file,
-            &json!("allow"),
-            &json!({ "errno": number }),
-            &rules,
-            arch,
-        )
-    });
     Ok(Programs {
         kill: main("kill_process")?,
         log: main("log")?,
         trap: main("trap")?,
-        errno: errno.collect::<Result<_, _>>()?,
     })
+}
+
+/// Classic BPF: jump if the accumulator equals `k`, and return `k` (`linux/bpf_common.h`).
+const JUMP_IF_EQUAL: u16 = 0x15;
+const RETURN: u16 = 0x06;
+/// `linux/seccomp.h`: the call fails with the error number in the low 16 bits.
+const RET_ERRNO: u32 = 0x0005_0000;
+/// Instructions with which each of seccompiler's programs begins: load and check the architecture, load the number.
+const PREAMBLE: usize = 4;
+
+/// Instructions that answer calls with error numbers, for behind the load of the call's number.
+///
+/// seccompiler has one answer for all rules of a program. A second filter for each error number would do, and did, but the
+/// kernel compiles every filter of every thread to machine code, which is most of what installing one costs.
+fn answers(policy: &Policy) -> Result<BpfProgram, CompileError> {
+    let mut program = BpfProgram::new();
+    for rule in &policy.rules {
+        let Some(error) = error_number(rule) else {
+            continue;
+        };
+        let number = u32::try_from(rule.number).map_err(|_| CompileError::NoNumber {
+            call: rule.call.clone(),
+        })?;
+        program.push(sock_filter {
+            code: JUMP_IF_EQUAL,
+            jt: 0,
+            jf: 1,
+            k: number,
+        });
+        program.push(sock_filter {
+            code: RETURN,
+            jt: 0,
+            jf: 0,
+            k: RET_ERRNO | error,
+        });
+    }
+    Ok(program)
+}
+
+/// Puts `answers` into a program. No jump crosses the place: the preamble's only one ends before it.
+fn with_answers(mut program: BpfProgram, answers: &[sock_filter]) -> BpfProgram {
+    let at = PREAMBLE.min(program.len());
+    program.splice(at..at, answers.iter().cloned());
+    program
 }
 
 /// The number of a call, if `arch` has it.
@@ -89,10 +111,8 @@ pub(crate) fn number_of(call: &str, arch: &str) -> Result<Option<i64>, CompileEr
     let Ok(program) = program(call, &json!("kill_process"), &json!("allow"), &rule, target) else {
         return Ok(None);
     };
-    // ld arch; jeq; ret; ld nr; jeq NUMBER
-    const JUMP_IF_EQUAL: u16 = 0x15;
     let number = program
-        .get(4)
+        .get(PREAMBLE)
         .filter(|i| i.code == JUMP_IF_EQUAL)
         .map(|i| i64::from(i.k));
     number.map(Some).ok_or_else(|| CompileError::NoNumber {

@@ -16,10 +16,9 @@ pub(crate) fn policy(text: &mut String, policy: &Policy, programs: &Programs) {
         }
         list + "]"
     };
-    let errno: String = programs.errno.iter().map(|p| bpf(p) + ",").collect();
     let _ = writeln!(
         text,
-        "pub(crate) static {name}: Compiled = Compiled {{ kill: {}, log: {}, trap: {}, errno: &[{errno}] }};",
+        "pub(crate) static {name}: Compiled = Compiled {{ kill: {}, log: {}, trap: {} }};",
         bpf(&programs.kill),
         bpf(&programs.log),
         bpf(&programs.trap),

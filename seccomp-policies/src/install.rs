@@ -61,9 +61,6 @@ fn apply(policy: Policy, action: Action, flags: libc::c_ulong) -> Result<(), Err
         return Err(Error::NoNewPrivs(io::Error::last_os_error()));
     }
     let compiled = policy.compiled();
-    for filter in compiled.errno {
-        load(policy, filter, flags)?;
-    }
     let main = match action {
         Action::Kill => compiled.kill,
         Action::Log => compiled.log,

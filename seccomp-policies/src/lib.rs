@@ -143,8 +143,6 @@ struct Compiled {
     kill: &'static [libc::sock_filter],
     log: &'static [libc::sock_filter],
     trap: &'static [libc::sock_filter],
-    /// Filters that answer some calls with an error; installed before the main one.
-    errno: &'static [&'static [libc::sock_filter]],
 }
 
 mod generated {

@@ -209,7 +209,10 @@ fn arguments_are_checked() {
         assert_eq!(fs(call, [-1, -1, 0, 0, 0, 0]), KILLED);
     }
     let (lock, try_lock) = (libc::LOCK_EX, libc::LOCK_EX | libc::LOCK_NB);
-    assert_eq!(fs(libc::SYS_flock, [-1, c_long::from(lock), 0, 0, 0, 0]), KILLED);
+    assert_eq!(
+        fs(libc::SYS_flock, [-1, c_long::from(lock), 0, 0, 0, 0]),
+        KILLED
+    );
     assert_eq!(
         fs(libc::SYS_flock, [-1, c_long::from(try_lock), 0, 0, 0, 0]),
         errno(libc::EBADF)
