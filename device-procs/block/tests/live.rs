@@ -1,5 +1,7 @@
 //! The disk, as a live process with its filter on.
 
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

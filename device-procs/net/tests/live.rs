@@ -2,6 +2,7 @@
 //! test's own thread.
 
 #![allow(unsafe_code)] // taps and packet sockets
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
