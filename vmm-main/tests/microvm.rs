@@ -123,6 +123,15 @@ struct Guest {
 
 /// A machine that is assembled and loaded, or `None` on a host without KVM.
 fn guest_with(code: &Code, cpus: u32, plug: impl FnOnce(&mut Microvm)) -> Option<Guest> {
+    guest_by(code, cpus, Protocol::Auto, plug)
+}
+
+fn guest_by(
+    code: &Code,
+    cpus: u32,
+    protocol: Protocol,
+    plug: impl FnOnce(&mut Microvm),
+) -> Option<Guest> {
     if !std::path::Path::new("/dev/kvm").exists() {
         eprintln!("skipped: this host has no /dev/kvm");
         return None;
@@ -142,7 +151,7 @@ fn guest_with(code: &Code, cpus: u32, plug: impl FnOnce(&mut Microvm)) -> Option
         kernel: code.elf(),
         initrd: None,
         cmdline: String::from("quiet"),
-        protocol: Protocol::Auto,
+        protocol,
     };
     machine.load(source).unwrap();
     let events = machine.take_events().unwrap();
@@ -202,6 +211,30 @@ fn output_and_power_off() {
     guest.run();
     assert!(matches!(guest.event(), VmEvent::Shutdown));
     assert_eq!(guest.text(), "hello!");
+}
+
+#[test]
+fn the_64bit_entry_finds_the_zero_page_and_the_device_windows() {
+    // The same bytes mean the same in both modes. mov al, [rsi + e820_entries]; print; then a byte of a window.
+    let window = u32::try_from(layout::VIRTIO_MMIO_BASE).unwrap();
+    let code = Code::default()
+        .word(&[0x8A, 0x86], 0x1E8)
+        .print_digit()
+        .word(&[0xB9], window)
+        .raw(&[0x8A, 0x01]) // mov al, [rcx]
+        .print_digit()
+        .power_off();
+    let plug = |machine: &mut Microvm| {
+        machine
+            .attach_mmio(0, Arc::new(Mutex::new(Window::default())))
+            .unwrap();
+    };
+    let Some(mut guest) = guest_by(&code, 1, Protocol::Linux64, plug) else {
+        return;
+    };
+    guest.run();
+    assert!(matches!(guest.event(), VmEvent::Shutdown));
+    assert_eq!(guest.text(), "37");
 }
 
 #[test]
