@@ -12,6 +12,7 @@ use kvm_bindings::{
     kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
+use log::debug;
 
 use super::{Error, Kvm, Vm, regs};
 
@@ -137,12 +138,31 @@ impl VcpuState {
         vcpu.set_debug_regs(&self.debug)
             .map_err(call("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
-        // A list longer than KVM takes at once (256) goes in pieces.
-        for piece in self.msrs.chunks(MSRS_PER_CALL) {
-            regs::set_msrs(vcpu, index, piece)?;
-        }
+        self.restore_msrs(vcpu, index)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(call("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// Writes the MSRs back, in pieces that KVM takes at once.
+    ///
+    /// Some MSRs that KVM lists and lets be read it does not let be written on some hosts, not even with the value that
+    /// they have. Such an MSR is one that no guest can have changed either, for a guest may write less than this
+    /// process. It is skipped, with a word in the log.
+    fn restore_msrs(&self, vcpu: &VcpuFd, index: u32) -> Result<(), Error> {
+        let mut rest = &self.msrs[..];
+        while !rest.is_empty() {
+            let piece = &rest[..rest.len().min(MSRS_PER_CALL)];
+            let done = match regs::set_msrs(vcpu, index, piece) {
+                Ok(()) => piece.len(),
+                Err(Error::Msrs { set, index, .. }) => {
+                    debug!("KVM does not let MSR {index:#x} be written at reset");
+                    set + 1
+                }
+                Err(other) => return Err(other),
+            };
+            rest = &rest[done..];
+        }
+        Ok(())
     }
 }
 
