@@ -430,6 +430,22 @@ mod tests {
     }
 
     #[test]
+    fn every_device_program_of_this_project_comes_along() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../device-procs");
+        let mut found = 0;
+        for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+            let program = entry.path().join("src/main.rs").exists();
+            let name = CString::new(entry.file_name().as_bytes()).unwrap();
+            assert!(
+                !program || DEVICE_PROGRAMS.contains(&name.as_c_str()),
+                "{name:?}"
+            );
+            found += usize::from(program);
+        }
+        assert!(found >= 3);
+    }
+
+    #[test]
     fn every_device_has_its_own_node() {
         for (n, one) in Device::ALL.iter().enumerate() {
             for other in &Device::ALL[..n] {
