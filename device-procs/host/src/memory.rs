@@ -769,10 +769,14 @@ mod tests {
         head.set(b"abcd");
         assert!(buffers.reserve::<1>().is_none());
         let mut bytes = [0; 3];
-        ram.map().read_slice(&mut bytes, GuestAddress(0x1ffe)).unwrap();
+        ram.map()
+            .read_slice(&mut bytes, GuestAddress(0x1ffe))
+            .unwrap();
         assert_eq!(&bytes, b"abc");
         let mut bytes = [0; 4];
-        ram.map().read_slice(&mut bytes, GuestAddress(0x100)).unwrap();
+        ram.map()
+            .read_slice(&mut bytes, GuestAddress(0x100))
+            .unwrap();
         assert_eq!(&bytes, b"dxyz");
     }
 

@@ -194,15 +194,7 @@ impl<D: Device> Connection<D> {
         epoll
             .add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, SOCKET))
             .map_err(HostFault::of("epoll_ctl of the vhost-user socket"))?;
-        let mut polled = Vec::new();
-        for (index, fd) in device.backends().into_iter().enumerate() {
-            let interest = device.interest(index);
-            let event = EpollEvent::new(flags(interest), FIRST_BACKEND + index as u64);
-            epoll
-                .add(fd, event)
-                .map_err(HostFault::of("epoll_ctl of a back end"))?;
-            polled.push(interest);
-        }
+        let polled = vec![Interest::NONE; device.backends().len()];
         // `BackendReqHandler` wants a handler with interior mutability. One thread, so the lock is never waited for.
         #[allow(clippy::arc_with_non_send_sync)]
         let server = Arc::new(Mutex::new(Server {
@@ -217,6 +209,7 @@ impl<D: Device> Connection<D> {
             refused: None,
             fatal: None,
         }));
+        lock(&server).poll_backends()?;
         Ok(Self {
             messages: BackendReqHandler::from_stream(stream, server.clone()),
             server,
@@ -428,9 +421,13 @@ impl<D: Device> Server<D> {
                 continue;
             };
             let mut event = EpollEvent::new(flags(interest), FIRST_BACKEND + index as u64);
-            self.epoll
-                .modify(fd, &mut event)
-                .map_err(HostFault::of("epoll_ctl of a back end"))?;
+            // One that is not polled leaves the set: errors would be reported even with no interest in it.
+            match (*polled == Interest::NONE, interest == Interest::NONE) {
+                (true, _) => self.epoll.add(fd, event),
+                (false, true) => self.epoll.delete(fd),
+                (false, false) => self.epoll.modify(fd, &mut event),
+            }
+            .map_err(HostFault::of("epoll_ctl of a back end"))?;
             *polled = interest;
         }
         Ok(())

@@ -96,7 +96,14 @@ impl DeviceProcess {
     pub fn start_with(binary: &str, message: &StartMessage, backends: Vec<OwnedFd>) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let start = ipc::start::to_memfd(message).unwrap();
-        Self::spawn(binary, theirs.into(), start, backends, Some(ours))
+        Self::spawn(binary, theirs.into(), start, backends, Some(ours), true)
+    }
+
+    /// Starts `binary` with all rights that this process has, which it must refuse.
+    pub fn start_unconfined(binary: &str, device: DeviceSpec) -> Self {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let start = ipc::start::to_memfd(&start_message(device, 0)).unwrap();
+        Self::spawn(binary, theirs.into(), start, Vec::new(), Some(ours), false)
     }
 
     /// Starts `binary` on a connected socket that somebody else holds the other end of.
@@ -108,7 +115,7 @@ impl DeviceProcess {
     ) -> Self {
         let message = start_message(device, backends.len() as u32);
         let start = ipc::start::to_memfd(&message).unwrap();
-        Self::spawn(binary, socket.into(), start, backends, None)
+        Self::spawn(binary, socket.into(), start, backends, None, true)
     }
 
     fn spawn(
@@ -117,6 +124,7 @@ impl DeviceProcess {
         start: OwnedFd,
         backends: Vec<OwnedFd>,
         ours: Option<UnixStream>,
+        confined: bool,
     ) -> Self {
         let (log, log_end) = std::io::pipe().unwrap();
         let log_end = OwnedFd::from(log_end);
@@ -143,7 +151,11 @@ impl DeviceProcess {
         unsafe {
             command.pre_exec(move || {
                 place_descriptors(&plan)?;
-                give_rights_up(root)
+                if confined {
+                    give_rights_up(root)
+                } else {
+                    Ok(())
+                }
             });
         }
         let child = command.spawn().unwrap();

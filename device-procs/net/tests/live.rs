@@ -465,6 +465,32 @@ fn both_pairs_transmit() {
 }
 
 #[test]
+fn a_tap_that_goes_away_leaves_a_card_without_packets() {
+    let Some(mut card) = card(1, 0) else { return };
+    card.offer(0, &[1600; 4]);
+    card.front.config(0, 6);
+    let deleted = std::process::Command::new("ip")
+        .args(["link", "del", "tap0"])
+        .status();
+    assert!(deleted.unwrap().success());
+    // Packets go nowhere, the driver is served all the same.
+    card.transmit([0; 12], &frame(60, 1));
+    card.front.config(0, 6);
+    // The process sleeps: a descriptor with an error is not polled again and again.
+    let state = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", card.process.id())).unwrap();
+        stat.rsplit(") ").next().unwrap().chars().next().unwrap()
+    };
+    while state() != 'S' {
+        std::thread::yield_now();
+    }
+    let states: String = (0..200).map(|_| state()).collect();
+    assert_eq!(states, "S".repeat(200));
+    let log = card.finish();
+    assert!(log.contains("tap cannot be read any more"), "{log}");
+}
+
+#[test]
 fn wrong_descriptors_are_refused_with_their_reason() {
     let spec = |pairs| {
         DeviceSpec::Net(NetSpec {

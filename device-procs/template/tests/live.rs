@@ -12,6 +12,7 @@ use device_host::test_frontend::{
 use ipc::limits::MAX_CHAIN_SEGMENTS;
 use ipc::spec::DeviceSpec;
 use ipc::spec::template::TemplateSpec;
+use ipc::start::SandboxMode;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_template");
 const IN: u64 = 0x10_0000;
@@ -458,6 +459,35 @@ fn wrong_starts_are_refused() {
     });
     let log = run(start_message(block, 0), Vec::new());
     assert!(log.contains("is for block, this is template"), "{log}");
+}
+
+#[test]
+fn a_process_that_is_not_confined_refuses_to_serve() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root has rights that could be left over");
+        return;
+    }
+    let (status, log) = DeviceProcess::start_unconfined(BINARY, spec()).finish();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains("this process is not in a jail"), "{log}");
+
+    // What a host may lack is a warning otherwise, and an end in strict mode.
+    let mut message = start_message(spec(), 0);
+    message.sandbox = SandboxMode::Strict;
+    let (status, log) = DeviceProcess::start_with(BINARY, &message, Vec::new()).finish();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains("strict sandbox refused"), "{log}");
+}
+
+#[test]
+fn started_by_hand_it_says_what_it_is() {
+    let output = std::process::Command::new(BINARY)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("a part of stratovirt"), "{text}");
 }
 
 #[test]
