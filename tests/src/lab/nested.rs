@@ -273,7 +273,10 @@ impl Nested {
             .arg(initrd)
             // Self-tests of ciphers that nothing here uses: under emulation they take seconds, and on a busy host one of
             // them was seen to spin for ever.
-            .args(["-append", "console=ttyS0 panic=-1 quiet loglevel=1 cryptomgr.notests"]);
+            .args([
+                "-append",
+                "console=ttyS0 panic=-1 quiet loglevel=1 cryptomgr.notests",
+            ]);
         for (tag, socket) in shares {
             qemu.arg("-chardev")
                 .arg(format!("socket,id={tag},path={}", socket.display()));
