@@ -497,6 +497,94 @@ fn a_killed_disk_is_replaced_without_losing_a_request() {
     second.finish_well();
 }
 
+/// A small generator, so that a failure can be repeated.
+struct Xorshift(u64);
+
+impl Xorshift {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn one_of(&mut self, choice: &[u64]) -> u64 {
+        choice[(self.next() % choice.len() as u64) as usize]
+    }
+}
+
+#[test]
+fn random_rings_neither_end_the_process_nor_change_its_size() {
+    use vhost::VhostBackend;
+    use vhost::vhost_user::VhostUserFrontend;
+
+    let mut disk = disk(Options {
+        features: F_FLUSH | INDIRECT_DESC | EVENT_IDX,
+        ..PLAIN
+    });
+    let mut random = Xorshift(0x5eed_0001);
+    let mut broken = 0;
+    for round in 0..400 {
+        let queue = &mut disk.queues[0];
+        let memory = &disk.front.memory;
+        for index in 0..64 {
+            // Addresses: data, a table, the ring itself, the hole, the end of memory, nonsense.
+            let address = random.one_of(&[
+                HEADER,
+                STATUS,
+                DATA,
+                queue.indirect_table,
+                queue.table,
+                queue.used(),
+                0x3f_ffff,
+                0x40_0000,
+                0xbf_ffff,
+                u64::MAX - 7,
+            ]);
+            let len = random.one_of(&[0, 1, 16, 32, 512, 513, 4096, 1 << 20, u64::from(u32::MAX)]);
+            // Mostly NEXT and WRITE, sometimes INDIRECT and bits that do not exist.
+            let flags = random.one_of(&[0, 1, 1, 1, 2, 3, 3, 4, 5, 0xfff8, 0xffff]);
+            let next = random.one_of(&[index + 1, index + 1, index + 1, 0, index, 63, 64, 65_535]);
+            let raw = (address, len as u32, flags as u16, next as u16);
+            DriverQueue::describe(memory, queue.table, index as u16, raw);
+            DriverQueue::describe(memory, queue.indirect_table, index as u16, raw);
+        }
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&(random.one_of(&[0, 1, 4, 8, 99]) as u32).to_le_bytes());
+        header[8..].copy_from_slice(
+            &random
+                .one_of(&[0, 7, SIZE / 512 - 1, u64::MAX])
+                .to_le_bytes(),
+        );
+        memory.write(HEADER, &header);
+        for _ in 0..random.next() % 64 {
+            let head = random.next() % 65;
+            queue.offer(memory, head as u16);
+        }
+        if round % 16 == 15 {
+            queue.set_available_index(memory, random.next() as u16);
+        }
+        queue.kick();
+        // Answered only after the queue's turn, and only by a living process.
+        disk.front.config(0, 8);
+        broken += u32::from(disk.queues[0].is_broken());
+        disk.front.vhost.reset_device().unwrap();
+        let accepted = disk.front.accepted;
+        disk.front.vhost.set_features(accepted).unwrap();
+        disk.front.memory.write(0, &vec![0; 0x2_0000]);
+        disk.queues[0] = DriverQueue::new(0, 64, 0);
+        disk.front.start(&disk.queues[0]);
+    }
+    assert!(
+        (1..400).contains(&broken),
+        "both kinds happened: {broken} of 400 broke"
+    );
+    let (status, _) = disk.request(IN, 0, &[Buffer::writable(DATA, 512)]);
+    assert_eq!(status, OK);
+    assert_eq!(disk.image().len() as u64, SIZE);
+    disk.finish();
+}
+
 #[test]
 fn wrong_specs_are_refused_with_their_reason() {
     let file = NamedTempFile::new().unwrap();

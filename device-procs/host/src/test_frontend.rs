@@ -521,6 +521,11 @@ impl DriverQueue {
         self.error.read().unwrap();
     }
 
+    /// Whether the device has declared the queue broken since the last time that this was asked.
+    pub fn is_broken(&self) -> bool {
+        self.error.read().is_ok()
+    }
+
     /// Interrupts since the last time that this was asked.
     pub fn interrupts(&self) -> u64 {
         self.call.read().unwrap_or(0)
