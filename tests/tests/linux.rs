@@ -187,6 +187,7 @@ fn the_network_carries_pings_and_a_hundred_megabytes_each_way() {
         let (mut stream, _) = up.accept().unwrap();
         let mut back = Vec::new();
         stream.read_to_end(&mut back).unwrap();
+        drop(stream); // the guest's nc waits for it
         assert!(
             back == fs::read(&data).unwrap(),
             "guest to host: {} bytes",
