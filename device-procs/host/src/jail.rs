@@ -37,9 +37,12 @@ pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailErr
         SandboxMode::BestEffort => Sandbox::BestEffort,
         SandboxMode::Strict => Sandbox::Strict,
     })?;
-    let missing = |layer: &&ozone::LayerReport| !layer.is_on();
-    for layer in jailed.report().layers.iter().filter(missing) {
-        ipc::log::warn!("jail: {layer}");
+    for layer in &jailed.report().layers {
+        if layer.is_on() {
+            ipc::log::debug!("jail: {layer}");
+        } else {
+            ipc::log::warn!("jail: {layer}");
+        }
     }
     let action = match start.seccomp {
         SeccompMode::Kill => Action::Kill,

@@ -47,6 +47,8 @@ pub(crate) use lockdown::filter;
 pub fn run(args: &[OsString]) -> ExitCode {
     let phases = Phases::begin();
     if let Some(channel) = broker::is_broker(args) {
+        // The name in `ps` would else be "exe", after the link that was executed. Without it, nothing but that is lost.
+        let _ = nix::sys::prctl::set_name(c"broker");
         return broker::run(channel);
     }
     let env = Env { log_level: std::env::var_os("STRATOVIRT_LOG_LEVEL") };
