@@ -281,7 +281,7 @@ fn plain_work_goes_on() {
 /// libc must take "no such call" for an answer and try clone, whose flags a filter can see.
 #[test]
 fn clone3_is_not_implemented() {
-    for policy in [Policy::ControlQmp, Policy::ControlVcpu] {
+    for policy in CONTROL {
         assert_eq!(
             kill(policy, libc::SYS_clone3, NONE),
             errno(libc::ENOSYS),
@@ -389,7 +389,7 @@ fn the_runtime_works_under_every_policy() {
     for policy in DEVICES {
         run(policy, true);
     }
-    for policy in [Policy::ControlQmp, Policy::ControlVcpu] {
+    for policy in CONTROL {
         run(policy, false);
     }
     run(Policy::ControlMain, true);
