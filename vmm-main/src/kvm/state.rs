@@ -3,13 +3,15 @@
 //! Job: a guest that asks for a reset gets a machine that a fresh start would give it, without new processes, new
 //! eventfds or a new VM.
 //! Who is not trusted: the guest ruled all this state until now, so every piece that KVM can set is set.
-//! Why this way: KVM has no reset call, but all it keeps can be read and written. Reading it once, right after the
-//! vCPU got its CPUID, gives exactly KVM's own reset values on this host, without a list of ours to maintain.
+//! Why this way: KVM has no reset call, but all it keeps can be written. What depends on the host (MSRs, system
+//! registers, LAPIC) is read once, right after the vCPU got its CPUID, which gives KVM's own values without a list of
+//! ours to maintain.
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, MsrList, Msrs,
-    kvm_debugregs, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED, MsrList, Msrs, kvm_debugregs, kvm_fpu, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 use log::debug;
@@ -58,19 +60,29 @@ impl VmState {
     }
 }
 
-/// Everything that KVM keeps of one vCPU, except CPUID, which a guest cannot change.
+/// What KVM keeps of one vCPU when it is new.
+///
+/// Only what differs from host to host is read, since every call costs start-up time. General registers, x87 and SSE
+/// state, debug registers and XCR0 have the values that the architecture gives them at reset (SDM 3A, table 10-1).
+/// CPUID is not here because no guest can change it.
 #[derive(Debug)]
 pub(crate) struct VcpuState {
-    regs: kvm_regs,
     sregs: kvm_sregs,
-    fpu: kvm_fpu,
     lapic: kvm_lapic_state,
     msrs: Vec<kvm_msr_entry>,
-    mp_state: kvm_mp_state,
     events: kvm_vcpu_events,
-    debug: kvm_debugregs,
-    xcrs: kvm_xcrs,
 }
+
+/// RFLAGS at reset: bit 1 is always set.
+const RESET_RFLAGS: u64 = 2;
+const RESET_FCW: u16 = 0x37F;
+const RESET_MXCSR: u32 = 0x1F80;
+const RESET_DR6: u64 = 0xFFFF_0FF0;
+const RESET_DR7: u64 = 0x400;
+/// XCR0 at reset: x87 only.
+const RESET_XCR0: u64 = 1;
+/// `IA32_APIC_BASE` bit 8: this is the boot processor.
+const APIC_BASE_BSP: u64 = 1 << 8;
 
 /// `IA32_MCG_CTL`
 const MSR_MCG_CTL: u32 = 0x17B;
@@ -90,8 +102,13 @@ pub(crate) fn msr_list(kvm: &Kvm) -> Result<MsrList, Error> {
 }
 
 impl VcpuState {
-    /// Reads the state of a vCPU that has not run.
-    pub(crate) fn save(vcpu: &VcpuFd, index: u32, list: &MsrList) -> Result<Self, Error> {
+    /// Reads the state of a vCPU that has not run, whose LAPIC has just been set to `lapic`.
+    pub(crate) fn save(
+        vcpu: &VcpuFd,
+        index: u32,
+        lapic: kvm_lapic_state,
+        list: &MsrList,
+    ) -> Result<Self, Error> {
         let call = |call| {
             move |source| Error::VcpuCall {
                 call,
@@ -100,17 +117,12 @@ impl VcpuState {
             }
         };
         Ok(Self {
-            regs: vcpu.get_regs().map_err(call("KVM_GET_REGS"))?,
             sregs: vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?,
-            fpu: vcpu.get_fpu().map_err(call("KVM_GET_FPU"))?,
-            lapic: vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?,
+            lapic,
             msrs: read_msrs(vcpu, index, list.as_slice())?,
-            mp_state: vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?,
             events: vcpu
                 .get_vcpu_events()
                 .map_err(call("KVM_GET_VCPU_EVENTS"))?,
-            debug: vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?,
-            xcrs: vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?,
         })
     }
 
@@ -129,13 +141,37 @@ impl VcpuState {
                 source,
             }
         };
-        vcpu.set_mp_state(self.mp_state)
+        let mp_state = if self.sregs.apic_base & APIC_BASE_BSP != 0 {
+            KVM_MP_STATE_RUNNABLE
+        } else {
+            KVM_MP_STATE_UNINITIALIZED
+        };
+        vcpu.set_mp_state(kvm_mp_state { mp_state })
             .map_err(call("KVM_SET_MP_STATE"))?;
         vcpu.set_sregs(&self.sregs).map_err(call("KVM_SET_SREGS"))?;
-        vcpu.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
-        vcpu.set_fpu(&self.fpu).map_err(call("KVM_SET_FPU"))?;
-        vcpu.set_debug_regs(&self.debug)
+        let regs = kvm_regs {
+            rflags: RESET_RFLAGS,
+            ..Default::default()
+        };
+        vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
+        let mut xcrs = kvm_xcrs {
+            nr_xcrs: 1,
+            ..Default::default()
+        };
+        xcrs.xcrs[0].value = RESET_XCR0;
+        vcpu.set_xcrs(&xcrs).map_err(call("KVM_SET_XCRS"))?;
+        let fpu = kvm_fpu {
+            fcw: RESET_FCW,
+            mxcsr: RESET_MXCSR,
+            ..Default::default()
+        };
+        vcpu.set_fpu(&fpu).map_err(call("KVM_SET_FPU"))?;
+        let debug = kvm_debugregs {
+            dr6: RESET_DR6,
+            dr7: RESET_DR7,
+            ..Default::default()
+        };
+        vcpu.set_debug_regs(&debug)
             .map_err(call("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
         self.restore_msrs(vcpu, index)?;
@@ -193,4 +229,65 @@ fn read_msrs(vcpu: &VcpuFd, vcpu_index: u32, list: &[u32]) -> Result<Vec<kvm_msr
         rest = &rest[done..];
     }
     Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Everything that can be read of a vCPU, as text: the bindings compare by bytes nowhere else.
+    fn all(vcpu: &VcpuFd) -> [String; 8] {
+        [
+            format!("{:?}", vcpu.get_sregs().unwrap()),
+            format!("{:?}", vcpu.get_fpu().unwrap()),
+            format!("{:?}", vcpu.get_lapic().unwrap()),
+            format!("{:?}", vcpu.get_mp_state().unwrap()),
+            format!("{:?}", vcpu.get_vcpu_events().unwrap()),
+            format!("{:?}", vcpu.get_debug_regs().unwrap()),
+            format!("{:?}", vcpu.get_xcrs().unwrap()),
+            format!("{:?}", vcpu.get_regs().unwrap().rflags),
+        ]
+    }
+
+    #[test]
+    fn a_restored_vcpu_is_like_a_new_one() {
+        if !std::path::Path::new("/dev/kvm").exists() {
+            eprintln!("skipped: this host has no /dev/kvm");
+            return;
+        }
+        let kvm = Kvm::open().unwrap();
+        let vm = Vm::create(&kvm).unwrap();
+        vm.add_interrupt_controllers().unwrap();
+        let list = msr_list(&kvm).unwrap();
+        for index in [0, 1] {
+            let vcpu = vm.create_vcpu(index).unwrap();
+            let new = all(&vcpu);
+            let lapic = vcpu.get_lapic().unwrap();
+            let state = VcpuState::save(&vcpu, index, lapic, &list).unwrap();
+            // What a guest would leave behind.
+            let mut sregs = vcpu.get_sregs().unwrap();
+            (sregs.cr2, sregs.cr3) = (0x1234, 0x5000);
+            vcpu.set_sregs(&sregs).unwrap();
+            let fpu = kvm_fpu {
+                fcw: 0x27F,
+                mxcsr: 0x1F00,
+                ..Default::default()
+            };
+            vcpu.set_fpu(&fpu).unwrap();
+            let debug = kvm_debugregs {
+                db: [1, 2, 3, 4],
+                dr6: 0xFFFF_0FF1,
+                dr7: 0x401,
+                ..Default::default()
+            };
+            vcpu.set_debug_regs(&debug).unwrap();
+            let mp_state = KVM_MP_STATE_RUNNABLE + 3;
+            vcpu.set_mp_state(kvm_mp_state { mp_state }).unwrap();
+            assert_ne!(all(&vcpu), new);
+            state.restore(&vcpu, index).unwrap();
+            for (now, new) in all(&vcpu).iter().zip(&new) {
+                assert_eq!(now, new, "vCPU {index}");
+            }
+        }
+    }
 }

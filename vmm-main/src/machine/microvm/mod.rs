@@ -522,7 +522,7 @@ fn create_vcpus(
         let mut lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
         regs::set_local_lines(&mut lapic);
         vcpu.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))?;
-        states.push(VcpuState::save(&vcpu, index, &msrs)?);
+        states.push(VcpuState::save(&vcpu, index, lapic, &msrs)?);
         fds.push(vcpu);
     }
     Ok((fds, states))
