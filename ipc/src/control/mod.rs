@@ -41,6 +41,8 @@ pub struct Policy {
     pub pidfile: Option<PathBuf>,
     /// Whether standard input is a terminal that a chardev uses: the broker then puts it back however the VM ends.
     pub restore_terminal: bool,
+    /// `-daemonize`: the broker lets go of the caller's standard streams when the VM is set up.
+    pub daemonize: bool,
 }
 
 /// One thing that the broker may open for the control process.

@@ -18,6 +18,7 @@
 //! | `process.rs` | the broker's own loop |
 //! | `open.rs` | one function per kind of grant |
 //! | `devices.rs` | device processes: start, log lines, end |
+//! | `rights.rs` | what it keeps of its caller's rights |
 //! | `cleanup.rs` | what must be gone when the VM is |
 
 mod cleanup;
@@ -25,6 +26,7 @@ mod client;
 mod devices;
 mod open;
 mod process;
+mod rights;
 
 pub use client::{Client, ClientError, DeviceExit};
 pub use process::{is_broker, run};

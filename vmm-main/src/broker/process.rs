@@ -88,6 +88,8 @@ pub fn run(channel: RawFd) -> ExitCode {
     }
     // SAFETY: the control process passed this descriptor to this process alone, as its argument says.
     let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(channel) });
+    // It was executed through a link of /proc, whose name would else be shown in process lists.
+    let _ = nix::sys::prctl::set_name(c"broker");
     // A terminal's signals are for the control process; the broker ends when that one has.
     let _ = nix::unistd::setsid();
     for ignored in [
@@ -176,6 +178,10 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
     drop(shared);
     let devices = Devices::new(policy.devices.len(), log.try_clone().ok());
     ipc::log::init("broker", policy.log_level, log);
+    if let Err(e) = super::rights::narrow(&policy) {
+        error!("capabilities that the policy gives no use for cannot be dropped: {e}");
+        return Err(ChannelError::Closed);
+    }
     if let Err(e) = filter(seccomp_policies::Policy::Broker, policy.seccomp) {
         error!("{}", with_causes(&e));
         return Err(ChannelError::Closed);
@@ -314,6 +320,21 @@ impl Broker {
             self.cleanup.created(path.clone());
             writeln!(file, "{}", nix::unistd::getppid()).map_err(told)?;
         }
+        if self.policy.daemonize {
+            let_go_of_standard_streams()
+                .map_err(|e| format!("-daemonize: letting go of the standard streams: {e}"))?;
+        }
         Ok((Reply::ReadyDone, None))
     }
+}
+
+/// A caller that reads from a pipe until its end must not wait for the broker of a daemon.
+#[allow(unsafe_code)] // the standard streams are numbers
+fn let_go_of_standard_streams() -> std::io::Result<()> {
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+    for standard in 0..3 {
+        // SAFETY: 0 to 2 are the standard streams, which nobody owns as a Rust value.
+        Errno::result(unsafe { libc::dup2(null.as_raw_fd(), standard) })?;
+    }
+    Ok(())
 }

@@ -130,6 +130,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
             log_file: spec.log.file.clone(),
             pidfile: spec.pidfile.clone(),
             restore_terminal: stdio && stdin_is_terminal,
+            daemonize: spec.daemonize,
         },
         kernel,
         initrd,
