@@ -5,7 +5,7 @@
 //! FILE`, `-write FILE` and `-append-to FILE` try that; `-env` prints its environment; `-device-jail`
 //! starts `/block` as a device process and prints its layers; `-orphan FILE` leaves a child that writes
 //! the file once this process has ended; `-ready` prints a line; `-wait` waits for SIGTERM; `-hang`
-//! waits for nothing; `-exit N` ends; `-abort` too; `-daemonize` goes to the background.
+//! waits for nothing; `-session` prints terminal and session keyring; `-exit N` ends; `-abort` too; `-daemonize` goes to the background.
 
 #![allow(unsafe_code)] // fork, inherited descriptors
 
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
     let mut terminate = SigSet::empty();
     terminate.add(Signal::SIGTERM);
     terminate.add(Signal::SIGUSR1);
+    terminate.add(Signal::SIGINT);
     if terminate.thread_block().is_err() {
         return ExitCode::FAILURE;
     }
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         let outcome = match arg.as_str() {
             "-status" => show("/proc/self/status"),
             "-mounts" => show("/proc/self/mountinfo"),
+            "-session" => session(),
             "-fds" => list("/proc/self/fd"),
             "-list" => list(value),
             "-env" => {
@@ -95,6 +97,30 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// Number of the controlling terminal (proc(5), field 7 of stat) and of the session keyring.
+fn session() -> Result<(), String> {
+    const KEYCTL_GET_KEYRING_ID: i64 = 0; // include/uapi/linux/keyctl.h
+    const SESSION_KEYRING: i64 = -3;
+    let stat = fs::read_to_string("/proc/self/stat").map_err(|e| e.to_string())?;
+    let terminal = stat
+        .rsplit(')')
+        .next()
+        .and_then(|fields| fields.split_whitespace().nth(4))
+        .ok_or("no terminal in stat")?;
+    // SAFETY: no addresses.
+    let keyring = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_keyctl,
+            KEYCTL_GET_KEYRING_ID,
+            SESSION_KEYRING,
+            0,
+        )
+    };
+    println!("terminal {terminal}");
+    println!("keyring {keyring}");
+    Ok(())
 }
 
 fn show(path: &str) -> Result<(), String> {

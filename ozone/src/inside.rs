@@ -11,7 +11,7 @@ use crate::{
     exec::{self, Prepared},
     fault::Fault,
     plan::{InsideStep, Plan},
-    steps::{caps, cgroup, devices, idmap, namespaces, no_new_privs, outer_root, rlimits},
+    steps::{caps, cgroup, devices, idmap, namespaces, no_new_privs, outer_root, rlimits, session},
     sys::{
         process::{self as sys, Argv, Fork},
         tree,
@@ -154,6 +154,9 @@ fn inside_step(step: InsideStep, prepared: &Prepared) -> Result<(), Fault> {
         }
         InsideStep::HideHostName => {
             namespaces::hide_hostname().map_err(told("host name", "cannot be set"))?;
+        }
+        InsideStep::LeaveSession => {
+            session::leave().map_err(told("session", "cannot be left"))?;
         }
     }
     Ok(())

@@ -94,6 +94,8 @@ pub(crate) enum InsideStep {
     EnterRoot,
     /// A host name that tells nothing.
     HideHostName,
+    /// No controlling terminal of the caller, none of its keys.
+    LeaveSession,
 }
 
 /// A whole jail.
@@ -147,6 +149,7 @@ pub(crate) fn plan(options: &Options) -> Result<Plan, Fault> {
         InsideStep::AttachProc,
         InsideStep::EnterRoot,
         InsideStep::HideHostName,
+        InsideStep::LeaveSession,
     ]);
     let mut argv = vec![options.exec_name.clone()];
     argv.extend(options.arguments.iter().cloned());
@@ -542,7 +545,7 @@ mod tests {
         );
         assert_eq!(plan.inside[0], InsideStep::JoinCgroups);
         assert_eq!(plan.inside[1], InsideStep::EnterNetwork);
-        assert_eq!(super::plan(&options("")).unwrap().inside.len(), 7);
+        assert_eq!(super::plan(&options("")).unwrap().inside.len(), 8);
     }
 
     #[test]

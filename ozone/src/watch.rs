@@ -163,11 +163,7 @@ pub(crate) fn until_end(
         let (signalled, spoken) = (fds[0].any().unwrap_or(true), fds[1].any().unwrap_or(true));
         if signalled && let Ok(Some(info)) = arrived.read_signal() {
             let number = info.ssi_signo as i32;
-            // A terminal's signal went to the whole foreground group, and so to the VM as well.
-            let from_terminal = info.ssi_code == libc::SI_KERNEL && number != libc::SIGHUP;
-            if !from_terminal {
-                send_message(socket, &Message::Signal(number));
-            }
+            send_message(socket, &Message::Signal(number));
         }
         if spoken {
             match receive_message(socket) {

@@ -850,3 +850,58 @@ fn two_vms_cannot_see_each_other() {
     host.clean("two");
     host.leaves_nothing();
 }
+
+#[test]
+fn the_callers_terminal_and_keys_stay_outside() {
+    if !is_root("the_callers_terminal_and_keys_stay_outside") {
+        return;
+    }
+    let host = Host::new("session");
+    let words = ["-session", "-ready", "-wait", "-exit", "0"];
+    let run = |mut command: Command| {
+        let pty = nix::pty::openpty(None, None).expect("a pseudo terminal");
+        let terminal = || Stdio::from(pty.slave.try_clone().expect("a copy"));
+        command.stdin(terminal()).stdout(Stdio::piped());
+        #[allow(unsafe_code)]
+        // SAFETY: two system calls; descriptor 0 is the terminal by then.
+        unsafe {
+            command.pre_exec(|| {
+                nix::unistd::setsid()?;
+                match nix::libc::ioctl(0, nix::libc::TIOCSCTTY, 0) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            });
+        }
+        let mut child = command.spawn().expect("it runs");
+        let mut lines = BufReader::new(child.stdout.take().expect("a pipe"));
+        let mut seen = Vec::new();
+        while !seen.last().is_some_and(|l: &String| l.starts_with("ready")) {
+            let mut line = String::new();
+            assert_ne!(lines.read_line(&mut line).expect("output"), 0, "{seen:?}");
+            seen.push(line.trim_end().to_owned());
+        }
+        // Control-C at the terminal.
+        nix::unistd::write(&pty.master, b"\x03").expect("a key");
+        let mut rest = String::new();
+        lines.read_to_string(&mut rest).expect("output");
+        assert_eq!(rest, "signal SIGINT\n");
+        assert!(child.wait().expect("an end").success());
+        seen
+    };
+    let mut command = Command::new(host.path(&host.program));
+    command.args(words);
+    let outside = run(command);
+    let mut command = host.ozone("vm");
+    command.arg("--").args(words);
+    let inside = run(command);
+    assert_ne!(
+        outside[0], "terminal 0",
+        "the pseudo terminal did not become the controlling one"
+    );
+    assert_eq!(inside[0], "terminal 0");
+    assert!(inside[1].starts_with("keyring "), "{inside:?}");
+    assert_ne!(inside[1], outside[1]);
+    host.clean("vm");
+    host.leaves_nothing();
+}

@@ -18,4 +18,5 @@ pub(crate) mod parent_death;
 pub(crate) mod place;
 pub(crate) mod rlimits;
 pub(crate) mod root;
+pub(crate) mod session;
 pub(crate) mod threads;

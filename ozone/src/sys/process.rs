@@ -434,3 +434,11 @@ pub(crate) fn reap() -> Result<Option<(libc::pid_t, c_int)>, Errno> {
     let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) })?;
     Ok((pid > 0).then_some((pid, status)))
 }
+
+/// Gives the process a session keyring of its own, without keys.
+pub(crate) fn join_new_keyring() -> Result<(), Errno> {
+    const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1; // include/uapi/linux/keyctl.h
+    let no_name = ptr::null::<c_char>();
+    // SAFETY: without a name there is no address.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, no_name) })
+}
