@@ -3,6 +3,7 @@
 //! Descriptor 3 is a stream socket. Argument 1 says what to do:
 //! `serve` locks, filters, writes the jail's report and waits for the stream's end;
 //! `open` serves the same, then waits for one byte, without a filter, for looking at from outside;
+//! `crash` locks and filters, then reads memory that is not there;
 //! `start` writes the monotonic time at which `main` began, and ends.
 
 use nix::sys::socket::{MsgFlags, recvmsg};
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
     let mut link = File::from(unsafe { OwnedFd::from_raw_fd(3) });
     let done = match what.as_str() {
         "start" => link.write_all(&begun.to_ne_bytes()),
-        "open" | "serve" => {
+        "open" | "serve" | "crash" => {
             let jailed = match inner::lock(Sandbox::BestEffort) {
                 Ok(jailed) => jailed,
                 Err(error) => {
@@ -42,11 +43,17 @@ fn main() -> ExitCode {
                     return ExitCode::FAILURE;
                 }
             };
-            if what == "serve"
+            if what != "open"
                 && let Err(error) = install(Policy::Template, Action::Kill)
             {
                 let _ = writeln!(link, "refused: {error}");
                 return ExitCode::FAILURE;
+            }
+            if what == "crash" {
+                let nowhere = 0x1000 as *const u8;
+                #[allow(unsafe_code)]
+                // SAFETY: none; nothing is mapped there, and dying of it is what this is for.
+                std::hint::black_box(unsafe { nowhere.read_volatile() });
             }
             // recvmsg, since a device has no read.
             writeln!(link, "jailed: {}", jailed.report()).and_then(|()| {

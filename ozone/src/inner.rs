@@ -9,7 +9,7 @@
 
 use crate::{
     layer::{Layer, LayerReport, Sandbox, State},
-    steps::{caps, dumpable, landlock, no_new_privs, root, threads},
+    steps::{caps, dumpable, faults, landlock, no_new_privs, root, threads},
 };
 use nix::{
     errno::Errno,
@@ -83,11 +83,14 @@ pub enum LockError {
 ///
 /// # Errors
 /// [`LockError`]; the process should then end.
+///
+/// SIGSEGV and SIGBUS get their default action.
 pub fn lock(mode: Sandbox) -> Result<Jailed, LockError> {
     let check = |what| move |source| LockError::Check { what, source };
     let mut layers = Vec::with_capacity(12);
     let mut note = |layer, state| layers.push(LayerReport { layer, state });
 
+    faults::report_plainly().map_err(check("fault signals"))?;
     let off = dumpable::switch_off().map_err(check("dumpable"))?;
     note(Layer::NotDumpable, must(off, "the process can be dumped"));
 

@@ -8,7 +8,7 @@
 
 use crate::{
     layer::{Layer, LayerReport, Sandbox, State},
-    steps::{caps, dumpable, landlock, no_new_privs, threads},
+    steps::{caps, dumpable, faults, landlock, no_new_privs, threads},
 };
 use nix::errno::Errno;
 
@@ -54,6 +54,7 @@ pub fn self_lock(mode: Sandbox) -> Result<SelfReport, SelfLockError> {
         1 => {}
         more => return Err(SelfLockError::Threads(more)),
     }
+    faults::report_plainly().map_err(step("resetting fault signals"))?;
     // An unprivileged process cannot empty its bounding set; without privileges, and with
     // no_new_privs, nothing in it can be had.
     let sealed = caps::seal();

@@ -437,6 +437,17 @@ fn role_filtered_parent() {
     std::io::stdout().flush().expect("flush");
 }
 
+/// A fault is told from a forbidden call.
+fn a_fault_ends_it_as_a_fault() {
+    let (pending, _link) = Request::new("crash").spawn().unwrap();
+    let child = pending.finish().unwrap();
+    let end = waitid(Id::PIDFd(child.pidfd.as_fd()), WaitPidFlag::WEXITED).expect("its end");
+    assert!(
+        matches!(end, WaitStatus::Signaled(_, Signal::SIGSEGV, false)),
+        "{end:?}"
+    );
+}
+
 fn a_dropped_start_leaves_nothing() {
     let (pending, mut link) = Request::new("serve").spawn().unwrap();
     let pid = pending.pid();
@@ -650,6 +661,7 @@ const STORIES: &[(&str, fn())] = stories! {
     others_of_its_user_cannot_look_inside
     it_dies_with_its_parent
     a_filtered_parent_can_start_devices
+    a_fault_ends_it_as_a_fault
     a_dropped_start_leaves_nothing
     binaries_that_cannot_run_are_told
     wrong_requests_are_refused

@@ -7,6 +7,7 @@ pub(crate) mod cgroup;
 pub(crate) mod devices;
 pub(crate) mod dumpable;
 pub(crate) mod elf;
+pub(crate) mod faults;
 pub(crate) mod fds;
 pub(crate) mod folder;
 pub(crate) mod idmap;
