@@ -154,6 +154,8 @@ pub(crate) fn run(plan: &Plan) -> Result<u8, Fault> {
     let pidfd = match sys::fork(namespaces).map_err(failed("cannot make namespaces (clone3)"))? {
         Fork::Child => {
             drop(ours);
+            // Removing things is the parent's; its folders have no place here.
+            undo.keep();
             // Ends the process: nothing of the parent's lists is dropped there.
             inside::run(plan, prepared, &theirs)
         }

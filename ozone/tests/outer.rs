@@ -169,6 +169,15 @@ fn cgroups(program: &str) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Process ids of a process's children.
+fn children(pid: u32) -> Vec<u32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = fs::read_to_string(path).expect("children");
+    text.split_whitespace()
+        .map(|p| p.parse().expect("pid"))
+        .collect()
+}
+
 /// A VM that runs, with its output.
 struct Running {
     ozone: Child,
@@ -457,7 +466,9 @@ fn signals_reach_the_vm_and_a_running_vm_is_not_cleaned() {
     assert!(again.err.contains("-name vm: ") && again.err.contains("exists already"));
     assert!(host.jail("vm").exists());
 
-    // The parent has no rights left.
+    // Once it passes signals on, the parent has given its rights up.
+    vm.signal(Signal::SIGUSR1);
+    vm.until("signal SIGUSR1");
     let status = fs::read_to_string(format!("/proc/{}/status", vm.ozone.id())).expect("status");
     for set in ["CapPrm", "CapEff", "CapBnd"] {
         assert!(
@@ -465,8 +476,31 @@ fn signals_reach_the_vm_and_a_running_vm_is_not_cleaned() {
             "{status}"
         );
     }
-    vm.signal(Signal::SIGUSR1);
-    vm.until("signal SIGUSR1");
+    // Neither it nor the first process inside holds anything of the host but what it needs.
+    let first = children(vm.ozone.id())[0];
+    let held = |pid: u32| {
+        let links = fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors");
+        let mut held: Vec<_> = links
+            .flatten()
+            .filter(|link| {
+                link.file_name()
+                    .to_string_lossy()
+                    .parse::<u32>()
+                    .unwrap_or(0)
+                    > 2
+            })
+            .filter_map(|link| fs::read_link(link.path()).ok())
+            .map(|target| {
+                let text = target.to_string_lossy().into_owned();
+                text.split(":[").next().unwrap_or_default().to_owned()
+            })
+            .collect();
+        held.sort();
+        held
+    };
+    let jail = host.jail("vm").display().to_string();
+    assert_eq!(held(first), [jail.as_str(), "anon_inode", "socket"]);
+    assert_eq!(held(vm.ozone.id()), ["anon_inode", "anon_inode", "socket"]);
     vm.signal(Signal::SIGTERM);
     vm.until("signal SIGTERM");
     assert_eq!(vm.end().0.code(), Some(4));
@@ -808,16 +842,7 @@ fn two_vms_cannot_see_each_other() {
         .args(["-uid", &other, "-gid", &other])
         .args(["--", "-list", "/proc", "-ready", "-wait", "-exit", "0"]);
     let mut two = Running::start(command);
-    let vm_of = |ozone: u32| {
-        let children = |pid: u32| {
-            let path = format!("/proc/{pid}/task/{pid}/children");
-            let text = fs::read_to_string(path).expect("children");
-            text.split_whitespace()
-                .map(|p| p.parse::<u32>().expect("pid"))
-                .collect::<Vec<_>>()
-        };
-        children(children(ozone)[0])[0]
-    };
+    let vm_of = |ozone: u32| children(children(ozone)[0])[0];
     let (first, second) = (vm_of(one.ozone.id()), vm_of(two.ozone.id()));
     let namespace = |pid: u32, kind: &str| {
         fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("a namespace")
