@@ -15,6 +15,7 @@ mod inflight;
 mod inherited;
 mod jail;
 mod memory;
+mod resident;
 mod ring;
 mod server;
 mod start;
