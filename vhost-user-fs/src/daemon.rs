@@ -279,6 +279,7 @@ fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
     let before = umask(Mode::from_bits_truncate(0o077));
     let listener = UnixListener::bind(path).map_err(failed);
     umask(before);
+    ipc::log::info!("listening at {}", path.display());
     listener
 }
 
