@@ -1,6 +1,8 @@
 //! Chardevs under the filters that they run under: the main thread's for the event loop, a vCPU's for output. A forbidden
 //! call kills this whole test process with SIGSYS.
 
+#![allow(clippy::unwrap_used)] // a test
+
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -3,6 +3,8 @@
 //! Each program is a few bytes that any KVM runs, also a software one. Without `/dev/kvm` the tests say so and pass;
 //! with one they must.
 
+#![allow(clippy::unwrap_used)] // a test
+
 use std::fs::File;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, Sender, channel};

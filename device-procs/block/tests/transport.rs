@@ -1,6 +1,8 @@
 //! The disk's process behind the control process's own virtio-mmio transport, without KVM: what the guest's driver writes
 //! goes through the registers, and kicks and interrupts through the descriptors that KVM would hold.
 
+#![allow(clippy::unwrap_used)] // a test
+
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 

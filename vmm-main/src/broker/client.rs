@@ -225,7 +225,10 @@ impl Client {
 
     /// The process of entry `index`, if it was started and has not been heard to end.
     pub fn device_pid(&self, index: u32) -> Option<i32> {
-        self.pids.iter().find(|(at, _)| *at == index).map(|(_, pid)| *pid)
+        self.pids
+            .iter()
+            .find(|(at, _)| *at == index)
+            .map(|(_, pid)| *pid)
     }
 
     /// Ends the broker and everything it started, and waits until it has cleaned up.

@@ -12,13 +12,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use crate::lifecycle::with_causes;
 use ipc::PROTOCOL_VERSION;
 use ipc::control::{DeviceGrant, Exit, Policy, Reply};
 use ipc::limits::MAX_LOG_LINE;
 use ipc::log::{RateLimit, trace, warn};
 use ipc::spec::DeviceSpec;
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
-use crate::lifecycle::with_causes;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;

@@ -267,13 +267,12 @@ fn lock_image(file: &File, readonly: bool) -> Result<(), String> {
         l_pid: 0,
     };
     match nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)) {
-        Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(format!(
             "another process holds a lock on this image{}",
             if readonly { " for writing" } else { "" }
         )),
         // Some file systems have no locks; that is no reason not to start.
-        Err(_) => Ok(()),
+        Ok(_) | Err(_) => Ok(()),
     }
 }
 

@@ -59,12 +59,12 @@ impl Inherited {
             // processes that it is not for.
             unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
         }
-        // SAFETY: each number was just found open, is there once, and has no other owner.
+        let own = |fd| {
+            // SAFETY: each number was just found open, is there once, and has no other owner.
+            unsafe { OwnedFd::from_raw_fd(fd) }
+        };
         Self {
-            fds: kept
-                .into_iter()
-                .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
-                .collect(),
+            fds: kept.into_iter().map(own).collect(),
         }
     }
 
@@ -331,7 +331,10 @@ impl Broker {
 /// A caller that reads from a pipe until its end must not wait for the broker of a daemon.
 #[allow(unsafe_code)] // the standard streams are numbers
 fn let_go_of_standard_streams() -> std::io::Result<()> {
-    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+    let null = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
     for standard in 0..3 {
         // SAFETY: 0 to 2 are the standard streams, which nobody owns as a Rust value.
         Errno::result(unsafe { libc::dup2(null.as_raw_fd(), standard) })?;

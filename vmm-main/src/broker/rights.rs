@@ -13,7 +13,10 @@ use ipc::control::{BackendGrant, Policy};
 /// Sysctls that, with this value, leave the making of user namespaces to those with `CAP_SYS_ADMIN`, or to nobody.
 const USER_NAMESPACES_RESTRICTED: [(&str, &str); 3] = [
     ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
-    ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1"),
+    (
+        "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+        "1",
+    ),
     ("/proc/sys/user/max_user_namespaces", "0"),
 ];
 
@@ -26,7 +29,10 @@ pub(super) fn narrow(policy: &Policy) -> Result<(), CapsError> {
     let restricted = USER_NAMESPACES_RESTRICTED
         .iter()
         .any(|(path, value)| std::fs::read_to_string(path).is_ok_and(|text| text.trim() == *value));
-    let keep: HashSet<Capability> = needed(policy, restricted).intersection(&has).copied().collect();
+    let keep: HashSet<Capability> = needed(policy, restricted)
+        .intersection(&has)
+        .copied()
+        .collect();
     caps::set(None, CapSet::Effective, &keep)?;
     caps::set(None, CapSet::Permitted, &keep)?;
     caps::clear(None, CapSet::Inheritable)
@@ -34,15 +40,26 @@ pub(super) fn narrow(policy: &Policy) -> Result<(), CapsError> {
 
 fn needed(policy: &Policy, user_namespaces_restricted: bool) -> HashSet<Capability> {
     // Paths that the caller may name although the bits of the file say otherwise.
-    let mut needed = HashSet::from([Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH]);
+    let mut needed = HashSet::from([
+        Capability::CAP_DAC_OVERRIDE,
+        Capability::CAP_DAC_READ_SEARCH,
+    ]);
     if !policy.devices.is_empty() {
         // Device processes run as another user, and are ended by signal.
-        needed.extend([Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_KILL]);
+        needed.extend([
+            Capability::CAP_SETUID,
+            Capability::CAP_SETGID,
+            Capability::CAP_KILL,
+        ]);
         if user_namespaces_restricted {
             needed.extend([Capability::CAP_SYS_ADMIN, Capability::CAP_SETPCAP]);
         }
     }
-    if policy.devices.iter().any(|device| matches!(device.backend, BackendGrant::Tap { .. })) {
+    if policy
+        .devices
+        .iter()
+        .any(|device| matches!(device.backend, BackendGrant::Tap { .. }))
+    {
         needed.insert(Capability::CAP_NET_ADMIN);
     }
     needed
@@ -55,21 +72,39 @@ mod tests {
 
     fn policy(args: &[&str]) -> Policy {
         let args: Vec<_> = args.iter().map(Into::into).collect();
-        let Ok(Request::Run(spec)) = parse(&args, &Env::default()) else { panic!("{args:?}") };
+        let Ok(Request::Run(spec)) = parse(&args, &Env::default()) else {
+            panic!("{args:?}")
+        };
         plan(&spec, false).policy
     }
 
     #[test]
     fn a_vm_without_devices_needs_to_open_files_only() {
         let needed = needed(&policy(&["-kernel", "k"]), true);
-        assert_eq!(needed, HashSet::from([Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH]));
+        assert_eq!(
+            needed,
+            HashSet::from([
+                Capability::CAP_DAC_OVERRIDE,
+                Capability::CAP_DAC_READ_SEARCH
+            ])
+        );
     }
 
     #[test]
     fn a_tap_by_name_needs_the_network_and_an_inherited_one_does_not() {
         let net = |tap: &str| {
             let netdev = format!("tap,id=n,{tap}");
-            needed(&policy(&["-kernel", "k", "-netdev", &netdev, "-device", "virtio-net-device,netdev=n"]), false)
+            needed(
+                &policy(&[
+                    "-kernel",
+                    "k",
+                    "-netdev",
+                    &netdev,
+                    "-device",
+                    "virtio-net-device,netdev=n",
+                ]),
+                false,
+            )
         };
         assert!(net("ifname=tap0").contains(&Capability::CAP_NET_ADMIN));
         assert!(!net("fd=7").contains(&Capability::CAP_NET_ADMIN));

@@ -438,7 +438,10 @@ impl EventSource for Chardev {
     fn handle(&mut self) {
         let mut events = [EpollEvent::empty(); SLOTS];
         // Interrupted: the descriptor is still readable and the main loop calls again.
-        let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+        let count = self
+            .epoll
+            .wait(&mut events, EpollTimeout::ZERO)
+            .unwrap_or(0);
         for event in &events[..count] {
             let slot = event.data();
             if slot == Slot::Wake as u64 {

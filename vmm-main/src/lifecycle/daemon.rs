@@ -57,11 +57,18 @@ pub(super) fn detach() -> Result<Side, DaemonError> {
             drop(writer);
             let mut word = [0u8];
             let ready = File::from(reader).read_exact(&mut word).is_ok();
-            Ok(Side::Caller(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE }))
+            Ok(Side::Caller(if ready {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }))
         }
         ForkResult::Child => {
             nix::unistd::setsid().map_err(failed("setsid"))?;
-            Ok(Side::Daemon(Ready { pipe: writer.into(), null }))
+            Ok(Side::Daemon(Ready {
+                pipe: writer.into(),
+                null,
+            }))
         }
     }
 }
@@ -76,8 +83,12 @@ impl Ready {
     pub(super) fn tell(mut self) -> Result<(), DaemonError> {
         for standard in 0..3 {
             // SAFETY: 0 to 2 are the standard streams, which nobody owns as a Rust value.
-            Errno::result(unsafe { libc::dup2(self.null.as_raw_fd(), standard) })
-                .map_err(|source| DaemonError { step: "dup2", source })?;
+            Errno::result(unsafe { libc::dup2(self.null.as_raw_fd(), standard) }).map_err(
+                |source| DaemonError {
+                    step: "dup2",
+                    source,
+                },
+            )?;
         }
         // A caller that is gone does not matter any more.
         let _ = self.pipe.write_all(b"1");

@@ -20,7 +20,10 @@ pub(crate) fn close_all_but(keep: &[RawFd]) {
 
 /// The inclusive ranges from 3 on between the numbers in `keep`.
 fn gaps(keep: &[RawFd]) -> Vec<(u32, u32)> {
-    let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
+    let mut keep: Vec<u32> = keep
+        .iter()
+        .filter_map(|&fd| u32::try_from(fd).ok())
+        .collect();
     keep.sort_unstable();
     let mut ranges = Vec::new();
     let mut from = 3;

@@ -90,8 +90,16 @@ impl Vm {
         })()
         .map_err(add)?;
         let input = parts.machine.as_ref().and_then(Microvm::serial_input);
-        parts.chardevs.watch(&poller, CHARDEV, input).map_err(failed("epoll_ctl"))?;
-        Ok(Self { parts, poller, events, state: RunState::Prelaunch })
+        parts
+            .chardevs
+            .watch(&poller, CHARDEV, input)
+            .map_err(failed("epoll_ctl"))?;
+        Ok(Self {
+            parts,
+            poller,
+            events,
+            state: RunState::Prelaunch,
+        })
     }
 
     /// Waits for the clients that the command line waits for: sockets without `nowait`. Nothing reads signals yet, so for
@@ -100,13 +108,22 @@ impl Vm {
         let signals = termination_signals();
         signals
             .thread_unblock()
-            .map_err(|source| StartError::System { call: "sigprocmask", source })?;
+            .map_err(|source| StartError::System {
+                call: "sigprocmask",
+                source,
+            })?;
         self.parts
             .chardevs
             .wait_for_clients()
-            .map_err(|source| StartError::System { call: "poll", source })?;
+            .map_err(|source| StartError::System {
+                call: "poll",
+                source,
+            })?;
         self.parts.qmp.wait_for_clients()?;
-        signals.thread_block().map_err(|source| StartError::System { call: "sigprocmask", source })
+        signals.thread_block().map_err(|source| StartError::System {
+            call: "sigprocmask",
+            source,
+        })
     }
 
     /// Says that the VM is there, and gives up the last of this thread's rights.
@@ -163,7 +180,10 @@ impl Vm {
         match self.parts.signals.read_signal() {
             Ok(Some(signal)) => {
                 info!("signal {} ends the VM", signal.ssi_signo);
-                Err(End { cause: Cause::HostSignal, status: ExitCode::SUCCESS })
+                Err(End {
+                    cause: Cause::HostSignal,
+                    status: ExitCode::SUCCESS,
+                })
             }
             Ok(None) | Err(Errno::EINTR) => Ok(()),
             Err(e) => {
@@ -186,7 +206,10 @@ impl Vm {
                 .devices
                 .get(exit.index as usize)
                 .map_or_else(String::new, |grant| grant.spec.id().to_owned());
-            error!("device {id}: process {} ended ({:?}): {}", exit.pid, exit.how, exit.last_words);
+            error!(
+                "device {id}: process {} ended ({:?}): {}",
+                exit.pid, exit.how, exit.last_words
+            );
             if let Some(transport) = self.parts.transports.get(exit.index as usize) {
                 lock(transport).device_lost();
             }
@@ -205,7 +228,9 @@ impl Vm {
     }
 
     fn vm_events(&mut self) -> Result<(), End> {
-        let Some(receiver) = &self.events else { return Ok(()) };
+        let Some(receiver) = &self.events else {
+            return Ok(());
+        };
         // Cleared first: an event that comes in between makes it readable again.
         let _ = receiver.event_fd().read();
         let events: Vec<VmEvent> = std::iter::from_fn(|| receiver.try_recv()).collect();
@@ -232,9 +257,14 @@ impl Vm {
             }
             VmEvent::TripleFault { .. } => {
                 tell_lines(&event.to_string());
-                Err(End { cause: Cause::GuestPanic, status: ExitCode::FAILURE })
+                Err(End {
+                    cause: Cause::GuestPanic,
+                    status: ExitCode::FAILURE,
+                })
             }
-            VmEvent::InternalError { .. } | VmEvent::FailEntry { .. } | VmEvent::VcpuError { .. } => {
+            VmEvent::InternalError { .. }
+            | VmEvent::FailEntry { .. }
+            | VmEvent::VcpuError { .. } => {
                 tell_lines(&event.to_string());
                 Err(HOST_ERROR)
             }
@@ -243,7 +273,10 @@ impl Vm {
 
     fn guest_shutdown(&mut self, cause: Cause) -> Result<(), End> {
         if !self.parts.spec.no_shutdown {
-            return Err(End { cause, status: ExitCode::SUCCESS });
+            return Err(End {
+                cause,
+                status: ExitCode::SUCCESS,
+            });
         }
         self.parts.qmp.emit(Event::Shutdown(cause));
         self.pause(RunState::Shutdown)
@@ -299,24 +332,45 @@ impl Vm {
             VmCommand::SystemPowerdown(reply) => reply.send(self.powerdown()),
             VmCommand::Quit(reply) => {
                 reply.send(Ok(()));
-                return Err(End { cause: Cause::HostQmpQuit, status: ExitCode::SUCCESS });
+                return Err(End {
+                    cause: Cause::HostQmpQuit,
+                    status: ExitCode::SUCCESS,
+                });
             }
         }
         Ok(())
     }
 
     fn cpus(&self) -> Result<Vec<CpuThread>, QmpError> {
-        let Some(machine) = &self.parts.machine else { return Ok(Vec::new()) };
-        let ids = machine.vcpu_thread_ids().map_err(|e| QmpError::generic(with_causes(&e)))?;
-        Ok((0..).zip(ids).map(|(index, id)| CpuThread { index, thread_id: id.as_raw() }).collect())
+        let Some(machine) = &self.parts.machine else {
+            return Ok(Vec::new());
+        };
+        let ids = machine
+            .vcpu_thread_ids()
+            .map_err(|e| QmpError::generic(with_causes(&e)))?;
+        Ok((0..)
+            .zip(ids)
+            .map(|(index, id)| CpuThread {
+                index,
+                thread_id: id.as_raw(),
+            })
+            .collect())
     }
 
     /// An iothread is no thread here: the device processes that name it do its work, and the first one stands for it.
     fn iothreads(&self) -> Vec<IothreadInfo> {
         let process_of = |id: &String| {
-            let position =
-                self.parts.spec.devices.iter().position(|device| device.iothread.as_ref() == Some(id))?;
-            self.parts.plan.devices.get(position).and_then(|&index| self.parts.broker.device_pid(index))
+            let position = self
+                .parts
+                .spec
+                .devices
+                .iter()
+                .position(|device| device.iothread.as_ref() == Some(id))?;
+            self.parts
+                .plan
+                .devices
+                .get(position)
+                .and_then(|&index| self.parts.broker.device_pid(index))
         };
         self.parts
             .spec
@@ -333,7 +387,9 @@ impl Vm {
         let Some(machine) = &self.parts.machine else {
             return Err(QmpError::generic("Machine 'none' has no power button"));
         };
-        machine.power_button().map_err(|e| QmpError::generic(with_causes(&e)))?;
+        machine
+            .power_button()
+            .map_err(|e| QmpError::generic(with_causes(&e)))?;
         self.parts.qmp.emit(Event::Powerdown);
         Ok(())
     }
@@ -389,7 +445,10 @@ impl Vm {
     }
 }
 
-const HOST_ERROR: End = End { cause: Cause::HostError, status: ExitCode::FAILURE };
+const HOST_ERROR: End = End {
+    cause: Cause::HostError,
+    status: ExitCode::FAILURE,
+};
 
 fn host_error(error: &dyn std::error::Error) -> End {
     error!("{}", with_causes(error));
@@ -411,6 +470,10 @@ fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 }
 
 /// A panic aborts the process, so a poisoned lock cannot be seen.
-fn lock(transport: &SharedTransport) -> std::sync::MutexGuard<'_, crate::virtio::mmio::MmioTransport> {
-    transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+fn lock(
+    transport: &SharedTransport,
+) -> std::sync::MutexGuard<'_, crate::virtio::mmio::MmioTransport> {
+    transport
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

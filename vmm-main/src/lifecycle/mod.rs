@@ -51,7 +51,9 @@ pub fn run(args: &[OsString]) -> ExitCode {
         let _ = nix::sys::prctl::set_name(c"broker");
         return broker::run(channel);
     }
-    let env = Env { log_level: std::env::var_os("STRATOVIRT_LOG_LEVEL") };
+    let env = Env {
+        log_level: std::env::var_os("STRATOVIRT_LOG_LEVEL"),
+    };
     match cmdline::parse(args.get(1..).unwrap_or_default(), &env) {
         Ok(Request::Run(spec)) => run_vm(*spec, phases),
         Ok(Request::Usage) => print(&cmdline::usage()),
@@ -87,7 +89,9 @@ fn run_vm(spec: VmSpec, phases: Phases) -> ExitCode {
 fn warn_about_weak_jails(spec: &VmSpec) {
     let what = match spec.seccomp {
         SeccompMode::Kill => None,
-        SeccompMode::Disabled => Some("no process of this VM has a system call filter (-disable-seccomp)"),
+        SeccompMode::Disabled => {
+            Some("no process of this VM has a system call filter (-disable-seccomp)")
+        }
         SeccompMode::Log => Some("system calls outside the filters are only logged (-seccomp log)"),
         SeccompMode::Trap => Some("system calls outside the filters raise SIGSYS (-seccomp trap)"),
     };

@@ -17,7 +17,10 @@ pub(super) struct Phases {
 impl Phases {
     /// Starts counting.
     pub(super) fn begin() -> Self {
-        Self { begin: Instant::now(), steps: Vec::with_capacity(16) }
+        Self {
+            begin: Instant::now(),
+            steps: Vec::with_capacity(16),
+        }
     }
 
     /// `step` is done.
@@ -32,6 +35,9 @@ impl Phases {
             trace!("start-up: {:>7} us  {step}", (*at - last).as_micros());
             last = *at;
         }
-        trace!("start-up: {:>7} us  in all", (last - self.begin).as_micros());
+        trace!(
+            "start-up: {:>7} us  in all",
+            (last - self.begin).as_micros()
+        );
     }
 }

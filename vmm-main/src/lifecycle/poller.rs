@@ -20,7 +20,9 @@ const ROUND: usize = 16;
 impl Poller {
     /// An empty one.
     pub(super) fn new() -> Result<Self, Errno> {
-        Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)? })
+        Ok(Self {
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+        })
     }
 
     /// Waits on `fd` for `events` from now on.

@@ -30,7 +30,11 @@ impl Chardevs {
     pub(super) fn open(spec: &VmSpec, plan: &Plan, files: &mut Files) -> Result<Self, StartError> {
         let mut chardevs = Vec::with_capacity(plan.chardevs.len());
         for (id, chardev) in &plan.chardevs {
-            let backend = spec.chardevs.iter().find(|chardev| chardev.id == *id).map(|c| &c.backend);
+            let backend = spec
+                .chardevs
+                .iter()
+                .find(|chardev| chardev.id == *id)
+                .map(|c| &c.backend);
             let mut pty_name = None;
             let mut take = |file| {
                 let (fd, name) = files.take_named(file)?;
@@ -39,12 +43,18 @@ impl Chardevs {
             };
             let made = match *chardev {
                 ChardevPlan::Stdio => Some(Chardev::stdio(id)?),
-                ChardevPlan::Pty { file } => take(file).map(|fd| Chardev::pty(id, fd)).transpose()?,
-                ChardevPlan::Listener { file, wait } => {
-                    take(file).map(|fd| Chardev::listening(id, fd, wait)).transpose()?
+                ChardevPlan::Pty { file } => {
+                    take(file).map(|fd| Chardev::pty(id, fd)).transpose()?
                 }
-                ChardevPlan::Connected { file } => take(file).map(|fd| Chardev::connected(id, fd)).transpose()?,
-                ChardevPlan::Output { file } => take(file).map(|fd| Chardev::file(id, fd)).transpose()?,
+                ChardevPlan::Listener { file, wait } => take(file)
+                    .map(|fd| Chardev::listening(id, fd, wait))
+                    .transpose()?,
+                ChardevPlan::Connected { file } => take(file)
+                    .map(|fd| Chardev::connected(id, fd))
+                    .transpose()?,
+                ChardevPlan::Output { file } => {
+                    take(file).map(|fd| Chardev::file(id, fd)).transpose()?
+                }
             };
             if let Some(name) = &pty_name {
                 // Whoever started this VM without QMP has no other way to learn it; QEMU prints the same line.
@@ -52,10 +62,19 @@ impl Chardevs {
             }
             if let Some(made) = made {
                 let filename = filename(backend, pty_name.as_deref());
-                chardevs.push((made, ChardevInfo { label: id.clone(), filename, frontend_open: true }));
+                chardevs.push((
+                    made,
+                    ChardevInfo {
+                        label: id.clone(),
+                        filename,
+                        frontend_open: true,
+                    },
+                ));
             }
         }
-        let serial = chardevs.iter().position(|(_, info)| Some(&info.label) == spec.serial.as_ref());
+        let serial = chardevs
+            .iter()
+            .position(|(_, info)| Some(&info.label) == spec.serial.as_ref());
         Ok(Self { chardevs, serial })
     }
 
@@ -87,8 +106,14 @@ impl Chardevs {
     pub(super) fn wait_for_clients(&mut self) -> Result<(), Errno> {
         for (chardev, info) in &mut self.chardevs {
             while !chardev.is_ready() {
-                info!("chardev {}: waiting for a client on {}", info.label, info.filename);
-                match poll(&mut [PollFd::new(chardev.fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                info!(
+                    "chardev {}: waiting for a client on {}",
+                    info.label, info.filename
+                );
+                match poll(
+                    &mut [PollFd::new(chardev.fd(), PollFlags::POLLIN)],
+                    PollTimeout::NONE,
+                ) {
                     Ok(_) | Err(Errno::EINTR) => chardev.handle(),
                     Err(e) => return Err(e),
                 }
@@ -115,7 +140,10 @@ impl Chardevs {
             chardev.handle();
             let dropped = chardev.dropped();
             if dropped > 0 {
-                info!("chardev {}: {dropped} bytes of output had no reader", chardev.id());
+                info!(
+                    "chardev {}: {dropped} bytes of output had no reader",
+                    chardev.id()
+                );
             }
         }
     }
@@ -127,7 +155,11 @@ fn filename(backend: Option<&ChardevBackend>, pty: Option<&str>) -> String {
         Some(ChardevBackend::Stdio) => "stdio".into(),
         Some(ChardevBackend::Pty) => format!("pty:{}", pty.unwrap_or_default()),
         Some(ChardevBackend::Socket { path, server, .. }) => {
-            format!("unix:{}{}", path.display(), if *server { ",server=on" } else { "" })
+            format!(
+                "unix:{}{}",
+                path.display(),
+                if *server { ",server=on" } else { "" }
+            )
         }
         Some(ChardevBackend::File { .. }) => "file".into(),
         None => "null".into(),

@@ -101,13 +101,20 @@ fn failed(call: &'static str) -> impl FnOnce(Errno) -> StartError {
 }
 
 /// Brings the VM up to the point where its vCPUs wait at the gate and every thread is locked down.
-pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> Result<Vm, StartError> {
+pub(super) fn start(
+    spec: VmSpec,
+    ready: Option<Ready>,
+    mut phases: Phases,
+) -> Result<Vm, StartError> {
     let mut broker = Client::spawn()?;
     let mut keep = vec![broker.as_fd().as_raw_fd()];
     keep.extend(ready.iter().flat_map(Ready::descriptors));
     close_all_but(&keep);
     let signals = signals()?;
-    let plan = plan(&spec, nix::unistd::isatty(std::io::stdin()).unwrap_or(false));
+    let plan = plan(
+        &spec,
+        nix::unistd::isatty(std::io::stdin()).unwrap_or(false),
+    );
     ask(&broker, &plan)?;
     phases.done("broker started and asked");
 
@@ -161,7 +168,11 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
             let device = handshake
                 .finish()
                 .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?;
-            transports.push(attach(machine, index as usize, MmioTransport::new(device, machine.ram().memory().clone())?)?);
+            transports.push(attach(
+                machine,
+                index as usize,
+                MmioTransport::new(device, machine.ram().memory().clone())?,
+            )?);
         }
         phases.done("devices serve");
         if let Some(kernel) = plan.kernel.and_then(|file| given.files.take(file)) {
@@ -171,7 +182,10 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
                 cmdline: spec.boot.cmdline.clone(),
                 protocol: Protocol::Auto,
             })?;
-            info!("kernel loaded: {:?}, ends at {:#x}, initrd {:x?}", loaded.format, loaded.kernel_end, loaded.initrd);
+            info!(
+                "kernel loaded: {:?}, ends at {:#x}, initrd {:x?}",
+                loaded.format, loaded.kernel_end, loaded.initrd
+            );
             phases.done("kernel loaded");
         }
     }
@@ -186,7 +200,10 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
         Box::new(move || lockdown::hook(Policy::ControlQmp, mode)),
     )?;
     if let Some(machine) = &mut machine {
-        machine.start(&(Arc::new(move |_| lockdown::hook(Policy::ControlVcpu, mode)) as kvm::run::ThreadStart))?;
+        machine.start(
+            &(Arc::new(move |_| lockdown::hook(Policy::ControlVcpu, mode))
+                as kvm::run::ThreadStart),
+        )?;
         // Ids are asked for now: each thread says its own once it has its filter.
         machine.vcpu_thread_ids()?;
     }
@@ -196,7 +213,17 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
     for option in &spec.ignored {
         warn!("{option} is accepted without effect");
     }
-    let mut vm = Vm::new(Parts { spec, plan, broker, machine, transports, chardevs, qmp, commands, signals })?;
+    let mut vm = Vm::new(Parts {
+        spec,
+        plan,
+        broker,
+        machine,
+        transports,
+        chardevs,
+        qmp,
+        commands,
+        signals,
+    })?;
     vm.wait_for_clients()?;
     let vm = vm.announce(ready)?;
     phases.done("announced");
@@ -206,14 +233,17 @@ pub(super) fn start(spec: VmSpec, ready: Option<Ready>, mut phases: Phases) -> R
 
 /// What ends the VM in good order.
 pub(super) fn termination_signals() -> SigSet {
-    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect()
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
+        .into_iter()
+        .collect()
 }
 
 /// Termination signals become events of the main loop.
 fn signals() -> Result<SignalFd, StartError> {
     let set = termination_signals();
     set.thread_block().map_err(failed("sigprocmask"))?;
-    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(failed("signalfd"))
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(failed("signalfd"))
 }
 
 /// Sends every request that the start needs; [`take`] reads the replies in the same order.
@@ -265,7 +295,10 @@ impl Given {
             .filter_map(|monitor| {
                 let (fd, _) = self.files.take_named(monitor.file)?;
                 Some(if monitor.server {
-                    qmp::Source::Listener { fd, wait: monitor.wait }
+                    qmp::Source::Listener {
+                        fd,
+                        wait: monitor.wait,
+                    }
                 } else {
                     qmp::Source::Connected(fd)
                 })
@@ -279,14 +312,21 @@ fn take(broker: &mut Client, plan: &Plan) -> Result<Given, StartError> {
     let mut devices = Vec::with_capacity(plan.policy.devices.len());
     for index in 0..plan.policy.devices.len() as u32 {
         let (socket, pid) = broker.started(index)?;
-        info!("device {} is process {pid}", plan.policy.devices[index as usize].spec.id());
+        info!(
+            "device {} is process {pid}",
+            plan.policy.devices[index as usize].spec.id()
+        );
         devices.push(Started { socket });
     }
     let mut files = Vec::with_capacity(plan.policy.files.len());
     for index in 0..plan.policy.files.len() as u32 {
         files.push(Some(broker.opened(index)?));
     }
-    Ok(Given { log, devices, files: Files(files) })
+    Ok(Given {
+        log,
+        devices,
+        files: Files(files),
+    })
 }
 
 /// The board with its RAM and vCPUs, before anything is plugged.
@@ -298,7 +338,11 @@ fn board(kvm: &Kvm, spec: &VmSpec, backing: Option<File>) -> Result<Microvm, Sta
         dump_guest_core: spec.memory.dump_guest_core,
         huge_pages: false,
     })?);
-    let config = MicrovmConfig { topology: topology(spec)?, features: CpuFeatures::default(), serial: None };
+    let config = MicrovmConfig {
+        topology: topology(spec)?,
+        features: CpuFeatures::default(),
+        serial: None,
+    };
     Ok(Microvm::new(kvm, kvm::Vm::create(kvm)?, ram, config)?)
 }
 
@@ -317,12 +361,20 @@ fn topology(spec: &VmSpec) -> Result<Topology, StartError> {
 /// A device behind its window, shared between vCPU threads and the main loop.
 pub(super) type SharedTransport = Arc<Mutex<MmioTransport>>;
 
-fn attach(machine: &mut Microvm, slot: usize, transport: MmioTransport) -> Result<SharedTransport, StartError> {
+fn attach(
+    machine: &mut Microvm,
+    slot: usize,
+    transport: MmioTransport,
+) -> Result<SharedTransport, StartError> {
     let transport = Arc::new(Mutex::new(transport));
     let window = machine.attach_mmio(slot, transport.clone())?;
-    let guard = transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let guard = transport
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     for (offset, value, kick) in guard.ioeventfds() {
-        machine.vm().register_ioeventfd(kick, window.base + offset, Some(value))?;
+        machine
+            .vm()
+            .register_ioeventfd(kick, window.base + offset, Some(value))?;
     }
     for call in guard.irqfds() {
         machine.vm().register_irqfd(call, window.gsi)?;
@@ -332,10 +384,19 @@ fn attach(machine: &mut Microvm, slot: usize, transport: MmioTransport) -> Resul
 }
 
 /// The reason behind a handshake that failed: what the process said before it ended, if it ended.
-fn why_device_failed(broker: &mut Client, index: u32, grants: &[DeviceGrant], error: RemoteError) -> StartError {
-    let Some(exit) = broker.wait_exit(index) else { return error.into() };
+fn why_device_failed(
+    broker: &mut Client,
+    index: u32,
+    grants: &[DeviceGrant],
+    error: RemoteError,
+) -> StartError {
+    let Some(exit) = broker.wait_exit(index) else {
+        return error.into();
+    };
     StartError::DeviceEnded {
-        id: grants.get(index as usize).map_or_else(String::new, |grant| grant.spec.id().to_owned()),
+        id: grants
+            .get(index as usize)
+            .map_or_else(String::new, |grant| grant.spec.id().to_owned()),
         how: match exit.how {
             Exit::Code(code) => format!("with status {code}"),
             Exit::Signal(signal) => match Signal::try_from(signal) {
