@@ -286,8 +286,11 @@ fn triple_fault_is_reported_with_registers() {
     assert!(matches!(guest.event(), VmEvent::TripleFault { .. }));
 }
 
+/// Offset and bytes of each write.
+type Writes = Vec<(u64, Vec<u8>)>;
+
 #[derive(Default)]
-struct Window(Arc<Mutex<Vec<(u64, Vec<u8>)>>>);
+struct Window(Arc<Mutex<Writes>>);
 
 impl BusDevice for Window {
     fn read(&mut self, _: u64, data: &mut [u8]) {
@@ -417,7 +420,7 @@ fn a_thread_that_cannot_start_never_runs_the_guest() {
     guest.machine.resume().unwrap();
     match guest.event() {
         VmEvent::VcpuError { vcpu: 0, message } => {
-            assert!(message.contains("no filter for 0"), "{message}")
+            assert!(message.contains("no filter for 0"), "{message}");
         }
         other => panic!("{other}"),
     }

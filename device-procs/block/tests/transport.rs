@@ -37,12 +37,10 @@ struct Guest {
     image: std::fs::File,
 }
 
+#[allow(unsafe_code)] // vmm-sys-util's EventFd has no AsFd
 fn fd(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open as long as `event` is borrowed.
-    #[allow(unsafe_code)] // vmm-sys-util's EventFd has no AsFd
-    unsafe {
-        BorrowedFd::borrow_raw(event.as_raw_fd())
-    }
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 fn driver_queues() -> Vec<DriverQueue> {

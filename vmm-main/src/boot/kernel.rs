@@ -334,7 +334,7 @@ mod tests {
         let mut bytes = vec![0; headers];
         bytes[..16].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
         let mut put = |offset: usize, value: &[u8]| {
-            bytes[offset..offset + value.len()].copy_from_slice(value)
+            bytes[offset..offset + value.len()].copy_from_slice(value);
         };
         put(16, &2u16.to_le_bytes());
         put(18, &62u16.to_le_bytes());

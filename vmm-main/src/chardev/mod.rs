@@ -506,6 +506,7 @@ mod tests {
 
     /// A guest with a FIFO of a few bytes.
     #[derive(Clone)]
+    #[allow(clippy::type_complexity)] // bytes and room, and what tells of room
     struct Fifo(Arc<(Mutex<(Vec<u8>, usize)>, EventFd)>);
 
     impl Fifo {
