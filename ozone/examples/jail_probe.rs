@@ -4,6 +4,7 @@
 //! `serve` locks, filters, writes the jail's report and waits for the stream's end;
 //! `open` serves the same, then waits for one byte, without a filter, for looking at from outside;
 //! `crash` locks and filters, then reads memory that is not there;
+//! `panic` locks and filters, then panics;
 //! `start` writes the monotonic time at which `main` began, and ends.
 
 use nix::sys::socket::{MsgFlags, recvmsg};
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
     let mut link = File::from(unsafe { OwnedFd::from_raw_fd(3) });
     let done = match what.as_str() {
         "start" => link.write_all(&begun.to_ne_bytes()),
-        "open" | "serve" | "crash" => {
+        "open" | "serve" | "crash" | "panic" => {
             let jailed = match inner::lock(Sandbox::BestEffort) {
                 Ok(jailed) => jailed,
                 Err(error) => {
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
                 // SAFETY: none; nothing is mapped there, and dying of it is what this is for.
                 std::hint::black_box(unsafe { nowhere.read_volatile() });
             }
+            assert_ne!(what, "panic", "told to");
             // recvmsg, since a device has no read.
             writeln!(link, "jailed: {}", jailed.report()).and_then(|()| {
                 let mut byte = [0];

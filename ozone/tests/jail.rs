@@ -58,6 +58,8 @@ struct Request {
     identity: Identity,
     mode: Sandbox,
     limits: Limits,
+    /// Descriptor 2, if it is not to be null.
+    errors: Option<OwnedFd>,
     /// More descriptors than 0 to 3.
     more: Vec<(OwnedFd, RawFd)>,
 }
@@ -70,6 +72,7 @@ impl Request {
             identity: Identity::least(),
             mode: Sandbox::BestEffort,
             limits: Limits::default(),
+            errors: None,
             more: Vec::new(),
         }
     }
@@ -82,7 +85,8 @@ impl Request {
             SockFlag::SOCK_CLOEXEC,
         )
         .expect("socket pair");
-        let mut fds = vec![(theirs, 3), (null(), 0), (null(), 1), (null(), 2)];
+        let errors = self.errors.unwrap_or_else(null);
+        let mut fds = vec![(theirs, 3), (null(), 0), (null(), 1), (errors, 2)];
         fds.extend(self.more);
         let binary =
             File::open(&self.binary).unwrap_or_else(|e| panic!("{}: {e}", self.binary.display()));
@@ -448,6 +452,23 @@ fn a_fault_ends_it_as_a_fault() {
     );
 }
 
+/// A panic's last words get out before the filter ends what libc's abort would do.
+fn a_panic_is_told() {
+    let (mut words, theirs) = std::io::pipe().unwrap();
+    let mut request = Request::new("panic");
+    request.errors = Some(theirs.into());
+    let (pending, _link) = request.spawn().unwrap();
+    let child = pending.finish().unwrap();
+    let mut text = String::new();
+    words.read_to_string(&mut text).expect("its words");
+    assert!(
+        text.contains("panicked at") && text.contains("told to"),
+        "{text:?}"
+    );
+    let end = waitid(Id::PIDFd(child.pidfd.as_fd()), WaitPidFlag::WEXITED).expect("its end");
+    assert!(matches!(end, WaitStatus::Signaled(_, _, false)), "{end:?}");
+}
+
 fn a_dropped_start_leaves_nothing() {
     let (pending, mut link) = Request::new("serve").spawn().unwrap();
     let pid = pending.pid();
@@ -662,6 +683,7 @@ const STORIES: &[(&str, fn())] = stories! {
     it_dies_with_its_parent
     a_filtered_parent_can_start_devices
     a_fault_ends_it_as_a_fault
+    a_panic_is_told
     a_dropped_start_leaves_nothing
     binaries_that_cannot_run_are_told
     wrong_requests_are_refused
