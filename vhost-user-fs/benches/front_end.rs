@@ -4,7 +4,7 @@
 //! daemon in turn; prints operations per second and CPU time of the daemon per operation (the best of the rounds). Debian's
 //! `/usr/lib/qemu/virtiofsd` and a `virtiofsd` in the path take part if they are there.
 
-#![allow(missing_docs, clippy::unwrap_used)] // a tool for developers
+#![allow(missing_docs, clippy::unwrap_used, clippy::needless_pass_by_value)] // a tool for developers
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -192,11 +192,11 @@ impl Session {
         let mut running: Vec<Option<(u16, Request)>> = vec![None; depth];
         let (mut sent, mut done) = (0, 0);
         while done < count {
-            for slot in 0..depth {
-                if running[slot].is_none() && sent < count {
+            for (slot, place) in running.iter_mut().enumerate() {
+                if place.is_none() && sent < count {
                     let request = next(sent);
                     let head = self.submit(slot, &request);
-                    running[slot] = Some((head, request));
+                    *place = Some((head, request));
                     sent += 1;
                 }
             }

@@ -66,6 +66,8 @@ enum DaemonError {
     NoSocket(PathBuf),
     #[error("-fd {0}: not an open unix stream socket")]
     Fd(i32, #[source] Errno),
+    #[error("closing inherited descriptors")]
+    Inherited(#[source] Errno),
     #[error("-rlimit-nofile {wanted}: the host allows {allowed}")]
     Limit { wanted: u64, allowed: u64 },
     #[error("resource limits")]
@@ -125,8 +127,14 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 fn start(options: &Options) -> Result<ExitCode, DaemonError> {
     // First, since its number must not be given to anything else.
     let inherited = match options.socket {
-        Socket::Fd(fd) => Some(inherited::take(fd).map_err(|errno| DaemonError::Fd(fd, errno))?),
-        Socket::Path(_) => None,
+        Socket::Fd(fd) => {
+            inherited::close_others(Some(fd)).map_err(DaemonError::Inherited)?;
+            Some(inherited::take(fd).map_err(|errno| DaemonError::Fd(fd, errno))?)
+        }
+        Socket::Path(_) => {
+            inherited::close_others(None).map_err(DaemonError::Inherited)?;
+            None
+        }
     };
     let log = open_log(&options.log)?;
     ipc::log::init("vhost_user_fs", options.log_level, log);

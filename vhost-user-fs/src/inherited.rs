@@ -1,10 +1,26 @@
-//! A socket that the caller left open (`--fd`).
+//! Descriptors that the caller left open: the socket of `--fd`, which is taken, and all others, which are closed.
 
 #![allow(unsafe_code)] // a descriptor that exec left open is known by its number only
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+
+/// Closes every descriptor but 0 to 2 and `kept`: a caller that forgot to close one on exec does not lend it to the process
+/// that serves. To be called before anything is opened.
+pub(crate) fn close_others(kept: Option<RawFd>) -> Result<(), Errno> {
+    let close = |first: u32, last: u32| {
+        if first > last {
+            return Ok(());
+        }
+        // SAFETY: nothing in this process owns a descriptor from 3 on yet.
+        Errno::result(unsafe { libc::close_range(first, last, 0) }).map(drop)
+    };
+    match kept.and_then(|fd| u32::try_from(fd).ok()) {
+        Some(kept) => close(3, kept - 1).and_then(|()| close(kept + 1, u32::MAX)),
+        None => close(3, u32::MAX),
+    }
+}
 
 /// Takes descriptor `fd`, which nothing else in this process uses: it is 3 or more and nothing has been opened before.
 pub(crate) fn take(fd: RawFd) -> Result<OwnedFd, Errno> {

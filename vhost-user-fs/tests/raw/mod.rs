@@ -1,9 +1,16 @@
 //! A raw front end that speaks FUSE without a guest: every byte of a request is the test's own.
 
-#![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)] // test code that several tests share in parts
+#![allow(
+    clippy::unwrap_used,
+    clippy::needless_pass_by_value,
+    dead_code,
+    missing_docs,
+    unreachable_pub
+)] // test code that several tests share in parts
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -28,10 +35,14 @@ pub struct Client {
 pub type Reply = Result<Vec<u8>, i32>;
 
 /// Starts the daemon on a connected socket; returns it and the other end.
-pub fn spawn(source: &Path, options: &[&str]) -> (Child, UnixStream) {
+pub fn spawn(source: &Path, options: &[&str], user: Option<u32>) -> (Child, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     // The shell puts the socket on a number that `-fd` takes.
-    let child = Command::new("sh")
+    let mut command = Command::new("sh");
+    if let Some(id) = user {
+        command.uid(id).gid(id);
+    }
+    let child = command
         .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
         .arg(env!("CARGO_BIN_EXE_vhost_user_fs"))
         .args(["-fd", "3", "-source"])
@@ -46,13 +57,18 @@ pub fn spawn(source: &Path, options: &[&str]) -> (Child, UnixStream) {
 impl Client {
     /// Starts the daemon and a FUSE session.
     pub fn start(source: &Path, options: &[&str]) -> Self {
-        let mut client = Self::start_without_init(source, options);
+        Self::start_as(source, options, None)
+    }
+
+    /// The same as another user.
+    pub fn start_as(source: &Path, options: &[&str], user: Option<u32>) -> Self {
+        let mut client = Self::start_without_init(source, options, user);
         client.init();
         client
     }
 
-    pub fn start_without_init(source: &Path, options: &[&str]) -> Self {
-        let (child, socket) = spawn(source, options);
+    fn start_without_init(source: &Path, options: &[&str], user: Option<u32>) -> Self {
+        let (child, socket) = spawn(source, options, user);
         let mut front = TestFrontend::connect(socket, INDIRECT_DESC);
         let queue = DriverQueue::new(1, 256, 0x2_0000);
         front.start(&queue);

@@ -1,0 +1,209 @@
+//! The daemon as a process: what it holds while it serves, how it starts and ends, and what it refuses.
+
+#![allow(clippy::unwrap_used)] // test code
+
+mod raw;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use libc::O_RDWR;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, geteuid};
+use raw::Client;
+use tests::wait::{Deadline, Watched};
+
+fn output(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+/// The process inside of the jail that `outside` waits for.
+fn serving(outside: u32) -> u32 {
+    let path = format!("/proc/{outside}/task/{outside}/children");
+    fs::read_to_string(path).unwrap().trim().parse().unwrap()
+}
+
+fn status(pid: u32) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    text.lines()
+        .filter_map(|line| line.split_once(":\t"))
+        .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
+        .collect()
+}
+
+#[test]
+fn the_serving_process_holds_what_it_needs_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = Client::start(dir.path(), &[]);
+    let pid = serving(client.child.id());
+    let status = status(pid);
+    for set in ["CapInh", "CapAmb"] {
+        assert_eq!(status[set], "0000000000000000", "{set}");
+    }
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, in its own user namespace.
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        assert_eq!(status[set], "00000000000000db", "{set}");
+    }
+    assert_eq!(status["NoNewPrivs"], "1");
+    assert_eq!(status["Seccomp"], "2");
+    assert_eq!(status["Threads"], "1");
+    for kind in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+        assert_ne!(of(&pid.to_string()), of("self"), "{kind}");
+    }
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    let root = mounts.lines().next().unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(root.contains(" / rw,nosuid,nodev,noexec"), "{root}");
+    // The process outside has no right left either, and waits.
+    let outside = self::status(client.child.id());
+    for set in ["CapPrm", "CapEff"] {
+        assert_eq!(outside[set], "0000000000000000", "{set}");
+    }
+    assert!(client.finish().success());
+}
+
+#[test]
+fn a_read_only_tree_takes_one_right_and_a_read_only_mount() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = Client::start(dir.path(), &["-readonly"]);
+    let pid = serving(client.child.id());
+    if geteuid().is_root() {
+        assert_eq!(status(pid)["CapEff"], "0000000000000004", "DAC_READ_SEARCH");
+    }
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    assert!(mounts.contains(" / ro,nosuid,nodev,noexec"), "{mounts}");
+    assert!(client.finish().success());
+}
+
+#[test]
+fn both_processes_end_together() {
+    let dir = tempfile::tempdir().unwrap();
+    // The one outside is told to end.
+    let mut client = Client::start(dir.path(), &[]);
+    kill(
+        Pid::from_raw(client.child.id().cast_signed()),
+        Signal::SIGTERM,
+    )
+    .unwrap();
+    assert!(client.child.wait().unwrap().success());
+    // The one outside is killed: the connection ends, because the one inside does. It changed its user before, which
+    // makes the kernel forget that it was to die with its parent.
+    let mut client = Client::start(dir.path(), &[]);
+    if geteuid().is_root() {
+        fs::set_permissions(
+            dir.path(),
+            std::os::unix::fs::PermissionsExt::from_mode(0o777),
+        )
+        .unwrap();
+        (client.uid, client.gid) = (1234, 1234);
+    }
+    client.create(1, "file", O_RDWR).unwrap();
+    let inside = serving(client.child.id());
+    let watched = Watched::new(inside.cast_signed()).unwrap();
+    client.child.kill().unwrap();
+    client.child.wait().unwrap();
+    assert!(
+        watched
+            .ended(Deadline::after(Duration::from_secs(5)))
+            .unwrap()
+    );
+    // The one inside is killed: the one outside says so.
+    let mut client = Client::start(dir.path(), &[]);
+    let inside = Pid::from_raw(serving(client.child.id()).cast_signed());
+    kill(inside, Signal::SIGKILL).unwrap();
+    let status = client.child.wait().unwrap();
+    assert_eq!((status.code(), status.signal()), (Some(128 + 9), None));
+}
+
+#[test]
+fn what_cannot_be_done_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().to_str().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, b"").unwrap();
+    let file = file.to_str().unwrap();
+    let busy = dir.path().join("busy");
+    let _listener = UnixListener::bind(&busy).unwrap();
+    let busy = busy.to_str().unwrap();
+    let missing = "/does/not/exist";
+    for (arguments, code, words) in [
+        (&["-source", tree][..], 2, &["-socket-path"][..]),
+        (&["-source", tree, "-fd", "77"], 1, &["-fd 77"]),
+        (
+            &["-source", missing, "-socket-path", file],
+            1,
+            &["-source", missing],
+        ),
+        (
+            &["-source", file, "-socket-path", "/tmp/x"],
+            1,
+            &[file, "not a folder"],
+        ),
+        (
+            &["-source", tree, "-socket-path", file],
+            1,
+            &[file, "no socket"],
+        ),
+        (
+            &["-source", tree, "-socket-path", busy],
+            1,
+            &[busy, "listens"],
+        ),
+        (
+            &["-source", tree, "-socket-path", missing],
+            1,
+            &[missing, "No such file"],
+        ),
+        (
+            &["-source", tree, "-socket-path", missing, "-D", "/does/not"],
+            1,
+            &["-D /does/not"],
+        ),
+    ] {
+        let output = output(arguments);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+        for word in words {
+            assert!(
+                text.contains(word),
+                "{arguments:?}: {text:?} does not name {word:?}"
+            );
+        }
+    }
+    let help = output(&["-help"]);
+    assert!(help.status.success());
+    assert!(String::from_utf8_lossy(&help.stdout).contains("-socket-path PATH"));
+}
+
+/// Runs the same tests of files as a user without any privilege.
+#[test]
+fn it_works_without_root() {
+    if !geteuid().is_root() {
+        // The other tests are run without root then.
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).unwrap();
+    let mut client = Client::start_as(dir.path(), &[], Some(65534));
+    client.uid = 4321; // nobody here may be that; the file is the daemon's user's
+    let (node, fh) = client.create(1, "file", O_RDWR).unwrap();
+    assert_eq!(client.write(node, fh, 0, b"hello"), Ok(5));
+    assert_eq!(client.read(node, fh, 0, 10).unwrap(), b"hello");
+    let made = fs::metadata(dir.path().join("file")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&made), 65534);
+    let pid = serving(client.child.id());
+    let map = fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap();
+    assert_eq!(
+        map.split_whitespace().collect::<Vec<_>>(),
+        ["0", "65534", "1"]
+    );
+    assert!(client.finish().success());
+}
