@@ -273,10 +273,13 @@ fn connect(socket: UnixStream) -> TestFrontend {
 const SMALL_FILES: usize = 10_000;
 const FILE_SIZE: u64 = 64 << 20;
 
+/// What a load does for one of its operations.
+type Run = Box<dyn Fn(&mut Session, usize)>;
+
 struct Load {
     name: String,
     count: usize,
-    run: Box<dyn Fn(&mut Session, usize)>,
+    run: Run,
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -332,7 +335,7 @@ fn loads() -> Vec<Load> {
             }
         }
     }
-    let meta = |name: &str, run: Box<dyn Fn(&mut Session, usize)>| Load {
+    let meta = |name: &str, run: Run| Load {
         name: name.to_owned(),
         count: SMALL_FILES,
         run,

@@ -89,7 +89,7 @@ fn boot(socket: &Path, script: &str) -> String {
     let guest = Guest::ready(Flavour::Cloud).unwrap();
     let initrd = guest.initrd_with(&Script::new(script)).unwrap();
     let chardev = format!("socket,id=c,path={}", socket.display());
-    let child = Command::new("timeout")
+    let mut child = Command::new("timeout")
         .args([
             "300",
             "qemu-system-x86_64",
@@ -132,7 +132,13 @@ fn boot(socket: &Path, script: &str) -> String {
         .spawn()
         .unwrap();
     let mut text = String::new();
-    child.stdout.unwrap().read_to_string(&mut text).unwrap();
+    child
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    child.wait().unwrap();
     text
 }
 

@@ -44,8 +44,6 @@ pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailErr
             ipc::log::warn!("jail: {layer}");
         }
     }
-    // The last call that needs no rule in the policy; hardly any code that ran so far runs again.
-    crate::resident::forget_code();
     let action = match start.seccomp {
         SeccompMode::Kill => Action::Kill,
         SeccompMode::Log => Action::Log,

@@ -15,7 +15,6 @@ mod inflight;
 mod inherited;
 mod jail;
 mod memory;
-mod resident;
 mod ring;
 mod server;
 mod start;
