@@ -17,6 +17,14 @@ const PAYLOADS: &[(&str, &[&str])] = &[
     ),
     ("blk-rw", &["start.S", "payload.c", "virtio.c", "blk-rw.c"]),
     ("net-tx", &["start.S", "payload.c", "virtio.c", "net-tx.c"]),
+    (
+        "blk-loop",
+        &["start.S", "payload.c", "virtio.c", "blk-loop.c"],
+    ),
+    (
+        "net-loop",
+        &["start.S", "payload.c", "virtio.c", "net-loop.c"],
+    ),
     ("machine", &["start.S", "payload.c", "machine.c"]),
 ];
 

@@ -73,6 +73,17 @@ pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
 
 /// Milliseconds that the control process waits for a device process to answer one vhost-user message.
 pub const DEVICE_REPLY_MS: u64 = 5_000;
+/// Milliseconds that a vCPU waits for the end of a device process that does not give its queues back. The broker kills and
+/// reaps within a few; the limit is for a main loop that itself waits for this vCPU to pause.
+pub const DEVICE_END_MS: u64 = 1_000;
+/// Milliseconds in which a device process may be restarted `max-restarts` times. A fault that a guest's request causes comes
+/// back with every replay of that request, within milliseconds; one that is not the guest's comes once in a long while.
+pub const RESTART_WINDOW_MS: u64 = 10_000;
+/// Restarts of one device in [`RESTART_WINDOW_MS`] when `max-restarts` is not given: enough for an operator who kills a
+/// process again and again, and a device that cannot be saved costs the host five process starts.
+pub const DEFAULT_RESTARTS: u16 = 5;
+/// Largest `max-restarts`: one restart every 10 ms, which is about as fast as a process starts.
+pub const MAX_RESTARTS: u16 = 1_000;
 /// Bytes of one log line that a device process may send; longer ones are cut.
 pub const MAX_LOG_LINE: usize = 1024;
 /// Log lines a second that one device process may cause; beyond it they are counted and dropped.

@@ -17,6 +17,10 @@ pub enum Payload {
     VirtioProbe,
     /// Writes, flushes, reads and compares sectors.
     BlkRw,
+    /// Writes, reads and compares without a pause.
+    BlkLoop,
+    /// Sends ARP requests without a pause.
+    NetLoop,
     /// Sends an ARP request and waits for the answer.
     NetTx,
     /// Prints what the boot protocol passed.
@@ -35,6 +39,8 @@ impl Payload {
             Self::FirstByte => "first-byte",
             Self::VirtioProbe => "virtio-probe",
             Self::BlkRw => "blk-rw",
+            Self::BlkLoop => "blk-loop",
+            Self::NetLoop => "net-loop",
             Self::NetTx => "net-tx",
             Self::Machine => "machine",
         };

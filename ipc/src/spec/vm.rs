@@ -223,6 +223,15 @@ pub struct DeviceOption {
     pub kind: DeviceKind,
     /// `iothread=`
     pub iothread: Option<String>,
+    /// What happens when its process dies.
+    pub restart: RestartPolicy,
+}
+
+/// `-device …,restart=,max-restarts=`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartPolicy {
+    /// Restarts within [`RESTART_WINDOW_MS`](crate::limits::RESTART_WINDOW_MS) at most; 0 with `restart=off`.
+    pub most: u16,
 }
 
 /// The devices that `-device` can name.

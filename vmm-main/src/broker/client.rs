@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use ipc::channel::{Channel, ChannelError};
 use ipc::control::{Exit, Reply, Request};
@@ -50,6 +51,32 @@ pub struct DeviceExit {
     pub how: Exit,
     /// Its last log line.
     pub last_words: String,
+}
+
+/// What the broker says while the VM runs.
+#[derive(Debug)]
+pub enum Notice {
+    /// Unasked: a device process ended and is reaped.
+    Exited(DeviceExit),
+    /// [`Request::Start`] worked.
+    Started {
+        /// Index into the policy's devices.
+        index: u32,
+        /// Its process id.
+        pid: i32,
+        /// The control process's end of its vhost-user socket.
+        socket: UnixStream,
+    },
+    /// [`Request::Stop`] worked, and the process is reaped.
+    Stopped {
+        /// Index into the policy's devices.
+        index: u32,
+    },
+    /// The oldest request without a reply failed.
+    Refused {
+        /// For the log.
+        message: String,
+    },
 }
 
 /// The broker as the control process sees it.
@@ -184,27 +211,55 @@ impl Client {
         }
     }
 
-    /// Takes what the broker told unasked without waiting. `Err(Channel(Closed))` means that it is gone.
-    pub fn poll_exits(&mut self) -> Result<Vec<DeviceExit>, ClientError> {
-        while let Some((reply, _)) = self.channel.try_receive::<Reply>()? {
-            match reply {
-                Reply::Exited {
-                    index,
-                    pid,
-                    how,
-                    last_words,
-                } => {
-                    self.exits.push_back(DeviceExit {
-                        index,
-                        pid,
-                        how,
-                        last_words,
-                    });
-                }
-                other => return Err(ClientError::OutOfOrder(format!("{other:?}"))),
-            }
+    /// Takes one message that is there, in the order in which the broker sent them; does not wait. For when the VM runs:
+    /// requests are only [sent](Self::send) then, and their replies come here too. `Err(Channel(Closed))` means that the
+    /// broker is gone.
+    pub fn poll(&mut self) -> Result<Option<Notice>, ClientError> {
+        if let Some(exit) = self.exits.pop_front() {
+            self.forget(&exit);
+            return Ok(Some(Notice::Exited(exit)));
         }
-        Ok(self.exits.drain(..).collect())
+        match self.channel.try_receive::<Reply>()? {
+            Some((reply, fds)) => self.notice(reply, fds).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// As [`poll`](Self::poll), but waits.
+    pub fn wait(&mut self) -> Result<Notice, ClientError> {
+        if let Some(exit) = self.exits.pop_front() {
+            self.forget(&exit);
+            return Ok(Notice::Exited(exit));
+        }
+        let (reply, fds) = self.channel.receive::<Reply>()?;
+        self.notice(reply, fds)
+    }
+
+    fn notice(&mut self, reply: Reply, mut fds: Vec<OwnedFd>) -> Result<Notice, ClientError> {
+        match reply {
+            Reply::Exited { index, pid, how, last_words } => {
+                let exit = DeviceExit { index, pid, how, last_words };
+                self.forget(&exit);
+                Ok(Notice::Exited(exit))
+            }
+            Reply::Started { index, pid } => match fds.pop() {
+                Some(socket) => {
+                    self.pids.push((index, pid));
+                    Ok(Notice::Started { index, pid, socket: socket.into() })
+                }
+                None => Err(ClientError::OutOfOrder(format!("no socket came with device {index}"))),
+            },
+            Reply::Stopped { index } => {
+                self.pids.retain(|(at, _)| *at != index);
+                Ok(Notice::Stopped { index })
+            }
+            Reply::Failed { message } => Ok(Notice::Refused { message }),
+            other => Err(ClientError::OutOfOrder(format!("{other:?}"))),
+        }
+    }
+
+    fn forget(&mut self, exit: &DeviceExit) {
+        self.pids.retain(|(_, pid)| *pid != exit.pid);
     }
 
     /// Waits for the end of a device process whose socket has closed, for the error that follows from it. `None` if the
@@ -218,8 +273,11 @@ impl Client {
             if poll(&mut waited, LAST_WORDS_MS).ok()? == 0 {
                 return None;
             }
-            let exits = self.poll_exits().ok()?;
-            self.exits.extend(exits);
+            while let Some((reply, _)) = self.channel.try_receive::<Reply>().ok()? {
+                if let Reply::Exited { index, pid, how, last_words } = reply {
+                    self.exits.push_back(DeviceExit { index, pid, how, last_words });
+                }
+            }
         }
     }
 

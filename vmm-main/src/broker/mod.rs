@@ -28,5 +28,5 @@ mod open;
 mod process;
 mod rights;
 
-pub use client::{Client, ClientError, DeviceExit};
+pub use client::{Client, ClientError, DeviceExit, Notice};
 pub use process::{is_broker, run};

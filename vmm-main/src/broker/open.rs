@@ -200,7 +200,7 @@ pub(super) fn backend(
     match grant {
         BackendGrant::Nothing => Ok(Vec::new()),
         BackendGrant::Image { path, readonly, direct } => {
-            image(path, *readonly, *direct).map(|fd| vec![fd])
+            image(path, path, *readonly, *direct).map(|fd| vec![fd])
         }
         BackendGrant::Tap { ifname, queues } => tap(ifname, *queues),
         BackendGrant::Inherited { fds } => fds
@@ -216,14 +216,43 @@ pub(super) fn backend(
     }
 }
 
-fn image(path: &Path, readonly: bool, direct: bool) -> Result<OwnedFd, String> {
+/// A hold on an image that was opened: neither reads nor writes, and leads to that very file whatever becomes of its path.
+#[derive(Debug)]
+pub(super) struct Hold(File);
+
+impl Hold {
+    /// On the image behind `backend`, if that is one.
+    pub(super) fn on(grant: &BackendGrant, backend: &[OwnedFd]) -> Result<Option<Self>, String> {
+        let (BackendGrant::Image { path, .. }, [fd]) = (grant, backend) else {
+            return Ok(None);
+        };
+        File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+            .map(|file| Some(Self(file)))
+            .map_err(|e| format!("-drive file={}: cannot be held: {e}", path.display()))
+    }
+
+    /// Opens the image again as `grant` says.
+    pub(super) fn reopen(&self, grant: &BackendGrant) -> Result<Vec<OwnedFd>, String> {
+        let BackendGrant::Image { path, readonly, direct } = grant else {
+            return Ok(Vec::new());
+        };
+        let held = format!("/proc/self/fd/{}", self.0.as_raw_fd());
+        image(path, Path::new(&held), *readonly, *direct).map(|fd| vec![fd])
+    }
+}
+
+/// Opens the image at `at`, which the user knows as `path`.
+fn image(path: &Path, at: &Path, readonly: bool, direct: bool) -> Result<OwnedFd, String> {
     let told = |what: String| format!("-drive file={}: {what}", path.display());
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if direct { libc::O_DIRECT } else { 0 };
     let file = File::options()
         .read(true)
         .write(!readonly)
         .custom_flags(flags)
-        .open(path)
+        .open(at)
         .map_err(|e| match e.raw_os_error() {
             Some(libc::EINVAL) if direct => {
                 told("its file system does not support O_DIRECT; use direct=off".into())

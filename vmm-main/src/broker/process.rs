@@ -6,6 +6,7 @@
 //! **Why this way.** One thread and one `poll`: the jail's `clone3` needs a single-threaded parent, and there is nothing here
 //! that could wait for anything else.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
@@ -192,6 +193,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         inherited,
         cleanup,
         devices,
+        holds: BTreeMap::new(),
     })
 }
 
@@ -201,6 +203,8 @@ struct Broker {
     inherited: Inherited,
     cleanup: Cleanup,
     devices: Devices,
+    /// Images that were opened, by their device, for a restart.
+    holds: BTreeMap<u32, open::Hold>,
 }
 
 impl Broker {
@@ -301,7 +305,16 @@ impl Broker {
             .devices
             .get(index as usize)
             .ok_or_else(|| format!("the policy has no device {index}"))?;
-        let backend = open::backend(&grant.backend, grant.spec.id(), &self.inherited)?;
+        // Another file at the same path would be another disk, in the middle of the guest's work.
+        let backend = match self.holds.get(&index) {
+            Some(hold) => hold.reopen(&grant.backend)?,
+            None => open::backend(&grant.backend, grant.spec.id(), &self.inherited)?,
+        };
+        if !self.holds.contains_key(&index)
+            && let Some(hold) = open::Hold::on(&grant.backend, &backend)?
+        {
+            self.holds.insert(index, hold);
+        }
         let (socket, pid) = self
             .devices
             .start(index as usize, grant, backend, &self.policy)?;

@@ -189,6 +189,7 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
             id,
             kind,
             iothread: device.iothread,
+            restart: device.restart,
         });
     }
     draft.spec.devices = done;

@@ -1,7 +1,7 @@
 //! `-drive`, `-netdev`, `-device`, `-object`.
 
 use ipc::limits;
-use ipc::spec::vm::{DriveSpec, NetBackend, NetdevSpec};
+use ipc::spec::vm::{DriveSpec, NetBackend, NetdevSpec, RestartPolicy};
 
 use super::error::CmdlineError;
 use super::props::Props;
@@ -14,6 +14,8 @@ pub(super) struct Draft {
     pub(super) id: Option<String>,
     /// `iothread=`
     pub(super) iothread: Option<String>,
+    /// `restart=`, `max-restarts=`
+    pub(super) restart: RestartPolicy,
     /// What it is.
     pub(super) kind: DraftKind,
 }
@@ -169,6 +171,14 @@ impl super::Draft {
                 .ignored
                 .push(format!("-device {}: bootindex", props.raw()));
         }
+        let given = props.small::<u16>("max-restarts");
+        let most = if props.bool("restart").unwrap_or(true) {
+            given.unwrap_or(limits::DEFAULT_RESTARTS)
+        } else if given.is_some() {
+            return Err(props.error("max-restarts contradicts restart=off; allowed with it: none"));
+        } else {
+            0
+        };
         let id = props.text("id").map(str::to_owned);
         if let Some(id) = &id
             && self
@@ -182,6 +192,7 @@ impl super::Draft {
             arg: props.raw().to_owned(),
             id,
             iothread: props.text("iothread").map(str::to_owned),
+            restart: RestartPolicy { most },
             kind,
         });
         Ok(())

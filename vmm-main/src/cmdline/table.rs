@@ -440,6 +440,8 @@ const DEVICE: &[Shape] = &[
                 "",
                 "id of an -object iothread; the disk's own process has its threads",
             ),
+            RESTART,
+            MAX_RESTARTS,
             key(
                 "bootindex",
                 Kind::Int(0, 255),
@@ -483,9 +485,24 @@ const DEVICE: &[Shape] = &[
                 "",
                 "id of an -object iothread; the card's own process has its threads",
             ),
+            RESTART,
+            MAX_RESTARTS,
         ],
     ),
 ];
+
+const RESTART: Key = key(
+    "restart",
+    Kind::Bool,
+    "on",
+    "its process is started again when it dies, and the guest loses nothing",
+);
+const MAX_RESTARTS: Key = key(
+    "max-restarts",
+    Kind::Int(1, limits::MAX_RESTARTS as u64),
+    "5",
+    "restarts in 10 seconds, after which the device has failed",
+);
 
 /// Devices of the manual that need a part which is not here yet.
 const LATER_DEVICES: &[&str] = &[

@@ -20,8 +20,9 @@ use super::daemon::Ready;
 use super::poller::Poller;
 use super::serial::Chardevs;
 use super::start::{SharedTransport, StartError, termination_signals};
+use super::supervise::{Context, Supervisor};
 use super::{lockdown, with_causes};
-use crate::broker::Client;
+use crate::broker::{Client, ClientError};
 use crate::cmdline::Plan;
 use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
@@ -49,6 +50,7 @@ pub(super) struct Vm {
     parts: Parts,
     poller: Poller,
     events: Option<EventReceiver>,
+    supervisor: Supervisor,
     state: RunState,
 }
 
@@ -65,8 +67,10 @@ const COMMANDS: u64 = 2;
 const EVENTS: u64 = 3;
 /// Tokens from here on belong to the serial port's other end.
 const CHARDEV: u64 = 16;
-/// Tokens from here on are devices by their position.
+/// Tokens from here on are devices by their position: their rings, their processes that hang, their new processes.
 const DEVICES: u64 = 1 << 32;
+const ATTENTIONS: u64 = 2 << 32;
+const SOCKETS: u64 = 3 << 32;
 
 impl Vm {
     /// Puts every event source into one epoll.
@@ -90,16 +94,16 @@ impl Vm {
         })()
         .map_err(add)?;
         let input = parts.machine.as_ref().and_then(Microvm::serial_input);
-        parts
-            .chardevs
-            .watch(&poller, CHARDEV, input)
-            .map_err(failed("epoll_ctl"))?;
-        Ok(Self {
-            parts,
-            poller,
-            events,
-            state: RunState::Prelaunch,
-        })
+        parts.chardevs.watch(&poller, CHARDEV, input).map_err(failed("epoll_ctl"))?;
+        let supervisor = Supervisor::new(
+            &parts.transports,
+            &parts.plan.policy.devices,
+            parts.spec.devices.iter().map(|device| device.restart.most),
+            &Context { broker: &mut parts.broker, poller: &poller, qmp: &parts.qmp },
+            (ATTENTIONS, SOCKETS),
+        )
+        .map_err(failed("epoll_ctl"))?;
+        Ok(Self { parts, poller, events, supervisor, state: RunState::Prelaunch })
     }
 
     /// Waits for the clients that the command line waits for: sockets without `nowait`. Nothing reads signals yet, so for
@@ -138,13 +142,18 @@ impl Vm {
 
     /// Runs the VM until it ends.
     pub(super) fn run(mut self) -> ExitCode {
+        // What the broker told while it was asked for something else.
+        if let Err(end) = self.broker() {
+            return self.finish(end);
+        }
         if !self.parts.spec.start_paused
             && let Err(end) = self.let_run()
         {
             return self.finish(end);
         }
         loop {
-            let events = match self.poller.wait() {
+            let deadline = self.supervisor.deadline();
+            let events = match self.poller.wait(deadline) {
                 Ok(events) => events,
                 Err(e) => {
                     error!("waiting for events: {}", e.desc());
@@ -156,6 +165,11 @@ impl Vm {
                     return self.finish(end);
                 }
             }
+            if deadline.is_some()
+                && let Err(end) = self.supervise(Supervisor::overdue)
+            {
+                return self.finish(end);
+            }
         }
     }
 
@@ -165,6 +179,7 @@ impl Vm {
             BROKER => self.broker(),
             COMMANDS => self.commands(),
             EVENTS => self.vm_events(),
+            own if own >= ATTENTIONS => self.supervise(|supervisor, cx| supervisor.event(own, cx)),
             device if device >= DEVICES => {
                 self.device_error((device - DEVICES) as usize);
                 Ok(())
@@ -194,27 +209,20 @@ impl Vm {
     }
 
     fn broker(&mut self) -> Result<(), End> {
-        let exits = self.parts.broker.poll_exits().map_err(|e| {
-            error!("{}", with_causes(&e));
-            HOST_ERROR
-        })?;
-        for exit in exits {
-            let id = self
-                .parts
-                .plan
-                .policy
-                .devices
-                .get(exit.index as usize)
-                .map_or_else(String::new, |grant| grant.spec.id().to_owned());
-            error!(
-                "device {id}: process {} ended ({:?}): {}",
-                exit.pid, exit.how, exit.last_words
-            );
-            if let Some(transport) = self.parts.transports.get(exit.index as usize) {
-                lock(transport).device_lost();
+        self.supervise(|supervisor, cx| {
+            while let Some(notice) = cx.broker.poll()? {
+                supervisor.notice(notice, cx)?;
             }
-        }
-        Ok(())
+            Ok(())
+        })
+    }
+
+    fn supervise(
+        &mut self,
+        work: impl FnOnce(&mut Supervisor, &mut Context<'_>) -> Result<(), ClientError>,
+    ) -> Result<(), End> {
+        let Parts { broker, qmp, .. } = &mut self.parts;
+        work(&mut self.supervisor, &mut Context { broker, poller: &self.poller, qmp }).map_err(|e| host_error(&e))
     }
 
     /// The guest broke a ring of this device.
@@ -396,6 +404,8 @@ impl Vm {
 
     /// Lets the guest run without telling anybody: at the start, and when a reset is over.
     fn let_run(&mut self) -> Result<(), End> {
+        // A vCPU that reset a device may have been paused before that device's process was ended.
+        self.supervise(Supervisor::settle)?;
         if let Some(machine) = &mut self.parts.machine {
             machine.resume().map_err(|e| host_error(&e))?;
         }
@@ -419,6 +429,11 @@ impl Vm {
     }
 
     fn reset(&mut self, cause: Cause) -> Result<(), End> {
+        if let Some(machine) = &self.parts.machine {
+            machine.pause().map_err(|e| host_error(&e))?;
+            // Before RAM is emptied, nobody else may write to it.
+            self.supervise(Supervisor::take_back)?;
+        }
         if let Some(machine) = &mut self.parts.machine {
             machine.reset().map_err(|e| host_error(&e))?;
         }
@@ -437,6 +452,7 @@ impl Vm {
         self.parts.qmp.finish();
         self.parts.chardevs.flush();
         drop(self.parts.machine.take());
+        drop(self.supervisor);
         drop(self.parts.transports);
         drop(self.parts.chardevs);
         debug!("waiting for the broker to clean up");
@@ -464,16 +480,12 @@ fn tell_lines(text: &str) {
 
 /// vmm-sys-util's eventfds know only their number.
 #[allow(unsafe_code)]
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the eventfd owns this descriptor and outlives the borrow.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// A panic aborts the process, so a poisoned lock cannot be seen.
-fn lock(
-    transport: &SharedTransport,
-) -> std::sync::MutexGuard<'_, crate::virtio::mmio::MmioTransport> {
-    transport
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+pub(super) fn lock(transport: &SharedTransport) -> std::sync::MutexGuard<'_, crate::virtio::mmio::MmioTransport> {
+    transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

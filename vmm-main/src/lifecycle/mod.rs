@@ -19,6 +19,7 @@
 //! | `phases.rs` | where start-up time goes, at log level trace |
 //! | `poller.rs` | the epoll of the main loop |
 //! | `serial.rs` | the serial port's other end in the main loop |
+//! | `supervise.rs` | device processes that die, and those that take their place |
 
 mod daemon;
 mod descriptors;
@@ -28,6 +29,7 @@ mod phases;
 mod poller;
 mod serial;
 mod start;
+mod supervise;
 
 use std::ffi::OsString;
 use std::io::Write;

@@ -1,5 +1,8 @@
 //! Events: what happened to the VM, told to every client that has negotiated.
 
+use std::time::Duration;
+
+use ipc::control::Exit;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
@@ -46,7 +49,7 @@ impl Cause {
 }
 
 /// Something that happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// The VM has shut down.
     Shutdown(Cause),
@@ -58,34 +61,90 @@ pub enum Event {
     Resume,
     /// The guest was asked to power off.
     Powerdown,
+    /// A device process ended, or was ended because it did not answer.
+    DeviceCrashed {
+        /// Id of the device.
+        device: String,
+        /// Id that the process had.
+        pid: i32,
+        /// How it ended by itself; `None` if it was unresponsive.
+        how: Option<Exit>,
+    },
+    /// Another process does its work, with what had been in flight.
+    DeviceRecovered {
+        /// Id of the device.
+        device: String,
+        /// Id of the new process.
+        pid: i32,
+        /// How long there was none, as far as this process knows.
+        stall: Duration,
+    },
+    /// There will be no other process: the guest sees a device that needs a reset, for good.
+    DeviceFailed {
+        /// Id of the device.
+        device: String,
+        /// Why, for people.
+        reason: String,
+    },
 }
 
 /// Names of all events, for `query-events`.
-pub(super) const NAMES: [&str; 5] = ["SHUTDOWN", "RESET", "STOP", "RESUME", "POWERDOWN"];
+pub(super) const NAMES: [&str; 8] = [
+    "SHUTDOWN",
+    "RESET",
+    "STOP",
+    "RESUME",
+    "POWERDOWN",
+    "DEVICE_CRASHED",
+    "DEVICE_RECOVERED",
+    "DEVICE_FAILED",
+];
 
 impl Event {
     /// Its name on the wire.
-    pub const fn name(self) -> &'static str {
+    pub const fn name(&self) -> &'static str {
         match self {
             Self::Shutdown(_) => NAMES[0],
             Self::Reset(_) => NAMES[1],
             Self::Stop => NAMES[2],
             Self::Resume => NAMES[3],
             Self::Powerdown => NAMES[4],
+            Self::DeviceCrashed { .. } => NAMES[5],
+            Self::DeviceRecovered { .. } => NAMES[6],
+            Self::DeviceFailed { .. } => NAMES[7],
         }
     }
 
     /// The message, stamped with the time of this call.
-    pub(super) fn message(self) -> Value {
+    pub(super) fn message(&self) -> Value {
         let now = clock_gettime(ClockId::CLOCK_REALTIME);
         let (seconds, micros) = now.map_or((-1, -1), |now| (now.tv_sec(), now.tv_nsec() / 1000));
         let mut message = json!({
             "event": self.name(),
             "timestamp": { "seconds": seconds, "microseconds": micros },
         });
-        if let Self::Shutdown(cause) | Self::Reset(cause) = self {
-            message["data"] = json!({ "guest": cause.is_guest(), "reason": cause.name() });
-        }
+        let data = match self {
+            Self::Shutdown(cause) | Self::Reset(cause) => {
+                json!({ "guest": cause.is_guest(), "reason": cause.name() })
+            }
+            Self::Stop | Self::Resume | Self::Powerdown => return message,
+            Self::DeviceCrashed { device, pid, how: Some(Exit::Signal(signal)) } => {
+                json!({ "device": device, "pid": pid, "signal": signal })
+            }
+            Self::DeviceCrashed { device, pid, how: Some(Exit::Code(status)) } => {
+                json!({ "device": device, "pid": pid, "status": status })
+            }
+            Self::DeviceCrashed { device, pid, how: None } => {
+                json!({ "device": device, "pid": pid, "unresponsive": true })
+            }
+            Self::DeviceRecovered { device, pid, stall } => {
+                // Milliseconds with three digits behind the point.
+                let stall = stall.as_micros() as f64 / 1000.0;
+                json!({ "device": device, "pid": pid, "stall-ms": stall })
+            }
+            Self::DeviceFailed { device, reason } => json!({ "device": device, "reason": reason }),
+        };
+        message["data"] = data;
         message
     }
 }

@@ -11,6 +11,7 @@
 //! the device process live beside it in [`Core`].
 
 use std::io;
+use std::sync::Arc;
 
 use ipc::guest_warn;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::attention::Attention;
 use super::remote::{F_VERSION_1, QueueHandover, QueueState, RemoteDevice, RemoteError};
 
 /// Device status bits (virtio 1.3, section 2.1).
@@ -145,6 +147,8 @@ pub struct Core {
     kicks: Vec<EventFd>,
     /// Complaints of the device process about any ring.
     error: EventFd,
+    /// Complaints of this side about the device process.
+    attention: Arc<Attention>,
 }
 
 impl Core {
@@ -160,6 +164,8 @@ impl Core {
             .map(|_| event())
             .collect::<Result<_, _>>()?;
         let error = event()?;
+        let attention = Arc::new(Attention::new(event()?));
+        attention.serves();
         let state = CoreState::new(device.num_queues(), device.queue_size());
         Ok(Self {
             state,
@@ -167,6 +173,7 @@ impl Core {
             memory,
             kicks,
             error,
+            attention,
         })
     }
 
@@ -188,6 +195,11 @@ impl Core {
     /// Readable when the device process complains about a ring; then call [`Core::device_error`].
     pub const fn error_event(&self) -> &EventFd {
         &self.error
+    }
+
+    /// How the main loop learns that the device process has to be ended.
+    pub const fn attention(&self) -> &Arc<Attention> {
+        &self.attention
     }
 
     /// Status bits.
@@ -278,7 +290,11 @@ impl Core {
         fine
     }
 
+    /// Hands the queues over. Without a process that is done when one comes; the driver may fill its queues meanwhile.
     fn activate(&mut self, lines: &impl Interrupts) {
+        if self.device.is_away() {
+            return;
+        }
         let queues: Vec<_> = (0u16..)
             .zip(&self.state.queues)
             .zip(&self.kicks)
@@ -293,8 +309,18 @@ impl Core {
             .collect();
         let features = self.state.accepted_features().unwrap_or(0);
         if let Err(error) = self.device.activate(features, &self.memory, &queues) {
-            self.report(&error);
+            self.trouble(&error, lines);
+        }
+    }
+
+    /// A guest's fault stops the device until the guest resets it, as does a device that was given up. A process that does
+    /// not do as it should is replaced, and the guest learns nothing of it.
+    fn trouble(&mut self, error: &RemoteError, lines: &impl Interrupts) {
+        self.report(error);
+        if error.is_guests_fault() || self.device.is_failed() {
             self.needs_reset(lines);
+        } else {
+            self.attention.unwanted();
         }
     }
 
@@ -303,11 +329,7 @@ impl Core {
         let cause = std::error::Error::source(error)
             .map(|e| format!(": {e}"))
             .unwrap_or_default();
-        if error.is_guests_fault() {
-            guest_warn!("{error}{cause}");
-        } else {
-            guest_warn!("{error}{cause}; it stops until the guest resets it");
-        }
+        guest_warn!("{error}{cause}");
     }
 
     /// `DEVICE_NEEDS_RESET`, told by a configuration change once the driver is at work (virtio 1.3, section 2.1.2).
@@ -329,7 +351,36 @@ impl Core {
         }
     }
 
-    /// The device process is gone: it is given up, and the driver told.
+    /// The device process is reaped, and another one will come ([`Core::device_back`]).
+    pub fn device_gone(&mut self) {
+        self.device.process_ended();
+    }
+
+    /// Another process has taken the place of the one that is gone; its handshake gave `fresh`. If the driver is at work
+    /// the process gets the queues as they are, with what was in flight. `Ok(false)` if it failed at that.
+    pub fn device_back(&mut self, fresh: RemoteDevice, lines: &impl Interrupts) -> Result<bool, RemoteError> {
+        let changed = self.device.take_over(fresh)?;
+        self.attention.serves();
+        if changed {
+            self.state.config_generation = self.state.config_generation.wrapping_add(1);
+            if self.is_running() {
+                self.state.config_changed = true;
+                lines.signal_config();
+            }
+        }
+        if self.is_running() && !self.has(NEEDS_RESET) {
+            self.activate(lines);
+            for (index, (_, kick)) in (0u16..).zip(self.state.queues.iter().zip(&self.kicks)).filter(|(_, (queue, _))| queue.ready) {
+                // The old process may have seen a doorbell and not the request behind it, or have used a buffer and not
+                // interrupted the driver. Both look and find nothing if it was not so.
+                let _ = kick.write(1);
+                let _ = lines.queue_call(index).write(1);
+            }
+        }
+        Ok(!self.device.is_away())
+    }
+
+    /// The device process is gone for good: it is given up, and the driver told.
     pub fn device_lost(&mut self, lines: &impl Interrupts) {
         self.device.fail();
         if self.is_running() && !self.has(NEEDS_RESET) {
@@ -341,8 +392,7 @@ impl Core {
     pub fn device_config_changed(&mut self, lines: &impl Interrupts) {
         let old = self.device.config().to_vec();
         if let Err(error) = self.device.refresh_config() {
-            self.report(&error);
-            self.needs_reset(lines);
+            self.trouble(&error, lines);
         } else if self.device.config() != old {
             self.state.config_generation = self.state.config_generation.wrapping_add(1);
             if self.is_running() {
@@ -352,11 +402,22 @@ impl Core {
         }
     }
 
+    /// Takes the queues back from the device process; `false` if it may still touch guest memory and has to be ended.
+    pub fn take_back(&mut self) -> bool {
+        let Err(error) = self.device.deactivate() else {
+            return true;
+        };
+        self.report(&error);
+        self.attention.unwanted();
+        false
+    }
+
     /// Back to power-on, by the driver (status 0) or because the whole VM is reset in place. On return the device process
-    /// does not touch guest memory any more.
+    /// does not touch guest memory any more, or the guest does not run before it has been ended (see
+    /// [`attention`](super::attention)).
     pub fn reset(&mut self) {
-        if let Err(error) = self.device.deactivate() {
-            self.report(&error);
+        if !self.take_back() && self.attention.wait() {
+            self.device.process_ended();
         }
         for kick in &self.kicks {
             // A doorbell that nobody answered is not one for the next driver.
@@ -535,11 +596,17 @@ impl Core {
             );
             return;
         }
+        if self.device.is_away() {
+            guest_warn!(
+                "device \"{}\": driver wrote configuration space while its process restarts, ignored",
+                self.device.id()
+            );
+            return;
+        }
         let old = self.device.config().to_vec();
         // `inside` keeps the offset far below 32 bits.
         if let Err(error) = self.device.write_config(offset as u32, data) {
-            self.report(&error);
-            self.needs_reset(lines);
+            self.trouble(&error, lines);
         } else if self.device.config() != old {
             self.state.config_generation = self.state.config_generation.wrapping_add(1);
         }

@@ -190,6 +190,25 @@ impl Link {
         }
     }
 
+    /// As [`Link::finish`], but without waiting for the peer: `None` while replies are missing and patience lasts.
+    pub(crate) fn try_finish(&mut self) -> Result<Option<Vec<Vec<u8>>>, LinkError> {
+        // What this process sends fits the socket's buffer, so this waits for nobody but a peer that reads nothing.
+        self.flush()?;
+        let deadline = std::mem::replace(&mut self.deadline, Instant::now());
+        let result = self.finish();
+        self.deadline = deadline;
+        match result {
+            // Nothing is lost: what has come of a reply stays in the inbox.
+            Err(LinkError::Timeout { .. }) if Instant::now() < deadline => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// When patience ends.
+    pub(crate) const fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
     /// The only descriptor that came with the replies of the last [`Link::finish`].
     pub(crate) fn take_fd(&mut self) -> Option<OwnedFd> {
         let fd = self.received.pop();

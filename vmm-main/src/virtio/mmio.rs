@@ -17,6 +17,7 @@
 //! All queues and configuration changes share the one line, hence one event descriptor.
 
 use std::io;
+use std::sync::Arc;
 
 use ipc::guest_warn;
 use vm_memory::GuestMemoryMmap;
@@ -24,8 +25,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::machine::bus::BusDevice;
 
+use super::attention::Attention;
 use super::core::{Area, Core, CoreError, Half, Interrupts};
-use super::remote::RemoteDevice;
+use super::remote::{RemoteDevice, RemoteError};
 
 /// Offset of `QueueNotify`, for which each queue has an ioeventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
@@ -110,9 +112,24 @@ impl MmioTransport {
         self.core.device_lost(&self.line);
     }
 
-    /// Whether the device process was given up: it is to be ended, and a reset of the VM must wait for that.
-    pub const fn device_failed(&self) -> bool {
-        self.core.device().is_failed()
+    /// See [`Core::device_gone`].
+    pub fn device_gone(&mut self) {
+        self.core.device_gone();
+    }
+
+    /// See [`Core::device_back`].
+    pub fn device_back(&mut self, fresh: RemoteDevice) -> Result<bool, RemoteError> {
+        self.core.device_back(fresh, &self.line)
+    }
+
+    /// See [`Core::take_back`].
+    pub fn take_back(&mut self) -> bool {
+        self.core.take_back()
+    }
+
+    /// See [`Core::attention`].
+    pub const fn attention(&self) -> &Arc<Attention> {
+        self.core.attention()
     }
 
     /// See [`Core::device_config_changed`].
@@ -729,23 +746,117 @@ mod tests {
         assert_eq!(guest.status() & NEEDS_RESET, 0);
     }
 
+    const RUNNING: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+
     #[test]
-    fn a_device_that_fails_needs_a_reset_and_never_comes_back_by_itself() {
+    fn a_device_that_is_given_up_needs_a_reset_and_never_comes_back_by_itself() {
+        let mut guest = guest();
+        guest.start();
+        guest.device.device_lost();
+        let failed = RUNNING | NEEDS_RESET;
+        assert_eq!((guest.status(), guest.interrupts()), (failed, 1));
+        guest.start();
+        assert_eq!((guest.status(), guest.interrupts()), (failed, 1));
+        assert!(guest.device.core().device().is_failed());
+    }
+
+    #[test]
+    fn a_process_that_dies_at_work_is_replaced_and_the_driver_sees_one_more_interrupt() {
+        let protocol = fake::PROTOCOL | 1 << 12;
+        let script = Script { protocol, ..Script::default() };
+        let mut guest = Guest::new(script.clone());
+        guest.start();
+        let file_of = |seen: &[fake::Seen]| {
+            let given = seen.iter().find(|seen| seen.request == fake::SET_INFLIGHT_FD).unwrap();
+            nix::sys::stat::fstat(&given.fds[0]).unwrap().st_ino
+        };
+        let first = file_of(&guest.fake.arrived());
+        guest.device.device_gone();
+        assert_eq!((guest.status(), guest.interrupts()), (RUNNING, 0));
+        guest.set(QUEUE_NOTIFY, 1);
+        let generation = guest.get(GENERATION);
+        let (fresh, second) = connect(script);
+        assert!(guest.device.device_back(fresh.unwrap()).unwrap());
+        let seen = second.arrived();
+        assert_eq!(file_of(&seen), first, "the in-flight region outlives its maker");
+        assert!(!seen.iter().any(|seen| seen.request == fake::GET_INFLIGHT_FD));
+        let started = seen.iter().filter(|seen| seen.request == fake::SET_VRING_ENABLE);
+        assert_eq!(started.count(), 2);
+        assert_eq!((guest.status(), guest.interrupts()), (RUNNING, 2));
+        assert_eq!(guest.get(GENERATION), generation);
+        let kicks: Vec<u64> = guest.device.core().kicks().iter().map(|kick| kick.read().unwrap()).collect();
+        assert_eq!(kicks, [1, 2], "nothing waits for a doorbell that the dead process took");
+    }
+
+    #[test]
+    fn a_driver_may_start_and_reset_while_no_process_is_there() {
+        let mut guest = guest();
+        guest.device.device_gone();
+        guest.start();
+        guest.set(STATUS, 0);
+        assert_eq!(guest.status(), 0);
+        guest.start();
+        assert_eq!((guest.status(), guest.interrupts()), (RUNNING, 0));
+        let mut script = Script::default();
+        script.config[0] ^= 1;
+        let (fresh, second) = connect(script);
+        assert!(guest.device.device_back(fresh.unwrap()).unwrap());
+        let started = second.arrived().iter().filter(|seen| seen.request == fake::SET_VRING_KICK).count();
+        assert_eq!(started, 2);
+        assert_eq!(guest.get(INTERRUPT_STATUS), 3, "the configuration changed meanwhile");
+    }
+
+    #[test]
+    fn another_process_must_offer_the_same() {
+        for (features, protocol) in [(fake::FEATURES | 1 << 10, fake::PROTOCOL), (fake::FEATURES, fake::PROTOCOL | 1 << 12)] {
+            let mut guest = guest();
+            guest.start();
+            guest.device.device_gone();
+            let (fresh, _fake) = connect(Script { features, protocol, ..Script::default() });
+            let refused = guest.device.device_back(fresh.unwrap());
+            assert!(matches!(refused, Err(RemoteError::Changed { .. })), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_fails_at_activation_is_reported_and_not_the_driver() {
         let script = Script {
             misdeed: Some((fake::SET_VRING_KICK, Misdeed::Close)),
             ..Script::default()
         };
         let mut guest = Guest::new(script);
         guest.start();
-        let failed = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | NEEDS_RESET;
-        assert_eq!((guest.status(), guest.interrupts()), (failed, 1));
+        assert_eq!((guest.status(), guest.interrupts()), (RUNNING, 0));
+        let attention = guest.device.attention().clone();
+        assert!(attention.take());
+        attention.ended();
+        guest.device.device_gone();
+        let (fresh, _second) = connect(Script::default());
+        assert!(guest.device.device_back(fresh.unwrap()).unwrap());
+        assert!(!attention.take());
+    }
+
+    #[test]
+    fn a_reset_lasts_until_a_process_that_keeps_its_queues_is_gone() {
+        let script = Script {
+            misdeed: Some((fake::GET_VRING_BASE, Misdeed::Close)),
+            ..Script::default()
+        };
+        let mut guest = Guest::new(script);
         guest.start();
-        assert_eq!((guest.status(), guest.interrupts()), (failed, 1));
-        let mut lost = self::guest();
-        lost.start();
-        lost.device.device_lost();
-        assert_eq!((lost.status(), lost.interrupts()), (failed, 1));
-        assert!(lost.device.core().device().is_failed());
+        let attention = guest.device.attention().clone();
+        let (told, waits) = std::sync::mpsc::channel();
+        let main_loop = std::thread::spawn(move || {
+            let mut polled = [nix::poll::PollFd::new(super::super::remote::borrow(attention.event()), nix::poll::PollFlags::POLLIN)];
+            nix::poll::poll(&mut polled, nix::poll::PollTimeout::NONE).unwrap();
+            assert!(attention.take());
+            told.send(()).unwrap();
+            attention.ended();
+        });
+        guest.set(STATUS, 0);
+        assert!(waits.try_recv().is_ok(), "the write returned first");
+        assert_eq!(guest.status(), 0);
+        main_loop.join().unwrap();
     }
 
     #[test]

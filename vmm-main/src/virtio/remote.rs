@@ -17,6 +17,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
 use ipc::spec::DeviceSpec;
@@ -78,6 +79,18 @@ pub enum RemoteError {
         /// What is needed.
         need: u64,
     },
+    /// Its features are not those of the process before it.
+    #[error("device \"{id}\" offers {kind} features {got:#x}, but its last process offered {need:#x}")]
+    Changed {
+        /// Device id.
+        id: String,
+        /// "virtio" or "vhost-user".
+        kind: &'static str,
+        /// What it offers.
+        got: u64,
+        /// What was offered before.
+        need: u64,
+    },
     /// It claims another number of queues than it was started with.
     #[error("device \"{id}\" claims {got} queues, but was started with {want}")]
     Queues {
@@ -108,8 +121,8 @@ pub enum RemoteError {
         /// What it lacks.
         what: &'static str,
     },
-    /// It failed before and was given up.
-    #[error("device \"{id}\" has failed")]
+    /// It failed before, and no process is there yet or any more.
+    #[error("device \"{id}\" has no process that answers")]
     Failed {
         /// Device id.
         id: String,
@@ -203,6 +216,8 @@ pub struct Handshake {
     expected: Expected,
     /// Features and protocol features, once the second half has been sent.
     negotiated: Option<(u64, VhostUserProtocolFeatures)>,
+    /// Answers to the second half, if they came in [`Handshake::advance`].
+    answers: Option<Vec<Vec<u8>>>,
 }
 
 impl Handshake {
@@ -217,6 +232,7 @@ impl Handshake {
                 queue_size: spec.queue_size(),
             },
             negotiated: None,
+            answers: None,
         };
         let link = &mut handshake.link;
         link.start_clock();
@@ -237,7 +253,35 @@ impl Handshake {
         self.link.start_clock();
         let values = self.link.finish();
         let values = self.check(values)?;
-        let (features, protocol) = (number(&values, 0), number(&values, 1));
+        self.accept(&values)
+    }
+
+    /// Goes as far as is possible without waiting, for a caller that is told when the [socket](AsFd) is readable. `true`
+    /// when all answers are there, so that [`Handshake::finish`] will not wait. A process that is not as far by
+    /// [`Handshake::deadline`] is given up by the next call.
+    pub fn advance(&mut self) -> Result<bool, RemoteError> {
+        if self.negotiated.is_none() {
+            let values = self.link.try_finish();
+            match self.check(values)? {
+                Some(values) => self.accept(&values)?,
+                None => return Ok(false),
+            }
+        }
+        if self.answers.is_none() {
+            let values = self.link.try_finish();
+            self.answers = self.check(values)?;
+        }
+        Ok(self.answers.is_some())
+    }
+
+    /// When the process's time is over.
+    pub const fn deadline(&self) -> Instant {
+        self.link.deadline()
+    }
+
+    /// Checks the features and sends the second half.
+    fn accept(&mut self, values: &[Vec<u8>]) -> Result<(), RemoteError> {
+        let (features, protocol) = (number(values, 0), number(values, 1));
         let need = F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         if features & need != need {
             return Err(self.lacks("virtio", features, need));
@@ -248,6 +292,7 @@ impl Handshake {
         }
         let protocol = protocol & (REQUIRED | WELCOME);
         let link = &mut self.link;
+        link.start_clock();
         let sent = link
             .post(
                 FrontendReq::SET_PROTOCOL_FEATURES,
@@ -268,9 +313,14 @@ impl Handshake {
     /// Waits for the rest of the answers and checks them.
     pub fn finish(mut self) -> Result<RemoteDevice, RemoteError> {
         self.negotiate()?;
-        self.link.start_clock();
-        let values = self.link.finish();
-        let values = self.check(values)?;
+        let values = match self.answers.take() {
+            Some(values) => values,
+            None => {
+                self.link.start_clock();
+                let values = self.link.finish();
+                self.check(values)?
+            }
+        };
         let id = self.expected.id.clone();
         let queues = number(&values, 0);
         if queues != u64::from(self.expected.num_queues) {
@@ -295,6 +345,8 @@ impl Handshake {
             config,
             inflight: None,
             active: Vec::new(),
+            exposed: false,
+            failed: false,
             link: Some(self.link),
         })
     }
@@ -316,7 +368,13 @@ impl Handshake {
     }
 }
 
-/// A device process after a successful handshake.
+impl AsFd for Handshake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+}
+
+/// A device process after a successful handshake, and what has to outlive it.
 #[derive(Debug)]
 pub struct RemoteDevice {
     id: String,
@@ -332,7 +390,11 @@ pub struct RemoteDevice {
     inflight: Option<InflightRegion>,
     /// Queues that the device process runs.
     active: Vec<u16>,
-    /// `None` once the device has failed.
+    /// A process was given queues and has neither given them back nor ended.
+    exposed: bool,
+    /// No process will come any more.
+    failed: bool,
+    /// `None` while there is no process that can be talked to.
     link: Option<Link>,
 }
 
@@ -374,18 +436,50 @@ impl RemoteDevice {
 
     /// Whether the device was given up.
     pub const fn is_failed(&self) -> bool {
-        self.link.is_none()
+        self.failed
     }
 
-    /// The vhost-user socket: it hangs up when the process ends.
-    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
-        self.link.as_ref().map(AsFd::as_fd)
+    /// Whether there is no process that can be talked to, and another may come.
+    pub const fn is_away(&self) -> bool {
+        self.link.is_none() && !self.failed
     }
 
-    /// Gives the device up: closes its socket, upon which the process ends.
-    pub fn fail(&mut self) {
+    /// Does not talk to this process any more: closes its socket, upon which a process in good order ends. What was in
+    /// flight is kept for the next one.
+    fn hang_up(&mut self) {
         self.link = None;
         self.active.clear();
+    }
+
+    /// The process is reaped.
+    pub fn process_ended(&mut self) {
+        self.hang_up();
+        self.exposed = false;
+    }
+
+    /// Gives the device up for good. The process is reaped.
+    pub fn fail(&mut self) {
+        self.process_ended();
+        self.failed = true;
+        self.inflight = None;
+    }
+
+    /// Goes on with another process, whose handshake gave `fresh`. The guest has negotiated with the one before, so this
+    /// one must offer the same; only configuration space may differ, as it may at any time: then `true`.
+    pub fn take_over(&mut self, fresh: Self) -> Result<bool, RemoteError> {
+        for (kind, got, need) in [
+            ("virtio", fresh.features, self.features),
+            ("vhost-user", fresh.protocol.bits(), self.protocol.bits()),
+        ] {
+            if got != need {
+                return Err(RemoteError::Changed { id: self.id.clone(), kind, got, need });
+            }
+        }
+        let changed = fresh.config != self.config;
+        self.config = fresh.config;
+        self.active.clear();
+        self.link = fresh.link;
+        Ok(changed)
     }
 
     /// Hands `queues` over and starts them. `features` are those that the driver accepted.
@@ -399,6 +493,7 @@ impl RemoteDevice {
             self.check_queue(memory, queue)?;
         }
         let features = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.exposed |= self.link.is_some();
         self.talk(|link| link.post(FrontendReq::SET_FEATURES, &[&features.to_le_bytes()], &[]))?;
         self.post_memory(memory)?;
         if self
@@ -429,14 +524,13 @@ impl RemoteDevice {
         Ok(())
     }
 
-    /// Takes the queues back. On return the device process does not touch guest memory any more. After an error it may:
-    /// it is given up then, and whoever started it has to end it ([`RemoteDevice::is_failed`]) before guest memory gets a
-    /// new owner.
+    /// Takes the queues back. On return the device process does not touch guest memory any more. After an error it may,
+    /// until [`RemoteDevice::process_ended`]: whoever started it has to end it before guest memory gets a new owner.
     pub fn deactivate(&mut self) -> Result<(), RemoteError> {
         let active = std::mem::take(&mut self.active);
         // What was in flight belongs to a driver that is gone.
         self.inflight = None;
-        if active.is_empty() {
+        if !self.exposed {
             return Ok(());
         }
         let resets = self
@@ -451,7 +545,9 @@ impl RemoteDevice {
                 link.post(FrontendReq::RESET_DEVICE, &[], &[])?;
             }
             link.finish().map(drop)
-        })
+        })?;
+        self.exposed = false;
+        Ok(())
     }
 
     /// Writes into configuration space and reads back what became of it. Whether the device takes the bytes is its
@@ -481,7 +577,7 @@ impl RemoteDevice {
                 Ok(())
             }
             Err(error) => {
-                self.fail();
+                self.hang_up();
                 Err(error)
             }
         }
@@ -499,7 +595,7 @@ impl RemoteDevice {
         };
         link.start_clock();
         conversation(link).map_err(|source| {
-            self.fail();
+            self.hang_up();
             RemoteError::Link {
                 id: self.id.clone(),
                 source,
@@ -560,7 +656,7 @@ impl RemoteDevice {
             (_, None) => "a descriptor",
             _ => "a size",
         };
-        self.fail();
+        self.hang_up();
         Err(RemoteError::Inflight {
             id: self.id.clone(),
             what,
@@ -668,7 +764,7 @@ fn number(values: &[Vec<u8>], index: usize) -> u64 {
 }
 
 #[allow(unsafe_code)] // vmm-sys-util's EventFd has no AsFd
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     use std::os::fd::AsRawFd;
     // SAFETY: the descriptor belongs to `event`, which the result borrows.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
@@ -678,7 +774,7 @@ fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 mod tests {
     use super::super::fake_device::{self as fake, FakeDevice, Misdeed, Script, connect, memory};
     use super::*;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     fn misbehave(request: u32, what: Misdeed) -> Script {
         Script {
@@ -994,7 +1090,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_or_death_in_activation_fails_the_device_for_good() {
+    fn a_refusal_or_death_in_activation_leaves_the_device_without_process() {
         for what in [
             Misdeed::Refuse,
             Misdeed::Close,
@@ -1009,12 +1105,14 @@ mod tests {
                 let mut device = device.unwrap();
                 let state = queue(128, 0x1000, 0x2000, 0x3000);
                 assert!(activate(&mut device, &state).is_err(), "{what:?}");
-                assert!(device.is_failed());
+                assert!(device.is_away());
                 let again = activate(&mut device, &state);
                 assert!(
                     matches!(again, Err(RemoteError::Failed { .. })),
                     "{again:?}"
                 );
+                assert!(device.deactivate().is_err(), "it may still touch memory");
+                device.process_ended();
                 device.deactivate().unwrap();
             }
         }
@@ -1038,7 +1136,7 @@ mod tests {
             let error = activate(&mut device, &state).unwrap_err();
             assert!(error.is_guests_fault(), "{error}");
         }
-        assert!(!device.is_failed() && fake.arrived().is_empty());
+        assert!(!device.is_away() && fake.arrived().is_empty());
         // The last bytes of RAM are RAM.
         activate(
             &mut device,
@@ -1057,10 +1155,10 @@ mod tests {
         let mut device = device.unwrap();
         device.write_config(32, &[7]).unwrap();
         assert_eq!(device.config()[32], 0);
-        assert!(!device.is_failed(), "a refused write is the guest's affair");
+        assert!(!device.is_away(), "a refused write is the guest's affair");
         let (device, _fake) = connect(misbehave(fake::SET_CONFIG, Misdeed::Close));
         let mut device = device.unwrap();
         assert!(device.write_config(32, &[7]).is_err());
-        assert!(device.is_failed());
+        assert!(device.is_away());
     }
 }

@@ -1,0 +1,297 @@
+//! # Device processes that die or hang under a guest at work
+//!
+//! **Job.** Invariant 7 of the design on live processes: whatever happens to a device process, the guest loses nothing, the
+//! next process is jailed as the one before, and the VM goes on. **Who is not trusted.** The VMM.
+//! **Why this way.** A bare guest checks every byte and every buffer itself; signals come at any moment of its loop.
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tests::host::{Tap, require_kvm, require_root};
+use tests::jail::Jail;
+use tests::payload::Payload;
+use tests::procfs;
+use tests::qmp::Qmp;
+use tests::vm::{Vm, VmBuilder};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+struct Guest {
+    vm: Vm,
+    qmp: Qmp,
+    _dir: tempfile::TempDir,
+}
+
+fn image(dir: &Path) -> PathBuf {
+    let path = dir.join("disk.img");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(4 << 20).unwrap();
+    path
+}
+
+fn builder(payload: Payload, append: &str) -> VmBuilder {
+    require_kvm();
+    require_root();
+    Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&payload.path(), append)
+        .with_qmp()
+}
+
+/// A guest with one disk.
+fn with_disk(payload: Payload, append: &str, restart: &str) -> Guest {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = image(dir.path());
+    let vm = builder(payload, append)
+        .arg("-drive")
+        .arg(format!("id=d0,file={},direct=off", disk.display()))
+        .arg("-device")
+        .arg(format!("virtio-blk-device,drive=d0,id=disk{restart}"))
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    Guest { vm, qmp, _dir: dir }
+}
+
+impl Guest {
+    #[track_caller]
+    fn expect(&mut self, text: &str) -> String {
+        self.vm
+            .wait_for(text, LIMIT)
+            .unwrap_or_else(|e| panic!("{e}\n{}", self.vm.messages()))
+    }
+
+    fn type_a_byte(&mut self) {
+        self.vm.console.send("x").unwrap();
+    }
+
+    #[track_caller]
+    fn event(&mut self, name: &str) -> Value {
+        let event = self.qmp.wait_event(name, LIMIT);
+        event.unwrap_or_else(|e| panic!("{e}\n{}", self.vm.messages()))["data"].clone()
+    }
+
+    fn pid(&mut self, name: &str) -> i32 {
+        self.vm.process(name).unwrap().unwrap()
+    }
+
+    /// Kills process `pid` of `device` and waits for the one that takes its place: its id, how long the VMM counts, and
+    /// how long it took from the signal to the event.
+    #[track_caller]
+    fn kill(&mut self, device: &str, pid: i32) -> (i32, f64, Duration) {
+        let since = Instant::now();
+        signal(pid, Signal::SIGKILL);
+        let crashed = self.event("DEVICE_CRASHED");
+        assert_eq!(
+            crashed,
+            json!({ "device": device, "pid": pid, "signal": 9 })
+        );
+        let recovered = self.event("DEVICE_RECOVERED");
+        let total = since.elapsed();
+        assert_eq!(recovered["device"], device);
+        let next = recovered["pid"].as_i64().unwrap();
+        assert_ne!(next, i64::from(pid));
+        let stall = recovered["stall-ms"].as_f64().unwrap();
+        assert!(stall > 0.0 && stall <= total.as_secs_f64() * 1000.0);
+        (i32::try_from(next).unwrap(), stall, total)
+    }
+
+    #[track_caller]
+    fn ends_well(&mut self) {
+        let status = self.vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(0), "{}", self.vm.messages());
+    }
+}
+
+fn signal(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).unwrap();
+}
+
+/// `[50 %, 99 %, all]` of `values` are at most this.
+fn percentiles(mut values: Vec<f64>) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    let at = |percent: usize| values[(values.len() * percent).div_ceil(100).max(1) - 1];
+    [at(50), at(99), at(100)]
+}
+
+#[test]
+fn a_disk_loses_nothing_when_its_process_is_killed_fifty_times() {
+    let mut guest = with_disk(Payload::BlkLoop, "spin=1", ",max-restarts=1000");
+    guest.expect("LOOP 0");
+    let mut pid = guest.pid("block");
+    let (mut stalls, mut totals) = (Vec::new(), Vec::new());
+    for round in 0..50 {
+        // Every other time at once, in the middle of the replay; else when the guest is well under way again.
+        if round % 2 == 0 {
+            guest.expect("LOOP ");
+        }
+        let (next, stall, total) = guest.kill("disk", pid);
+        pid = next;
+        stalls.push(stall);
+        totals.push(total.as_secs_f64() * 1000.0);
+    }
+    guest.expect("LOOP ");
+    guest.type_a_byte();
+    guest.expect("BLK-LOOP OK bursts ");
+    guest.ends_well();
+    println!("stall in ms, 50 %, 99 %, most: {:.1?}", percentiles(stalls));
+    println!("signal to event in ms: {:.1?}", percentiles(totals));
+}
+
+#[test]
+fn a_network_card_loses_and_repeats_no_buffer_when_its_process_is_killed() {
+    let tap = Tap::new("sv-crash", "10.7.31.1/24").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let vm = builder(Payload::NetLoop, "host=10.7.31.1 own=10.7.31.2")
+        .args(["-netdev", "tap,id=n0,ifname=sv-crash", "-device"])
+        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:31,max-restarts=1000")
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    let mut guest = Guest { vm, qmp, _dir: dir };
+    guest.expect("LOOP 10\r");
+    let mut pid = guest.pid("net");
+    let mut stalls = Vec::new();
+    for round in 0..20 {
+        if round % 2 == 0 {
+            guest.expect("LOOP ");
+        }
+        let (next, stall, _) = guest.kill("card", pid);
+        pid = next;
+        stalls.push(stall);
+    }
+    // Ten more answers after the last death.
+    guest.expect("LOOP ");
+    guest.expect("LOOP ");
+    guest.type_a_byte();
+    guest.expect("NET-LOOP OK answers ");
+    guest.ends_well();
+    drop(tap);
+    println!("stall in ms, 50 %, 99 %, most: {:.1?}", percentiles(stalls));
+}
+
+#[test]
+fn the_next_process_has_the_same_jail() {
+    let tap = Tap::new("sv-same", "10.7.32.1/24").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = image(dir.path());
+    let vm = builder(Payload::BlkRw, "end=halt")
+        .disk("d0", &disk, "")
+        .tap("n0", &tap.name, "52:54:00:00:00:32")
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    let mut guest = Guest { vm, qmp, _dir: dir };
+    guest.expect("BLK-RW OK");
+    for (name, device) in [("block", "dev-d0"), ("net", "dev-n0")] {
+        let pid = guest.pid(name);
+        let (before, limits) = (Jail::of(pid).unwrap(), procfs::limits(pid).unwrap());
+        let (next, ..) = guest.kill(device, pid);
+        let after = Jail::of(next).unwrap();
+        let kinds = |jail: &Jail| {
+            let fds = jail.fds.iter();
+            fds.map(|(number, fd)| (*number, fd.kind().to_owned()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(kinds(&after), kinds(&before), "descriptors");
+        assert_eq!(after.uid, before.uid);
+        assert_eq!(after.own_namespaces, before.own_namespaces);
+        assert_eq!(after.threads, before.threads, "seccomp");
+        assert_eq!(after.no_new_privs, before.no_new_privs);
+        assert_eq!(after.capabilities, before.capabilities);
+        assert_eq!(
+            (after.root, after.read_only_root),
+            (before.root, before.read_only_root)
+        );
+        assert_eq!(procfs::limits(next).unwrap(), limits);
+    }
+    guest.qmp.execute("quit", json!({})).unwrap();
+    guest.ends_well();
+}
+
+#[test]
+fn the_next_process_gets_the_same_image_wherever_it_is_now() {
+    let mut guest = with_disk(Payload::BlkLoop, "spin=1", "");
+    guest.expect("LOOP 0");
+    let pid = guest.pid("block");
+    let path = guest._dir.path().join("disk.img");
+    let inode = std::fs::metadata(&path).unwrap().ino();
+    // As a manager does that replaces an image or cleans up early: the path leads elsewhere now.
+    std::fs::remove_file(&path).unwrap();
+    image(guest._dir.path());
+    let (next, ..) = guest.kill("disk", pid);
+    let fds = procfs::fds(next).unwrap();
+    let (number, _) = fds
+        .iter()
+        .find(|(_, fd)| fd.target.contains("disk.img"))
+        .unwrap();
+    let held = std::fs::metadata(format!("/proc/{next}/fd/{number}")).unwrap();
+    assert_eq!(held.ino(), inode);
+    guest.expect("LOOP ");
+    guest.type_a_byte();
+    guest.expect("BLK-LOOP OK");
+    guest.ends_well();
+}
+
+#[test]
+fn a_process_that_hangs_is_ended_before_the_machine_is_reset() {
+    let mut guest = with_disk(Payload::BlkLoop, "spin=1", "");
+    guest.expect("LOOP 0");
+    let pid = guest.pid("block");
+    signal(pid, Signal::SIGSTOP);
+    guest.qmp.execute("system_reset", json!({})).unwrap();
+    let crashed = guest.event("DEVICE_CRASHED");
+    assert_eq!(
+        crashed,
+        json!({ "device": "disk", "pid": pid, "unresponsive": true })
+    );
+    guest.event("RESET");
+    guest.event("DEVICE_RECOVERED");
+    guest.expect("LOOP 0\r");
+    guest.expect("LOOP 10\r");
+    guest.type_a_byte();
+    guest.expect("BLK-LOOP OK");
+    guest.ends_well();
+}
+
+#[test]
+fn a_process_that_hangs_is_ended_before_the_driver_goes_on() {
+    let mut guest = with_disk(Payload::BlkLoop, "bursts=20 again=1", "");
+    guest.expect("IDLE");
+    let pid = guest.pid("block");
+    signal(pid, Signal::SIGSTOP);
+    guest.type_a_byte();
+    let crashed = guest.event("DEVICE_CRASHED");
+    assert_eq!(
+        crashed,
+        json!({ "device": "disk", "pid": pid, "unresponsive": true })
+    );
+    guest.expect("BLK-LOOP OK bursts 20");
+    guest.ends_well();
+}
+
+#[test]
+fn a_device_that_cannot_be_saved_fails_and_the_vm_goes_on() {
+    for (policy, restarts) in [(",max-restarts=2", 2), (",restart=off", 0), ("", 5)] {
+        let mut guest = with_disk(Payload::BlkRw, "end=halt", policy);
+        guest.expect("BLK-RW OK");
+        let mut pid = guest.pid("block");
+        for _ in 0..restarts {
+            (pid, ..) = guest.kill("disk", pid);
+        }
+        signal(pid, Signal::SIGKILL);
+        assert_eq!(guest.event("DEVICE_CRASHED")["pid"], pid);
+        let failed = guest.event("DEVICE_FAILED");
+        assert_eq!(failed["device"], "disk", "{failed}");
+        let status = guest.qmp.execute("query-status", json!({})).unwrap();
+        assert_eq!(status["running"], true, "{status}");
+        assert_eq!(guest.vm.process("block").unwrap(), None);
+        guest.qmp.execute("quit", json!({})).unwrap();
+        guest.ends_well();
+    }
+}

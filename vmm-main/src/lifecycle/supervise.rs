@@ -1,0 +1,361 @@
+//! Device processes that die, hang or lie, and those that take their place.
+//!
+//! **Job.** Each device has one process at a time. When it ends, or has to be ended because it does not answer, the broker
+//! is asked for another one in an identical jail; that one gets the queues as they are and the in-flight region of the one
+//! before, so the guest loses nothing. After too many restarts in a short time the device is given up: the guest sees one
+//! that needs a reset, and the VM goes on.
+//!
+//! **Who is not trusted**: device processes. One that hangs up may still have guest memory mapped, so it is ended in any
+//! case before another starts; one that answers its handshake slowly, in drips or never is ended when its time is over.
+//!
+//! **Why this way.** Nothing here waits for a device process: replies of the broker and of the handshake are events of the
+//! main loop, and vCPUs stop only if they touch the registers of a device at the moment when it gets its queues back.
+//!
+//! ```text
+//! Serving ──Exited──> Starting ──Started──> Handshaking ──answers──> Serving
+//!    └─does not answer─> Stopping ──Stopped──┘    └─garbage, silence─> Stopping
+//! ```
+
+use std::collections::VecDeque;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipc::control::{DeviceGrant, Exit, Request};
+use ipc::limits::RESTART_WINDOW_MS;
+use ipc::log::{error, info, warn};
+use ipc::spec::DeviceSpec;
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+
+use super::event_loop::{borrow, lock};
+use super::poller::Poller;
+use super::start::SharedTransport;
+use super::with_causes;
+use crate::broker::{Client, ClientError, Notice};
+use crate::qmp::{Event, ServerHandle};
+use crate::virtio::attention::Attention;
+use crate::virtio::remote::{Handshake, RemoteError};
+
+/// What the supervisor works with.
+pub(super) struct Context<'a> {
+    pub(super) broker: &'a mut Client,
+    pub(super) poller: &'a Poller,
+    pub(super) qmp: &'a ServerHandle,
+}
+
+/// All devices by their index in the broker's policy.
+#[derive(Debug)]
+pub(super) struct Supervisor {
+    devices: Vec<Device>,
+    /// Devices whose start was asked for and not yet answered, in order.
+    asked: VecDeque<usize>,
+    /// Token of the first device's [`Attention`].
+    attentions: u64,
+    /// Token of the first device's socket.
+    sockets: u64,
+}
+
+#[derive(Debug)]
+struct Device {
+    spec: DeviceSpec,
+    transport: SharedTransport,
+    attention: Arc<Attention>,
+    budget: Budget,
+    process: Process,
+    /// Since when nobody serves.
+    since: Option<Instant>,
+}
+
+/// A device's process.
+#[derive(Debug)]
+enum Process {
+    Serving { pid: i32 },
+    /// The broker was asked to end it.
+    Stopping { pid: i32, how: Option<Exit> },
+    /// The broker was asked to start it.
+    Starting,
+    /// It has a socket.
+    Handshaking { pid: i32, handshake: Box<Handshake> },
+    /// None will come.
+    Failed,
+}
+
+impl Process {
+    const fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Serving { pid } | Self::Stopping { pid, .. } | Self::Handshaking { pid, .. } => Some(*pid),
+            Self::Starting | Self::Failed => None,
+        }
+    }
+}
+
+/// Restarts that are left.
+#[derive(Debug)]
+struct Budget {
+    most: usize,
+    /// When the latest ones were, the oldest first.
+    spent: VecDeque<Instant>,
+}
+
+impl Budget {
+    /// Takes one, unless too many were taken in the last while.
+    fn take(&mut self, now: Instant) -> bool {
+        let window = Duration::from_millis(RESTART_WINDOW_MS);
+        while self.spent.front().is_some_and(|&then| now.saturating_duration_since(then) >= window) {
+            self.spent.pop_front();
+        }
+        let left = self.spent.len() < self.most;
+        if left {
+            self.spent.push_back(now);
+        }
+        left
+    }
+}
+
+impl Supervisor {
+    /// Watches over `transports`, whose processes serve. `most` are the devices' restarts. Tokens from `attentions` and
+    /// from `sockets` on belong to this, one a device each.
+    pub(super) fn new(
+        transports: &[SharedTransport],
+        grants: &[DeviceGrant],
+        most: impl Iterator<Item = u16>,
+        cx: &Context<'_>,
+        (attentions, sockets): (u64, u64),
+    ) -> Result<Self, Errno> {
+        let mut devices = Vec::with_capacity(transports.len());
+        for (((index, transport), grant), most) in (0u32..).zip(transports).zip(grants).zip(most) {
+            let attention = lock(transport).attention().clone();
+            cx.poller.add(borrow(attention.event()), attentions + u64::from(index), EpollFlags::EPOLLIN)?;
+            devices.push(Device {
+                spec: grant.spec.clone(),
+                transport: transport.clone(),
+                attention,
+                budget: Budget { most: most.into(), spent: VecDeque::new() },
+                process: match cx.broker.device_pid(index) {
+                    Some(pid) => Process::Serving { pid },
+                    None => Process::Failed,
+                },
+                since: None,
+            });
+        }
+        Ok(Self { devices, asked: VecDeque::new(), attentions, sockets })
+    }
+
+    /// An event of one of the own tokens.
+    pub(super) fn event(&mut self, token: u64, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        if let Some(index) = token.checked_sub(self.sockets) {
+            return self.answered(index as usize, cx);
+        }
+        let index = (token - self.attentions) as usize;
+        let wanted = self.devices.get(index).is_some_and(|device| device.attention.take());
+        if wanted { self.stop(index, cx) } else { Ok(()) }
+    }
+
+    /// What the broker says.
+    pub(super) fn notice(&mut self, notice: Notice, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        match notice {
+            Notice::Exited(exit) => {
+                let index = exit.index as usize;
+                let Some(device) = self.devices.get_mut(index) else { return Ok(()) };
+                error!("device {}: process {} ended ({:?}): {}", device.spec.id(), exit.pid, exit.how, exit.last_words);
+                match &mut device.process {
+                    // The reply to the request follows.
+                    Process::Stopping { pid, how } if *pid == exit.pid => *how = Some(exit.how),
+                    process if process.pid() == Some(exit.pid) => return self.ended(index, Some(exit.how), cx),
+                    _ => {}
+                }
+                Ok(())
+            }
+            Notice::Stopped { index } => {
+                let index = index as usize;
+                match self.devices.get(index).map(|device| &device.process) {
+                    Some(Process::Stopping { how, .. }) => self.ended(index, *how, cx),
+                    _ => Ok(()),
+                }
+            }
+            Notice::Started { index, pid, socket } => {
+                self.asked.pop_front();
+                self.started(index as usize, pid, socket, cx)
+            }
+            Notice::Refused { message } => {
+                let Some(index) = self.asked.pop_front() else {
+                    warn!("broker: {message}");
+                    return Ok(());
+                };
+                error!("{message}");
+                self.start(index, cx)
+            }
+        }
+    }
+
+    /// Ends processes that do not give their queues back, and waits for that. Guest memory may then get a new owner. The
+    /// guest does not run meanwhile.
+    pub(super) fn settle(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        for index in 0..self.devices.len() {
+            if self.devices[index].attention.take() {
+                self.stop(index, cx)?;
+            }
+            while matches!(self.devices[index].process, Process::Stopping { .. }) {
+                let notice = cx.broker.wait()?;
+                self.notice(notice, cx)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes all queues back before the machine is reset.
+    pub(super) fn take_back(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        for device in &self.devices {
+            // One that does not obey asks for attention.
+            lock(&device.transport).take_back();
+        }
+        self.settle(cx)
+    }
+
+    /// When the next process that is asked for something has to have answered.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.devices
+            .iter()
+            .filter_map(|device| match &device.process {
+                Process::Handshaking { handshake, .. } => Some(handshake.deadline()),
+                _ => None,
+            })
+            .min()
+    }
+
+    /// Ends processes whose time is over.
+    pub(super) fn overdue(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        let now = Instant::now();
+        for index in 0..self.devices.len() {
+            let late = match &self.devices[index].process {
+                Process::Handshaking { handshake, .. } => handshake.deadline() <= now,
+                _ => false,
+            };
+            if late {
+                self.answered(index, cx)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the broker to end the process.
+    fn stop(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        let device = &mut self.devices[index];
+        let Some(pid) = device.process.pid() else { return Ok(()) };
+        if matches!(device.process, Process::Stopping { .. }) {
+            return Ok(());
+        }
+        warn!("device {}: process {pid} does not answer as it should and is ended", device.spec.id());
+        device.since.get_or_insert_with(Instant::now);
+        // A handshake's socket leaves the poller by being closed.
+        device.process = Process::Stopping { pid, how: None };
+        cx.broker.send(&Request::Stop { index: index as u32 })
+    }
+
+    /// The process is reaped: another one takes its place, or none.
+    fn ended(&mut self, index: usize, how: Option<Exit>, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        let device = &mut self.devices[index];
+        // A vCPU that waits for this holds the transport's lock.
+        device.attention.ended();
+        lock(&device.transport).device_gone();
+        device.since.get_or_insert_with(Instant::now);
+        if let Some(pid) = device.process.pid() {
+            cx.qmp.emit(Event::DeviceCrashed { device: device.spec.id().to_owned(), pid, how });
+        }
+        self.start(index, cx)
+    }
+
+    fn start(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        let device = &mut self.devices[index];
+        if device.budget.take(Instant::now()) {
+            device.process = Process::Starting;
+            self.asked.push_back(index);
+            return cx.broker.send(&Request::Start { index: index as u32 });
+        }
+        let reason = match device.budget.most {
+            0 => "it is not to be restarted (restart=off)".to_owned(),
+            most => format!("it was restarted {most} times within {} s (max-restarts={most})", RESTART_WINDOW_MS / 1000),
+        };
+        let id = device.spec.id().to_owned();
+        error!("device {id}: given up: {reason}");
+        device.process = Process::Failed;
+        lock(&device.transport).device_lost();
+        cx.qmp.emit(Event::DeviceFailed { device: id, reason });
+        Ok(())
+    }
+
+    fn started(&mut self, index: usize, pid: i32, socket: UnixStream, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        let Some(device) = self.devices.get_mut(index) else { return Ok(()) };
+        match Handshake::begin(socket, &device.spec) {
+            Ok(handshake) => {
+                let watched = cx.poller.add(&handshake, self.sockets + index as u64, EpollFlags::EPOLLIN);
+                device.process = Process::Handshaking { pid, handshake: Box::new(handshake) };
+                if let Err(e) = watched {
+                    error!("device {}: epoll_ctl: {}", device.spec.id(), e.desc());
+                    return self.stop(index, cx);
+                }
+                Ok(())
+            }
+            Err(e) => {
+                device.process = Process::Serving { pid };
+                self.complain(index, &e, cx)
+            }
+        }
+    }
+
+    /// A handshake goes on, or its time is over.
+    fn answered(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        let Some(device) = self.devices.get_mut(index) else { return Ok(()) };
+        let Process::Handshaking { pid, handshake } = &mut device.process else { return Ok(()) };
+        let pid = *pid;
+        match handshake.advance() {
+            Ok(false) => return Ok(()),
+            Ok(true) => {}
+            Err(e) => return self.complain(index, &e, cx),
+        }
+        let process = std::mem::replace(&mut device.process, Process::Serving { pid });
+        let Process::Handshaking { handshake, .. } = process else { return Ok(()) };
+        if let Err(e) = cx.poller.remove(&*handshake) {
+            error!("device {}: epoll_ctl: {}", device.spec.id(), e.desc());
+            return self.stop(index, cx);
+        }
+        let back = handshake.finish().and_then(|fresh| lock(&device.transport).device_back(fresh));
+        match back {
+            Ok(true) => {
+                let stall = device.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+                let id = device.spec.id().to_owned();
+                info!("device {id}: process {pid} goes on after {:.1} ms", stall.as_secs_f64() * 1000.0);
+                cx.qmp.emit(Event::DeviceRecovered { device: id, pid, stall });
+                Ok(())
+            }
+            // It failed when it got its queues, and asks for attention.
+            Ok(false) => Ok(()),
+            Err(e) => self.complain(index, &e, cx),
+        }
+    }
+
+    fn complain(&mut self, index: usize, error: &RemoteError, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        error!("{}", with_causes(error));
+        self.stop(index, cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_budget_comes_back_with_time() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut budget = Budget { most: 2, spent: VecDeque::new() };
+        assert!(budget.take(at(0)));
+        assert!(budget.take(at(5_000)));
+        assert!(!budget.take(at(9_999)));
+        assert!(budget.take(at(10_000)), "the first one is forgotten");
+        assert!(!budget.take(at(14_999)));
+        let mut none = Budget { most: 0, spent: VecDeque::new() };
+        assert!(!none.take(start));
+    }
+}
