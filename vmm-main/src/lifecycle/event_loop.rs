@@ -260,8 +260,10 @@ impl Vm {
             }
             VmEvent::Reset => {
                 info!("{event}");
+                // It may have been sent just before a `stop` that has been carried out already.
+                let was = self.state;
                 self.reset(Cause::GuestReset)?;
-                self.let_run()
+                if was == RunState::Running { self.let_run() } else { Ok(()) }
             }
             VmEvent::TripleFault { .. } => {
                 tell_lines(&event.to_string());
