@@ -237,17 +237,33 @@ impl Client {
 
     fn notice(&mut self, reply: Reply, mut fds: Vec<OwnedFd>) -> Result<Notice, ClientError> {
         match reply {
-            Reply::Exited { index, pid, how, last_words } => {
-                let exit = DeviceExit { index, pid, how, last_words };
+            Reply::Exited {
+                index,
+                pid,
+                how,
+                last_words,
+            } => {
+                let exit = DeviceExit {
+                    index,
+                    pid,
+                    how,
+                    last_words,
+                };
                 self.forget(&exit);
                 Ok(Notice::Exited(exit))
             }
             Reply::Started { index, pid } => match fds.pop() {
                 Some(socket) => {
                     self.pids.push((index, pid));
-                    Ok(Notice::Started { index, pid, socket: socket.into() })
+                    Ok(Notice::Started {
+                        index,
+                        pid,
+                        socket: socket.into(),
+                    })
                 }
-                None => Err(ClientError::OutOfOrder(format!("no socket came with device {index}"))),
+                None => Err(ClientError::OutOfOrder(format!(
+                    "no socket came with device {index}"
+                ))),
             },
             Reply::Stopped { index } => {
                 self.pids.retain(|(at, _)| *at != index);
@@ -274,8 +290,19 @@ impl Client {
                 return None;
             }
             while let Some((reply, _)) = self.channel.try_receive::<Reply>().ok()? {
-                if let Reply::Exited { index, pid, how, last_words } = reply {
-                    self.exits.push_back(DeviceExit { index, pid, how, last_words });
+                if let Reply::Exited {
+                    index,
+                    pid,
+                    how,
+                    last_words,
+                } = reply
+                {
+                    self.exits.push_back(DeviceExit {
+                        index,
+                        pid,
+                        how,
+                        last_words,
+                    });
                 }
             }
         }

@@ -236,7 +236,12 @@ impl Hold {
 
     /// Opens the image again as `grant` says.
     pub(super) fn reopen(&self, grant: &BackendGrant) -> Result<Vec<OwnedFd>, String> {
-        let BackendGrant::Image { path, readonly, direct } = grant else {
+        let BackendGrant::Image {
+            path,
+            readonly,
+            direct,
+        } = grant
+        else {
             return Ok(Vec::new());
         };
         let held = format!("/proc/self/fd/{}", self.0.as_raw_fd());

@@ -94,16 +94,29 @@ impl Vm {
         })()
         .map_err(add)?;
         let input = parts.machine.as_ref().and_then(Microvm::serial_input);
-        parts.chardevs.watch(&poller, CHARDEV, input).map_err(failed("epoll_ctl"))?;
+        parts
+            .chardevs
+            .watch(&poller, CHARDEV, input)
+            .map_err(failed("epoll_ctl"))?;
         let supervisor = Supervisor::new(
             &parts.transports,
             &parts.plan.policy.devices,
             parts.spec.devices.iter().map(|device| device.restart.most),
-            &Context { broker: &mut parts.broker, poller: &poller, qmp: &parts.qmp },
+            &Context {
+                broker: &mut parts.broker,
+                poller: &poller,
+                qmp: &parts.qmp,
+            },
             (ATTENTIONS, SOCKETS),
         )
         .map_err(failed("epoll_ctl"))?;
-        Ok(Self { parts, poller, events, supervisor, state: RunState::Prelaunch })
+        Ok(Self {
+            parts,
+            poller,
+            events,
+            supervisor,
+            state: RunState::Prelaunch,
+        })
     }
 
     /// Waits for the clients that the command line waits for: sockets without `nowait`. Nothing reads signals yet, so for
@@ -222,7 +235,15 @@ impl Vm {
         work: impl FnOnce(&mut Supervisor, &mut Context<'_>) -> Result<(), ClientError>,
     ) -> Result<(), End> {
         let Parts { broker, qmp, .. } = &mut self.parts;
-        work(&mut self.supervisor, &mut Context { broker, poller: &self.poller, qmp }).map_err(|e| host_error(&e))
+        work(
+            &mut self.supervisor,
+            &mut Context {
+                broker,
+                poller: &self.poller,
+                qmp,
+            },
+        )
+        .map_err(|e| host_error(&e))
     }
 
     /// The guest broke a ring of this device.
@@ -263,7 +284,11 @@ impl Vm {
                 // It may have been sent just before a `stop` that has been carried out already.
                 let was = self.state;
                 self.reset(Cause::GuestReset)?;
-                if was == RunState::Running { self.let_run() } else { Ok(()) }
+                if was == RunState::Running {
+                    self.let_run()
+                } else {
+                    Ok(())
+                }
             }
             VmEvent::TripleFault { .. } => {
                 tell_lines(&event.to_string());
@@ -488,6 +513,10 @@ pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 }
 
 /// A panic aborts the process, so a poisoned lock cannot be seen.
-pub(super) fn lock(transport: &SharedTransport) -> std::sync::MutexGuard<'_, crate::virtio::mmio::MmioTransport> {
-    transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+pub(super) fn lock(
+    transport: &SharedTransport,
+) -> std::sync::MutexGuard<'_, crate::virtio::mmio::MmioTransport> {
+    transport
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -43,7 +43,10 @@ impl Poller {
             None => EpollTimeout::NONE,
             // Rounded up, so that the deadline has passed on return.
             Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
+                let left = deadline
+                    .saturating_duration_since(Instant::now())
+                    .as_millis()
+                    + 1;
                 EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
             }
         };

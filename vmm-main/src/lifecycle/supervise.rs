@@ -70,13 +70,21 @@ struct Device {
 /// A device's process.
 #[derive(Debug)]
 enum Process {
-    Serving { pid: i32 },
+    Serving {
+        pid: i32,
+    },
     /// The broker was asked to end it.
-    Stopping { pid: i32, how: Option<Exit> },
+    Stopping {
+        pid: i32,
+        how: Option<Exit>,
+    },
     /// The broker was asked to start it.
     Starting,
     /// It has a socket.
-    Handshaking { pid: i32, handshake: Box<Handshake> },
+    Handshaking {
+        pid: i32,
+        handshake: Box<Handshake>,
+    },
     /// None will come.
     Failed,
 }
@@ -84,7 +92,9 @@ enum Process {
 impl Process {
     const fn pid(&self) -> Option<i32> {
         match self {
-            Self::Serving { pid } | Self::Stopping { pid, .. } | Self::Handshaking { pid, .. } => Some(*pid),
+            Self::Serving { pid } | Self::Stopping { pid, .. } | Self::Handshaking { pid, .. } => {
+                Some(*pid)
+            }
             Self::Starting | Self::Failed => None,
         }
     }
@@ -102,7 +112,11 @@ impl Budget {
     /// Takes one, unless too many were taken in the last while.
     fn take(&mut self, now: Instant) -> bool {
         let window = Duration::from_millis(RESTART_WINDOW_MS);
-        while self.spent.front().is_some_and(|&then| now.saturating_duration_since(then) >= window) {
+        while self
+            .spent
+            .front()
+            .is_some_and(|&then| now.saturating_duration_since(then) >= window)
+        {
             self.spent.pop_front();
         }
         let left = self.spent.len() < self.most;
@@ -126,12 +140,19 @@ impl Supervisor {
         let mut devices = Vec::with_capacity(transports.len());
         for (((index, transport), grant), most) in (0u32..).zip(transports).zip(grants).zip(most) {
             let attention = lock(transport).attention().clone();
-            cx.poller.add(borrow(attention.event()), attentions + u64::from(index), EpollFlags::EPOLLIN)?;
+            cx.poller.add(
+                borrow(attention.event()),
+                attentions + u64::from(index),
+                EpollFlags::EPOLLIN,
+            )?;
             devices.push(Device {
                 spec: grant.spec.clone(),
                 transport: transport.clone(),
                 attention,
-                budget: Budget { most: most.into(), spent: VecDeque::new() },
+                budget: Budget {
+                    most: most.into(),
+                    spent: VecDeque::new(),
+                },
                 process: match cx.broker.device_pid(index) {
                     Some(pid) => Process::Serving { pid },
                     None => Process::Failed,
@@ -139,7 +160,12 @@ impl Supervisor {
                 since: None,
             });
         }
-        Ok(Self { devices, asked: VecDeque::new(), attentions, sockets })
+        Ok(Self {
+            devices,
+            asked: VecDeque::new(),
+            attentions,
+            sockets,
+        })
     }
 
     /// An event of one of the own tokens.
@@ -148,21 +174,38 @@ impl Supervisor {
             return self.answered(index as usize, cx);
         }
         let index = (token - self.attentions) as usize;
-        let wanted = self.devices.get(index).is_some_and(|device| device.attention.take());
+        let wanted = self
+            .devices
+            .get(index)
+            .is_some_and(|device| device.attention.take());
         if wanted { self.stop(index, cx) } else { Ok(()) }
     }
 
     /// What the broker says.
-    pub(super) fn notice(&mut self, notice: Notice, cx: &mut Context<'_>) -> Result<(), ClientError> {
+    pub(super) fn notice(
+        &mut self,
+        notice: Notice,
+        cx: &mut Context<'_>,
+    ) -> Result<(), ClientError> {
         match notice {
             Notice::Exited(exit) => {
                 let index = exit.index as usize;
-                let Some(device) = self.devices.get_mut(index) else { return Ok(()) };
-                error!("device {}: process {} ended ({:?}): {}", device.spec.id(), exit.pid, exit.how, exit.last_words);
+                let Some(device) = self.devices.get_mut(index) else {
+                    return Ok(());
+                };
+                error!(
+                    "device {}: process {} ended ({:?}): {}",
+                    device.spec.id(),
+                    exit.pid,
+                    exit.how,
+                    exit.last_words
+                );
                 match &mut device.process {
                     // The reply to the request follows.
                     Process::Stopping { pid, how } if *pid == exit.pid => *how = Some(exit.how),
-                    process if process.pid() == Some(exit.pid) => return self.ended(index, Some(exit.how), cx),
+                    process if process.pid() == Some(exit.pid) => {
+                        return self.ended(index, Some(exit.how), cx);
+                    }
                     _ => {}
                 }
                 Ok(())
@@ -242,26 +285,42 @@ impl Supervisor {
     /// Asks the broker to end the process.
     fn stop(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
         let device = &mut self.devices[index];
-        let Some(pid) = device.process.pid() else { return Ok(()) };
+        let Some(pid) = device.process.pid() else {
+            return Ok(());
+        };
         if matches!(device.process, Process::Stopping { .. }) {
             return Ok(());
         }
-        warn!("device {}: process {pid} does not answer as it should and is ended", device.spec.id());
+        warn!(
+            "device {}: process {pid} does not answer as it should and is ended",
+            device.spec.id()
+        );
         device.since.get_or_insert_with(Instant::now);
         // A handshake's socket leaves the poller by being closed.
         device.process = Process::Stopping { pid, how: None };
-        cx.broker.send(&Request::Stop { index: index as u32 })
+        cx.broker.send(&Request::Stop {
+            index: index as u32,
+        })
     }
 
     /// The process is reaped: another one takes its place, or none.
-    fn ended(&mut self, index: usize, how: Option<Exit>, cx: &mut Context<'_>) -> Result<(), ClientError> {
+    fn ended(
+        &mut self,
+        index: usize,
+        how: Option<Exit>,
+        cx: &mut Context<'_>,
+    ) -> Result<(), ClientError> {
         let device = &mut self.devices[index];
         // A vCPU that waits for this holds the transport's lock.
         device.attention.ended();
         lock(&device.transport).device_gone();
         device.since.get_or_insert_with(Instant::now);
         if let Some(pid) = device.process.pid() {
-            cx.qmp.emit(Event::DeviceCrashed { device: device.spec.id().to_owned(), pid, how });
+            cx.qmp.emit(Event::DeviceCrashed {
+                device: device.spec.id().to_owned(),
+                pid,
+                how,
+            });
         }
         self.start(index, cx)
     }
@@ -271,11 +330,16 @@ impl Supervisor {
         if device.budget.take(Instant::now()) {
             device.process = Process::Starting;
             self.asked.push_back(index);
-            return cx.broker.send(&Request::Start { index: index as u32 });
+            return cx.broker.send(&Request::Start {
+                index: index as u32,
+            });
         }
         let reason = match device.budget.most {
             0 => "it is not to be restarted (restart=off)".to_owned(),
-            most => format!("it was restarted {most} times within {} s (max-restarts={most})", RESTART_WINDOW_MS / 1000),
+            most => format!(
+                "it was restarted {most} times within {} s (max-restarts={most})",
+                RESTART_WINDOW_MS / 1000
+            ),
         };
         let id = device.spec.id().to_owned();
         error!("device {id}: given up: {reason}");
@@ -285,12 +349,25 @@ impl Supervisor {
         Ok(())
     }
 
-    fn started(&mut self, index: usize, pid: i32, socket: UnixStream, cx: &mut Context<'_>) -> Result<(), ClientError> {
-        let Some(device) = self.devices.get_mut(index) else { return Ok(()) };
+    fn started(
+        &mut self,
+        index: usize,
+        pid: i32,
+        socket: UnixStream,
+        cx: &mut Context<'_>,
+    ) -> Result<(), ClientError> {
+        let Some(device) = self.devices.get_mut(index) else {
+            return Ok(());
+        };
         match Handshake::begin(socket, &device.spec) {
             Ok(handshake) => {
-                let watched = cx.poller.add(&handshake, self.sockets + index as u64, EpollFlags::EPOLLIN);
-                device.process = Process::Handshaking { pid, handshake: Box::new(handshake) };
+                let watched =
+                    cx.poller
+                        .add(&handshake, self.sockets + index as u64, EpollFlags::EPOLLIN);
+                device.process = Process::Handshaking {
+                    pid,
+                    handshake: Box::new(handshake),
+                };
                 if let Err(e) = watched {
                     error!("device {}: epoll_ctl: {}", device.spec.id(), e.desc());
                     return self.stop(index, cx);
@@ -306,8 +383,12 @@ impl Supervisor {
 
     /// A handshake goes on, or its time is over.
     fn answered(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
-        let Some(device) = self.devices.get_mut(index) else { return Ok(()) };
-        let Process::Handshaking { pid, handshake } = &mut device.process else { return Ok(()) };
+        let Some(device) = self.devices.get_mut(index) else {
+            return Ok(());
+        };
+        let Process::Handshaking { pid, handshake } = &mut device.process else {
+            return Ok(());
+        };
         let pid = *pid;
         match handshake.advance() {
             Ok(false) => return Ok(()),
@@ -315,18 +396,32 @@ impl Supervisor {
             Err(e) => return self.complain(index, &e, cx),
         }
         let process = std::mem::replace(&mut device.process, Process::Serving { pid });
-        let Process::Handshaking { handshake, .. } = process else { return Ok(()) };
+        let Process::Handshaking { handshake, .. } = process else {
+            return Ok(());
+        };
         if let Err(e) = cx.poller.remove(&*handshake) {
             error!("device {}: epoll_ctl: {}", device.spec.id(), e.desc());
             return self.stop(index, cx);
         }
-        let back = handshake.finish().and_then(|fresh| lock(&device.transport).device_back(fresh));
+        let back = handshake
+            .finish()
+            .and_then(|fresh| lock(&device.transport).device_back(fresh));
         match back {
             Ok(true) => {
-                let stall = device.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+                let stall = device
+                    .since
+                    .take()
+                    .map_or(Duration::ZERO, |since| since.elapsed());
                 let id = device.spec.id().to_owned();
-                info!("device {id}: process {pid} goes on after {:.1} ms", stall.as_secs_f64() * 1000.0);
-                cx.qmp.emit(Event::DeviceRecovered { device: id, pid, stall });
+                info!(
+                    "device {id}: process {pid} goes on after {:.1} ms",
+                    stall.as_secs_f64() * 1000.0
+                );
+                cx.qmp.emit(Event::DeviceRecovered {
+                    device: id,
+                    pid,
+                    stall,
+                });
                 Ok(())
             }
             // It failed when it got its queues, and asks for attention.
@@ -335,7 +430,12 @@ impl Supervisor {
         }
     }
 
-    fn complain(&mut self, index: usize, error: &RemoteError, cx: &mut Context<'_>) -> Result<(), ClientError> {
+    fn complain(
+        &mut self,
+        index: usize,
+        error: &RemoteError,
+        cx: &mut Context<'_>,
+    ) -> Result<(), ClientError> {
         error!("{}", with_causes(error));
         self.stop(index, cx)
     }
@@ -349,13 +449,19 @@ mod tests {
     fn the_budget_comes_back_with_time() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        let mut budget = Budget { most: 2, spent: VecDeque::new() };
+        let mut budget = Budget {
+            most: 2,
+            spent: VecDeque::new(),
+        };
         assert!(budget.take(at(0)));
         assert!(budget.take(at(5_000)));
         assert!(!budget.take(at(9_999)));
         assert!(budget.take(at(10_000)), "the first one is forgotten");
         assert!(!budget.take(at(14_999)));
-        let mut none = Budget { most: 0, spent: VecDeque::new() };
+        let mut none = Budget {
+            most: 0,
+            spent: VecDeque::new(),
+        };
         assert!(!none.take(start));
     }
 }

@@ -128,13 +128,25 @@ impl Event {
                 json!({ "guest": cause.is_guest(), "reason": cause.name() })
             }
             Self::Stop | Self::Resume | Self::Powerdown => return message,
-            Self::DeviceCrashed { device, pid, how: Some(Exit::Signal(signal)) } => {
+            Self::DeviceCrashed {
+                device,
+                pid,
+                how: Some(Exit::Signal(signal)),
+            } => {
                 json!({ "device": device, "pid": pid, "signal": signal })
             }
-            Self::DeviceCrashed { device, pid, how: Some(Exit::Code(status)) } => {
+            Self::DeviceCrashed {
+                device,
+                pid,
+                how: Some(Exit::Code(status)),
+            } => {
                 json!({ "device": device, "pid": pid, "status": status })
             }
-            Self::DeviceCrashed { device, pid, how: None } => {
+            Self::DeviceCrashed {
+                device,
+                pid,
+                how: None,
+            } => {
                 json!({ "device": device, "pid": pid, "unresponsive": true })
             }
             Self::DeviceRecovered { device, pid, stall } => {

@@ -37,7 +37,11 @@ pub struct Attention {
 
 impl Attention {
     pub(super) fn new(event: EventFd) -> Self {
-        Self { event, process: Mutex::new(Process::Gone), changed: Condvar::new() }
+        Self {
+            event,
+            process: Mutex::new(Process::Gone),
+            changed: Condvar::new(),
+        }
     }
 
     fn process(&self) -> MutexGuard<'_, Process> {
@@ -82,7 +86,9 @@ impl Attention {
         let limit = Duration::from_millis(DEVICE_END_MS);
         let waited = self
             .changed
-            .wait_timeout_while(self.process(), limit, |process| *process == Process::Unwanted);
+            .wait_timeout_while(self.process(), limit, |process| {
+                *process == Process::Unwanted
+            });
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 }

@@ -358,7 +358,11 @@ impl Core {
 
     /// Another process has taken the place of the one that is gone; its handshake gave `fresh`. If the driver is at work
     /// the process gets the queues as they are, with what was in flight. `Ok(false)` if it failed at that.
-    pub fn device_back(&mut self, fresh: RemoteDevice, lines: &impl Interrupts) -> Result<bool, RemoteError> {
+    pub fn device_back(
+        &mut self,
+        fresh: RemoteDevice,
+        lines: &impl Interrupts,
+    ) -> Result<bool, RemoteError> {
         let changed = self.device.take_over(fresh)?;
         self.attention.serves();
         if changed {
@@ -370,7 +374,10 @@ impl Core {
         }
         if self.is_running() && !self.has(NEEDS_RESET) {
             self.activate(lines);
-            for (index, (_, kick)) in (0u16..).zip(self.state.queues.iter().zip(&self.kicks)).filter(|(_, (queue, _))| queue.ready) {
+            for (index, (_, kick)) in (0u16..)
+                .zip(self.state.queues.iter().zip(&self.kicks))
+                .filter(|(_, (queue, _))| queue.ready)
+            {
                 // The old process may have seen a doorbell and not the request behind it, or have used a buffer and not
                 // interrupted the driver. Both look and find nothing if it was not so.
                 let _ = kick.write(1);

@@ -763,11 +763,17 @@ mod tests {
     #[test]
     fn a_process_that_dies_at_work_is_replaced_and_the_driver_sees_one_more_interrupt() {
         let protocol = fake::PROTOCOL | 1 << 12;
-        let script = Script { protocol, ..Script::default() };
+        let script = Script {
+            protocol,
+            ..Script::default()
+        };
         let mut guest = Guest::new(script.clone());
         guest.start();
         let file_of = |seen: &[fake::Seen]| {
-            let given = seen.iter().find(|seen| seen.request == fake::SET_INFLIGHT_FD).unwrap();
+            let given = seen
+                .iter()
+                .find(|seen| seen.request == fake::SET_INFLIGHT_FD)
+                .unwrap();
             nix::sys::stat::fstat(&given.fds[0]).unwrap().st_ino
         };
         let first = file_of(&guest.fake.arrived());
@@ -778,14 +784,34 @@ mod tests {
         let (fresh, second) = connect(script);
         assert!(guest.device.device_back(fresh.unwrap()).unwrap());
         let seen = second.arrived();
-        assert_eq!(file_of(&seen), first, "the in-flight region outlives its maker");
-        assert!(!seen.iter().any(|seen| seen.request == fake::GET_INFLIGHT_FD));
-        let started = seen.iter().filter(|seen| seen.request == fake::SET_VRING_ENABLE);
+        assert_eq!(
+            file_of(&seen),
+            first,
+            "the in-flight region outlives its maker"
+        );
+        assert!(
+            !seen
+                .iter()
+                .any(|seen| seen.request == fake::GET_INFLIGHT_FD)
+        );
+        let started = seen
+            .iter()
+            .filter(|seen| seen.request == fake::SET_VRING_ENABLE);
         assert_eq!(started.count(), 2);
         assert_eq!((guest.status(), guest.interrupts()), (RUNNING, 2));
         assert_eq!(guest.get(GENERATION), generation);
-        let kicks: Vec<u64> = guest.device.core().kicks().iter().map(|kick| kick.read().unwrap()).collect();
-        assert_eq!(kicks, [1, 2], "nothing waits for a doorbell that the dead process took");
+        let kicks: Vec<u64> = guest
+            .device
+            .core()
+            .kicks()
+            .iter()
+            .map(|kick| kick.read().unwrap())
+            .collect();
+        assert_eq!(
+            kicks,
+            [1, 2],
+            "nothing waits for a doorbell that the dead process took"
+        );
     }
 
     #[test]
@@ -801,20 +827,38 @@ mod tests {
         script.config[0] ^= 1;
         let (fresh, second) = connect(script);
         assert!(guest.device.device_back(fresh.unwrap()).unwrap());
-        let started = second.arrived().iter().filter(|seen| seen.request == fake::SET_VRING_KICK).count();
+        let started = second
+            .arrived()
+            .iter()
+            .filter(|seen| seen.request == fake::SET_VRING_KICK)
+            .count();
         assert_eq!(started, 2);
-        assert_eq!(guest.get(INTERRUPT_STATUS), 3, "the configuration changed meanwhile");
+        assert_eq!(
+            guest.get(INTERRUPT_STATUS),
+            3,
+            "the configuration changed meanwhile"
+        );
     }
 
     #[test]
     fn another_process_must_offer_the_same() {
-        for (features, protocol) in [(fake::FEATURES | 1 << 10, fake::PROTOCOL), (fake::FEATURES, fake::PROTOCOL | 1 << 12)] {
+        for (features, protocol) in [
+            (fake::FEATURES | 1 << 10, fake::PROTOCOL),
+            (fake::FEATURES, fake::PROTOCOL | 1 << 12),
+        ] {
             let mut guest = guest();
             guest.start();
             guest.device.device_gone();
-            let (fresh, _fake) = connect(Script { features, protocol, ..Script::default() });
+            let (fresh, _fake) = connect(Script {
+                features,
+                protocol,
+                ..Script::default()
+            });
             let refused = guest.device.device_back(fresh.unwrap());
-            assert!(matches!(refused, Err(RemoteError::Changed { .. })), "{refused:?}");
+            assert!(
+                matches!(refused, Err(RemoteError::Changed { .. })),
+                "{refused:?}"
+            );
         }
     }
 
@@ -847,7 +891,10 @@ mod tests {
         let attention = guest.device.attention().clone();
         let (told, waits) = std::sync::mpsc::channel();
         let main_loop = std::thread::spawn(move || {
-            let mut polled = [nix::poll::PollFd::new(super::super::remote::borrow(attention.event()), nix::poll::PollFlags::POLLIN)];
+            let mut polled = [nix::poll::PollFd::new(
+                super::super::remote::borrow(attention.event()),
+                nix::poll::PollFlags::POLLIN,
+            )];
             nix::poll::poll(&mut polled, nix::poll::PollTimeout::NONE).unwrap();
             assert!(attention.take());
             told.send(()).unwrap();

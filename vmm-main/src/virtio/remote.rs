@@ -80,7 +80,9 @@ pub enum RemoteError {
         need: u64,
     },
     /// Its features are not those of the process before it.
-    #[error("device \"{id}\" offers {kind} features {got:#x}, but its last process offered {need:#x}")]
+    #[error(
+        "device \"{id}\" offers {kind} features {got:#x}, but its last process offered {need:#x}"
+    )]
     Changed {
         /// Device id.
         id: String,
@@ -444,6 +446,11 @@ impl RemoteDevice {
         self.link.is_none() && !self.failed
     }
 
+    /// The vhost-user socket: it hangs up when the process ends.
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.link.as_ref().map(AsFd::as_fd)
+    }
+
     /// Does not talk to this process any more: closes its socket, upon which a process in good order ends. What was in
     /// flight is kept for the next one.
     fn hang_up(&mut self) {
@@ -472,7 +479,12 @@ impl RemoteDevice {
             ("vhost-user", fresh.protocol.bits(), self.protocol.bits()),
         ] {
             if got != need {
-                return Err(RemoteError::Changed { id: self.id.clone(), kind, got, need });
+                return Err(RemoteError::Changed {
+                    id: self.id.clone(),
+                    kind,
+                    got,
+                    need,
+                });
             }
         }
         let changed = fresh.config != self.config;
