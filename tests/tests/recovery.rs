@@ -72,8 +72,13 @@ impl Guest {
 
     #[track_caller]
     fn event(&mut self, name: &str) -> Value {
-        let event = self.qmp.wait_event(name, LIMIT);
-        event.unwrap_or_else(|e| panic!("{e}\n{}", self.vm.messages()))["data"].clone()
+        match self.qmp.wait_event(name, LIMIT) {
+            Ok(event) => event["data"].clone(),
+            Err(e) => {
+                let ended = self.vm.wait(Duration::from_secs(1));
+                panic!("{e}, {ended:?}\n{}", self.vm.messages())
+            }
+        }
     }
 
     fn pid(&mut self, name: &str) -> i32 {
