@@ -57,6 +57,19 @@ impl Level {
     }
 }
 
+/// An error with its causes in one line; a cause that the text already contains is not repeated.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    for cause in std::iter::successors(error.source(), |&inner| inner.source()) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
 struct Sink {
     process: &'static str,
     fd: OwnedFd,

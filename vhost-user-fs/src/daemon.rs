@@ -5,8 +5,6 @@
 //! has lost every right but those on the tree, and its first message is read behind the system call filter.
 //! **Why this way.** One daemon serves one front end and ends with it, so that no guest inherits another's state.
 
-use std::error::Error;
-use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -107,13 +105,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     match start(options) {
         Ok(code) => code,
         Err(error) => {
-            let mut line = error.to_string();
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                // Writing to a string does not fail.
-                let _ = write!(line, ": {error}");
-                cause = error.source();
-            }
+            let line = ipc::log::with_causes(&error);
             if matches!(options.log, LogTo::Stderr) || matches!(error, DaemonError::Log(..)) {
                 eprintln!("vhost_user_fs: {line}");
             } else {

@@ -214,13 +214,7 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
 
 fn main() -> ExitCode {
     run().unwrap_or_else(|error| {
-        eprint!("boot: {error}");
-        let mut cause = error.source();
-        while let Some(inner) = cause {
-            eprint!(": {inner}");
-            cause = inner.source();
-        }
-        eprintln!();
+        eprintln!("boot: {}", ipc::log::with_causes(error.as_ref()));
         ExitCode::FAILURE
     })
 }

@@ -439,9 +439,7 @@ impl<D: Device> Server<D> {
 
     /// Remembers why, for the log, and gives the library its code.
     fn refuse(&mut self, refusal: &Refusal) -> VhostError {
-        let mut text = refusal.to_string();
-        crate::start::push_sources(&mut text, refusal);
-        self.refused = Some(text);
+        self.refused = Some(ipc::log::with_causes(refusal));
         VhostError::InvalidParam
     }
 

@@ -10,7 +10,6 @@
 //! needs another `run` and no other server.
 
 use std::error::Error;
-use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -218,9 +217,7 @@ where
     match run_inherited(name, inherited, build) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut line = error.to_string();
-            push_sources(&mut line, &error);
-            ipc::log::error!("{line}");
+            ipc::log::error!("{}", ipc::log::with_causes(&error));
             ExitCode::FAILURE
         }
     }
@@ -278,14 +275,4 @@ where
     serving.run()?;
     ipc::log::trace!("front end left");
     Ok(())
-}
-
-/// Appends the causes of `error`, each after a colon.
-pub(crate) fn push_sources(line: &mut String, error: &dyn Error) {
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a string does not fail.
-        let _ = write!(line, ": {error}");
-        cause = error.source();
-    }
 }

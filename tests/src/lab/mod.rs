@@ -20,9 +20,10 @@ mod packages;
 mod place;
 mod process;
 
-pub use error::{LabError, chain};
+pub use error::LabError;
 pub use guest::{Guest, Script};
 pub use initramfs::Archive;
+pub use ipc::log::with_causes as chain;
 pub use kernel::{Flavour, Kernel, cache_dir};
 pub use nested::{Nested, in_nested};
 pub use packages::ensure as ensure_packages;
@@ -38,7 +39,7 @@ pub use process::run as run_program;
 /// When the lab cannot be set up, or when the test fails in L1.
 pub fn where_linux_boots(test: &str, body: impl FnOnce()) {
     match place(Flavour::Cloud) {
-        Err(error) => panic!("{}", error::chain(&error)),
+        Err(error) => panic!("{}", chain(&error)),
         Ok(Place::Here { .. }) => body(),
         Ok(Place::Nested { why }) => {
             eprintln!("{test} runs in the nested lab: {why}");
@@ -52,7 +53,7 @@ pub fn where_linux_boots(test: &str, body: impl FnOnce()) {
             ];
             let status = Nested::default()
                 .run(&command)
-                .unwrap_or_else(|e| panic!("{}", error::chain(&e)));
+                .unwrap_or_else(|e| panic!("{}", chain(&e)));
             assert_eq!(
                 status, 0,
                 "{test} failed in the nested lab with status {status}"

@@ -138,13 +138,32 @@ impl Client {
 
     /// Sends a request whose reply is taken later, in order, with [`Client::reply`].
     pub fn send(&self, request: &Request) -> Result<(), ClientError> {
-        Ok(self.channel.send(request, &[])?)
+        match self.channel.send(request, &[]) {
+            // It may have said why before it went.
+            Err(ChannelError::Closed) => Err(loop {
+                match self.receive() {
+                    Ok((Reply::Failed { message }, _)) => break ClientError::Refused(message),
+                    Ok(_) => {}
+                    Err(e) => break e.into(),
+                }
+            }),
+            sent => Ok(sent?),
+        }
+    }
+
+    /// The next message. A broker that ended before it had read everything resets the connection, which hides what it
+    /// said before from one call only.
+    fn receive(&self) -> Result<(Reply, Vec<OwnedFd>), ChannelError> {
+        match self.channel.receive() {
+            Err(ChannelError::Closed) => self.channel.receive(),
+            received => received,
+        }
     }
 
     /// Waits for the next reply to a request; what is told unasked is kept.
     pub fn reply(&mut self) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
         loop {
-            match self.channel.receive::<Reply>()? {
+            match self.receive()? {
                 (Reply::Failed { message }, _) => return Err(ClientError::Refused(message)),
                 (
                     Reply::Exited {

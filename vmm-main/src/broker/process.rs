@@ -324,7 +324,13 @@ impl Broker {
     fn ready(&mut self) -> Result<(Reply, Option<OwnedFd>), String> {
         if let Some(path) = &self.policy.pidfile {
             use std::io::Write;
-            let told = |e: std::io::Error| format!("-pidfile {}: {e}", path.display());
+            let told = |e: std::io::Error| match e.kind() {
+                std::io::ErrorKind::AlreadyExists => format!(
+                    "-pidfile {}: exists already; remove it if no VM uses it",
+                    path.display()
+                ),
+                _ => format!("-pidfile {}: {e}", path.display()),
+            };
             let mut file = std::fs::File::options()
                 .write(true)
                 .create_new(true)

@@ -32,7 +32,7 @@ fn machine(draft: &Draft) -> Result<(), CmdlineError> {
         (MachineKind::Microvm, None) => Err(CmdlineError::new(
             "-kernel",
             "",
-            "is missing; machine microvm boots a kernel directly",
+            "is missing; machine microvm boots a kernel directly, as --help shows",
         )),
         (MachineKind::None, Some(kernel)) => Err(CmdlineError::new(
             "-kernel",

@@ -193,8 +193,9 @@ fn synopsis(name: &str, shape: &Shape) -> String {
     let mut out = format!("{name} {}", shape.name);
     let mut first = shape.name.is_empty();
     // Properties that allow nothing but what happens anyway would only hide the others.
-    let says_something =
-        |key: &&Key| !matches!(key.kind, Kind::Later | Kind::Fixed([_] | ["on", "off"]));
+    let says_something = |key: &&Key| {
+        key.required || !matches!(key.kind, Kind::Later | Kind::Fixed([_] | ["on", "off"]))
+    };
     for key in shape.keys.iter().filter(says_something) {
         let comma = if first { "" } else { "," };
         let value = key.kind.placeholder();

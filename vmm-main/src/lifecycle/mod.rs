@@ -43,6 +43,7 @@ use crate::cmdline::{self, Env, Request};
 use phases::Phases;
 
 pub(crate) use descriptors::close_all_but;
+pub(crate) use ipc::log::with_causes;
 pub(crate) use lockdown::filter;
 
 /// Runs this program with `args`, its own name first.
@@ -110,19 +111,4 @@ fn warn_about_weak_jails(spec: &VmSpec) {
 fn fail(error: &dyn std::error::Error) -> ExitCode {
     eprintln!("stratovirt: {}", with_causes(error));
     ExitCode::FAILURE
-}
-
-/// An error with its causes in one line; a cause that the text already contains is not repeated.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text.push_str(": ");
-            text.push_str(&inner_text);
-        }
-        cause = inner.source();
-    }
-    text
 }

@@ -9,11 +9,12 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use ipc::control::{DeviceGrant, Exit, Request};
 use ipc::log::{info, warn};
-use ipc::spec::vm::{MachineKind, VmSpec};
+use ipc::spec::vm::{BootSpec, MachineKind, VmSpec};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -71,6 +72,16 @@ pub(super) enum StartError {
     /// The board.
     #[error(transparent)]
     Machine(#[from] microvm::Error),
+    /// Kernel, initrd or command line cannot be used.
+    #[error("{option} {value}")]
+    Boot {
+        /// The option at fault.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// Why.
+        source: microvm::Error,
+    },
     /// QMP.
     #[error(transparent)]
     Qmp(#[from] qmp::ServerError),
@@ -98,6 +109,31 @@ pub(super) enum StartError {
 
 fn failed(call: &'static str) -> impl FnOnce(Errno) -> StartError {
     move |source| StartError::System { call, source }
+}
+
+/// The error with the option that it is about.
+fn why_boot_failed(boot: &BootSpec, source: microvm::Error) -> StartError {
+    use crate::boot::Error;
+    let path = |path: &Option<PathBuf>| {
+        path.as_ref()
+            .map_or_else(String::new, |path| path.display().to_string())
+    };
+    let (option, value) = match &source {
+        microvm::Error::Boot(
+            Error::ReadInitrd(_) | Error::EmptyInitrd | Error::InitrdRange { .. },
+        ) => ("-initrd", path(&boot.initrd)),
+        microvm::Error::Boot(Error::CommandLine { .. } | Error::CommandLineNul(_)) => {
+            ("-append", boot.cmdline.clone())
+        }
+        microvm::Error::Boot(Error::Write { .. }) => return source.into(),
+        microvm::Error::Boot(_) => ("-kernel", path(&boot.kernel)),
+        _ => return source.into(),
+    };
+    StartError::Boot {
+        option,
+        value,
+        source,
+    }
 }
 
 /// Brings the VM up to the point where its vCPUs wait at the gate and every thread is locked down.
@@ -176,12 +212,14 @@ pub(super) fn start(
         }
         phases.done("devices serve");
         if let Some(kernel) = plan.kernel.and_then(|file| given.files.take(file)) {
-            let loaded = machine.load(BootSource {
-                kernel,
-                initrd: plan.initrd.and_then(|file| given.files.take(file)),
-                cmdline: spec.boot.cmdline.clone(),
-                protocol: Protocol::Auto,
-            })?;
+            let loaded = machine
+                .load(BootSource {
+                    kernel,
+                    initrd: plan.initrd.and_then(|file| given.files.take(file)),
+                    cmdline: spec.boot.cmdline.clone(),
+                    protocol: Protocol::Auto,
+                })
+                .map_err(|e| why_boot_failed(&spec.boot, e))?;
             info!(
                 "kernel loaded: {:?}, ends at {:#x}, initrd {:x?}",
                 loaded.format, loaded.kernel_end, loaded.initrd
