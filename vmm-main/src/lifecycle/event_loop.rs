@@ -313,7 +313,7 @@ impl Vm {
                 status: ExitCode::SUCCESS,
             });
         }
-        self.parts.qmp.emit(Event::Shutdown(cause));
+        self.parts.qmp.emit(&Event::Shutdown(cause));
         self.pause(RunState::Shutdown)
     }
 
@@ -425,7 +425,7 @@ impl Vm {
         machine
             .power_button()
             .map_err(|e| QmpError::generic(with_causes(&e)))?;
-        self.parts.qmp.emit(Event::Powerdown);
+        self.parts.qmp.emit(&Event::Powerdown);
         Ok(())
     }
 
@@ -442,7 +442,7 @@ impl Vm {
 
     fn resume(&mut self) -> Result<(), End> {
         self.let_run()?;
-        self.parts.qmp.emit(Event::Resume);
+        self.parts.qmp.emit(&Event::Resume);
         Ok(())
     }
 
@@ -451,7 +451,7 @@ impl Vm {
             machine.pause().map_err(|e| host_error(&e))?;
         }
         self.state = state;
-        self.parts.qmp.emit(Event::Stop);
+        self.parts.qmp.emit(&Event::Stop);
         Ok(())
     }
 
@@ -464,7 +464,7 @@ impl Vm {
         if let Some(machine) = &mut self.parts.machine {
             machine.reset().map_err(|e| host_error(&e))?;
         }
-        self.parts.qmp.emit(Event::Reset(cause));
+        self.parts.qmp.emit(&Event::Reset(cause));
         Ok(())
     }
 
@@ -475,7 +475,7 @@ impl Vm {
         {
             warn!("{}", with_causes(&e));
         }
-        self.parts.qmp.emit(Event::Shutdown(end.cause));
+        self.parts.qmp.emit(&Event::Shutdown(end.cause));
         self.parts.qmp.finish();
         self.parts.chardevs.flush();
         drop(self.parts.machine.take());

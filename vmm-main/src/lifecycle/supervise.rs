@@ -316,7 +316,7 @@ impl Supervisor {
         lock(&device.transport).device_gone();
         device.since.get_or_insert_with(Instant::now);
         if let Some(pid) = device.process.pid() {
-            cx.qmp.emit(Event::DeviceCrashed {
+            cx.qmp.emit(&Event::DeviceCrashed {
                 device: device.spec.id().to_owned(),
                 pid,
                 how,
@@ -345,7 +345,7 @@ impl Supervisor {
         error!("device {id}: given up: {reason}");
         device.process = Process::Failed;
         lock(&device.transport).device_lost();
-        cx.qmp.emit(Event::DeviceFailed { device: id, reason });
+        cx.qmp.emit(&Event::DeviceFailed { device: id, reason });
         Ok(())
     }
 
@@ -417,7 +417,7 @@ impl Supervisor {
                     "device {id}: process {pid} goes on after {:.1} ms",
                     stall.as_secs_f64() * 1000.0
                 );
-                cx.qmp.emit(Event::DeviceRecovered {
+                cx.qmp.emit(&Event::DeviceRecovered {
                     device: id,
                     pid,
                     stall,

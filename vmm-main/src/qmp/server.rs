@@ -237,7 +237,7 @@ impl ServerHandle {
     }
 
     /// Tells every client that has negotiated. Events and answers arrive in the order in which main sends them.
-    pub fn emit(&self, event: Event) {
+    pub fn emit(&self, event: &Event) {
         if let Some(outbox) = &self.outbox {
             outbox.send(Inbox::Event(event.message()));
         }

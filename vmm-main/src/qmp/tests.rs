@@ -128,7 +128,7 @@ fn the_greeting_comes_at_once_and_nothing_else_before_negotiation() {
             .starts_with("stratovirt ")
     );
 
-    handle.emit(Event::Stop);
+    handle.emit(&Event::Stop);
     let answer = client.ask("{\"execute\":\"query-status\",\"id\":1}");
     assert_eq!(error_of(&answer).0, "CommandNotFound");
     assert_eq!(answer["id"], 1);
@@ -145,7 +145,7 @@ fn the_greeting_comes_at_once_and_nothing_else_before_negotiation() {
     assert_eq!(client.ask(none), json!({ "return": {} }));
     assert_eq!(error_of(&client.ask(none)).0, "CommandNotFound");
 
-    handle.emit(Event::Shutdown(Cause::GuestShutdown));
+    handle.emit(&Event::Shutdown(Cause::GuestShutdown));
     let event = client.line();
     assert_eq!(event["event"], "SHUTDOWN");
     assert_eq!(
@@ -271,7 +271,7 @@ fn commands_cross_to_main_one_at_a_time_and_in_order() {
         commands.next().is_none(),
         "the second command waits for the first one's answer"
     );
-    handle.emit(Event::Stop);
+    handle.emit(&Event::Stop);
     reply.send(Ok(()));
     let VmCommand::Status(reply) = wait_command(&commands) else {
         panic!()
@@ -416,7 +416,7 @@ fn several_clients_get_every_event_in_order() {
     ];
     for _ in 0..200 {
         for event in EVENTS {
-            handle.emit(event);
+            handle.emit(&event);
         }
     }
     for client in &mut clients {
@@ -428,10 +428,10 @@ fn several_clients_get_every_event_in_order() {
     }
     // One leaving does not disturb the others.
     drop(clients.remove(0));
-    handle.emit(Event::Stop);
+    handle.emit(&Event::Stop);
     assert_eq!(clients[0].line()["event"], "STOP");
     // The end brings everything that is on its way.
-    handle.emit(Event::Resume);
+    handle.emit(&Event::Resume);
     handle.finish();
     assert_eq!(clients[1].line()["event"], "STOP");
     assert_eq!(clients[1].line()["event"], "RESUME");
@@ -551,7 +551,7 @@ fn a_client_that_never_reads_is_dropped_and_harms_nobody() {
         .to_string()
         .len();
     for at in 0..2 * limits::MAX_QMP_BACKLOG / line {
-        handle.emit(Event::Reset(Cause::HostQmpSystemReset));
+        handle.emit(&Event::Reset(Cause::HostQmpSystemReset));
         assert_eq!(good.line()["event"], "RESET", "{at}");
     }
     // Its socket is closed: what had been sent comes, and then the end.
@@ -615,7 +615,7 @@ fn a_lock_down_that_fails_is_told() {
 #[test]
 fn no_socket_no_thread() {
     let (handle, commands) = spawn(Vec::new());
-    handle.emit(Event::Stop);
+    handle.emit(&Event::Stop);
     handle.wait_for_clients().unwrap();
     assert!(commands.next().is_none());
     handle.finish();
