@@ -130,7 +130,11 @@ impl Channel {
         flags: MsgFlags,
     ) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
         // Room for one byte more than allowed would not tell more: the kernel flags a cut packet.
-        let mut buffer = vec![0u8; self.next_len(flags)?.min(MAX_MESSAGE)];
+        let Some(len) = self.next_len(flags)? else {
+            // A packet that comes from now on would find no room.
+            return Ok(None);
+        };
+        let mut buffer = vec![0u8; len.min(MAX_MESSAGE)];
         // Room for all that the kernel ever passes: a cut list of descriptors would leave them open and unknown.
         let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
         let (len, fds, truncated) = loop {
@@ -172,17 +176,17 @@ impl Channel {
         Ok(Some((codec::decode(&buffer[..len])?, fds)))
     }
 
-    /// Length of the packet that waits, so that small messages take small buffers.
-    fn next_len(&self, flags: MsgFlags) -> Result<usize, ChannelError> {
+    /// Length of the packet that waits, so that small messages take small buffers; `None` if none does.
+    fn next_len(&self, flags: MsgFlags) -> Result<Option<usize>, ChannelError> {
         loop {
             match nix::sys::socket::recv(
                 self.socket.as_raw_fd(),
                 &mut [],
                 flags | MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC,
             ) {
-                Ok(len) => return Ok(len),
+                Ok(len) => return Ok(Some(len)),
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return Ok(0),
+                Err(Errno::EAGAIN) => return Ok(None),
                 Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
                 Err(source) => {
                     return Err(ChannelError::Socket {
@@ -244,6 +248,26 @@ mod tests {
         drop(a);
         assert!(matches!(b.receive::<u32>(), Err(ChannelError::Closed)));
         assert!(matches!(b.send(&1u32, &[]), Err(ChannelError::Closed)));
+    }
+
+    /// A packet may come between any two steps of a look that does not wait.
+    #[test]
+    fn no_message_is_cut_whenever_it_comes() {
+        const COUNT: u32 = 50_000;
+        let (a, b) = Channel::pair().unwrap();
+        let sender = std::thread::spawn(move || {
+            for number in 0..COUNT {
+                a.send(&number, &[]).unwrap();
+            }
+        });
+        let mut expected = 0;
+        while expected < COUNT {
+            if let Some((number, _)) = b.try_receive::<u32>().unwrap() {
+                assert_eq!(number, expected);
+                expected += 1;
+            }
+        }
+        sender.join().unwrap();
     }
 
     #[test]

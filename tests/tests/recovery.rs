@@ -76,7 +76,8 @@ impl Guest {
             Ok(event) => event["data"].clone(),
             Err(e) => {
                 let ended = self.vm.wait(Duration::from_secs(1));
-                panic!("{e}, {ended:?}\n{}", self.vm.messages())
+                let console = self.vm.console.wait_end(Duration::from_secs(1));
+                panic!("{e}, {ended:?}, {console:?}\n{}", self.vm.messages())
             }
         }
     }
