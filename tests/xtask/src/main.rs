@@ -38,7 +38,7 @@ const COMMANDS: &[(&str, &str, Command)] = &[
     ),
     (
         "lab",
-        "run a command where Linux guests boot: lab [--kernel full] [--mem MIB] [--smp N] [--timeout S] [--share DIR] [--where] -- COMMAND…",
+        "run a command where Linux guests boot: lab [--kernel full] [--mem MIB] [--smp N] [--timeout S] [--share DIR] [--qemu ARG] [--nested] [--where] -- COMMAND…",
         lab::run,
     ),
 ];

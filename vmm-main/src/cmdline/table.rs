@@ -553,7 +553,8 @@ const FILE_PATH: Key = must("path", Kind::Path, "file that takes the output");
 const CHARDEV_ID: Key = must("id", Kind::Id, "name that others refer to");
 const MUX: Key = key("mux", Kind::Fixed(&["off"]), "off", "one user only");
 const STDIO_HELP: &str = "Standard input and output; a terminal is put into raw mode";
-const PTY_HELP: &str = "A new pseudo terminal, whose name is logged and shown by query-chardev";
+const PTY_HELP: &str =
+    "A new pseudo terminal, whose name is printed at the start and shown by query-chardev";
 const SOCKET_HELP: &str = "A unix socket";
 const FILE_HELP: &str = "A file, for output only";
 
