@@ -438,6 +438,17 @@ fn an_image_that_shrinks_is_an_error_for_the_guest_only() {
     disk.finish();
 }
 
+fn a_disk() -> DeviceSpec {
+    DeviceSpec::Block(BlockSpec {
+        id: "disk0".into(),
+        readonly: false,
+        direct: false,
+        serial: String::new(),
+        num_queues: 1,
+        queue_size: 64,
+    })
+}
+
 #[test]
 fn a_killed_disk_is_replaced_without_losing_a_request() {
     let mut disk = disk(PLAIN);
@@ -458,6 +469,16 @@ fn a_killed_disk_is_replaced_without_losing_a_request() {
         file,
     } = disk;
     process.finish();
+    // With nothing in flight, the driver is interrupted all the same: the last answer's interrupt may have been lost.
+    queues[0].interrupts();
+    let mut idle = DeviceProcess::start(BINARY, a_disk(), vec![open(&file, PLAIN)]);
+    let mut front = TestFrontend::connect_with(idle.socket(), F_FLUSH, front.memory);
+    front.use_inflight(&region, &inflight);
+    front.start_at(&queues[0], 0);
+    queues[0].wait_interrupt();
+    assert_eq!(queues[0].try_used(&front.memory), None);
+    idle.kill();
+    idle.finish();
     // Offered to nobody.
     front.memory.write(DATA, &[0x22; 512]);
     let mut header = [0; 16];
@@ -476,15 +497,7 @@ fn a_killed_disk_is_replaced_without_losing_a_request() {
     queues[0].offer(&front.memory, head);
     queues[0].kick();
 
-    let spec = DeviceSpec::Block(BlockSpec {
-        id: "disk0".into(),
-        readonly: false,
-        direct: false,
-        serial: String::new(),
-        num_queues: 1,
-        queue_size: 64,
-    });
-    let mut second = DeviceProcess::start(BINARY, spec, vec![open(&file, PLAIN)]);
+    let mut second = DeviceProcess::start(BINARY, a_disk(), vec![open(&file, PLAIN)]);
     let mut front = TestFrontend::connect_with(second.socket(), F_FLUSH, front.memory);
     front.use_inflight(&region, &inflight);
     front.start_at(&queues[0], 0);

@@ -43,7 +43,7 @@ pub struct Ring {
     pub(crate) addresses: Option<UserAddresses>,
     pub(crate) base: u16,
     pub(crate) kick: Option<OwnedFd>,
-    pub(crate) call: Option<OwnedFd>,
+    call: Option<OwnedFd>,
     pub(crate) error: Option<OwnedFd>,
     pub(crate) enabled: bool,
     started: bool,
@@ -60,6 +60,8 @@ pub struct Ring {
     drained: Option<u16>,
     /// Used index when the driver was last considered for an interrupt.
     signalled: u16,
+    /// A process before this one may have used buffers and not lived to interrupt the driver.
+    owes_interrupt: bool,
     /// The device's turn is due whether or not a kick comes.
     pub(crate) due: bool,
 }
@@ -86,6 +88,7 @@ impl Ring {
             budget: 0,
             drained: None,
             signalled: 0,
+            owes_interrupt: false,
             due: false,
         })
     }
@@ -382,10 +385,29 @@ impl Ring {
                 let count = replay.len() as u16;
                 self.queue.set_next_avail(used.wrapping_add(count));
                 self.replay = replay;
+                self.owes_interrupt = true;
+                self.pay_interrupt();
             }
             None => self.queue.set_next_avail(self.base),
         }
         Ok(())
+    }
+
+    /// Changes the descriptor that interrupts the driver.
+    pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
+        self.call = call;
+        self.pay_interrupt();
+    }
+
+    /// The driver asked for an interrupt, or did not, before it waited; what it asked is not known any more. One too many
+    /// does no harm.
+    fn pay_interrupt(&mut self) {
+        if self.owes_interrupt
+            && let Some(call) = &self.call
+        {
+            signal(call);
+            self.owes_interrupt = false;
+        }
     }
 
     /// Stops; returns the available index to go on from.
@@ -401,6 +423,7 @@ impl Ring {
         }
         self.started = false;
         self.broken = false;
+        self.owes_interrupt = false;
         self.due = false;
         self.ram = None;
         self.replay.clear();

@@ -723,7 +723,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
-        self.ring("SET_VRING_CALL", u32::from(index))?.call = fd.map(OwnedFd::from);
+        self.ring("SET_VRING_CALL", u32::from(index))?
+            .set_call(fd.map(OwnedFd::from));
         Ok(())
     }
 

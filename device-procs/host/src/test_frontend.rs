@@ -526,6 +526,12 @@ impl DriverQueue {
         self.error.read().is_ok()
     }
 
+    /// Waits for an interrupt, and takes it.
+    pub fn wait_interrupt(&self) {
+        wait_for(&self.call, "an interrupt");
+        let _ = self.call.read();
+    }
+
     /// Interrupts since the last time that this was asked.
     pub fn interrupts(&self) -> u64 {
         self.call.read().unwrap_or(0)
