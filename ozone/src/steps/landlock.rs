@@ -6,7 +6,8 @@
 use crate::layer::{Layer, LayerReport, State};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, PathBeneath,
-    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    Scope,
 };
 
 /// What the kernel enforces.
@@ -33,15 +34,7 @@ pub(crate) fn deny_all() -> Result<LandlockReport, RulesetError> {
         .scope(Scope::from_all(newest))?
         .create()?
         .restrict_self()?;
-    let abi = match status.landlock {
-        LandlockStatus::Available {
-            effective_abi,
-            kernel_abi,
-        } => kernel_abi.unwrap_or(effective_abi as i32),
-        LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
-    };
-    let enforced = status.ruleset != RulesetStatus::NotEnforced;
-    Ok(report(if enforced { abi } else { 0 }))
+    Ok(report(enforced_abi(&status)))
 }
 
 /// As [`deny_all`], but leaves the files of `tree`: with `readonly` for reading, else for everything but executing, devices
@@ -76,15 +69,19 @@ pub(crate) fn only_tree(
         .create()?
         .add_rule(PathBeneath::new(tree, allowed))?
         .restrict_self()?;
-    let abi = match status.landlock {
+    Ok(report(enforced_abi(&status)))
+}
+
+/// The kernel's version of Landlock if it enforces anything, otherwise 0.
+fn enforced_abi(status: &RestrictionStatus) -> i32 {
+    match status.landlock {
+        _ if status.ruleset == RulesetStatus::NotEnforced => 0,
         LandlockStatus::Available {
             effective_abi,
             kernel_abi,
         } => kernel_abi.unwrap_or(effective_abi as i32),
         LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
-    };
-    let enforced = status.ruleset != RulesetStatus::NotEnforced;
-    Ok(report(if enforced { abi } else { 0 }))
+    }
 }
 
 fn report(abi: i32) -> LandlockReport {

@@ -74,6 +74,11 @@ pub(super) fn file(grant: &FileGrant, cleanup: &mut Cleanup) -> Result<Opened, S
     }
 }
 
+/// Opens the log of `-D FILE`. A FIFO that nobody reads is an error; later lines that it has no room for are lost.
+pub(super) fn log(path: &Path) -> std::io::Result<OwnedFd> {
+    open(File::options().create(true).append(true), path).map(OwnedFd::from)
+}
+
 fn open(options: &mut std::fs::OpenOptions, path: &Path) -> std::io::Result<File> {
     // A FIFO without a writer must not hold the broker, and a terminal must not become its own.
     options
@@ -396,4 +401,20 @@ fn check_tap(fd: &OwnedFd) -> Result<(), String> {
             )
         });
     set.map(|_| ()).map_err(|e| e.desc().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_nobody_reads_does_not_hold_the_broker() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("log");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let refused = log(&fifo).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::ENXIO));
+        let _reader = open(File::options().read(true), &fifo).unwrap();
+        log(&fifo).unwrap();
+    }
 }

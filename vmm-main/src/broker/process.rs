@@ -149,11 +149,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
     }
     let log = match &policy.log_file {
         None => std::io::stderr().as_fd().try_clone_to_owned(),
-        Some(path) => std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map(Into::into),
+        Some(path) => open::log(path),
     };
     let log = match log {
         Ok(fd) => fd,
