@@ -218,9 +218,7 @@ impl Device for FsDevice {
         let mut space = [0; TAG_BYTES + 4];
         space[..TAG_BYTES].copy_from_slice(&self.tag);
         space[TAG_BYTES..].copy_from_slice(&1u32.to_le_bytes());
-        for (to, from) in out.iter_mut().zip(space.iter().skip(offset)) {
-            *to = *from;
-        }
+        device_host::copy_config(&space, offset, out);
     }
 
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {

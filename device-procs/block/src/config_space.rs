@@ -29,9 +29,7 @@ impl ConfigSpace {
 
     /// Copies what there is from `offset` on; the rest of `out` stays as it is.
     pub(crate) fn read(&self, offset: usize, out: &mut [u8]) {
-        let have = self.0.get(offset..).unwrap_or(&[]);
-        let len = have.len().min(out.len());
-        out[..len].copy_from_slice(&have[..len]);
+        device_host::copy_config(&self.0, offset, out);
     }
 }
 

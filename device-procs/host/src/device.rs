@@ -50,7 +50,7 @@ pub trait Device {
     /// A back end could not be set up for it.
     fn accept(&mut self, features: u64) -> Result<(), HostFault>;
 
-    /// Fills `out` with configuration space from `offset` on. The harness has cleared it and capped it at
+    /// Fills `out` with configuration space from `offset` on, by [`copy_config`]. The harness has cleared it and capped it at
     /// [`MAX_CONFIG_SPACE`](ipc::limits::MAX_CONFIG_SPACE); what the device does not have stays zero.
     fn read_config(&self, offset: usize, out: &mut [u8]);
 
@@ -90,4 +90,11 @@ pub trait Device {
 
     /// The driver resets the device: forget everything that it told.
     fn reset(&mut self) {}
+}
+
+/// What `space` has from `offset` on goes to the beginning of `out`; the rest of `out` stays as it is.
+pub fn copy_config(space: &[u8], offset: usize, out: &mut [u8]) {
+    for (to, from) in out.iter_mut().zip(space.iter().skip(offset)) {
+        *to = *from;
+    }
 }

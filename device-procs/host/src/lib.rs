@@ -23,7 +23,7 @@ pub mod tap;
 pub mod test_frontend;
 
 pub use chain::{Chain, Token};
-pub use device::{Device, Interest};
+pub use device::{Device, Interest, copy_config};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use jail::JailError;
 pub use memory::{

@@ -46,9 +46,7 @@ impl Device for Template {
     }
 
     fn read_config(&self, offset: usize, out: &mut [u8]) {
-        let have = self.greeting.get(offset..).unwrap_or(&[]);
-        let len = have.len().min(out.len());
-        out[..len].copy_from_slice(&have[..len]);
+        device_host::copy_config(&self.greeting, offset, out);
     }
 
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
