@@ -14,7 +14,7 @@ use nix::{
         socket::{AddressFamily, SockFlag, SockType, socketpair},
         wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
-    unistd::{Pid, geteuid, getpid},
+    unistd::{Pid, geteuid},
 };
 use ozone::{Child, DeviceLaunch, Identity, Layer, Limits, Pending, Sandbox, SpawnError, spawn};
 use std::{
@@ -693,67 +693,90 @@ const STORIES: &[(&str, fn())] = stories! {
     without_user_namespaces_the_rest_remains
 };
 
-/// Panics abort nothing in tests: each story's panic is caught and counted.
-fn run_stories(filter: Option<&str>) -> (usize, usize) {
-    let (mut passed, mut failed) = (0, 0);
-    let who = if is_root() { "root" } else { "user" };
-    for (name, story) in STORIES {
-        if filter.is_some_and(|f| !name.contains(f)) {
-            continue;
-        }
-        let good = std::panic::catch_unwind(story).is_ok();
-        println!(
-            "test {who}::{name} ... {}",
-            if good { "ok" } else { "FAILED" }
+/// Runs one story in this process. Panics abort nothing in tests: a story's panic is caught.
+fn run_story(name: &str) -> bool {
+    let story = STORIES.iter().find(|(known, _)| *known == name);
+    story.is_some_and(|(_, story)| std::panic::catch_unwind(story).is_ok())
+}
+
+/// Runs one story in a process of a user without privileges.
+fn run_story_as_stranger(name: &str) -> bool {
+    Command::new(env::current_exe().expect("own path"))
+        .args(["--story", name])
+        .uid(STRANGER)
+        .gid(STRANGER)
+        .current_dir("/")
+        .status()
+        .expect("unprivileged run")
+        .success()
+}
+
+/// What test runners ask of a test program: a list, or those tests whose name is, or contains, a word.
+fn runner(arguments: &[String]) -> ExitCode {
+    let has = |flag: &str| arguments.iter().any(|a| a == flag);
+    let words: Vec<&String> = arguments
+        .iter()
+        .filter(|a| !a.starts_with('-') && *a != "terse")
+        .collect();
+    let users: &[&str] = if is_root() {
+        &["root", "user"]
+    } else {
+        &["user"]
+    };
+    let mut stories = Vec::new();
+    for user in users {
+        stories.extend(
+            STORIES
+                .iter()
+                .map(|(name, _)| (*user, *name, format!("{user}::{name}"))),
         );
+    }
+    stories.retain(|(_, _, full)| {
+        words.is_empty()
+            || words.iter().any(|w| {
+                if has("--exact") {
+                    *w == full
+                } else {
+                    full.contains(*w)
+                }
+            })
+    });
+    if has("--list") {
+        // None of them is one that is left out unless asked for.
+        if !has("--ignored") {
+            stories
+                .iter()
+                .for_each(|(_, _, full)| println!("{full}: test"));
+        }
+        return ExitCode::SUCCESS;
+    }
+    let (mut passed, mut failed) = (0, 0);
+    for (user, name, full) in stories {
+        let good = if user == "user" && is_root() {
+            run_story_as_stranger(name)
+        } else {
+            run_story(name)
+        };
+        println!("test {full} ... {}", if good { "ok" } else { "FAILED" });
         if good { passed += 1 } else { failed += 1 }
     }
-    (passed, failed)
+    println!("{passed} passed, {failed} failed");
+    ExitCode::from(u8::from(failed > 0))
 }
 
 fn main() -> ExitCode {
-    let argument = env::args().nth(1);
-    match argument.as_deref() {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
         Some("--parent") => role_parent(),
         Some("--filtered-parent") => role_filtered_parent(),
         Some("--other") => role_other(),
         Some("--self-lock") => role_self_lock(),
         Some("--poor-host") => role_poor_host(),
-        Some("--stories") => {
-            let (_, failed) = run_stories(env::args().nth(2).as_deref());
-            return ExitCode::from(u8::from(failed > 0));
+        Some("--story") => {
+            let name = arguments.get(1).map_or("", String::as_str);
+            return ExitCode::from(u8::from(!run_story(name)));
         }
-        other => {
-            let filter = other.filter(|f| !f.starts_with('-'));
-            let (mut passed, mut failed) = run_stories(filter);
-            if is_root() {
-                let mut command = Command::new(env::current_exe().expect("own path"));
-                command
-                    .arg("--stories")
-                    .args(filter)
-                    .uid(STRANGER)
-                    .gid(STRANGER)
-                    .current_dir("/");
-                let output = command
-                    .stderr(Stdio::inherit())
-                    .output()
-                    .expect("unprivileged run");
-                let text = String::from_utf8_lossy(&output.stdout);
-                print!("{text}");
-                passed += text.matches("... ok").count();
-                failed += text.matches("... FAILED").count();
-                if !output.status.success() && !text.contains("FAILED") {
-                    failed += 1;
-                    println!(
-                        "the unprivileged run ended with {} (pid {})",
-                        output.status,
-                        getpid()
-                    );
-                }
-            }
-            println!("{passed} passed, {failed} failed");
-            return ExitCode::from(u8::from(failed > 0));
-        }
+        _ => return runner(&arguments),
     }
     ExitCode::SUCCESS
 }
