@@ -851,6 +851,60 @@ mod tests {
         }
     }
 
+    /// Calls `advance` whenever something has come, as the main loop does.
+    fn advance(handshake: &mut Handshake) -> Result<(), RemoteError> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        loop {
+            let left = handshake
+                .deadline()
+                .saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap();
+            poll(
+                &mut [PollFd::new(handshake.as_fd(), PollFlags::POLLIN)],
+                timeout,
+            )
+            .unwrap();
+            if handshake.advance()? {
+                return Ok(());
+            }
+        }
+    }
+
+    #[test]
+    fn a_handshake_goes_on_whenever_something_has_come() {
+        let (socket, _fake) = FakeDevice::start(Script::default());
+        let mut handshake = Handshake::begin(socket, &fake::spec()).unwrap();
+        advance(&mut handshake).unwrap();
+        assert!(handshake.advance().unwrap(), "it stays so");
+        assert_eq!(handshake.finish().unwrap().num_queues(), 2);
+    }
+
+    #[test]
+    fn a_handshake_that_stops_half_way_does_not_hold_its_caller_and_ends() {
+        // A header that promises a body, and never the body.
+        for misdeed in [
+            Misdeed::Silence,
+            Misdeed::Reply([fake::GET_CONFIG, 5, 268], 200),
+        ] {
+            let (socket, _fake) = FakeDevice::start(misbehave(fake::GET_CONFIG, misdeed));
+            let mut handshake = Handshake::begin(socket, &fake::spec()).unwrap();
+            let start = Instant::now();
+            assert!(!handshake.advance().is_ok_and(|done| done));
+            assert!(start.elapsed() < Duration::from_secs(1));
+            let error = advance(&mut handshake).unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    RemoteError::Link {
+                        source: LinkError::Timeout { .. },
+                        ..
+                    }
+                ),
+                "{error:?}"
+            );
+        }
+    }
+
     #[test]
     fn lies_about_queues_features_and_configuration_are_told() {
         let (device, _fake) = connect(Script {
