@@ -156,9 +156,9 @@ impl Channel {
                         .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
                     break (message.bytes, fds, cut);
                 }
-                Err(Errno::EINTR) => {}
+                // The kernel says once that the peer left with messages unread; what it had sent before is still there.
+                Err(Errno::EINTR | Errno::ECONNRESET) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
-                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
                 Err(source) => {
                     return Err(ChannelError::Socket {
                         call: "recvmsg",
@@ -185,9 +185,9 @@ impl Channel {
                 flags | MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC,
             ) {
                 Ok(len) => return Ok(Some(len)),
-                Err(Errno::EINTR) => {}
+                // As in `receive_with`.
+                Err(Errno::EINTR | Errno::ECONNRESET) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
-                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
                 Err(source) => {
                     return Err(ChannelError::Socket {
                         call: "recv",
@@ -289,5 +289,17 @@ mod tests {
         let mut rest = Vec::new();
         let mut reader = reader;
         assert_eq!(reader.read_to_end(&mut rest).unwrap(), 0);
+    }
+
+    #[test]
+    fn last_words_of_a_peer_that_left_messages_unread_are_received() {
+        let (a, b) = Channel::pair().unwrap();
+        a.send(&1u32, &[]).unwrap();
+        a.send(&2u32, &[]).unwrap();
+        assert_eq!(b.receive::<u32>().unwrap().0, 1);
+        b.send(&7u32, &[]).unwrap();
+        drop(b);
+        assert_eq!(a.receive::<u32>().unwrap().0, 7);
+        assert!(matches!(a.receive::<u32>(), Err(ChannelError::Closed)));
     }
 }

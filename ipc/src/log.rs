@@ -7,7 +7,7 @@
 //! work: this one calls `write` and `clock_gettime` only.
 
 use std::fmt::Write as _;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -85,6 +85,11 @@ pub fn init(process: &'static str, level: Level, fd: OwnedFd) {
     {
         log::set_max_level(level.filter());
     }
+}
+
+/// What is logged to, once [`init`] was called.
+pub fn descriptor() -> Option<BorrowedFd<'static>> {
+    SINK.get().map(|sink| sink.fd.as_fd())
 }
 
 impl log::Log for Sink {

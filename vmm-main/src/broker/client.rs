@@ -128,7 +128,7 @@ impl Client {
         self.pid.as_raw()
     }
 
-    /// Takes the reply to [`Request::SetPolicy`]: the log file that `-D FILE` names.
+    /// Takes the reply to [`Request::SetPolicy`]: the descriptor to log to.
     pub fn policy_set(&mut self) -> Result<Option<OwnedFd>, ClientError> {
         match self.reply()? {
             (Reply::PolicySet { .. }, mut fds) => Ok(fds.pop()),

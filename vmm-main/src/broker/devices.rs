@@ -29,7 +29,7 @@ use ozone::{Child, DeviceLaunch, Identity, Limits, Pending, Sandbox};
 #[derive(Debug)]
 pub(super) struct Devices {
     slots: Vec<Option<Process>>,
-    log: Option<OwnedFd>,
+    log: Option<BorrowedFd<'static>>,
 }
 
 #[derive(Debug)]
@@ -52,10 +52,11 @@ enum Stage {
 }
 
 impl Devices {
-    pub(super) fn new(count: usize, log: Option<OwnedFd>) -> Self {
+    /// Device processes log where this process does: call it once [`ipc::log::init`] was called.
+    pub(super) fn new(count: usize) -> Self {
         Self {
             slots: std::iter::repeat_with(|| None).take(count).collect(),
-            log,
+            log: ipc::log::descriptor(),
         }
     }
 
@@ -118,7 +119,7 @@ impl Devices {
             id: id.to_owned(),
             pid,
             stage: Stage::Pending(pending),
-            lines: LogLines::new(log_reader.into()),
+            lines: LogLines::new(id, log_reader.into()),
         });
         Ok((ours.into(), pid))
     }
@@ -142,10 +143,10 @@ impl Devices {
     pub(super) fn handle(&mut self, index: usize) -> Option<Reply> {
         let slot = self.slots.get_mut(index)?;
         let process = slot.as_mut()?;
-        process.lines.relay(self.log.as_ref());
+        process.lines.relay(self.log);
         let (how, last_words) = process.follow()?;
         // What it wrote just before it ended is still in the pipe.
-        process.lines.relay(self.log.as_ref());
+        process.lines.relay(self.log);
         let last_words = last_words.unwrap_or_else(|| std::mem::take(&mut process.lines.last));
         let pid = process.pid;
         *slot = None;
@@ -165,7 +166,7 @@ impl Devices {
             .ok_or_else(|| format!("the policy has no device {index}"))?;
         if let Some(mut process) = slot.take() {
             process.end();
-            process.lines.relay(self.log.as_ref());
+            process.lines.relay(self.log);
         }
         Ok(())
     }
@@ -179,7 +180,7 @@ impl Devices {
         }
         for mut process in self.slots.iter_mut().filter_map(Option::take) {
             process.end();
-            process.lines.relay(self.log.as_ref());
+            process.lines.relay(self.log);
         }
     }
 }
@@ -306,6 +307,8 @@ fn find_binary(name: &str) -> Result<OwnedFd, String> {
 /// The log pipe of one device process.
 #[derive(Debug)]
 struct LogLines {
+    /// Id of the device. Each of its lines begins with it, so that none can pass for another process's.
+    id: String,
     pipe: File,
     open: bool,
     partial: Vec<u8>,
@@ -314,8 +317,9 @@ struct LogLines {
 }
 
 impl LogLines {
-    fn new(pipe: File) -> Self {
+    fn new(id: &str, pipe: File) -> Self {
         Self {
+            id: id.to_owned(),
             pipe,
             open: true,
             partial: Vec::new(),
@@ -325,7 +329,7 @@ impl LogLines {
     }
 
     /// Moves what is in the pipe to the log, line by line; at most one pipe's worth, so that a flood cannot hold the loop.
-    fn relay(&mut self, log: Option<&OwnedFd>) {
+    fn relay(&mut self, log: Option<BorrowedFd<'_>>) {
         let mut buffer = [0u8; 4096];
         for _ in 0..16 {
             match self.pipe.read(&mut buffer) {
@@ -347,7 +351,7 @@ impl LogLines {
         }
     }
 
-    fn take(&mut self, byte: u8, log: Option<&OwnedFd>) {
+    fn take(&mut self, byte: u8, log: Option<BorrowedFd<'_>>) {
         if byte != b'\n' {
             if self.partial.len() < MAX_LOG_LINE {
                 self.partial.push(byte);
@@ -365,7 +369,7 @@ impl LogLines {
             } else {
                 String::new()
             };
-            let _ = nix::unistd::write(log, format!("{line}{note}\n").as_bytes());
+            let _ = nix::unistd::write(log, format!("[{}] {line}{note}\n", self.id).as_bytes());
         }
         self.last = line;
     }
@@ -381,17 +385,17 @@ mod tests {
         let (reader, mut writer) = std::io::pipe().unwrap();
         let (mut out, log) = std::io::pipe().unwrap();
         let log = OwnedFd::from(log);
-        let mut lines = LogLines::new(OwnedFd::from(reader).into());
+        let mut lines = LogLines::new("d0", OwnedFd::from(reader).into());
         writer.write_all(b"one\x1b[31m\n").unwrap();
         writer.write_all(&[b'x'; 3 * MAX_LOG_LINE]).unwrap();
         drop(writer);
-        lines.relay(Some(&log));
+        lines.relay(Some(log.as_fd()));
         drop(log);
         let mut text = String::new();
         out.read_to_string(&mut text).unwrap();
         let mut got = text.lines();
-        assert_eq!(got.next(), Some("one [31m"));
-        assert_eq!(got.next().map(str::len), Some(MAX_LOG_LINE));
+        assert_eq!(got.next(), Some("[d0] one [31m"));
+        assert_eq!(got.next().map(str::len), Some("[d0] ".len() + MAX_LOG_LINE));
         assert_eq!(got.next(), None);
         assert_eq!(lines.last.len(), MAX_LOG_LINE);
     }

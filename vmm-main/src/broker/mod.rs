@@ -16,6 +16,7 @@
 //! |---|---|
 //! | `client.rs` | the control process's end: start the broker, ask, take what it tells unasked |
 //! | `process.rs` | the broker's own loop |
+//! | `log_target.rs` | the log on standard error, which no write waits for |
 //! | `open.rs` | one function per kind of grant |
 //! | `devices.rs` | device processes: start, log lines, end |
 //! | `rights.rs` | what it keeps of its caller's rights |
@@ -24,6 +25,7 @@
 mod cleanup;
 mod client;
 mod devices;
+mod log_target;
 mod open;
 mod process;
 mod rights;

@@ -7,6 +7,7 @@
 //! that could wait for anything else.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
@@ -20,6 +21,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::cleanup::Cleanup;
 use super::devices::Devices;
+use super::log_target;
 use super::open;
 use crate::lifecycle::{close_all_but, filter, with_causes};
 
@@ -84,7 +86,10 @@ impl Inherited {
 pub fn run(channel: RawFd) -> ExitCode {
     // SAFETY: only asks whether the number is open.
     if channel < 3 || unsafe { libc::fcntl(channel, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        eprintln!("stratovirt-broker is started by stratovirt, not by hand");
+        let _ = writeln!(
+            std::io::stderr(),
+            "stratovirt-broker is started by stratovirt, not by hand"
+        );
         return ExitCode::FAILURE;
     }
     // SAFETY: the control process passed this descriptor to this process alone, as its argument says.
@@ -107,7 +112,7 @@ pub fn run(channel: RawFd) -> ExitCode {
         Ok(mut broker) => broker.serve(),
         Err(ChannelError::Closed) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("stratovirt-broker: {e}");
+            let _ = writeln!(std::io::stderr(), "stratovirt-broker: {e}");
             ExitCode::FAILURE
         }
     }
@@ -148,7 +153,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         cleanup.terminal();
     }
     let log = match &policy.log_file {
-        None => std::io::stderr().as_fd().try_clone_to_owned(),
+        None => log_target::standard_error(),
         Some(path) => open::log(path),
     };
     let log = match log {
@@ -160,21 +165,14 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
             return Err(ChannelError::Closed);
         }
     };
-    let shared = policy
-        .log_file
-        .is_some()
-        .then(|| log.as_fd())
-        .into_iter()
-        .collect::<Vec<_>>();
     channel.send(
         &Reply::PolicySet {
             version: PROTOCOL_VERSION,
         },
-        &shared,
+        &[log.as_fd()],
     )?;
-    drop(shared);
-    let devices = Devices::new(policy.devices.len(), log.try_clone().ok());
     ipc::log::init("broker", policy.log_level, log);
+    let devices = Devices::new(policy.devices.len());
     if let Err(e) = super::rights::narrow(&policy) {
         error!("capabilities that the policy gives no use for cannot be dropped: {e}");
         return Err(ChannelError::Closed);
@@ -319,7 +317,6 @@ impl Broker {
 
     fn ready(&mut self) -> Result<(Reply, Option<OwnedFd>), String> {
         if let Some(path) = &self.policy.pidfile {
-            use std::io::Write;
             let told = |e: std::io::Error| match e.kind() {
                 std::io::ErrorKind::AlreadyExists => format!(
                     "-pidfile {}: exists already; remove it if no VM uses it",
@@ -336,16 +333,16 @@ impl Broker {
             writeln!(file, "{}", nix::unistd::getppid()).map_err(told)?;
         }
         if self.policy.daemonize {
-            let_go_of_standard_streams()
+            let_go_of_standard_streams(self.policy.log_file.is_none())
                 .map_err(|e| format!("-daemonize: letting go of the standard streams: {e}"))?;
         }
         Ok((Reply::ReadyDone, None))
     }
 }
 
-/// A caller that reads from a pipe until its end must not wait for the broker of a daemon.
+/// A caller that reads from a pipe until its end must not wait for the broker of a daemon. `and_log`: the log goes there too.
 #[allow(unsafe_code)] // the standard streams are numbers
-fn let_go_of_standard_streams() -> std::io::Result<()> {
+fn let_go_of_standard_streams(and_log: bool) -> std::io::Result<()> {
     let null = std::fs::File::options()
         .read(true)
         .write(true)
@@ -353,6 +350,10 @@ fn let_go_of_standard_streams() -> std::io::Result<()> {
     for standard in 0..3 {
         // SAFETY: 0 to 2 are the standard streams, which nobody owns as a Rust value.
         Errno::result(unsafe { libc::dup2(null.as_raw_fd(), standard) })?;
+    }
+    if and_log && let Some(log) = ipc::log::descriptor() {
+        // SAFETY: both are open; the owner of `log` keeps its number, which leads to /dev/null from here on.
+        Errno::result(unsafe { libc::dup2(null.as_raw_fd(), log.as_raw_fd()) })?;
     }
     Ok(())
 }

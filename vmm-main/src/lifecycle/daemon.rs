@@ -79,10 +79,15 @@ impl Ready {
         [self.pipe.as_raw_fd(), self.null.as_raw_fd()]
     }
 
-    /// Lets go of the caller's standard streams and of the caller. Errors that come later go to the log file.
-    pub(super) fn tell(mut self) -> Result<(), DaemonError> {
-        for standard in 0..3 {
-            // SAFETY: 0 to 2 are the standard streams, which nobody owns as a Rust value.
+    /// Lets go of the caller's standard streams and of the caller. Errors that come later go to the log file; with `and_log`
+    /// there is none, and the log too lets go of standard error.
+    pub(super) fn tell(mut self, and_log: bool) -> Result<(), DaemonError> {
+        let log = ipc::log::descriptor()
+            .filter(|_| and_log)
+            .map(|log| log.as_raw_fd());
+        for standard in (0..3).chain(log) {
+            // SAFETY: 0 to 2 are the standard streams, which nobody owns as a Rust value; the log's owner keeps its number,
+            // which leads to /dev/null from here on.
             Errno::result(unsafe { libc::dup2(self.null.as_raw_fd(), standard) }).map_err(
                 |source| DaemonError {
                     step: "dup2",

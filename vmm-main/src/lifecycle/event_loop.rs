@@ -147,7 +147,7 @@ impl Vm {
     pub(super) fn announce(mut self, ready: Option<Ready>) -> Result<Self, StartError> {
         self.parts.broker.ready()?;
         if let Some(ready) = ready {
-            ready.tell()?;
+            ready.tell(self.parts.spec.log.file.is_none())?;
         }
         lockdown::filter(Policy::ControlMain, self.parts.spec.seccomp)?;
         Ok(self)

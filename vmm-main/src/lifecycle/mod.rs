@@ -103,12 +103,17 @@ fn warn_about_weak_jails(spec: &VmSpec) {
             SandboxMode::Strict => "; -sandbox strict does not cover this",
             SandboxMode::BestEffort => "",
         };
-        eprintln!("stratovirt: warning: weakened jail: {what}{note}");
+        tell(&format!("warning: weakened jail: {what}{note}"));
     }
 }
 
 /// Tells an error with its causes on standard error.
 fn fail(error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("stratovirt: {}", with_causes(error));
+    tell(&with_causes(error));
     ExitCode::FAILURE
+}
+
+/// One line on standard error; nobody there to read it is no reason to abort, as `eprintln!` would.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "stratovirt: {line}");
 }

@@ -4,6 +4,8 @@
 //! **Who is not trusted**: whoever reads or writes the other end; see [`crate::chardev`].
 //! **Why this way.** A chardev is one descriptor to the main loop, whatever it is made of.
 
+use std::io::Write;
+
 use ipc::log::info;
 use ipc::spec::vm::{ChardevBackend, VmSpec};
 use nix::errno::Errno;
@@ -58,7 +60,10 @@ impl Chardevs {
             };
             if let Some(name) = &pty_name {
                 // Whoever started this VM without QMP has no other way to learn it; QEMU prints the same line.
-                println!("char device redirected to {name} (label {id})");
+                let _ = writeln!(
+                    std::io::stdout(),
+                    "char device redirected to {name} (label {id})"
+                );
             }
             if let Some(made) = made {
                 let filename = filename(backend, pty_name.as_deref());

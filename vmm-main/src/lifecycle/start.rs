@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use ipc::channel::ChannelError;
 use ipc::control::{DeviceGrant, Exit, Request};
 use ipc::log::{info, warn};
 use ipc::spec::vm::{BootSpec, MachineKind, VmSpec};
@@ -146,7 +147,6 @@ pub(super) fn start(
     let mut keep = vec![broker.as_fd().as_raw_fd()];
     keep.extend(ready.iter().flat_map(Ready::descriptors));
     close_all_but(&keep);
-    let signals = signals()?;
     let plan = plan(
         &spec,
         nix::unistd::isatty(std::io::stdin()).unwrap_or(false),
@@ -166,18 +166,18 @@ pub(super) fn start(
     phases.done("VM, guest RAM and vCPUs");
 
     let mut given = take(&mut broker, &plan)?;
-    let log = match given.log.take() {
-        Some(fd) => Ok(fd),
-        None => std::io::stderr().as_fd().try_clone_to_owned(),
-    };
-    if let Ok(fd) = log {
+    if let Some(fd) = given.log.take() {
         ipc::log::init("control", spec.log.level, fd);
     }
     phases.done("descriptors from the broker");
     let mut handshakes = Vec::with_capacity(given.devices.len());
-    for (device, grant) in given.devices.drain(..).zip(&plan.policy.devices) {
+    for (index, (device, grant)) in (0u32..).zip(given.devices.drain(..).zip(&plan.policy.devices))
+    {
         let socket = UnixStream::from(device.socket);
-        handshakes.push(Handshake::begin(socket, &grant.spec)?);
+        handshakes.push(
+            Handshake::begin(socket, &grant.spec)
+                .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?,
+        );
     }
 
     let chardevs = Chardevs::open(&spec, &plan, &mut given.files)?;
@@ -197,8 +197,10 @@ pub(super) fn start(
 
     let mut transports = Vec::with_capacity(handshakes.len());
     if let Some(machine) = &mut machine {
-        for handshake in &mut handshakes {
-            handshake.negotiate().ok();
+        for (index, handshake) in (0u32..).zip(&mut handshakes) {
+            handshake
+                .negotiate()
+                .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?;
         }
         for (index, handshake) in (0u32..).zip(handshakes) {
             let device = handshake
@@ -229,6 +231,9 @@ pub(super) fn start(
     }
     let sources = given.monitors(&plan);
 
+    // Not earlier: until here a signal ends this process at once, whatever it waits for, and the broker cleans up. Not
+    // later: threads inherit what is blocked.
+    let signals = signals()?;
     lockdown::lock(spec.sandbox)?;
     phases.done("process locked down");
     let mode = spec.seccomp;
@@ -286,12 +291,16 @@ fn signals() -> Result<SignalFd, StartError> {
 
 /// Sends every request that the start needs; [`take`] reads the replies in the same order.
 fn ask(broker: &Client, plan: &Plan) -> Result<(), StartError> {
-    broker.send(&Request::SetPolicy(plan.policy.clone()))?;
-    for index in 0..plan.policy.devices.len() as u32 {
-        broker.send(&Request::Start { index })?;
-    }
-    for index in 0..plan.policy.files.len() as u32 {
-        broker.send(&Request::Open { index })?;
+    let requests = std::iter::once(Request::SetPolicy(plan.policy.clone()))
+        .chain((0..plan.policy.devices.len() as u32).map(|index| Request::Start { index }))
+        .chain((0..plan.policy.files.len() as u32).map(|index| Request::Open { index }));
+    for request in requests {
+        match broker.send(&request) {
+            Ok(()) => {}
+            // A broker that has left said why, which [`take`] reads.
+            Err(ClientError::Channel(ChannelError::Closed)) => break,
+            Err(e) => return Err(e.into()),
+        }
     }
     Ok(())
 }
@@ -428,6 +437,10 @@ fn why_device_failed(
     grants: &[DeviceGrant],
     error: RemoteError,
 ) -> StartError {
+    if !error.is_hang_up() {
+        // A process that lies or is silent ends only because it was given up; what it did is the reason.
+        return error.into();
+    }
     let Some(exit) = broker.wait_exit(index) else {
         return error.into();
     };

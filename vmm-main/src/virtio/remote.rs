@@ -156,6 +156,17 @@ impl RemoteError {
     pub const fn is_guests_fault(&self) -> bool {
         matches!(self, Self::QueueAddress { .. })
     }
+
+    /// Whether the device process closed its socket, as one does that ends.
+    pub const fn is_hang_up(&self) -> bool {
+        matches!(
+            self,
+            Self::Link {
+                source: LinkError::Closed,
+                ..
+            }
+        )
+    }
 }
 
 /// What the guest's driver said about one queue (virtio 1.3, section 4.2.2: `QueueSize`, `QueueDesc`, …).
