@@ -56,7 +56,7 @@ pub(super) fn file(grant: &FileGrant, cleanup: &mut Cleanup) -> Result<Opened, S
         .map(|file| OwnedFd::from(file).into())
         .map_err(|e| format!("{option} {}: cannot open for writing: {e}", path.display())),
         FileGrant::ListenUnix { option, path } => listen_unix(option, path, cleanup),
-        FileGrant::ConnectUnix { option, path } => UnixStream::connect(path)
+        FileGrant::ConnectUnix { option, path } => connect_unix(path)
             .map(|socket| OwnedFd::from(socket).into())
             .map_err(|e| format!("{option} {}: cannot connect: {e}", path.display())),
         FileGrant::ListenTcp { option, host, port } => {
@@ -86,14 +86,30 @@ fn open(options: &mut std::fs::OpenOptions, path: &Path) -> std::io::Result<File
         .open(path)
 }
 
+/// Connects without waiting: a listener that accepts nobody would hold the broker, and with it the end of the VM.
+fn connect_unix(path: &Path) -> std::io::Result<UnixStream> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    let address = UnixAddr::new(path)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &address)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 fn listen_unix(option: &str, path: &Path, cleanup: &mut Cleanup) -> Result<Opened, String> {
     let told = |what: &str| format!("{option} {}: {what}", path.display());
     if let Ok(meta) = std::fs::symlink_metadata(path) {
         if !meta.file_type().is_socket() {
             return Err(told("exists and is not a socket"));
         }
-        match UnixStream::connect(path) {
+        match connect_unix(path) {
             Ok(_) => return Err(told("another process listens on this socket")),
+            // So many clients wait that there is no room for one more.
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                return Err(told("another process listens on this socket"));
+            }
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
                 // Left behind by a process that was killed together with its broker.
                 std::fs::remove_file(path)
@@ -416,5 +432,28 @@ mod tests {
         assert_eq!(refused.raw_os_error(), Some(libc::ENXIO));
         let _reader = open(File::options().read(true), &fifo).unwrap();
         log(&fifo).unwrap();
+    }
+
+    #[test]
+    fn a_listener_that_accepts_nobody_is_not_waited_for() {
+        use nix::sys::socket::{
+            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let _first = connect_unix(&path).unwrap();
+        let full = connect_unix(&path).unwrap_err();
+        assert_eq!(full.kind(), std::io::ErrorKind::WouldBlock);
+        let refused = listen_unix("-qmp", &path, &mut Cleanup::default()).unwrap_err();
+        assert!(refused.contains("another process listens"), "{refused}");
     }
 }
