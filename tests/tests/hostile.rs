@@ -180,3 +180,21 @@ fn a_daemon_lets_go_of_its_callers_standard_error() {
     assert_eq!(text, "");
     assert!(watched.ended(Deadline::after(LIMIT)).unwrap());
 }
+
+#[test]
+fn without_proc_the_reason_is_told() {
+    require_root();
+    let out = Command::new("unshare")
+        .args([
+            "--mount",
+            "sh",
+            "-c",
+            "mount -t tmpfs none /proc && exec \"$0\" -machine none",
+        ])
+        .arg(binary("stratovirt").unwrap())
+        .output()
+        .unwrap();
+    let messages = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{messages}");
+    assert!(messages.contains("is /proc mounted?"), "{messages}");
+}

@@ -102,7 +102,7 @@ impl Client {
         let role = CString::new(super::process::ROLE).unwrap_or_default();
         let number = CString::new(theirs.as_fd().as_raw_fd().to_string()).unwrap_or_default();
         // SAFETY: this process has one thread (nothing has been started yet), so the child may call anything; it calls
-        // only fcntl, execve and _exit.
+        // only fcntl, execve, write and _exit.
         match unsafe { nix::unistd::fork() }.map_err(failed("fork"))? {
             ForkResult::Parent { child } => Ok(Self {
                 channel: ours,
@@ -115,7 +115,13 @@ impl Client {
                 if kept.is_ok() {
                     // Environment variables are nobody's business there.
                     let empty: [CString; 0] = [];
-                    let _ = nix::unistd::execve(exe, &[role, number], &empty);
+                    let Err(why) = nix::unistd::execve(exe, &[role, number], &empty);
+                    // The parent only sees that nobody is there.
+                    let line = format!(
+                        "stratovirt: cannot execute /proc/self/exe as broker (is /proc mounted?): {}\n",
+                        why.desc()
+                    );
+                    let _ = nix::unistd::write(std::io::stderr(), line.as_bytes());
                 }
                 // SAFETY: ends this process without running anything that belongs to the parent.
                 unsafe { libc::_exit(127) }
