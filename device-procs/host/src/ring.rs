@@ -56,6 +56,8 @@ pub struct Ring {
     writable: SegmentList,
     /// Chains that the device may still take in this turn.
     budget: u16,
+    /// The device wanted more in this turn than it may take; what it put back then does not change that.
+    exhausted: bool,
     /// Where the device found nothing more available, in this turn.
     drained: Option<u16>,
     /// Used index when the driver was last considered for an interrupt.
@@ -86,6 +88,7 @@ impl Ring {
             readable: SegmentList::default(),
             writable: SegmentList::default(),
             budget: 0,
+            exhausted: false,
             drained: None,
             signalled: 0,
             owes_interrupt: false,
@@ -150,7 +153,11 @@ impl Ring {
     }
 
     fn next_head(&mut self) -> Result<Option<(u16, bool)>, FaultKind> {
-        if !self.is_running() || self.budget == 0 {
+        if !self.is_running() {
+            return Ok(None);
+        }
+        if self.budget == 0 {
+            self.exhausted = true;
             return Ok(None);
         }
         if let Some(head) = self.replay.pop() {
@@ -471,6 +478,7 @@ impl Ring {
     /// Before a turn in which the device may or may not look at this queue.
     pub(crate) fn refill_budget(&mut self) {
         self.budget = self.queue.size();
+        self.exhausted = false;
         self.drained = None;
     }
 
@@ -488,7 +496,7 @@ impl Ring {
             let more = self.queue.enable_notification(ram.map());
             self.queue.set_next_avail(next);
             self.due |= more.map_err(|_| FaultKind::QueueMemory)?;
-        } else if self.budget == 0 {
+        } else if self.exhausted || self.budget == 0 {
             self.due = true;
         }
         Ok(())
