@@ -285,6 +285,40 @@ fn a_large_frame_is_spread_over_mergeable_buffers_all_at_once() {
 }
 
 #[test]
+fn a_large_frame_at_the_end_of_a_turn_is_not_forgotten() {
+    let Some(mut card) = card(1, MRG_RXBUF | EVENT_IDX) else {
+        return;
+    };
+    // One turn takes as many chains as the queue has entries: twelve small frames leave four, the large one needs five.
+    for mark in 1..=12 {
+        card.host.write_all(&frame(64, mark)).unwrap();
+    }
+    card.host.write_all(&frame(1400, 13)).unwrap();
+    card.front.config(0, 6);
+    card.offer(0, &[300; 16]);
+    for _ in 0..12 {
+        assert_eq!(card.queues[0].wait_used(&card.front.memory).1, 76);
+    }
+    card.front.config(0, 6);
+    // A driver rings only when it is asked to, which it must have been.
+    let q = &mut card.queues[0];
+    let head = q.chain(&card.front.memory, &[Buffer::writable(RX + 16 * 300, 300)]);
+    q.offer(&card.front.memory, head);
+    assert_eq!(
+        q.avail_event(&card.front.memory),
+        16,
+        "the next buffer is asked for"
+    );
+    q.set_used_event(&card.front.memory, 12);
+    q.kick();
+    let lengths: Vec<u32> = (0..5)
+        .map(|_| card.queues[0].wait_used(&card.front.memory).1)
+        .collect();
+    assert_eq!(lengths, [300, 300, 300, 300, 212]);
+    card.finish();
+}
+
+#[test]
 fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped() {
     let Some(mut card) = card(1, 0) else { return };
     card.offer(0, &[300, 300]);
