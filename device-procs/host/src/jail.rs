@@ -41,7 +41,7 @@ pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailErr
         if layer.is_on() {
             ipc::log::debug!("jail: {layer}");
         } else {
-            ipc::log::warn!("jail: {layer}");
+            ipc::log::error!("jail layer not in force: {layer}");
         }
     }
     let action = match start.seccomp {

@@ -16,7 +16,7 @@ use crate::lifecycle::with_causes;
 use ipc::PROTOCOL_VERSION;
 use ipc::control::{DeviceGrant, Exit, Policy, Reply};
 use ipc::limits::MAX_LOG_LINE;
-use ipc::log::{RateLimit, trace, warn};
+use ipc::log::{RateLimit, error, trace};
 use ipc::spec::DeviceSpec;
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
 use nix::errno::Errno;
@@ -223,7 +223,7 @@ impl Process {
     /// Logs what is missing in the jail, and at trace level how long each step took.
     fn tell_jail(&self, child: &Child) {
         for layer in child.layers.iter().filter(|layer| !layer.is_on()) {
-            warn!("device {}: jail layer missing: {layer}", self.id);
+            error!("device {}: jail layer not in force: {layer}", self.id);
         }
         let mut last = None;
         for phase in &child.phases {

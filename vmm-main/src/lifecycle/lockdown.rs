@@ -6,7 +6,7 @@
 //! **Why this way.** All layers but seccomp are inherited by threads that start later, so the order is: lock, start threads,
 //! filter.
 
-use ipc::log::{debug, warn};
+use ipc::log::{debug, error};
 use ipc::start::{SandboxMode, SeccompMode};
 use ozone::{Sandbox, SelfLockError};
 use seccomp_policies::{Action, Policy};
@@ -24,7 +24,7 @@ pub(super) fn lock(mode: SandboxMode) -> Result<(), SelfLockError> {
         if layer.is_on() {
             debug!("control process: {layer}");
         } else {
-            warn!("control process: jail layer missing: {layer}");
+            error!("control process: jail layer not in force: {layer}");
         }
     }
     Ok(())
