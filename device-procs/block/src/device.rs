@@ -23,7 +23,7 @@ const MIN_QUEUE_SIZE: u16 = 4;
 
 /// A disk.
 #[derive(Debug)]
-pub(crate) struct Block {
+pub struct Block {
     engine: Engine,
     config: ConfigSpace,
     serial: [u8; BLOCK_ID_BYTES],
@@ -36,7 +36,10 @@ pub(crate) struct Block {
 
 impl Block {
     /// From the start message and the image descriptor.
-    pub(crate) fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Self, BuildError> {
+    ///
+    /// # Errors
+    /// The spec and the descriptors do not make one.
+    pub fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Self, BuildError> {
         let DeviceSpec::Block(spec) = &start.device else {
             return Err(BuildError::NotABlockDevice);
         };

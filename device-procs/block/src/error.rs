@@ -5,7 +5,7 @@ use thiserror::Error;
 
 /// Why the device was not built.
 #[derive(Debug, Error)]
-pub(crate) enum BuildError {
+pub enum BuildError {
     /// The start message is for another device.
     #[error("the start message describes no disk")]
     NotABlockDevice,

@@ -29,6 +29,9 @@ pub const USO: u32 = 0x20 | 0x40;
 /// # Errors
 /// The descriptor is no tap, or the length is less than 10.
 pub fn set_header_len(tap: BorrowedFd<'_>, len: i32) -> Result<(), Errno> {
+    if cfg!(fuzzing) {
+        return Ok(()); // there, a socket stands for the tap
+    }
     // SAFETY: the kernel reads one int through the pointer.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) };
     Errno::result(result).map(drop)
@@ -39,6 +42,9 @@ pub fn set_header_len(tap: BorrowedFd<'_>, len: i32) -> Result<(), Errno> {
 /// # Errors
 /// The descriptor is no tap, or the kernel does not know a flag.
 pub fn set_offloads(tap: BorrowedFd<'_>, flags: u32) -> Result<(), Errno> {
+    if cfg!(fuzzing) {
+        return Ok(());
+    }
     let flags = libc::c_ulong::from(flags);
     // SAFETY: the argument is a number.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, flags) };

@@ -35,7 +35,7 @@ struct Pair {
 
 /// A network card.
 #[derive(Debug)]
-pub(crate) struct Net {
+pub struct Net {
     pairs: Vec<Pair>,
     config: ConfigSpace,
     queue_size: u16,
@@ -49,7 +49,10 @@ pub(crate) struct Net {
 
 impl Net {
     /// From the start message and the tap's descriptors.
-    pub(crate) fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Self, BuildError> {
+    ///
+    /// # Errors
+    /// The spec and the descriptors do not make one.
+    pub fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Self, BuildError> {
         let DeviceSpec::Net(spec) = &start.device else {
             return Err(BuildError::NotANetDevice);
         };

@@ -1,0 +1,24 @@
+//! virtio-net in a process of its own (virtio 1.3, section 5.1).
+//!
+//! **Job.** Carries packets between a guest's queues and the queues of one tap. `device.rs` is the device, `header.rs` the
+//! header in front of each packet, `receive.rs` and `transmit.rs` the two directions, `control.rs` the control queue,
+//! `features.rs` what is offered, `config_space.rs` what the driver reads first, `backend/` the tap.
+//!
+//! **Who is not trusted.** The guest: headers, lengths, buffers. The network: packets are bytes and are never parsed here.
+//!
+//! **Why this way.** The process has the tap's descriptors and its rings; checksums and segmentation are the kernel's work.
+
+#![forbid(unsafe_code)]
+
+mod backend;
+mod config_space;
+mod control;
+mod device;
+mod error;
+mod features;
+mod header;
+mod receive;
+mod transmit;
+
+pub use device::Net;
+pub use error::BuildError;
