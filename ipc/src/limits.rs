@@ -92,3 +92,14 @@ pub const MAX_LOG_LINES_PER_SECOND: u32 = 100;
 /// Bytes of a device's in-flight region: 16 a descriptor (vhost-user, "Inflight description"), for the largest device,
 /// rounded up generously. Also the largest file that a device without a writable image may make.
 pub const MAX_INFLIGHT_REGION: u64 = 4 << 20;
+
+/// Threads of one process that the broker tells about: more than a VM has vCPUs, and few enough for [`MAX_MESSAGE`].
+pub const MAX_INSPECTED_THREADS: usize = 512;
+/// Descriptors of one process that the broker tells about. A control process with the most devices and queues has some 900.
+pub const MAX_INSPECTED_FDS: usize = 1536;
+/// File names, and bytes of each, that the broker tells about where there should be none.
+pub const MAX_INSPECTED_NAMES: usize = 16;
+/// Bytes of one name that the broker tells: of a thread, a descriptor's kind, a file.
+pub const MAX_INSPECTED_NAME: usize = 64;
+/// Bytes of one file of `/proc` that the broker reads: a control process's `maps` with the most devices is below 64 KiB.
+pub const MAX_PROC_FILE: u64 = 1 << 20;

@@ -25,8 +25,8 @@ pub mod tree;
 mod watch;
 
 pub use layer::{Layer, LayerReport, Sandbox, State};
-pub use self_lock::{SelfLockError, SelfReport, self_lock};
+pub use self_lock::{SelfLockError, SelfReport, self_lock, while_open_to_inspection};
 pub use spawn::{Child, DeviceLaunch, Pending, SpawnError, spawn};
 pub use steps::idmap::Identity;
-pub use steps::landlock::LandlockReport;
+pub use steps::landlock::{LandlockReport, abi as landlock_abi};
 pub use steps::rlimits::Limits;

@@ -43,6 +43,25 @@ pub enum SelfLockError {
     Refused(LayerReport),
 }
 
+/// Does `work` while others of this process's user may look into it, as its broker then does. For the last moment before
+/// untrusted code runs, after [`self_lock()`].
+///
+/// # Errors
+/// [`SelfLockError::Step`]; the process should then end.
+pub fn while_open_to_inspection<T>(work: impl FnOnce() -> T) -> Result<T, SelfLockError> {
+    let step = |source| SelfLockError::Step {
+        what: "switching dumps off",
+        source,
+    };
+    dumpable::switch_on().map_err(step)?;
+    let done = work();
+    if dumpable::switch_off().map_err(step)? {
+        Ok(done)
+    } else {
+        Err(step(Errno::EPERM))
+    }
+}
+
 /// Locks this process down. Descriptors that are open keep working; nothing can be opened by path
 /// afterwards.
 ///

@@ -11,6 +11,8 @@
 //! **Why this way.** "Opens only what the policy fixed before the guest ran" is then a property of the message types, not
 //! of checks.
 
+pub mod sandbox;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::log::Level;
 use crate::spec::DeviceSpec;
 use crate::start::{SandboxMode, SeccompMode};
+use sandbox::ProcessFacts;
 
 /// Everything the broker may do for this VM, fixed before the guest runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +171,8 @@ pub enum Request {
     },
     /// The VM is set up: write the pid file, let a waiting `-daemonize` parent go.
     Ready,
+    /// Read what confines each process of the VM.
+    Inspect,
 }
 
 /// What the broker answers, and what it tells unasked.
@@ -200,6 +205,14 @@ pub enum Reply {
     },
     /// [`Request::Ready`] is done.
     ReadyDone,
+    /// [`Request::Inspect`]: what was read about one process. The control process comes first, then the broker, then every
+    /// device that has a process; [`Reply::InspectionDone`] follows.
+    Inspected(Box<ProcessFacts>),
+    /// The last reply to [`Request::Inspect`], which never fails.
+    InspectionDone {
+        /// Landlock's version in the running kernel; 0 without Landlock.
+        landlock_abi: u32,
+    },
     /// A request failed; `message` is complete and fit for the user.
     Failed {
         /// What went wrong, naming option, value and range.

@@ -5,6 +5,11 @@
 use crate::sys::process as sys;
 use nix::errno::Errno;
 
+/// Switches dumps on again.
+pub(crate) fn switch_on() -> Result<(), Errno> {
+    sys::set_dumpable(true)
+}
+
 /// Switches dumps off and reads back whether they are.
 pub(crate) fn switch_off() -> Result<bool, Errno> {
     sys::set_dumpable(false)?;

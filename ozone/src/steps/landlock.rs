@@ -24,6 +24,12 @@ const FILES_COMPLETE: i32 = 3;
 const TCP: i32 = 4;
 const SCOPES: i32 = 6;
 
+/// The kernel's version of Landlock; 0 without Landlock.
+#[must_use]
+pub fn abi() -> u32 {
+    crate::sys::process::landlock_abi()
+}
+
 /// Restricts the calling thread, and whatever it starts, for good.
 pub(crate) fn deny_all() -> Result<LandlockReport, RulesetError> {
     let newest = ABI::V9; // the newest that the crate knows; older kernels ignore what they lack

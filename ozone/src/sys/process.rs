@@ -442,3 +442,18 @@ pub(crate) fn join_new_keyring() -> Result<(), Errno> {
     // SAFETY: without a name there is no address.
     check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, no_name) })
 }
+
+/// The kernel's version of Landlock, 0 if it has none or it is switched off.
+pub(crate) fn landlock_abi() -> u32 {
+    const CREATE_RULESET_VERSION: libc::c_uint = 1; // include/uapi/linux/landlock.h
+    // SAFETY: with this flag the call takes a null pointer and the size 0, and gives a number.
+    let version = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<libc::c_void>(),
+            0_usize,
+            CREATE_RULESET_VERSION,
+        )
+    };
+    u32::try_from(version).unwrap_or(0)
+}

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use ipc::channel::{Channel, ChannelError};
+use ipc::control::sandbox::ProcessFacts;
 use ipc::control::{Exit, Reply, Request};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -79,6 +80,15 @@ pub enum Notice {
     },
 }
 
+/// What confines each process of the VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inspection {
+    /// The control process, the broker, and each device that has a process.
+    pub processes: Vec<ProcessFacts>,
+    /// Landlock's version in the running kernel; 0 without Landlock.
+    pub landlock_abi: u32,
+}
+
 /// The broker as the control process sees it.
 #[derive(Debug)]
 pub struct Client {
@@ -87,6 +97,9 @@ pub struct Client {
     exits: VecDeque<DeviceExit>,
     /// Index and process id of each device process.
     pids: Vec<(u32, i32)>,
+    /// Replies to a [`Request::Inspect`] whose end has not come yet.
+    inspected: Vec<ProcessFacts>,
+    inspections: VecDeque<Inspection>,
 }
 
 /// A process whose socket has closed is about to end; this long is waited for word of it, in milliseconds.
@@ -109,6 +122,8 @@ impl Client {
                 pid: child,
                 exits: VecDeque::new(),
                 pids: Vec::new(),
+                inspected: Vec::new(),
+                inspections: VecDeque::new(),
             }),
             ForkResult::Child => {
                 let kept = fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()));
@@ -244,10 +259,37 @@ impl Client {
             self.forget(&exit);
             return Ok(Some(Notice::Exited(exit)));
         }
-        match self.channel.try_receive::<Reply>()? {
-            Some((reply, fds)) => self.notice(reply, fds).map(Some),
-            None => Ok(None),
+        while let Some((reply, fds)) = self.channel.try_receive::<Reply>()? {
+            if let Some((reply, fds)) = self.keep_inspection(reply, fds) {
+                return self.notice(reply, fds).map(Some);
+            }
         }
+        Ok(None)
+    }
+
+    /// The oldest answer to a [`Request::Inspect`], once [`poll`](Self::poll) or [`wait`](Self::wait) have met all of it.
+    pub fn inspection(&mut self) -> Option<Inspection> {
+        self.inspections.pop_front()
+    }
+
+    /// Takes what belongs to an inspection, and gives back everything else.
+    fn keep_inspection(
+        &mut self,
+        reply: Reply,
+        fds: Vec<OwnedFd>,
+    ) -> Option<(Reply, Vec<OwnedFd>)> {
+        match reply {
+            Reply::Inspected(facts) => self.inspected.push(*facts),
+            Reply::InspectionDone { landlock_abi } => {
+                let processes = std::mem::take(&mut self.inspected);
+                self.inspections.push_back(Inspection {
+                    processes,
+                    landlock_abi,
+                });
+            }
+            other => return Some((other, fds)),
+        }
+        None
     }
 
     /// As [`poll`](Self::poll), but waits.
@@ -256,8 +298,12 @@ impl Client {
             self.forget(&exit);
             return Ok(Notice::Exited(exit));
         }
-        let (reply, fds) = self.channel.receive::<Reply>()?;
-        self.notice(reply, fds)
+        loop {
+            let (reply, fds) = self.channel.receive::<Reply>()?;
+            if let Some((reply, fds)) = self.keep_inspection(reply, fds) {
+                return self.notice(reply, fds);
+            }
+        }
     }
 
     fn notice(&mut self, reply: Reply, mut fds: Vec<OwnedFd>) -> Result<Notice, ClientError> {

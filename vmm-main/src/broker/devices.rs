@@ -124,6 +124,15 @@ impl Devices {
         Ok((ours.into(), pid))
     }
 
+    /// Index and process id of each device that has a process.
+    pub(super) fn pids(&self) -> impl Iterator<Item = (u32, i32)> + use<> {
+        let pids: Vec<(u32, i32)> = (0..)
+            .zip(&self.slots)
+            .filter_map(|(index, slot)| Some((index, slot.as_ref()?.pid)))
+            .collect();
+        pids.into_iter()
+    }
+
     /// Every descriptor to poll, with the index of its device.
     pub(super) fn watched(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
         self.slots.iter().enumerate().flat_map(|(index, slot)| {

@@ -19,16 +19,18 @@
 //! | `log_target.rs` | the log on standard error, which no write waits for |
 //! | `open.rs` | one function per kind of grant |
 //! | `devices.rs` | device processes: start, log lines, end |
+//! | `inspect.rs` | what confines each process of the VM, read from `/proc` |
 //! | `rights.rs` | what it keeps of its caller's rights |
 //! | `cleanup.rs` | what must be gone when the VM is |
 
 mod cleanup;
 mod client;
 mod devices;
+mod inspect;
 mod log_target;
 mod open;
 mod process;
 mod rights;
 
-pub use client::{Client, ClientError, DeviceExit, Notice};
+pub use client::{Client, ClientError, DeviceExit, Inspection, Notice};
 pub use process::{is_broker, run};

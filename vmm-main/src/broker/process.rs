@@ -21,6 +21,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::cleanup::Cleanup;
 use super::devices::Devices;
+use super::inspect::{self, Witness};
 use super::log_target;
 use super::open;
 use crate::lifecycle::{close_all_but, filter, with_causes};
@@ -173,6 +174,10 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
     )?;
     ipc::log::init("broker", policy.log_level, log);
     let devices = Devices::new(policy.devices.len());
+    if let Err(e) = nix::sys::prctl::set_dumpable(false) {
+        error!("dumps cannot be switched off: {}", e.desc());
+        return Err(ChannelError::Closed);
+    }
     if let Err(e) = super::rights::narrow(&policy) {
         error!("capabilities that the policy gives no use for cannot be dropped: {e}");
         return Err(ChannelError::Closed);
@@ -188,6 +193,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         cleanup,
         devices,
         holds: BTreeMap::new(),
+        witness: None,
     })
 }
 
@@ -199,6 +205,8 @@ struct Broker {
     devices: Devices,
     /// Images that were opened, by their device, for a restart.
     holds: BTreeMap<u32, open::Hold>,
+    /// What the control process showed of itself at lock-down.
+    witness: Option<Witness>,
 }
 
 impl Broker {
@@ -268,6 +276,7 @@ impl Broker {
                 .stop(*index as usize)
                 .map(|()| (Reply::Stopped { index: *index }, None)),
             Request::Ready => self.ready(),
+            Request::Inspect => return self.inspect(),
         };
         match outcome {
             Ok((reply, fd)) => self
@@ -315,7 +324,24 @@ impl Broker {
         Ok((Reply::Started { index, pid }, Some(socket)))
     }
 
+    fn inspect(&mut self) -> Result<(), ChannelError> {
+        let control = nix::unistd::getppid().as_raw();
+        let witness = self.witness.get_or_insert_with(|| Witness::of(control));
+        let devices = self.devices.pids();
+        let all = std::iter::once(witness.facts())
+            .chain(std::iter::once_with(inspect::broker))
+            .chain(devices.map(|(index, pid)| inspect::device(index, pid)));
+        for facts in all {
+            self.channel.send(&Reply::Inspected(Box::new(facts)), &[])?;
+        }
+        let landlock_abi = ozone::landlock_abi();
+        self.channel
+            .send(&Reply::InspectionDone { landlock_abi }, &[])
+    }
+
     fn ready(&mut self) -> Result<(Reply, Option<OwnedFd>), String> {
+        // The control process is open to this now, and never again.
+        self.witness = Some(Witness::of(nix::unistd::getppid().as_raw()));
         if let Some(path) = &self.policy.pidfile {
             let told = |e: std::io::Error| match e.kind() {
                 std::io::ErrorKind::AlreadyExists => format!(

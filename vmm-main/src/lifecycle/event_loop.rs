@@ -5,9 +5,11 @@
 //! **Who is not trusted**: everybody whose message arrives here. Each is a typed value that was checked where it came in.
 //! **Why this way.** State changes happen in one place and one thread, so events leave in the order in which things happened.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::ExitCode;
 
+use ipc::control::Request;
 use ipc::log::{debug, error, info, warn};
 use ipc::spec::vm::VmSpec;
 use nix::errno::Errno;
@@ -27,7 +29,8 @@ use crate::cmdline::Plan;
 use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
 use crate::qmp::{
-    Cause, Commands, CpuThread, Event, IothreadInfo, QmpError, RunState, ServerHandle, VmCommand,
+    Cause, Commands, CpuThread, Event, IothreadInfo, QmpError, Reply, RunState, SandboxReport,
+    ServerHandle, VmCommand,
 };
 
 /// Everything a VM is made of.
@@ -52,6 +55,8 @@ pub(super) struct Vm {
     events: Option<EventReceiver>,
     supervisor: Supervisor,
     state: RunState,
+    /// Clients that wait for the broker's facts, in the order in which it was asked.
+    inspections: VecDeque<Reply<SandboxReport>>,
 }
 
 /// How the VM ended.
@@ -116,6 +121,7 @@ impl Vm {
             events,
             supervisor,
             state: RunState::Prelaunch,
+            inspections: VecDeque::new(),
         })
     }
 
@@ -145,7 +151,8 @@ impl Vm {
 
     /// Says that the VM is there, and gives up the last of this thread's rights.
     pub(super) fn announce(mut self, ready: Option<Ready>) -> Result<Self, StartError> {
-        self.parts.broker.ready()?;
+        // It takes a look at this process, the last one that anybody gets.
+        ozone::while_open_to_inspection(|| self.parts.broker.ready())??;
         if let Some(ready) = ready {
             ready.tell(self.parts.spec.log.file.is_none())?;
         }
@@ -178,6 +185,7 @@ impl Vm {
                     return self.finish(end);
                 }
             }
+            self.answer_inspections();
             if deadline.is_some()
                 && let Err(end) = self.supervise(Supervisor::overdue)
             {
@@ -330,6 +338,13 @@ impl Vm {
             VmCommand::Cpus(reply) => reply.send(self.cpus()),
             VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
             VmCommand::Chardevs(reply) => reply.send(Ok(self.parts.chardevs.info())),
+            VmCommand::Sandbox(reply) => {
+                self.inspections.push_back(reply);
+                self.parts
+                    .broker
+                    .send(&Request::Inspect)
+                    .map_err(|e| host_error(&e))?;
+            }
             VmCommand::Stop(reply) => {
                 let done = match self.state {
                     RunState::Running => self.pause(RunState::Paused),
@@ -374,6 +389,23 @@ impl Vm {
             }
         }
         Ok(())
+    }
+
+    /// Passes on what the broker has read, whichever of this loop's waits met it.
+    fn answer_inspections(&mut self) {
+        while let Some(inspection) = self.parts.broker.inspection() {
+            let Some(reply) = self.inspections.pop_front() else {
+                return;
+            };
+            let devices = &self.parts.plan.policy.devices;
+            reply.send(Ok(SandboxReport {
+                seccomp: self.parts.spec.seccomp,
+                sandbox: self.parts.spec.sandbox,
+                devices: devices.iter().map(|d| d.spec.id().to_owned()).collect(),
+                landlock_abi: inspection.landlock_abi,
+                processes: inspection.processes,
+            }));
+        }
     }
 
     fn cpus(&self) -> Result<Vec<CpuThread>, QmpError> {

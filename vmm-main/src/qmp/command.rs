@@ -250,6 +250,8 @@ pub enum VmCommand {
     Iothreads(Reply<Vec<IothreadInfo>>),
     /// `query-chardev`
     Chardevs(Reply<Vec<ChardevInfo>>),
+    /// `query-sandbox`
+    Sandbox(Reply<super::SandboxReport>),
     /// `stop`: pauses the vCPUs; emits STOP before it answers.
     Stop(Reply<()>),
     /// `cont`: lets them run; emits RESUME before it answers.

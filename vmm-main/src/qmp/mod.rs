@@ -21,6 +21,7 @@
 mod command;
 mod event;
 mod json;
+mod sandbox;
 pub mod schema;
 mod server;
 mod session;
@@ -29,6 +30,7 @@ pub use command::{
     ChardevInfo, CpuThread, ErrorClass, IothreadInfo, QmpError, Reply, RunState, VmCommand,
 };
 pub use event::{Cause, Event};
+pub use sandbox::SandboxReport;
 pub use server::{Commands, Server, ServerError, ServerHandle, Source, StartHook};
 pub use session::Info;
 

@@ -193,6 +193,15 @@ pub static COMMANDS: &[Command] = &[
         "Character devices; a pty's filename names its terminal",
     ),
     main(
+        "query-sandbox",
+        |ticket| {
+            VmCommand::Sandbox(Reply::new(ticket, |_, report| {
+                super::sandbox::shape(&report)
+            }))
+        },
+        "What confines each process of the VM, as the broker reads it from the kernel; `pids` names them all, this one first",
+    ),
+    main(
         "stop",
         |ticket| VmCommand::Stop(nothing(ticket)),
         "Pause the vCPUs",
