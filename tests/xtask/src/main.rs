@@ -28,7 +28,7 @@ const COMMANDS: &[(&str, &str, Command)] = &[
     ),
     (
         "bench",
-        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net]",
+        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net], or the shared folder: bench fs [--rounds N] [--only TEXT] [--virtiofsd PROGRAM] [--inodes N] …",
         bench::run,
     ),
     (

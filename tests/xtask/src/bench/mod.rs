@@ -4,6 +4,7 @@
 //! in one run, and medians are compared. **Why this way.** A figure alone says little; beside the peers', taken in the
 //! same minute, it says which way we moved.
 
+mod fs;
 mod meter;
 mod peers;
 mod startup;
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     match arguments.split_first() {
         Some((name, rest)) if name == "startup" => startup::run(rest),
-        _ => Err("the benches are: startup".into()),
+        Some((name, rest)) if name == "fs" => fs::run(rest),
+        _ => Err("the benches are: startup, fs".into()),
     }
 }
