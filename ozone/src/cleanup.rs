@@ -49,7 +49,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Fault> {
                 e => failed("its folder cannot be locked")(e),
             })?;
             cgroup::remove(&options.exec_name, &options.name)?;
-            folder::empty(root.as_fd()).map_err(failed("its folder cannot be emptied"))?;
+            folder::empty_for_good(root.as_fd()).map_err(failed("its folder cannot be emptied"))?;
             folder::remove_folder(program.as_fd(), &options.name)
                 .map_err(failed("its folder cannot be removed"))?;
         } else {

@@ -5,7 +5,8 @@
 //! Not trusted: the VM, from its exec on; it never gets a descriptor of this process. Folders that
 //! exist already are used only if root alone can change them.
 //! Why this way: everything that is made goes on the [`Undo`] list at once, so one error path removes
-//! it all, whichever step fails. Mounts are made unattached before the fork and attached after it,
+//! it all, whichever step fails. The folder is given to the VM's user last of all, so that nobody but
+//! root can change it while it is filled and mounted on. Mounts are made unattached before the fork and attached after it,
 //! so none of them is ever seen on the host.
 //!
 //! ```text
@@ -35,7 +36,7 @@ use nix::{
         socket::{AddressFamily, SockFlag, SockType, socketpair},
         stat::Mode,
     },
-    unistd::{Uid, UnlinkatFlags, fchown, unlinkat},
+    unistd::{Uid, UnlinkatFlags, unlinkat},
 };
 use std::{
     ffi::{CStr, CString},
@@ -74,22 +75,42 @@ pub(crate) struct Prepared {
 /// What to remove again, last first, unless the VM runs.
 #[derive(Default)]
 struct Undo {
-    entries: Vec<(OwnedFd, CString, UnlinkatFlags)>,
+    entries: Vec<Made>,
+}
+
+/// A folder that was made: of the host's, of a cgroup hierarchy's, or the jail's own.
+struct Made {
+    parent: OwnedFd,
+    name: CString,
+    /// The jail's own, which goes with all that is in it: it may be the VM's user's already.
+    content: Option<OwnedFd>,
 }
 
 impl Undo {
-    fn add(
+    fn add(&mut self, parent: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
+        self.add_with(parent, name, None)
+    }
+
+    fn add_with(
         &mut self,
         parent: BorrowedFd<'_>,
         name: &CStr,
-        kind: UnlinkatFlags,
+        content: Option<BorrowedFd<'_>>,
     ) -> Result<(), Errno> {
+        let made = parent.try_clone_to_owned().and_then(|parent| {
+            let content = content.map(|fd| fd.try_clone_to_owned()).transpose()?;
+            Ok(Made {
+                parent,
+                name: name.to_owned(),
+                content,
+            })
+        });
         // Out of descriptors, it is removed at once: what is not on the list stays for ever.
-        let parent = parent.try_clone_to_owned().map_err(|_| {
-            let _ = unlinkat(parent, name, kind);
+        let made = made.map_err(|_| {
+            let _ = unlinkat(parent, name, UnlinkatFlags::RemoveDir);
             Errno::EMFILE
         })?;
-        self.entries.push((parent, name.to_owned(), kind));
+        self.entries.push(made);
         Ok(())
     }
 
@@ -101,11 +122,17 @@ impl Undo {
 
 impl Drop for Undo {
     fn drop(&mut self) {
-        for (parent, name, kind) in self.entries.drain(..).rev() {
+        for made in self.entries.drain(..).rev() {
+            let name = made.name.to_string_lossy();
+            if let Some(content) = &made.content
+                && let Err(e) = folder::empty_for_good(content.as_fd())
+            {
+                eprintln!("ozone: {name}: cannot be emptied: {}", e.desc());
+            }
             // A folder that others use too by now is not empty, and stays.
-            match unlinkat(&parent, name.as_c_str(), kind) {
-                Ok(()) | Err(Errno::ENOENT | Errno::ENOTEMPTY | Errno::EEXIST | Errno::EBUSY) => {}
-                Err(e) => eprintln!("ozone: {}: cannot be removed: {e}", name.to_string_lossy()),
+            match folder::remove_folder(made.parent.as_fd(), &made.name) {
+                Ok(()) | Err(Errno::ENOTEMPTY | Errno::EEXIST | Errno::EBUSY) => {}
+                Err(e) => eprintln!("ozone: {name}: cannot be removed: {}", e.desc()),
             }
         }
     }
@@ -250,24 +277,14 @@ fn host_step(
                     folder::make_file(root.as_fd(), name)
                 };
                 kind.map_err(failed("cannot be filled"))?;
-                let kind = if is_folder {
-                    UnlinkatFlags::RemoveDir
-                } else {
-                    UnlinkatFlags::NoRemoveDir
-                };
-                undo.add(root.as_fd(), name, kind)
-                    .map_err(failed("cannot be filled"))?;
             }
-            let (uid, gid) = plan.user;
-            fchown(root, Some(uid.into()), Some(gid.into()))
-                .map_err(failed("cannot be given to the VM's user"))?;
         }
         HostStep::MakeCgroups(wanted) => {
             let mut made = Vec::new();
             let outcome = cgroup::make(wanted, &plan.program, &plan.name, &mut made);
             for group in made {
                 for (parent, name) in &group.folders {
-                    undo.add(parent.as_fd(), name, UnlinkatFlags::RemoveDir)
+                    undo.add(parent.as_fd(), name)
                         .map_err(|e| Fault::os("-cgroup", "out of descriptors", e))?;
                 }
                 prepared.cgroups.push(group.procs);
@@ -320,7 +337,7 @@ fn make_root(plan: &Plan, undo: &mut Undo) -> Result<OwnedFd, Fault> {
             e => Fault::os(path.clone(), "cannot be made", e),
         })?;
         if new {
-            undo.add(parent.as_fd(), name, UnlinkatFlags::RemoveDir)
+            undo.add(parent.as_fd(), name)
                 .map_err(|e| Fault::os(path.clone(), "cannot be made", e))?;
         }
         check_trusted(inner.as_fd(), &path)?;
@@ -338,7 +355,7 @@ fn make_root(plan: &Plan, undo: &mut Undo) -> Result<OwnedFd, Fault> {
         ),
         e => Fault::os(path.clone(), "cannot be made", e),
     })?;
-    undo.add(parent.as_fd(), &plan.name, UnlinkatFlags::RemoveDir)
+    undo.add_with(parent.as_fd(), &plan.name, Some(root.as_fd()))
         .map_err(|e| Fault::os(path, "cannot be made", e))?;
     Ok(root)
 }

@@ -3,7 +3,8 @@
 //! Job: do the steps inside the namespaces, start the VM as the second process, give up all rights,
 //! then pass signals on to it and reap whatever ends.
 //! Not trusted: the VM. It runs as the same user, but this process is not dumpable, and the first
-//! of its pid namespace cannot be signalled to death from within it.
+//! of its pid namespace cannot be signalled to death from within it. A filter leaves it the few calls
+//! that passing on and reaping take.
 //! Why this way: a first process that is not the VM lets the broker finish its clean-up when the
 //! control process dies: the kernel kills everybody else the moment the first process ends.
 
@@ -27,8 +28,9 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
         socket::{AddressFamily, SockFlag, SockType, socketpair},
     },
-    unistd::Pid,
+    unistd::{Pid, fchown},
 };
+use seccomp_policies::{Action, Policy};
 use std::{
     ffi::CString,
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -58,7 +60,7 @@ pub(crate) fn run(plan: &Plan, prepared: Prepared, parent: &OwnedFd) -> ! {
 
 fn build(plan: &Plan, prepared: Prepared, parent: &OwnedFd) -> Result<First, Fault> {
     for step in &plan.inside {
-        inside_step(*step, &prepared)?;
+        inside_step(*step, plan, &prepared)?;
     }
     let Prepared { root, kept, .. } = prepared;
     let failed = |what: &'static str| move |e| Fault::os("jail", what, e);
@@ -88,6 +90,8 @@ fn build(plan: &Plan, prepared: Prepared, parent: &OwnedFd) -> Result<First, Fau
     };
     drop((theirs, kept));
     give_up_rights(plan.user).map_err(failed("cannot give its rights up"))?;
+    seccomp_policies::install(Policy::OzoneFirst, Action::Kill)
+        .map_err(|e| Fault::new("jail", format!("cannot filter its first process: {e}")))?;
     // The VM may go on now; its exec, or its end, closes the stream.
     sys::tell(ours.as_raw_fd(), &[1]);
     if sys::await_byte(ours.as_raw_fd()).map_err(failed("lost the VM's process"))? {
@@ -104,7 +108,7 @@ fn build(plan: &Plan, prepared: Prepared, parent: &OwnedFd) -> Result<First, Fau
     })
 }
 
-fn inside_step(step: InsideStep, prepared: &Prepared) -> Result<(), Fault> {
+fn inside_step(step: InsideStep, plan: &Plan, prepared: &Prepared) -> Result<(), Fault> {
     let told = |subject: &'static str, what: &'static str| move |e| Fault::os(subject, what, e);
     let missing = || Fault::new("jail", "a step is missing from the plan");
     match step {
@@ -147,6 +151,12 @@ fn inside_step(step: InsideStep, prepared: &Prepared) -> Result<(), Fault> {
             let mount = outer_root::proc().map_err(told("/proc of the jail", "cannot be made"))?;
             tree::attach(mount.as_fd(), root.as_fd(), c"proc")
                 .map_err(told("/proc of the jail", "cannot be attached"))?;
+        }
+        InsideStep::GiveRoot => {
+            let root = prepared.root.as_ref().ok_or_else(missing)?;
+            let (uid, gid) = plan.user;
+            fchown(root, Some(uid.into()), Some(gid.into()))
+                .map_err(told("root", "cannot be given to the VM's user"))?;
         }
         InsideStep::EnterRoot => {
             let mount = prepared.root_mount.as_ref().ok_or_else(missing)?;

@@ -67,7 +67,7 @@ pub(crate) enum HostStep {
     PrepareDevices(Vec<Device>),
     /// Make `/srv/zozne/{program}/{name}`.
     MakeFolder,
-    /// Make what is mounted on in it, and give it to the VM's user.
+    /// Make what is mounted on in it.
     MakeMountPoints,
     /// Make the cgroups.
     MakeCgroups(Cgroup),
@@ -90,6 +90,8 @@ pub(crate) enum InsideStep {
     AttachDevices,
     /// Attach a `/proc` of the new pid namespace.
     AttachProc,
+    /// Give the folder to the VM's user, now that nothing is made or mounted in it any more.
+    GiveRoot,
     /// Swap the roots.
     EnterRoot,
     /// A host name that tells nothing.
@@ -147,6 +149,7 @@ pub(crate) fn plan(options: &Options) -> Result<Plan, Fault> {
         InsideStep::AttachFiles,
         InsideStep::AttachDevices,
         InsideStep::AttachProc,
+        InsideStep::GiveRoot,
         InsideStep::EnterRoot,
         InsideStep::HideHostName,
         InsideStep::LeaveSession,
@@ -545,7 +548,7 @@ mod tests {
         );
         assert_eq!(plan.inside[0], InsideStep::JoinCgroups);
         assert_eq!(plan.inside[1], InsideStep::EnterNetwork);
-        assert_eq!(super::plan(&options("")).unwrap().inside.len(), 8);
+        assert_eq!(super::plan(&options("")).unwrap().inside.len(), 9);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 
 use crate::{
     fault::{Fault, shown},
-    steps::{caps, landlock, no_new_privs},
+    steps::{caps, dumpable, landlock, no_new_privs},
     sys::process as sys,
 };
 use nix::{
@@ -16,12 +16,13 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         resource::{Resource, setrlimit},
-        signal::{SigSet, Signal, raise},
+        signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
         socket::{MsgFlags, recv, send},
         wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
 };
+use seccomp_policies::{Action, Policy};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// Signals that are passed on.
@@ -36,6 +37,9 @@ const PASSED_ON: [Signal; 6] = [
 
 /// Longest message, in bytes.
 const MAX_MESSAGE: usize = 4096;
+
+/// How long the signal that ends this process may take to come, in milliseconds.
+const SIGNAL_WAY: u8 = 200;
 
 /// What the two sides say to each other. On the wire: one byte for the kind, then the content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,10 +193,14 @@ pub(crate) fn until_end(
 /// From now on this process can only wait, send on its socket, and end.
 fn give_up_rights() -> Result<(), String> {
     let named = |what: &'static str| move |e: Errno| format!("{what}: {}", e.desc());
+    // The VM's core, if any, is the VM's; this process has nothing to tell in one.
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(named("core limit"))?;
+    dumpable::switch_off().map_err(named("dumps"))?;
     no_new_privs::set().map_err(named("no_new_privs"))?;
     landlock::deny_all().map_err(|e| format!("Landlock: {e}"))?;
     caps::seal().map_err(named("bounding set"))?;
-    caps::clear().map_err(named("capabilities"))
+    caps::clear().map_err(named("capabilities"))?;
+    seccomp_policies::install(Policy::OzoneOutside, Action::Kill).map_err(|e| e.to_string())
 }
 
 /// Ends this process by the VM's signal, or gives the VM's exit status.
@@ -201,12 +209,13 @@ pub(crate) fn end_like(status: i32) -> u8 {
     if signal == 0 {
         return (status >> 8 & 0xff) as u8;
     }
-    // The VM's core, if any, is the VM's; this process has nothing to tell in one.
-    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
     if let Ok(signal) = Signal::try_from(signal) {
         let _ = sys::default_action(signal);
         let _ = SigSet::from(signal).thread_unblock();
-        let _ = raise(signal);
+        if sys::signal_self(signal).is_ok() {
+            // It is on its way. Where it ends nothing, as in a first process of a namespace, the status has to do.
+            let _ = poll(&mut [], SIGNAL_WAY);
+        }
     }
     128 + signal as u8
 }

@@ -228,6 +228,14 @@ impl Running {
     }
 }
 
+impl Drop for Running {
+    fn drop(&mut self) {
+        // After a failure it must not outlive its story; otherwise it has ended.
+        let _ = self.ozone.kill();
+        let _ = self.ozone.wait();
+    }
+}
+
 #[test]
 fn the_vm_sees_what_it_needs_and_no_more() {
     if !is_root("the_vm_sees_what_it_needs_and_no_more") {
@@ -439,6 +447,60 @@ fn the_end_is_the_vms_end() {
     let late = fs::read_to_string(host.jail("vm").join("late")).expect("the orphan's file");
     assert_eq!(late, "after the end");
     host.clean("vm");
+    host.leaves_nothing();
+}
+
+#[test]
+fn the_two_processes_that_stay_can_only_wait_and_pass_on() {
+    use nix::sys::signal::{Signal, kill};
+    if !is_root("the_two_processes_that_stay_can_only_wait_and_pass_on") {
+        return;
+    }
+    let host = Host::new("stay");
+    // What ended the VM ends its parent, which may not signal anybody, itself neither.
+    for signal in [Signal::SIGKILL, Signal::SIGUSR2, Signal::SIGALRM] {
+        let mut command = host.ozone("vm");
+        command.args(["--", "-ready", "-wait", "-hang"]);
+        let mut vm = Running::start(command);
+        // Once it passes signals on, the parent has given its rights up.
+        vm.signal(Signal::SIGUSR1);
+        vm.until("signal SIGUSR1");
+        let first = children(vm.ozone.id())[0];
+        for (pid, uid) in [(vm.ozone.id(), 0), (first, UID)] {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+            let value = |key: &str| {
+                let line = status
+                    .lines()
+                    .find_map(|l| l.strip_prefix(key)?.strip_prefix(":\t"));
+                line.unwrap_or_else(|| panic!("no {key} in {status}"))
+                    .to_owned()
+            };
+            for (key, wanted) in [
+                ("Seccomp", "2"),
+                ("Seccomp_filters", "1"),
+                ("NoNewPrivs", "1"),
+                ("Threads", "1"),
+            ] {
+                assert_eq!(value(key), wanted, "{key} of {pid}");
+            }
+            for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+                assert_eq!(value(set), "0000000000000000", "{set} of {pid}");
+            }
+            assert_eq!(value("Uid"), [uid.to_string().as_str(); 4].join("\t"));
+            let core = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+            let core = core
+                .lines()
+                .find(|l| l.starts_with("Max core file size"))
+                .expect("a line");
+            assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+        }
+        let inside = nix::unistd::Pid::from_raw(children(first)[0] as i32);
+        kill(inside, signal).expect("a living VM");
+        let (status, _) = vm.end();
+        assert_eq!(status.signal(), Some(signal as i32));
+        assert!(!status.core_dumped());
+        host.clean("vm");
+    }
     host.leaves_nothing();
 }
 

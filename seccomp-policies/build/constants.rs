@@ -82,9 +82,14 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("PR_CAP_AMBIENT", 47),
     ("SECCOMP_SET_MODE_FILTER", 1),
     // signals
-    ("SIGTERM", 15),
-    ("SIGKILL", 9),
+    ("SIGHUP", 1),
+    ("SIGINT", 2),
+    ("SIGQUIT", 3),
     ("SIGABRT", 6),
+    ("SIGKILL", 9),
+    ("SIGUSR1", 10),
+    ("SIGUSR2", 12),
+    ("SIGTERM", 15),
     ("SIGRTMIN", 34), // glibc keeps 32 and 33 for itself
     // clone(2)
     ("CLONE_VM", 0x100),
@@ -103,6 +108,8 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("CLONE_NEWUSER", 0x1000_0000),
     ("CLONE_NEWPID", 0x2000_0000),
     ("CLONE_NEWNET", 0x4000_0000),
+    // timer_create(2)
+    ("CLOCK_MONOTONIC", 1),
     // sockets
     ("AF_UNIX", 1),
     ("AF_INET", 2),

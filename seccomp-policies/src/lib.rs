@@ -34,6 +34,10 @@ pub enum Policy {
     Template,
     /// The file-sharing daemon.
     VhostUserFs,
+    /// `ozone`: the process that a manager started.
+    OzoneOutside,
+    /// `ozone`: the first process of the jail's pid namespace.
+    OzoneFirst,
 }
 
 /// What the kernel does when a thread makes a call that its policy does not name.
@@ -50,7 +54,7 @@ pub enum Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
@@ -59,6 +63,8 @@ impl Policy {
         Self::Net,
         Self::Template,
         Self::VhostUserFs,
+        Self::OzoneOutside,
+        Self::OzoneFirst,
     ];
 
     /// What the policy says, for people and for audits.
@@ -73,6 +79,8 @@ impl Policy {
             Self::Net => &generated::NET_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
             Self::VhostUserFs => &generated::VHOST_USER_FS_INFO,
+            Self::OzoneOutside => &generated::OZONE_OUTSIDE_INFO,
+            Self::OzoneFirst => &generated::OZONE_FIRST_INFO,
         }
     }
 
@@ -86,6 +94,8 @@ impl Policy {
             Self::Net => &generated::NET,
             Self::Template => &generated::TEMPLATE,
             Self::VhostUserFs => &generated::VHOST_USER_FS,
+            Self::OzoneOutside => &generated::OZONE_OUTSIDE,
+            Self::OzoneFirst => &generated::OZONE_FIRST,
         }
     }
 }

@@ -63,13 +63,16 @@ fn kill(policy: Policy, call: c_long, args: [c_long; 6]) -> End {
 const NONE: [c_long; 6] = [0; 6];
 const DEVICES: [Policy; 3] = [Policy::Block, Policy::Net, Policy::Template];
 const CONTROL: [Policy; 3] = [Policy::ControlMain, Policy::ControlQmp, Policy::ControlVcpu];
-const THREADS: [Policy; 6] = [
+const OZONE: [Policy; 2] = [Policy::OzoneOutside, Policy::OzoneFirst];
+const THREADS: [Policy; 8] = [
     Policy::ControlMain,
     Policy::ControlQmp,
     Policy::ControlVcpu,
     Policy::Block,
     Policy::Net,
     Policy::Template,
+    Policy::OzoneOutside,
+    Policy::OzoneFirst,
 ];
 
 /// `uretprobe` and `uprobe`: the kernel lets these two past every filter, because they belong to
@@ -242,9 +245,65 @@ fn arguments_are_checked() {
     assert_eq!(tgkill(libc::SIGKILL), KILLED);
 }
 
+/// The two processes of `ozone` that stay: one is root's, and must not signal what it likes; the other may only signal its VM.
+#[test]
+fn ozones_signals_are_those_of_a_manager() {
+    let signal =
+        |policy, number, sig: i32| kill(policy, number, [-1, c_long::from(sig), 0, 0, 0, 0]);
+    let outside = Policy::OzoneOutside;
+    for (sig, end) in [(libc::SIGKILL, errno(libc::EBADF)), (libc::SIGTERM, KILLED)] {
+        assert_eq!(signal(outside, libc::SYS_pidfd_send_signal, sig), end);
+    }
+    for number in [
+        libc::SYS_kill,
+        libc::SYS_tkill,
+        libc::SYS_tgkill,
+        libc::SYS_rt_sigqueueinfo,
+    ] {
+        assert_eq!(
+            signal(outside, number, libc::SIGTERM),
+            KILLED,
+            "call {number}"
+        );
+    }
+    // A process group that is not there: the call is made, and nobody gets the signal.
+    let nobody = |sig: i32| {
+        kill(
+            Policy::OzoneFirst,
+            libc::SYS_kill,
+            [c_long::from(i32::MIN + 1), c_long::from(sig), 0, 0, 0, 0],
+        )
+    };
+    for sig in [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGTERM,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+    ] {
+        assert_eq!(nobody(sig), errno(libc::ESRCH), "signal {sig}");
+    }
+    for sig in [0, libc::SIGKILL, libc::SIGSTOP, libc::SIGSEGV] {
+        assert_eq!(nobody(sig), KILLED, "signal {sig}");
+    }
+    let option = |option: i32| {
+        kill(
+            Policy::OzoneFirst,
+            libc::SYS_prctl,
+            [c_long::from(option), 0, 0, 0, 0, 0],
+        )
+    };
+    assert_eq!(option(libc::PR_SET_PDEATHSIG), End::Exit(0));
+    assert_eq!(option(libc::PR_SET_DUMPABLE), KILLED);
+}
+
 #[test]
 fn plain_work_goes_on() {
     for policy in THREADS {
+        if policy == Policy::OzoneFirst {
+            continue; // it has nothing to write to
+        }
         let bad = [-1, 0, 0, 0, 0, 0];
         assert_eq!(
             kill(policy, libc::SYS_close, bad),
@@ -386,7 +445,7 @@ fn the_runtime_works_under_every_policy() {
         let status = command.status().unwrap();
         assert!(status.success(), "{policy}, main thread {main}: {status}");
     };
-    for policy in DEVICES {
+    for policy in DEVICES.into_iter().chain(OZONE) {
         run(policy, true);
     }
     for policy in CONTROL {

@@ -8,8 +8,8 @@
 use nix::{
     errno::Errno,
     fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2},
-    sys::stat::{Mode, fstat, mkdirat},
-    unistd::{UnlinkatFlags, unlinkat},
+    sys::stat::{Mode, fchmod, fstat, mkdirat},
+    unistd::{UnlinkatFlags, fchown, unlinkat},
 };
 use std::{
     ffi::CStr,
@@ -92,12 +92,25 @@ pub(crate) fn ensure(folder: BorrowedFd<'_>, name: &CStr) -> Result<(OwnedFd, bo
     }
 }
 
-/// Removes everything in `folder`, which no living process may still be changing.
+/// Makes the folder root's again, closed to its former owner, and removes everything in it.
+pub(crate) fn empty_for_good(folder: BorrowedFd<'_>) -> Result<(), Errno> {
+    take_back(folder)?;
+    empty(folder)
+}
+
+/// Nobody but root finds or makes anything in the folder from now on, not by a descriptor of it either.
+fn take_back(folder: BorrowedFd<'_>) -> Result<(), Errno> {
+    fchown(folder, Some(0.into()), Some(0.into()))?;
+    fchmod(folder, Mode::from_bits_truncate(0o700))
+}
+
+/// Removes everything in `folder`, which must be closed to others. Folders in it are taken from their owners first, since a
+/// process of the owner may be at work there.
 ///
 /// Nested folders are moved up instead of walked down, so that whoever made thousands of them can
 /// exhaust neither the stack nor the descriptors. Another file system mounted inside is `EXDEV`,
 /// and is not entered.
-pub(crate) fn empty(folder: BorrowedFd<'_>) -> Result<(), Errno> {
+fn empty(folder: BorrowedFd<'_>) -> Result<(), Errno> {
     let device = fstat(folder)?.st_dev;
     let mut moved = 0u64;
     loop {
@@ -118,6 +131,7 @@ pub(crate) fn empty(folder: BorrowedFd<'_>) -> Result<(), Errno> {
             if fstat(&inner)?.st_dev != device {
                 return Err(Errno::EXDEV);
             }
+            take_back(inner.as_fd())?;
             for deeper in entries(inner.as_fd())? {
                 if unlink(inner.as_fd(), &deeper)? {
                     continue;

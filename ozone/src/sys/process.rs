@@ -383,6 +383,40 @@ pub(crate) fn default_action(signal: nix::sys::signal::Signal) -> Result<(), Err
     unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }.map(drop)
 }
 
+/// Sends the calling process a signal, at once or a little later, by a timer: in contrast to tgkill(2), a filter can let
+/// a process do that without letting it signal others.
+pub(crate) fn signal_self(signal: nix::sys::signal::Signal) -> Result<(), Errno> {
+    // SAFETY: plain numbers and an address that nobody uses; all zero is a value of it.
+    let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+    event.sigev_notify = libc::SIGEV_SIGNAL;
+    event.sigev_signo = signal as c_int;
+    let mut timer: c_int = 0;
+    let clock = libc::CLOCK_MONOTONIC;
+    // SAFETY: a readable event and a writable number, which is what the kernel's timer_t is.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_timer_create,
+            clock,
+            &raw const event,
+            &raw mut timer,
+        )
+    })?;
+    let soon = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 1,
+    };
+    let once = libc::itimerspec {
+        it_interval: libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        },
+        it_value: soon,
+    };
+    let nowhere = ptr::null::<libc::itimerspec>();
+    // SAFETY: a readable time; the old one is not asked for.
+    check(unsafe { libc::syscall(libc::SYS_timer_settime, timer, 0, &raw const once, nowhere) })
+}
+
 /// Takes over a descriptor that came with exec, if it is open.
 ///
 /// Each number may be taken once, before the process opens anything itself.
