@@ -179,18 +179,20 @@ impl Channel {
     /// Length of the packet that waits, so that small messages take small buffers; `None` if none does.
     fn next_len(&self, flags: MsgFlags) -> Result<Option<usize>, ChannelError> {
         loop {
-            match nix::sys::socket::recv(
+            // Not recv, so that a filter need not allow one more call.
+            match recvmsg::<()>(
                 self.socket.as_raw_fd(),
                 &mut [],
+                None,
                 flags | MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC,
             ) {
-                Ok(len) => return Ok(Some(len)),
+                Ok(message) => return Ok(Some(message.bytes)),
                 // As in `receive_with`.
                 Err(Errno::EINTR | Errno::ECONNRESET) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
                 Err(source) => {
                     return Err(ChannelError::Socket {
-                        call: "recv",
+                        call: "recvmsg",
                         source,
                     });
                 }

@@ -77,13 +77,21 @@ struct Sink {
 
 static SINK: OnceLock<Sink> = OnceLock::new();
 
-/// Starts logging to `fd` as `process`. Only the first call has an effect.
+/// Starts logging to `fd` as `process`. Only the first call has an effect. From then on a panic is one line of the log,
+/// made without any other call: std's own message asks for the thread's id and may look for debug information in files.
 pub fn init(process: &'static str, level: Level, fd: OwnedFd) {
     if SINK.set(Sink { process, fd }).is_ok()
         && let Some(sink) = SINK.get()
         && log::set_logger(sink).is_ok()
     {
         log::set_max_level(level.filter());
+        std::panic::set_hook(Box::new(|panic| {
+            let text = panic.payload_as_str().unwrap_or("no message");
+            match panic.location() {
+                Some(place) => error!("panic at {place}: {text}"),
+                None => error!("panic: {text}"),
+            }
+        }));
     }
 }
 
@@ -229,6 +237,22 @@ mod tests {
             push_utc(&mut out, seconds, 0);
             assert_eq!(out, want);
         }
+    }
+
+    #[test]
+    fn a_panic_is_one_line_of_the_log() {
+        use std::io::{BufRead, BufReader};
+        let (reader, writer) = std::io::pipe().unwrap();
+        init("probe", Level::Error, writer.into());
+        let end = std::thread::spawn(|| panic!("told\nto")).join();
+        assert!(end.is_err());
+        let mut line = String::new();
+        BufReader::new(reader).read_line(&mut line).unwrap();
+        assert!(
+            line.contains("ERROR probe ipc::log: panic at ipc/src/log.rs:"),
+            "{line}"
+        );
+        assert!(line.ends_with(": told to\n"), "{line}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::{
 };
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::{PollFd, PollFlags, ppoll},
     sched::{CloneFlags, setns},
     sys::{
         signal::{SigSet, Signal, kill},
@@ -248,15 +248,16 @@ impl First {
             }
             let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
                 Some(Duration::ZERO) => break,
-                Some(left) => PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
-                None => PollTimeout::NONE,
+                Some(left) => Some(left.into()),
+                None => None,
             };
             let mut fds = [
                 PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
                 PollFd::new(parent.as_fd(), PollFlags::POLLIN),
             ];
             let watched = if self.detached { 1 } else { 2 };
-            if let Err(errno) = poll(&mut fds[..watched], timeout)
+            // Not poll, which a stop signal makes go on as restart_syscall, one more call for the filter to allow.
+            if let Err(errno) = ppoll(&mut fds[..watched], timeout, None)
                 && errno != Errno::EINTR
             {
                 break;

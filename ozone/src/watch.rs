@@ -13,7 +13,7 @@ use crate::{
 };
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::{PollFd, PollFlags, ppoll},
     sys::{
         resource::{Resource, setrlimit},
         signal::{SigSet, Signal},
@@ -38,8 +38,8 @@ const PASSED_ON: [Signal; 6] = [
 /// Longest message, in bytes.
 const MAX_MESSAGE: usize = 4096;
 
-/// How long the signal that ends this process may take to come, in milliseconds.
-const SIGNAL_WAY: u8 = 200;
+/// How long the signal that ends this process may take to come.
+const SIGNAL_WAY: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// What the two sides say to each other. On the wire: one byte for the kind, then the content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,7 +159,7 @@ pub(crate) fn until_end(
             PollFd::new(arrived.as_fd(), PollFlags::POLLIN),
             PollFd::new(socket.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        match ppoll(&mut fds, None, None) {
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
             Err(e) => return Err(failed("cannot wait")(e)),
@@ -214,7 +214,7 @@ pub(crate) fn end_like(status: i32) -> u8 {
         let _ = SigSet::from(signal).thread_unblock();
         if sys::signal_self(signal).is_ok() {
             // It is on its way. Where it ends nothing, as in a first process of a namespace, the status has to do.
-            let _ = poll(&mut [], SIGNAL_WAY);
+            let _ = ppoll(&mut [], Some(SIGNAL_WAY.into()), None);
         }
     }
     128 + signal as u8

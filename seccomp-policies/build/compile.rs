@@ -29,6 +29,8 @@ pub(crate) enum CompileError {
     },
     #[error("{call}: no call number in the compiled filter")]
     NoNumber { call: String },
+    #[error("{call}: too many values to answer")]
+    TooLong { call: String },
     #[error("{file}: the policy allows nothing")]
     Empty { file: String },
 }
@@ -44,7 +46,7 @@ pub(crate) fn compile(policy: &Policy, arch: &str) -> Result<Programs, CompileEr
     let allowed: Vec<Value> = policy
         .rules
         .iter()
-        .filter(|rule| error_number(rule).is_none())
+        .filter(|rule| matches!(rule.kind, Kind::Allow(_)))
         .flat_map(json_rules)
         .collect();
     let answers = answers(policy)?;
@@ -60,7 +62,8 @@ pub(crate) fn compile(policy: &Policy, arch: &str) -> Result<Programs, CompileEr
     })
 }
 
-/// Classic BPF: jump if the accumulator equals `k`, and return `k` (`linux/bpf_common.h`).
+/// Classic BPF: load the word at `k`, jump if the accumulator equals `k`, and return `k` (`linux/bpf_common.h`).
+const LOAD: u16 = 0x20;
 const JUMP_IF_EQUAL: u16 = 0x15;
 const RETURN: u16 = 0x06;
 /// `linux/seccomp.h`: the call fails with the error number in the low 16 bits.
@@ -75,26 +78,39 @@ const PREAMBLE: usize = 4;
 fn answers(policy: &Policy) -> Result<BpfProgram, CompileError> {
     let mut program = BpfProgram::new();
     for rule in &policy.rules {
-        let Some(error) = error_number(rule) else {
+        let Kind::Errno(_, error, check) = &rule.kind else {
             continue;
         };
+        let answer = instruction(RETURN, 0, RET_ERRNO | error);
         let number = u32::try_from(rule.number).map_err(|_| CompileError::NoNumber {
             call: rule.call.clone(),
         })?;
-        program.push(sock_filter {
-            code: JUMP_IF_EQUAL,
-            jt: 0,
-            jf: 1,
-            k: number,
-        });
-        program.push(sock_filter {
-            code: RETURN,
-            jt: 0,
-            jf: 0,
-            k: RET_ERRNO | error,
-        });
+        let mut then = Vec::new();
+        match check {
+            None => then.push(answer),
+            Some(check) => {
+                // The lower half of the argument in `struct seccomp_data`, on little-endian machines.
+                then.push(instruction(LOAD, 0, 16 + 8 * u32::from(check.index)));
+                for (value, _) in &check.values {
+                    // `checks` of `resolve` refuses dwords that are wider.
+                    then.push(instruction(JUMP_IF_EQUAL, 1, *value as u32));
+                    then.push(answer.clone());
+                }
+                // What comes behind wants the call's number again.
+                then.push(instruction(LOAD, 0, 0));
+            }
+        }
+        let skip = u8::try_from(then.len()).map_err(|_| CompileError::TooLong {
+            call: rule.call.clone(),
+        })?;
+        program.push(instruction(JUMP_IF_EQUAL, skip, number));
+        program.extend(then);
     }
     Ok(program)
+}
+
+const fn instruction(code: u16, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code, jt: 0, jf, k }
 }
 
 /// Puts `answers` into a program. No jump crosses the place: the preamble's only one ends before it.
@@ -122,13 +138,6 @@ pub(crate) fn number_of(call: &str, arch: &str) -> Result<Option<i64>, CompileEr
 
 fn target(arch: &str) -> Result<TargetArch, CompileError> {
     TargetArch::try_from(arch).map_err(|_| CompileError::Arch(arch.to_owned()))
-}
-
-fn error_number(rule: &Rule) -> Option<u32> {
-    match rule.kind {
-        Kind::Errno(_, number) => Some(number),
-        Kind::Allow(_) => None,
-    }
 }
 
 /// One rule with several accepted values is several rules to seccompiler: every combination.

@@ -33,6 +33,7 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("MAP_PRIVATE", 2),
     ("MAP_FIXED", 0x10),
     ("MAP_ANONYMOUS", 0x20),
+    ("MAP_NORESERVE", 0x4000),
     // madvise(2)
     ("MADV_DONTNEED", 4),
     ("MADV_REMOVE", 9),
@@ -60,6 +61,12 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("SEEK_END", 2),
     ("SEEK_DATA", 3),
     ("SEEK_HOLE", 4),
+    // clock_gettime(2)
+    ("CLOCK_REALTIME", 0),
+    // shutdown(2)
+    ("SHUT_RD", 0),
+    ("SHUT_WR", 1),
+    ("SHUT_RDWR", 2),
     // futex(2); the private flag is 128
     ("FUTEX_WAIT", 0),
     ("FUTEX_WAKE", 1),
@@ -187,8 +194,14 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("KVM_KVMCLOCK_CTRL", io(KVM, 0xAD)),
 ];
 
-/// Error numbers that a policy may answer with.
-pub(crate) const ERRORS: &[(&str, u32)] = &[("EPERM", 1), ("EACCES", 13), ("ENOSYS", 38)];
+/// Error numbers that a policy may answer with. `0` gives the caller the result 0, for brk(2), which has no error numbers.
+pub(crate) const ERRORS: &[(&str, u32)] = &[
+    ("0", 0),
+    ("EPERM", 1),
+    ("ENOMEM", 12),
+    ("EACCES", 13),
+    ("ENOSYS", 38),
+];
 
 /// The value of one name.
 pub(crate) fn lookup(name: &str) -> Option<u64> {

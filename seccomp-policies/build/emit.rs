@@ -2,9 +2,10 @@
 
 use crate::{
     compile::Programs,
-    resolve::{Kind, Policy},
+    parse::Width,
+    resolve::{Check, Kind, Policy},
 };
-use std::{collections::BTreeSet, fmt::Write};
+use std::fmt::Write;
 
 /// The statics of one policy: `NAME` (the filters) and `NAME_INFO` (what they say).
 pub(crate) fn policy(text: &mut String, policy: &Policy, programs: &Programs) {
@@ -28,31 +29,48 @@ pub(crate) fn policy(text: &mut String, policy: &Policy, programs: &Programs) {
     for rule in &policy.rules {
         let (args, error) = match &rule.kind {
             Kind::Allow(checks) => (
-                checks
-                    .iter()
-                    .map(|c| format!("{:?},", c.to_string()))
-                    .collect::<String>(),
+                checks.iter().map(check).collect::<String>(),
                 String::from("None"),
             ),
-            Kind::Errno(name, _) => (String::new(), format!("Some({name:?})")),
+            Kind::Errno(name, _, answered) => (
+                answered.iter().map(check).collect::<String>(),
+                format!("Some({name:?})"),
+            ),
         };
         let _ = writeln!(
             rules,
-            "  RuleInfo {{ call: {:?}, number: {}, args: &[{args}], error: {error}, why: {:?}, from: {:?} }},",
-            rule.call, rule.number, rule.why, rule.from
+            "  RuleInfo {{ call: {:?}, number: {}, args: &[{args}], error: {error}, why: {:?}, from: {:?}, rare: {:?}, child: {:?} }},",
+            rule.call, rule.number, rule.why, rule.from, rule.rare, rule.child
         );
     }
-    let calls: BTreeSet<_> = policy.rules.iter().map(|r| &r.call).collect();
     let _ = writeln!(
         text,
-        "pub(crate) static {name}_INFO: PolicyInfo = PolicyInfo {{ name: {:?}, process: {:?}, thread: {:?}, about: {:?}, syscalls: {}, instructions: {}, rules: &[\n{rules}] }};",
+        "pub(crate) static {name}_INFO: PolicyInfo = PolicyInfo {{ name: {:?}, process: {:?}, thread: {:?}, about: {:?}, budget: {}, budget_why: {:?}, syscalls: {}, instructions: {}, rules: &[\n{rules}] }};",
         policy.file,
         policy.process,
         policy.thread,
         policy.about,
-        calls.len(),
+        policy.budget,
+        policy.budget_why,
+        policy.allowed(),
         programs.kill.len(),
     );
+}
+
+fn check(check: &Check) -> String {
+    let values: String = check
+        .values
+        .iter()
+        .map(|(value, name)| format!("({value}, {name:?}),"))
+        .collect();
+    format!(
+        "ArgInfo {{ index: {}, wide: {}, op: Op::{:?}, mask: {}, text: {:?}, values: &[{values}] }},",
+        check.index,
+        check.width == Width::Qword,
+        check.op,
+        check.mask.as_ref().map_or(u64::MAX, |(mask, _)| *mask),
+        check.to_string(),
+    )
 }
 
 /// The list of all policies.

@@ -23,8 +23,13 @@ pub(crate) struct PolicyFile {
     /// Policies of processes that inherit this filter, and whose calls it must therefore admit.
     #[serde(default)]
     pub(crate) children: Vec<String>,
-    /// Most distinct calls that the policy may name; more is a build error.
-    pub(crate) budget: Option<usize>,
+    /// Most distinct calls that the policy may allow; more is a build error. Answers are not counted.
+    pub(crate) budget: usize,
+    /// Why the budget is what it is, where that is not the figure that the kind of thread started with.
+    pub(crate) budget_why: Option<String>,
+    /// Calls of shared pieces that this thread makes on a rare path only, and which; see [`Allow::rare`].
+    #[serde(default)]
+    pub(crate) rare: BTreeMap<String, String>,
     #[serde(default)]
     pub(crate) allow: Vec<Allow>,
     #[serde(default)]
@@ -54,6 +59,8 @@ pub(crate) struct Allow {
     /// Architectures that the rule is for; empty means all.
     #[serde(default)]
     pub(crate) only: Vec<String>,
+    /// Why an audit may find the rule unused: the rare path, and what drives it.
+    pub(crate) rare: Option<String>,
 }
 
 /// A call that is answered with an error number instead of being made.
@@ -63,6 +70,11 @@ pub(crate) struct Errno {
     pub(crate) call: String,
     pub(crate) error: String,
     pub(crate) why: String,
+    /// At most one check, of a dword for equality; without it every such call is answered.
+    #[serde(default)]
+    pub(crate) args: Vec<Arg>,
+    /// As [`Allow::rare`].
+    pub(crate) rare: Option<String>,
 }
 
 /// One check of one argument.

@@ -21,6 +21,9 @@ pub(crate) struct Policy {
     pub(crate) process: String,
     pub(crate) thread: String,
     pub(crate) about: String,
+    /// Most distinct calls that it may allow.
+    pub(crate) budget: usize,
+    pub(crate) budget_why: Option<String>,
     pub(crate) rules: Vec<Rule>,
     /// Calls that this architecture does not have, though the rule is for all.
     pub(crate) absent: Vec<String>,
@@ -33,15 +36,38 @@ pub(crate) struct Rule {
     pub(crate) why: String,
     /// The file that holds the rule, with its folder: `policies/base/event-loop.toml`.
     pub(crate) from: String,
+    /// Why an audit may find the rule unused.
+    pub(crate) rare: Option<String>,
+    /// The policy of a child for whose sake the rule is there.
+    pub(crate) child: Option<String>,
     pub(crate) kind: Kind,
+}
+
+impl Policy {
+    /// Distinct calls that are let through, whatever their arguments. What is there for a child's sake counts there.
+    pub(crate) fn allowed(&self) -> usize {
+        let allow = |r: &&Rule| matches!(r.kind, Kind::Allow(_)) && r.child.is_none();
+        let calls: BTreeSet<_> = self.rules.iter().filter(allow).map(|r| &r.call).collect();
+        calls.len()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// All checks must hold.
     Allow(Vec<Check>),
-    /// Name and number of the error that the caller gets.
-    Errno(String, u32),
+    /// Name and number of the error that the caller gets, if the check holds.
+    Errno(String, u32, Option<Check>),
+}
+
+impl Kind {
+    /// Whether it decides about every call of that number.
+    fn is_open(&self) -> bool {
+        match self {
+            Self::Allow(checks) => checks.is_empty(),
+            Self::Errno(_, _, check) => check.is_none(),
+        }
+    }
 }
 
 /// An argument check with its values looked up; any of the values satisfies it.
@@ -52,6 +78,26 @@ pub(crate) struct Check {
     pub(crate) op: Op,
     pub(crate) mask: Option<(u64, String)>,
     pub(crate) values: Vec<(u64, String)>,
+}
+
+impl Check {
+    /// Whether every call that satisfies all of `others` surely satisfies this one.
+    pub(crate) fn admits(&self, others: &[Self]) -> bool {
+        let holds = |given: u64| {
+            self.values.iter().any(|(value, _)| match self.op {
+                Op::Eq => given == *value,
+                Op::MaskedEq => self.mask.as_ref().is_some_and(|(m, _)| given & m == *value),
+                _ => false,
+            })
+        };
+        others.iter().any(|other| {
+            other == self
+                || other.index == self.index
+                    && other.width == self.width
+                    && other.op == Op::Eq
+                    && other.values.iter().all(|(value, _)| holds(*value))
+        })
+    }
 }
 
 impl fmt::Display for Check {
@@ -167,7 +213,13 @@ pub(crate) enum PolicyError {
         first: String,
         second: String,
     },
-    #[error("{file}: names {found} distinct calls, its budget is {budget}")]
+    #[error(
+        "{file}: {call}: an answer depends on one argument at most, a dword compared with `eq`"
+    )]
+    AnswerArgs { file: String, call: String },
+    #[error("{file}: rare: no rule of a shared piece is for {call}")]
+    NotRare { file: String, call: String },
+    #[error("{file}: allows {found} distinct calls, its budget is {budget}")]
     OverBudget {
         file: String,
         found: usize,
@@ -186,13 +238,12 @@ pub(crate) fn resolve(files: &Files, arch: &str) -> Result<Vec<Policy>, PolicyEr
         for child in &file.children {
             adopt(&mut policy, files, &numbers, child, arch)?;
         }
-        let calls: BTreeSet<_> = policy.rules.iter().map(|r| &r.call).collect();
-        if let Some(budget) = file.budget
-            && calls.len() > budget
-        {
+        let (found, budget) = (policy.allowed(), file.budget);
+        if found > budget {
+            let file = name.clone();
             return Err(PolicyError::OverBudget {
-                file: name.clone(),
-                found: calls.len(),
+                file,
+                found,
                 budget,
             });
         }
@@ -213,6 +264,8 @@ fn resolve_one(
         process: file.process.clone(),
         thread: file.thread.clone(),
         about: file.about.clone(),
+        budget: file.budget,
+        budget_why: file.budget_why.clone(),
         rules: Vec::new(),
         absent: Vec::new(),
     };
@@ -233,12 +286,28 @@ fn resolve_one(
         check_reason(&from, "about", &base.about)?;
         context.add(&from, &base.allow, &base.errno)?;
     }
+    for (call, why) in &file.rare {
+        check_reason(&own, call, why)?;
+        let mut shared = policy
+            .rules
+            .iter_mut()
+            .filter(|r| r.call == *call && r.from != own && r.rare.is_none())
+            .peekable();
+        if shared.peek().is_none() {
+            return Err(PolicyError::NotRare {
+                file: own,
+                call: call.clone(),
+            });
+        }
+        shared.for_each(|rule| rule.rare = Some(why.clone()));
+    }
     refuse_repetition(&policy)?;
     Ok(policy)
 }
 
 /// A child inherits its parent's filter, and the kernel takes the strictest answer of all filters,
-/// so the parent's must admit whatever the child's does. `errno` answers stay the child's own.
+/// so the parent's must admit whatever the child's does. What the child's answers with an error must
+/// not be killed by the parent's, which may answer or let through as much of it as its own rules say.
 fn adopt(
     policy: &mut Policy,
     files: &Files,
@@ -260,12 +329,21 @@ fn adopt(
         });
     }
     for rule in resolve_one(files, numbers, child, file, arch)?.rules {
+        let same_call = |r: &&Rule| r.number == rule.number;
         let checks = match rule.kind {
             Kind::Allow(checks) => checks,
-            Kind::Errno(..) => Vec::new(),
+            Kind::Errno(..) if policy.rules.iter().any(|r| r.number == rule.number) => continue,
+            Kind::Errno(..) => {
+                let child = Some(child.to_owned());
+                policy.rules.push(Rule { child, ..rule });
+                continue;
+            }
         };
+        // Another child's answer gives way: that child's own filter still gives it.
+        policy.rules.retain(|r| {
+            r.number != rule.number || r.child.is_none() || matches!(r.kind, Kind::Allow(_))
+        });
         let open = Kind::Allow(Vec::new());
-        let same_call = |r: &&Rule| r.number == rule.number;
         if policy
             .rules
             .iter()
@@ -277,16 +355,24 @@ fn adopt(
         if checks.is_empty() {
             policy.rules.retain(|r| r.number != rule.number);
         }
-        let kind = Kind::Allow(checks);
         if policy
             .rules
             .iter()
             .filter(same_call)
-            .any(|r| r.kind == kind)
+            .any(|r| match &r.kind {
+                Kind::Allow(admitted) => admitted.iter().all(|a| a.admits(&checks)),
+                Kind::Errno(..) => false,
+            })
         {
             continue;
         }
-        policy.rules.push(Rule { kind, ..rule });
+        let kind = Kind::Allow(checks);
+        let child = Some(child.to_owned());
+        policy.rules.push(Rule {
+            kind,
+            child,
+            ..rule
+        });
     }
     Ok(())
 }
@@ -301,10 +387,10 @@ fn refuse_repetition(policy: &Policy) -> Result<(), PolicyError> {
             for second in &rules[i + 1..] {
                 let file = policy.file.clone();
                 let (call, one, two) = (call.to_owned(), first.from.clone(), second.from.clone());
-                let open = Kind::Allow(Vec::new());
-                let mixed =
-                    matches!(first.kind, Kind::Errno(..)) || matches!(second.kind, Kind::Errno(..));
-                if first.kind == second.kind || mixed {
+                let answer = |r: &Rule| matches!(r.kind, Kind::Errno(..));
+                let mixed = answer(first) != answer(second);
+                let unclear = mixed && (first.kind.is_open() || second.kind.is_open());
+                if first.kind == second.kind || unclear {
                     return Err(PolicyError::Duplicate {
                         file,
                         call,
@@ -312,7 +398,7 @@ fn refuse_repetition(policy: &Policy) -> Result<(), PolicyError> {
                         second: two,
                     });
                 }
-                if first.kind == open {
+                if first.kind.is_open() {
                     return Err(PolicyError::Shadowed {
                         file,
                         call,
@@ -320,7 +406,7 @@ fn refuse_repetition(policy: &Policy) -> Result<(), PolicyError> {
                         second: two,
                     });
                 }
-                if second.kind == open {
+                if second.kind.is_open() {
                     return Err(PolicyError::Shadowed {
                         file,
                         call,
@@ -356,8 +442,12 @@ impl Context<'_> {
                 });
             }
             let checks = checks(from, &rule.call, &rule.args)?;
+            if let Some(rare) = &rule.rare {
+                check_reason(from, &rule.call, rare)?;
+            }
             let here = rule.only.is_empty() || rule.only.iter().any(|a| a == self.arch);
-            self.push(from, &rule.call, &rule.why, Kind::Allow(checks), here)?;
+            let kind = Kind::Allow(checks);
+            self.push(from, &rule.call, (&rule.why, &rule.rare), kind, here)?;
         }
         for rule in errno {
             check_reason(from, &rule.call, &rule.why)?;
@@ -367,8 +457,20 @@ impl Context<'_> {
                 call: rule.call.clone(),
                 name: rule.error.clone(),
             })?;
-            let kind = Kind::Errno(rule.error.clone(), *number);
-            self.push(from, &rule.call, &rule.why, kind, true)?;
+            if let Some(rare) = &rule.rare {
+                check_reason(from, &rule.call, rare)?;
+            }
+            let mut checks = checks(from, &rule.call, &rule.args)?.into_iter();
+            let check = checks.next();
+            let simple = |c: &Check| c.op == Op::Eq && c.width == Width::Dword;
+            if checks.next().is_some() || !check.iter().all(simple) {
+                return Err(PolicyError::AnswerArgs {
+                    file: from.to_owned(),
+                    call: rule.call.clone(),
+                });
+            }
+            let kind = Kind::Errno(rule.error.clone(), *number, check);
+            self.push(from, &rule.call, (&rule.why, &rule.rare), kind, true)?;
         }
         Ok(())
     }
@@ -377,7 +479,7 @@ impl Context<'_> {
         &mut self,
         from: &str,
         call: &str,
-        why: &str,
+        (why, rare): (&str, &Option<String>),
         kind: Kind,
         here: bool,
     ) -> Result<(), PolicyError> {
@@ -399,6 +501,8 @@ impl Context<'_> {
             number,
             why: why.trim().to_owned(),
             from: from.to_owned(),
+            rare: rare.clone(),
+            child: None,
             kind,
         });
         Ok(())

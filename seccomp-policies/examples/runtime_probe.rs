@@ -1,11 +1,11 @@
 //! Does what Rust, std and libc do behind every program's back, under a policy: `runtime_probe POLICY`.
 //!
 //! A thread installs the policy for itself, then allocates, grows and frees small and large blocks,
-//! waits with and without a limit for a lock and a channel, reads clocks, kicks another thread, and
-//! ends, all of which libc may turn into system calls. With `main` as second argument the main
-//! thread does so, alone, as a device process would.
+//! waits with and without a limit for a lock and a channel, and reads clocks, all of which libc may
+//! turn into system calls; then it parks, as filtered threads do. With `main` as second argument the
+//! main thread does so, alone, and ends, as a device process would.
 
-use seccomp_policies::{Action, Policy, install};
+use seccomp_policies::{Action, Policy, heap, install};
 use std::{
     env,
     hint::black_box,
@@ -15,7 +15,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-fn memory() {
+fn memory(early: Vec<u8>) {
+    let mut early = early;
+    early.resize(3 << 20, 1); // was mapped before the filter: libc tries mremap, then munmap
     let mut small: Vec<Vec<u8>> = (0..4000).map(|i| vec![1; 16 + i % 2000]).collect();
     small.retain(|v| v.len() % 3 == 0);
     let mut large = Vec::new();
@@ -23,7 +25,7 @@ fn memory() {
         large.push(i as u8); // grows by realloc, past the size from which libc maps blocks
     }
     large.shrink_to(1 << 20);
-    black_box((&small, &large));
+    black_box((&early, &small, &large));
 }
 
 fn time() {
@@ -46,6 +48,8 @@ fn waiting() {
 }
 
 fn main() -> ExitCode {
+    let early = vec![1; 2 << 20]; // past the size from which libc maps blocks
+    heap::settle();
     let mut arguments = env::args().skip(1);
     let name = arguments.next().unwrap_or_default();
     let Some(policy) = Policy::ALL.into_iter().find(|p| p.to_string() == name) else {
@@ -61,26 +65,26 @@ fn main() -> ExitCode {
         if install(policy, action).is_err() {
             return ExitCode::from(3);
         }
-        memory();
+        memory(early);
         time();
         black_box(begun);
         return ExitCode::SUCCESS;
     }
-    let (go, gone) = mpsc::channel::<()>();
-    let other = thread::spawn(move || gone.recv());
-    let worker = thread::spawn(move || {
-        install(policy, action).map_err(|e| e.to_string())?;
-        memory();
-        time();
-        waiting();
-        drop(go);
-        Ok::<_, String>(())
-    });
-    match worker.join() {
-        Ok(Ok(())) => {
-            let _ = other.join();
-            ExitCode::SUCCESS
+    let (done, result) = mpsc::channel();
+    thread::spawn(move || {
+        let installed = install(policy, action);
+        if installed.is_ok() {
+            memory(early);
+            time();
+            waiting();
         }
+        let _ = done.send(installed);
+        loop {
+            thread::park();
+        }
+    });
+    match result.recv() {
+        Ok(Ok(())) => ExitCode::SUCCESS,
         _ => ExitCode::from(4),
     }
 }

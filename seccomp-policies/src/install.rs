@@ -7,8 +7,24 @@
 
 #![allow(unsafe_code)] // seccomp(2) and prctl(2) have no safe wrapper that takes prepared BPF
 
-use crate::{Action, Policy};
+use crate::{Action, Policy, heap};
 use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// What [`install`] was last asked for, by policy: 0 nothing, else the action's position plus one.
+static ASKED: [AtomicU8; Policy::ALL.len()] = [const { AtomicU8::new(0) }; Policy::ALL.len()];
+
+/// The action that this process installed `policy` with, for any of its threads; `None` if it has not. What other
+/// processes did, `/proc/PID/status` tells (`Seccomp`, `Seccomp_filters`), though not the action.
+#[must_use]
+pub fn in_force(policy: Policy) -> Option<Action> {
+    match ASKED.get(policy as usize)?.load(Ordering::Relaxed) {
+        1 => Some(Action::Kill),
+        2 => Some(Action::Log),
+        3 => Some(Action::Trap),
+        _ => None,
+    }
+}
 
 /// Why a filter could not be installed. The thread may then run with some of the filters, never
 /// with more rights than before.
@@ -38,7 +54,7 @@ pub enum Error {
 }
 
 /// Installs `policy` for the calling thread and for threads and processes that it starts later.
-/// Sets `no_new_privs`. Cannot be undone.
+/// Sets `no_new_privs` and [settles the heap](heap::settle). Cannot be undone.
 ///
 /// # Errors
 /// [`Error`]; never [`Error::Diverged`].
@@ -55,6 +71,7 @@ pub fn install_all_threads(policy: Policy, action: Action) -> Result<(), Error> 
 }
 
 fn apply(policy: Policy, action: Action, flags: libc::c_ulong) -> Result<(), Error> {
+    heap::settle();
     // SAFETY: prctl with these arguments reads no memory.
     let set = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     if set != 0 {
@@ -66,7 +83,11 @@ fn apply(policy: Policy, action: Action, flags: libc::c_ulong) -> Result<(), Err
         Action::Log => compiled.log,
         Action::Trap => compiled.trap,
     };
-    load(policy, main, flags)
+    load(policy, main, flags)?;
+    if let Some(asked) = ASKED.get(policy as usize) {
+        asked.store(action as u8 + 1, Ordering::Relaxed);
+    }
+    Ok(())
 }
 
 fn load(

@@ -9,9 +9,10 @@
 //! installing costs a few microseconds and no memory. Debug and release builds hold the same
 //! filters; only the [`Action`] taken on a forbidden call can be chosen.
 
+pub mod heap;
 mod install;
 
-pub use install::{Error, install, install_all_threads};
+pub use install::{Error, in_force, install, install_all_threads};
 
 use std::fmt;
 
@@ -26,8 +27,6 @@ pub enum Policy {
     ControlVcpu,
     /// The broker, and whatever its children do before they install their own filter.
     Broker,
-    /// The broker of a VM that shares a folder.
-    BrokerFs,
     /// A block device process.
     Block,
     /// A network device process.
@@ -54,14 +53,31 @@ pub enum Action {
     Trap,
 }
 
+impl Action {
+    /// As `-seccomp` spells it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kill => "kill",
+            Self::Log => "log",
+            Self::Trap => "trap",
+        }
+    }
+
+    /// Whether a forbidden call is surely not made and its maker surely gone.
+    #[must_use]
+    pub const fn protects(self) -> bool {
+        matches!(self, Self::Kill)
+    }
+}
+
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 10] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
         Self::Broker,
-        Self::BrokerFs,
         Self::Block,
         Self::Net,
         Self::Template,
@@ -78,7 +94,6 @@ impl Policy {
             Self::ControlQmp => &generated::CONTROL_QMP_INFO,
             Self::ControlVcpu => &generated::CONTROL_VCPU_INFO,
             Self::Broker => &generated::BROKER_INFO,
-            Self::BrokerFs => &generated::BROKER_FS_INFO,
             Self::Block => &generated::BLOCK_INFO,
             Self::Net => &generated::NET_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
@@ -94,7 +109,6 @@ impl Policy {
             Self::ControlQmp => &generated::CONTROL_QMP,
             Self::ControlVcpu => &generated::CONTROL_VCPU,
             Self::Broker => &generated::BROKER,
-            Self::BrokerFs => &generated::BROKER_FS,
             Self::Block => &generated::BLOCK,
             Self::Net => &generated::NET,
             Self::Template => &generated::TEMPLATE,
@@ -122,8 +136,13 @@ pub struct PolicyInfo {
     pub thread: &'static str,
     /// What the thread does.
     pub about: &'static str,
-    /// How many distinct calls the rules name.
+    /// How many distinct calls the rules let through, whatever their arguments. Answers are not counted, nor is what is there
+    /// only for the sake of a child process, whose own filter counts it.
     pub syscalls: usize,
+    /// How many there may be at most; more is a build error.
+    pub budget: usize,
+    /// Why that many, where it is not the figure that the kind of thread started with.
+    pub budget_why: Option<&'static str>,
     /// Length of the main filter in BPF instructions.
     pub instructions: usize,
     /// The rules, a policy's own first, then those of the shared pieces.
@@ -138,13 +157,88 @@ pub struct RuleInfo {
     /// The call's number on the architecture that this was built for.
     pub number: i64,
     /// Argument checks, all of which must hold; none means any arguments.
-    pub args: &'static [&'static str],
-    /// The error that the call is answered with instead of being made.
+    pub args: &'static [ArgInfo],
+    /// The error that the call is answered with instead of being made; `0` is the result 0.
     pub error: Option<&'static str>,
     /// The reason for the rule.
     pub why: &'static str,
     /// The file that holds it.
     pub from: &'static str,
+    /// Why a run of all tests may leave the rule unused, if it may.
+    pub rare: Option<&'static str>,
+    /// The policy of a child process for whose sake the rule is there: the child has inherited the filter.
+    pub child: Option<&'static str>,
+}
+
+impl RuleInfo {
+    /// Whether a call with these arguments is what this rule is about.
+    #[must_use]
+    pub fn matches(&self, number: i64, args: &[u64; 6]) -> bool {
+        self.number == number && self.args.iter().all(|arg| arg.holds(args))
+    }
+}
+
+/// One check of one argument.
+#[derive(Debug)]
+pub struct ArgInfo {
+    /// Which argument, 0 to 5.
+    pub index: u8,
+    /// Whether all 64 bits are compared, or the lower 32.
+    pub wide: bool,
+    /// How they are compared.
+    pub op: Op,
+    /// The bits that count.
+    pub mask: u64,
+    /// The check in words.
+    pub text: &'static str,
+    /// The values that satisfy it, any of them, with their names.
+    pub values: &'static [(u64, &'static str)],
+}
+
+impl ArgInfo {
+    /// Whether the call's arguments satisfy the check.
+    #[must_use]
+    pub fn holds(&self, args: &[u64; 6]) -> bool {
+        self.values
+            .iter()
+            .any(|(value, _)| self.holds_for(*value, args))
+    }
+
+    /// Whether they satisfy it by this one of its values.
+    #[must_use]
+    pub fn holds_for(&self, value: u64, args: &[u64; 6]) -> bool {
+        let Some(&given) = args.get(usize::from(self.index)) else {
+            return false;
+        };
+        let given = if self.wide {
+            given
+        } else {
+            given & 0xffff_ffff
+        };
+        match self.op {
+            Op::Eq => given == value,
+            Op::Ne => given != value,
+            Op::Lt => given < value,
+            Op::Le => given <= value,
+            Op::Gt => given > value,
+            Op::Ge => given >= value,
+            Op::MaskedEq => given & self.mask == value,
+        }
+    }
+}
+
+/// How an argument is compared with a value; unsigned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)] // the names say it
+pub enum Op {
+    Eq,
+    Ne,
+    Lt,
+    Le,
+    Gt,
+    Ge,
+    /// Equal in the bits of the mask.
+    MaskedEq,
 }
 
 /// Every policy, sorted by name.
@@ -161,7 +255,7 @@ struct Compiled {
 }
 
 mod generated {
-    use super::{Compiled, PolicyInfo, RuleInfo};
+    use super::{ArgInfo, Compiled, Op, PolicyInfo, RuleInfo};
 
     /// One BPF instruction.
     const fn i(code: u16, jt: u8, jf: u8, k: u32) -> libc::sock_filter {

@@ -199,10 +199,12 @@ fn the_next_process_has_the_same_jail() {
         let (before, limits) = (Jail::of(pid).unwrap(), procfs::limits(pid).unwrap());
         let (next, ..) = guest.kill(device, pid);
         let after = Jail::of(next).unwrap();
+        // Without their numbers: the in-flight region's descriptor comes to each of the two in another way.
         let kinds = |jail: &Jail| {
-            let fds = jail.fds.iter();
-            fds.map(|(number, fd)| (*number, fd.kind().to_owned()))
-                .collect::<Vec<_>>()
+            let fds = jail.fds.values();
+            let mut kinds: Vec<_> = fds.map(|fd| fd.kind().to_owned()).collect();
+            kinds.sort_unstable();
+            kinds
         };
         assert_eq!(kinds(&after), kinds(&before), "descriptors");
         assert_eq!(after.uid, before.uid);

@@ -3,17 +3,13 @@
 mod cli;
 mod daemon;
 mod inherited;
-mod managed;
 
 use std::process::ExitCode;
 
 use cli::Command;
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os();
-    if arguments.next().is_some_and(|name| name == managed::NAME) {
-        return managed::run();
-    }
+    let arguments = std::env::args_os().skip(1);
     // Options are ASCII; a path that is no UTF-8 would be changed, so it is refused.
     let words: Result<Vec<String>, _> = arguments.map(std::ffi::OsString::into_string).collect();
     let Ok(words) = words else {

@@ -2,14 +2,16 @@
 //! call kills this whole test process with SIGSYS.
 
 #![allow(clippy::unwrap_used)] // a test
+#![allow(unsafe_code)] // a function for the time before main
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc;
 use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use seccomp_policies::{Action, Policy, install};
+use seccomp_policies::{Action, Policy, heap, install};
 use vmm_main::chardev::terminal::RawTerminal;
 use vmm_main::chardev::{Chardev, EventSource, InputSink};
 use vmm_main::platform::serial::SerialSink;
@@ -32,13 +34,29 @@ impl InputSink for Input {
     }
 }
 
+/// The test runner starts its threads before a test can say that one heap is for all of them.
+// SAFETY: called once by the loader, with arguments that are not looked at; it sets three numbers of the allocator.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static ONE_HEAP: extern "C" fn() = {
+    extern "C" fn one_heap() {
+        heap::settle();
+    }
+    one_heap
+};
+
 /// Runs `work` on a thread under `policy`.
 fn under<T: Send + 'static>(policy: Policy, work: impl FnOnce() -> T + Send + 'static) -> T {
-    let run = move || {
+    let (done, result) = mpsc::channel();
+    thread::spawn(move || {
         install(policy, Action::Kill).unwrap();
-        work()
-    };
-    thread::spawn(run).join().unwrap()
+        done.send(work()).unwrap();
+        // Filtered threads do not end.
+        loop {
+            thread::park();
+        }
+    });
+    result.recv().unwrap()
 }
 
 #[test]

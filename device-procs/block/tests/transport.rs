@@ -274,7 +274,10 @@ fn the_filter_of_a_vcpu_lets_a_driver_work() {
     let mut guest = Guest::power_on();
     let first = driver_queues();
     let second = driver_queues();
-    let guest = std::thread::spawn(move || {
+    // As the control process does: the new thread uses the first heap.
+    seccomp_policies::heap::settle();
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
         seccomp_policies::install(Policy::ControlVcpu, Action::Kill).unwrap();
         guest.probe_with(first);
         assert_eq!(guest.request(0, FLUSH, 0, None), 0);
@@ -283,7 +286,11 @@ fn the_filter_of_a_vcpu_lets_a_driver_work() {
         guest.probe_with(second);
         assert_eq!(guest.request(1, FLUSH, 0, None), 0);
         guest.transport.reset();
-        guest
+        done.send(guest).unwrap();
+        // Filtered threads do not end.
+        loop {
+            std::thread::park();
+        }
     });
-    guest.join().unwrap().power_off();
+    result.recv().unwrap().power_off();
 }

@@ -104,6 +104,8 @@ enum Refusal {
     },
     #[error("{message} while the queue runs")]
     Running { message: &'static str },
+    #[error("{message} again before SET_INFLIGHT_FD")]
+    InflightAway { message: &'static str },
     #[error("{message} is not offered")]
     NotOffered { message: &'static str },
     #[error("{message} before SET_MEM_TABLE")]
@@ -128,8 +130,9 @@ struct Server<D> {
     polled: Vec<Interest>,
     ram: Option<Rc<GuestRam>>,
     features: u64,
-    /// Handed out on `GET_INFLIGHT_FD`; made before the jail was shut, since nothing can be made inside.
-    inflight_memory: File,
+    /// Handed out on `GET_INFLIGHT_FD` and back with `SET_INFLIGHT_FD`, which may bring another one as well; made before
+    /// the jail was shut, since nothing can be made inside, and not duplicated either.
+    inflight_memory: Option<File>,
     inflight_given: bool,
     /// The last refusal or host fault, for the log: the library passes only a code through.
     refused: Option<String>,
@@ -204,7 +207,7 @@ impl<D: Device> Connection<D> {
             polled,
             ram: None,
             features: 0,
-            inflight_memory,
+            inflight_memory: Some(inflight_memory),
             inflight_given: false,
             refused: None,
             fatal: None,
@@ -824,10 +827,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             return Err(self.refuse(&Refusal::Running { message }));
         }
         let size = self.inflight_bytes(message, wanted)?;
-        let file = self
-            .inflight_memory
-            .try_clone()
-            .map_err(|_| VhostError::BackendInternalError)?;
+        let Some(file) = self.inflight_memory.take() else {
+            return Err(self.refuse(&Refusal::InflightAway { message }));
+        };
         if std::mem::replace(&mut self.inflight_given, true)
             && let Err(source) = clear(&file, size)
         {
@@ -838,7 +840,11 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     }
 
     fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> VhostResult<()> {
-        self.use_inflight(region, &file)
+        self.use_inflight(region, &file)?;
+        // Who asks for one again gets this, emptied.
+        self.inflight_given = true;
+        self.inflight_memory = Some(file);
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> VhostResult<u64> {

@@ -22,6 +22,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
 use ipc::PROTOCOL_VERSION;
 use ipc::log::Level;
@@ -29,7 +30,7 @@ use ipc::spec::DeviceSpec;
 use ipc::start::{
     FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, SeccompMode, StartMessage,
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -47,7 +48,7 @@ use vm_memory::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How long a test waits for something that must come.
-const PATIENCE_MS: u16 = 20_000;
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A chain's descriptor flags.
 pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -552,15 +553,15 @@ fn wait_for(event: &EventFd, what: &str) {
     // SAFETY: the descriptor is open as long as `event` is borrowed.
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) };
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-    let ready = poll(&mut fds, PollTimeout::from(PATIENCE_MS)).unwrap();
-    assert!(ready > 0, "{what} did not come in {PATIENCE_MS} ms");
+    let ready = ppoll(&mut fds, Some(PATIENCE.into()), None).unwrap();
+    assert!(ready > 0, "{what} did not come in {PATIENCE:?}");
 }
 
 /// Waits until `fd` can be read.
 pub fn wait_readable(fd: impl AsFd, what: &str) {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    let ready = poll(&mut fds, PollTimeout::from(PATIENCE_MS)).unwrap();
-    assert!(ready > 0, "{what} did not come in {PATIENCE_MS} ms");
+    let ready = ppoll(&mut fds, Some(PATIENCE.into()), None).unwrap();
+    assert!(ready > 0, "{what} did not come in {PATIENCE:?}");
 }
 
 /// The front end: sets queues up and keeps the connection open.

@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod demo;
 mod lab;
+mod policy;
 mod rules;
 mod test;
 mod tool;
@@ -35,6 +36,11 @@ const COMMANDS: &[(&str, &str, Command)] = &[
         "check",
         "formatting, lints and the project's own rules",
         check::run,
+    ),
+    (
+        "policy",
+        "print the system call policies: policy [POLICY…|--table], put the table into README: --write",
+        policy::run,
     ),
     (
         "lab",

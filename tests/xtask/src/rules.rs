@@ -18,6 +18,10 @@ pub(crate) const ALL: &[(&str, Rule)] = &[
     ),
     ("each module starts with its page", modules_have_pages),
     ("unsafe code is where the list says", unsafe_is_listed),
+    (
+        "README shows the system call policies",
+        crate::policy::readme_is_right,
+    ),
 ];
 
 /// Crates that give a process KVM.

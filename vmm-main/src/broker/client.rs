@@ -231,10 +231,7 @@ impl Client {
         match self.reply()? {
             (Reply::Started { index: got, pid }, mut fds) if got == index => match fds.pop() {
                 Some(fd) => {
-                    // 0 stands for somebody else's process.
-                    if pid > 0 {
-                        self.pids.push((index, pid));
-                    }
+                    self.pids.push((index, pid));
                     Ok((fd, pid))
                 }
                 None => Err(ClientError::OutOfOrder(format!(

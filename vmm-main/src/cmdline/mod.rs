@@ -75,10 +75,9 @@ struct Given<'a> {
 /// The spec on its way, with what cross-checks need to name their culprits.
 struct Draft {
     spec: VmSpec,
-    /// Arguments of `-drive`, `-netdev`, `-fsdev`, `-chardev` and `-device`, in the order of the spec's lists.
+    /// Arguments of `-drive`, `-netdev`, `-chardev` and `-device`, in the order of the spec's lists.
     drive_args: Vec<String>,
     netdev_args: Vec<String>,
-    fsdev_args: Vec<String>,
     chardev_args: Vec<String>,
     /// Devices, whose defaults need the whole command line.
     devices: Vec<device::Draft>,
@@ -260,7 +259,6 @@ impl Draft {
                 boot: BootSpec::default(),
                 drives: Vec::new(),
                 netdevs: Vec::new(),
-                fsdevs: Vec::new(),
                 chardevs: Vec::new(),
                 serial: None,
                 devices: Vec::<DeviceOption>::new(),
@@ -278,7 +276,6 @@ impl Draft {
             },
             drive_args: Vec::new(),
             netdev_args: Vec::new(),
-            fsdev_args: Vec::new(),
             chardev_args: Vec::new(),
             devices: Vec::new(),
             serial_arg: String::new(),
@@ -332,7 +329,6 @@ impl Draft {
             }
             "drive" => self.drive(&given.props()?)?,
             "netdev" => self.netdev(&given.props()?)?,
-            "fsdev" => self.fsdev(&given.props()?)?,
             "device" => self.device(&given.props()?)?,
             "object" => self.object(&given.props()?)?,
             "serial" => self.serial(given)?,

@@ -15,13 +15,12 @@
 
 #![allow(unsafe_code)] // the run page is shared memory that the kernel fills; signals are masked by libc
 
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use nix::unistd::{Pid, gettid};
+use nix::unistd::{Pid, getpid, gettid};
 
 use super::{Error, RegisterDump};
 
@@ -90,6 +89,8 @@ enum Want {
 struct GateState {
     want: Want,
     parked: usize,
+    /// Threads that have let go of everything.
+    gone: usize,
     /// Thread id of each vCPU thread that has started.
     thread_ids: Vec<Option<Pid>>,
 }
@@ -109,6 +110,7 @@ impl Gate {
             state: Mutex::new(GateState {
                 want: Want::Park,
                 parked: 0,
+                gone: 0,
                 thread_ids: vec![None; vcpus],
             }),
             changed: Condvar::new(),
@@ -150,6 +152,12 @@ impl Gate {
         state.parked -= 1;
         state.want == Want::Run
     }
+
+    /// The calling thread has let go of its vCPU and of everything else.
+    fn leave(&self) {
+        lock(&self.state).gone += 1;
+        self.changed.notify_all();
+    }
 }
 
 /// The flag in a vCPU's run page that ends its next KVM_RUN at once.
@@ -181,7 +189,10 @@ struct Shared {
 pub struct VcpuThreads {
     vcpus: Vec<Arc<Shared>>,
     gate: Arc<Gate>,
-    threads: Vec<JoinHandle<()>>,
+    /// How many threads were started.
+    threads: usize,
+    /// This process, for signals to its threads: asking later would be one more call for the filter to allow.
+    process: Pid,
 }
 
 impl std::fmt::Debug for VcpuThreads {
@@ -219,7 +230,8 @@ impl VcpuThreads {
         Self {
             vcpus,
             gate,
-            threads: Vec::new(),
+            threads: 0,
+            process: getpid(),
         }
     }
 
@@ -239,7 +251,7 @@ impl VcpuThreads {
         on_start: &ThreadStart,
         stop: &StopSink,
     ) -> Result<(), Error> {
-        if !self.threads.is_empty() {
+        if self.threads > 0 {
             return Err(Error::AlreadyStarted);
         }
         vmm_sys_util::signal::register_signal_handler(interrupt_signal(), interrupt_handler)
@@ -248,15 +260,24 @@ impl VcpuThreads {
             let (shared, gate) = (shared.clone(), self.gate.clone());
             let (io, on_start, stop) = (io.clone(), on_start.clone(), stop.clone());
             let index = shared.index;
-            let thread = Builder::new()
+            let body = move || {
+                thread_main(&shared, &gate, io.as_ref(), &on_start, &stop);
+                drop((shared, io, on_start, stop));
+                gate.leave();
+                // A thread's end takes calls that its filter would have to allow for nothing but that.
+                loop {
+                    std::thread::park();
+                }
+            };
+            Builder::new()
                 .name(format!("vcpu{index}"))
                 .stack_size(STACK_SIZE)
-                .spawn(move || thread_main(&shared, &gate, io.as_ref(), &on_start, &stop))
+                .spawn(body)
                 .map_err(|source| Error::Thread {
                     vcpu: index,
                     source,
                 })?;
-            self.threads.push(thread);
+            self.threads += 1;
         }
         Ok(())
     }
@@ -266,7 +287,7 @@ impl VcpuThreads {
     /// # Errors
     /// The threads have not been started.
     pub fn resume(&mut self) -> Result<(), Error> {
-        if self.threads.len() < self.vcpus.len() {
+        if self.threads < self.vcpus.len() {
             return Err(Error::NotStarted);
         }
         self.gate.set(Want::Run);
@@ -281,7 +302,7 @@ impl VcpuThreads {
         self.gate.set(Want::Park);
         self.interrupt();
         let mut state = lock(&self.gate.state);
-        while state.parked < self.threads.len() {
+        while state.parked < self.threads {
             state = self
                 .gate
                 .changed
@@ -296,7 +317,7 @@ impl VcpuThreads {
     /// # Errors
     /// The threads have not been started.
     pub fn thread_ids(&self) -> Result<Vec<Pid>, Error> {
-        if self.threads.len() < self.vcpus.len() {
+        if self.threads < self.vcpus.len() {
             return Err(Error::NotStarted);
         }
         let mut state = lock(&self.gate.state);
@@ -329,10 +350,15 @@ impl VcpuThreads {
     }
 
     fn interrupt(&self) {
-        for (shared, thread) in self.vcpus.iter().zip(&self.threads) {
+        let ids = lock(&self.gate.state).thread_ids.clone();
+        for (shared, id) in self.vcpus.iter().zip(ids) {
             shared.immediate_exit.set(1);
-            // SAFETY: the thread has not been joined, so its handle is valid even if it has ended.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), interrupt_signal()) };
+            // One that has not told its id yet looks at the gate before it enters the guest.
+            let Some(id) = id else { continue };
+            let (process, id) = (self.process.as_raw(), id.as_raw());
+            // Not pthread_kill, which blocks all signals meanwhile, with two more calls.
+            // SAFETY: sends a signal that has a handler to a thread of this process, which never ends.
+            unsafe { libc::syscall(libc::SYS_tgkill, process, id, interrupt_signal()) };
         }
     }
 }
@@ -341,9 +367,13 @@ impl Drop for VcpuThreads {
     fn drop(&mut self) {
         self.gate.set(Want::Exit);
         self.interrupt();
-        for thread in self.threads.drain(..) {
-            // An error would be a panic of the thread, and panics abort.
-            let _ = thread.join();
+        let mut state = lock(&self.gate.state);
+        while state.gone < self.threads {
+            state = self
+                .gate
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

@@ -175,7 +175,7 @@ pub(super) fn start(
     {
         let socket = UnixStream::from(device.socket);
         handshakes.push(
-            Handshake::begin_for(socket, grant)
+            Handshake::begin(socket, &grant.spec)
                 .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?,
         );
     }
@@ -359,12 +359,10 @@ fn take(broker: &mut Client, plan: &Plan) -> Result<Given, StartError> {
     let mut devices = Vec::with_capacity(plan.policy.devices.len());
     for index in 0..plan.policy.devices.len() as u32 {
         let (socket, pid) = broker.started(index)?;
-        let grant = &plan.policy.devices[index as usize];
-        if grant.is_foreign() {
-            info!("device {} is another process's", grant.spec.id());
-        } else {
-            info!("device {} is process {pid}", grant.spec.id());
-        }
+        info!(
+            "device {} is process {pid}",
+            plan.policy.devices[index as usize].spec.id()
+        );
         devices.push(Started { socket });
     }
     let mut files = Vec::with_capacity(plan.policy.files.len());
@@ -439,11 +437,7 @@ fn why_device_failed(
     grants: &[DeviceGrant],
     error: RemoteError,
 ) -> StartError {
-    if !error.is_hang_up()
-        || grants
-            .get(index as usize)
-            .is_some_and(DeviceGrant::is_foreign)
-    {
+    if !error.is_hang_up() {
         // A process that lies or is silent ends only because it was given up; what it did is the reason.
         return error.into();
     }

@@ -5,7 +5,6 @@ use std::error::Error as StdError;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, channel, sync_channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ipc::limits::{
@@ -77,9 +76,9 @@ pub struct Server(());
 #[derive(Debug)]
 pub struct ServerHandle {
     outbox: Option<Outbox>,
-    thread: Option<JoinHandle<()>>,
     started: Receiver<Result<(), Box<dyn StdError + Send + Sync>>>,
     waited: Receiver<()>,
+    done: Receiver<()>,
 }
 
 /// Commands for main. Its descriptor is readable when there is one.
@@ -130,13 +129,14 @@ impl Server {
         };
         let (started_sender, started) = channel();
         let (waited_sender, waited) = channel();
+        let (done_sender, done) = channel();
         if sources.is_empty() {
             return Ok((
                 ServerHandle {
                     outbox: None,
-                    thread: None,
                     started,
                     waited,
+                    done,
                 },
                 commands,
             ));
@@ -195,15 +195,23 @@ impl Server {
                 }
                 work.run();
             }
+            drop(work);
+            let _ = done_sender.send(());
+            // A thread's end takes calls that its filter would have to allow for nothing but that.
+            loop {
+                std::thread::park();
+            }
         };
-        let thread = std::thread::Builder::new().name("qmp".into()).spawn(body);
-        let thread = Some(thread.map_err(ServerError::Thread)?);
+        std::thread::Builder::new()
+            .name("qmp".into())
+            .spawn(body)
+            .map_err(ServerError::Thread)?;
         Ok((
             ServerHandle {
                 outbox: Some(outbox),
-                thread,
                 started,
                 waited,
+                done,
             },
             commands,
         ))
@@ -216,7 +224,7 @@ impl ServerHandle {
     /// # Errors
     /// What `on_start` gave.
     pub fn started(&self) -> Result<(), ServerError> {
-        if self.thread.is_none() {
+        if self.outbox.is_none() {
             return Ok(());
         }
         self.started
@@ -230,7 +238,7 @@ impl ServerHandle {
     /// # Errors
     /// The thread has ended.
     pub fn wait_for_clients(&self) -> Result<(), ServerError> {
-        if self.thread.is_none() {
+        if self.outbox.is_none() {
             return Ok(());
         }
         self.waited.recv().map_err(|_| ServerError::Gone)
@@ -243,7 +251,7 @@ impl ServerHandle {
         }
     }
 
-    /// Sends what is waiting, as far as clients take it within [`QMP_FLUSH_MS`], and ends the thread.
+    /// Sends what is waiting, as far as clients take it within [`QMP_FLUSH_MS`], and ends the server.
     pub fn finish(mut self) {
         self.end();
     }
@@ -251,10 +259,8 @@ impl ServerHandle {
     fn end(&mut self) {
         if let Some(outbox) = self.outbox.take() {
             outbox.send(Inbox::Finish);
-        }
-        if let Some(thread) = self.thread.take() {
-            // It can only have panicked, which aborts.
-            let _ = thread.join();
+            // It could only fail by a panic of the thread, and panics abort.
+            let _ = self.done.recv();
         }
     }
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use ipc::limits::DEVICE_REPLY_MS;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use thiserror::Error;
 use vhost::vhost_user::message::{
@@ -360,14 +360,18 @@ impl Link {
                     request: self.pending.front().copied(),
                 });
             }
-            // Rounded up, so that the last wait does not become a busy loop of zero milliseconds.
-            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
-            match poll(&mut [PollFd::new(self.socket.as_fd(), events)], timeout) {
+            // Not poll, which a stop signal makes go on as restart_syscall, one more call for the filters to allow.
+            let timeout = Some(left.into());
+            match ppoll(
+                &mut [PollFd::new(self.socket.as_fd(), events)],
+                timeout,
+                None,
+            ) {
                 Ok(0) | Err(Errno::EINTR) => {}
                 Ok(_) => return Ok(()),
                 Err(source) => {
                     return Err(LinkError::Socket {
-                        call: "poll",
+                        call: "ppoll",
                         source,
                     });
                 }
