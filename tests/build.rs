@@ -26,6 +26,22 @@ const PAYLOADS: &[(&str, &[&str])] = &[
         &["start.S", "payload.c", "virtio.c", "net-loop.c"],
     ),
     ("machine", &["start.S", "payload.c", "machine.c"]),
+    (
+        "hostile",
+        &[
+            "start.S",
+            "level3.S",
+            "payload.c",
+            "virtio.c",
+            "hostile.c",
+            "hostile-ring.c",
+            "hostile-chain.c",
+            "hostile-disk.c",
+            "hostile-card.c",
+            "hostile-registers.c",
+            "hostile-platform.c",
+        ],
+    ),
 ];
 
 /// Position-dependent, no red zone (a triple fault test uses the stack), no vector registers, no libc.

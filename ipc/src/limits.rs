@@ -86,8 +86,10 @@ pub const DEFAULT_RESTARTS: u16 = 5;
 pub const MAX_RESTARTS: u16 = 1_000;
 /// Bytes of one log line that a device process may send; longer ones are cut.
 pub const MAX_LOG_LINE: usize = 1024;
-/// Log lines a second that one device process may cause; beyond it they are counted and dropped.
+/// Log lines a second that a guest or a peer may cause in one process; beyond it they are counted and dropped.
 pub const MAX_LOG_LINES_PER_SECOND: u32 = 100;
+/// Of these, lines that may come from one place in the code, so that a flood of one kind leaves room for others.
+pub const MAX_LOG_LINES_PER_PLACE: u32 = 20;
 
 /// Bytes of a device's in-flight region: 16 a descriptor (vhost-user, "Inflight description"), for the largest device,
 /// rounded up generously. Also the largest file that a device without a writable image may make.

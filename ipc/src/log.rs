@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_LOG_LINE, MAX_LOG_LINES_PER_SECOND};
+use crate::limits::{MAX_LOG_LINE, MAX_LOG_LINES_PER_PLACE, MAX_LOG_LINES_PER_SECOND};
 
 pub use log::{debug, error, info, trace, warn};
 
@@ -175,32 +175,55 @@ fn push_utc(out: &mut String, seconds: i64, micros: i64) {
     );
 }
 
-/// A counter that lets [`MAX_LOG_LINES_PER_SECOND`] messages a second through; one stands at each place that logs.
+/// A counter that lets [`MAX_LOG_LINES_PER_PLACE`] messages a second through, and all of a process's counters together
+/// [`MAX_LOG_LINES_PER_SECOND`]; one stands at each place that logs.
 #[derive(Debug, Default)]
 pub struct RateLimit {
-    second: AtomicU64,
-    in_second: AtomicU32,
+    here: Window,
     dropped: AtomicU32,
+}
+
+/// Messages of the current second.
+#[derive(Debug, Default)]
+struct Window {
+    second: AtomicU64,
+    count: AtomicU32,
+}
+
+impl Window {
+    const fn new() -> Self {
+        Self {
+            second: AtomicU64::new(0),
+            count: AtomicU32::new(0),
+        }
+    }
+
+    fn has_room(&self, now: u64, most: u32) -> bool {
+        if self.second.swap(now, Ordering::Relaxed) != now {
+            self.count.store(0, Ordering::Relaxed);
+        }
+        self.count.fetch_add(1, Ordering::Relaxed) < most
+    }
 }
 
 impl RateLimit {
     /// A fresh counter.
     pub const fn new() -> Self {
         Self {
-            second: AtomicU64::new(0),
-            in_second: AtomicU32::new(0),
+            here: Window::new(),
             dropped: AtomicU32::new(0),
         }
     }
 
     /// Whether this message may go out, and how many were dropped before it.
     pub fn admit(&self) -> Option<u32> {
+        /// All places of this process.
+        static PROCESS: Window = Window::new();
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
             .map_or(0, |t| t.tv_sec().unsigned_abs());
-        if self.second.swap(now, Ordering::Relaxed) != now {
-            self.in_second.store(0, Ordering::Relaxed);
-        }
-        if self.in_second.fetch_add(1, Ordering::Relaxed) < MAX_LOG_LINES_PER_SECOND {
+        if self.here.has_room(now, MAX_LOG_LINES_PER_PLACE)
+            && PROCESS.has_room(now, MAX_LOG_LINES_PER_SECOND)
+        {
             Some(self.dropped.swap(0, Ordering::Relaxed))
         } else {
             self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -265,12 +288,24 @@ mod tests {
 
     #[test]
     fn a_flood_is_cut_and_counted() {
-        let limit = RateLimit::new();
-        let admitted = (0..10 * MAX_LOG_LINES_PER_SECOND)
-            .filter(|_| limit.admit().is_some())
-            .count();
+        let places = [const { RateLimit::new() }; 10];
+        let admitted = places.each_ref().map(|place| {
+            (0..10 * MAX_LOG_LINES_PER_PLACE)
+                .filter(|_| place.admit().is_some())
+                .count()
+        });
         // The clock may tick over once while this runs.
-        assert!(admitted <= 2 * MAX_LOG_LINES_PER_SECOND as usize);
-        assert!(limit.dropped.load(Ordering::Relaxed) > 0);
+        assert!(admitted[0] > 0);
+        assert!(
+            admitted
+                .iter()
+                .all(|&lines| lines <= 2 * MAX_LOG_LINES_PER_PLACE as usize)
+        );
+        assert!(admitted.iter().sum::<usize>() <= 2 * MAX_LOG_LINES_PER_SECOND as usize);
+        assert!(
+            places
+                .iter()
+                .all(|place| place.dropped.load(Ordering::Relaxed) > 0)
+        );
     }
 }

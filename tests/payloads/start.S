@@ -1,5 +1,6 @@
 /* Entries of a bare guest, and the page tables it runs on: the first 4 GiB, mapped one to one.
- * The tables are data, since a guest on a software KVM pays for each instruction that would build them. */
+ * The tables are data, since a guest on a software KVM pays for each instruction that would build them. All pages are
+ * the user's too, for payloads that leave privilege level 0 (level3.S). */
 
 .section .note.pvh, "a", @note
     .balign 4
@@ -62,18 +63,18 @@ gdt_pointer:
     .long gdt
     .balign 4096
 pml4:
-    .quad pdpt + 3
+    .quad pdpt + 7
     .fill 511, 8, 0
 pdpt:
-    .quad page_directories + 0x0003
-    .quad page_directories + 0x1003
-    .quad page_directories + 0x2003
-    .quad page_directories + 0x3003
+    .quad page_directories + 0x0007
+    .quad page_directories + 0x1007
+    .quad page_directories + 0x2007
+    .quad page_directories + 0x3007
     .fill 508, 8, 0
 page_directories:
     .set page, 0
     .rept 2048
-    .quad (page << 21) + 0x83
+    .quad (page << 21) + 0x87
     .set page, page + 1
     .endr
 

@@ -25,6 +25,8 @@ pub enum Payload {
     NetTx,
     /// Prints what the boot protocol passed.
     Machine,
+    /// Misuses a device or the board in every way there is.
+    Hostile,
 }
 
 /// What [`Payload::FirstByte`] writes.
@@ -43,6 +45,7 @@ impl Payload {
             Self::NetLoop => "net-loop",
             Self::NetTx => "net-tx",
             Self::Machine => "machine",
+            Self::Hostile => "hostile",
         };
         PathBuf::from(concat!(env!("OUT_DIR"), "/")).join(name)
     }

@@ -9,6 +9,7 @@
 //! **Why this way.** `virtio-queue`'s own iterator ends silently at a fault, logs without a limit, and cannot start from a
 //! given head, which replaying requests in flight needs. Its descriptor layout is used here.
 
+use ipc::limits::MAX_CHAIN_SEGMENTS;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
 
@@ -62,6 +63,7 @@ pub(crate) fn walk(
     let mut may_be_indirect = table.indirect;
     let mut index = head;
     let mut seen = 0u32;
+    let mut total = 0usize;
     let mut bytes = 0u32;
     let mut writing = false;
     loop {
@@ -89,6 +91,12 @@ pub(crate) fn walk(
             index = 0;
             seen = 0;
             continue;
+        }
+        total += 1;
+        // Descriptors of no length count too: an indirect table may have 2^28 entries, and its owner's loop would keep this
+        // process from everything else.
+        if total > MAX_CHAIN_SEGMENTS {
+            return Err(FaultKind::TooManySegments);
         }
         bytes = bytes
             .checked_add(descriptor.len())
@@ -125,4 +133,72 @@ fn read(ram: &GuestRam, table: GuestAddress, index: u16) -> Result<Descriptor, F
     };
     let address = table.checked_add(offset).ok_or(fault)?;
     ram.map().read_obj(address).map_err(|_| fault)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Region;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::fs::File;
+
+    const NEXT: u16 = 1;
+    const INDIRECT: u16 = 4;
+    const TABLE: u64 = 0x1000;
+
+    fn ram() -> GuestRam {
+        let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(1 << 20).unwrap();
+        GuestRam::new(vec![Region::new(0, 1 << 20, 0, &file, 0).unwrap()]).unwrap()
+    }
+
+    fn describe(ram: &GuestRam, table: u64, index: u64, raw: (u64, u32, u16, u16)) {
+        let (address, len, flags, next) = raw;
+        let descriptor = Descriptor::new(address, len, flags, next);
+        let at = GuestAddress(table + 16 * index);
+        ram.map().write_obj(descriptor, at).unwrap();
+    }
+
+    fn walked(ram: &GuestRam, head: u16) -> Result<(usize, usize), FaultKind> {
+        let (mut readable, mut writable) = (SegmentList::default(), SegmentList::default());
+        let table = Table {
+            address: GuestAddress(0),
+            size: 16,
+            indirect: true,
+        };
+        walk(ram, table, head, &mut readable, &mut writable)?;
+        Ok((readable.buffers(ram).len(), writable.buffers(ram).len()))
+    }
+
+    /// A table of 2^28 entries of which the first is its own next: without a limit this takes many seconds.
+    #[test]
+    fn a_loop_of_nothing_in_a_huge_table_ends() {
+        let ram = ram();
+        describe(&ram, 0, 0, (TABLE, 0xffff_fff0, INDIRECT, 0));
+        describe(&ram, TABLE, 0, (u64::MAX, 0, NEXT, 0));
+        assert_eq!(walked(&ram, 0), Err(FaultKind::TooManySegments));
+    }
+
+    #[test]
+    fn descriptors_count_whether_or_not_they_have_bytes() {
+        let ram = ram();
+        let last = MAX_CHAIN_SEGMENTS as u64 - 1;
+        describe(&ram, 0, 0, (TABLE, 0x8000, INDIRECT, 0));
+        for at in 0..=last {
+            let next = at as u16 + 1;
+            describe(&ram, TABLE, at, (0, (at % 2) as u32, NEXT, next));
+        }
+        describe(&ram, TABLE, last + 1, (0, 1, 0, 0));
+        assert_eq!(walked(&ram, 0), Err(FaultKind::TooManySegments));
+        describe(&ram, TABLE, last, (0, 1, 0, 0));
+        assert_eq!(walked(&ram, 0), Ok((MAX_CHAIN_SEGMENTS / 2, 0)));
+    }
+
+    #[test]
+    fn loops_of_nothing_in_the_queue_itself_are_loops() {
+        let ram = ram();
+        describe(&ram, 0, 3, (0, 0, NEXT, 4));
+        describe(&ram, 0, 4, (0, 0, NEXT, 3));
+        assert_eq!(walked(&ram, 3), Err(FaultKind::Loop));
+    }
 }

@@ -50,7 +50,7 @@ pub enum FaultKind {
     /// virtio 1.3, 2.7.4: a chain of more than 2^32 bytes.
     #[error("descriptor chain has more than 4 GiB")]
     TooLarge,
-    /// More pieces than [`MAX_CHAIN_SEGMENTS`](ipc::limits::MAX_CHAIN_SEGMENTS).
+    /// More descriptors or pieces of memory than [`MAX_CHAIN_SEGMENTS`](ipc::limits::MAX_CHAIN_SEGMENTS).
     #[error(
         "descriptor chain has more than {} pieces",
         ipc::limits::MAX_CHAIN_SEGMENTS

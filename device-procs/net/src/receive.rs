@@ -41,6 +41,7 @@ impl Receiver {
     /// Forgets a packet that waits.
     pub(crate) fn reset(&mut self) {
         self.waiting = 0;
+        self.taken.clear();
     }
 
     /// Hands packets over until something is missing.
@@ -121,6 +122,8 @@ impl Receiver {
         if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
             self.buffer[0] = 0;
         }
+        // A malformed chain ends this in the middle; what was taken before it belongs to a queue that is given up.
+        self.taken.clear();
         let mut at = 0;
         while at < self.waiting {
             let Some(Chain {
@@ -136,7 +139,6 @@ impl Receiver {
             };
             let len = writable.write(&self.buffer[at..self.waiting]);
             if len == 0 || (at == 0 && len < HEADER) {
-                self.taken.clear();
                 return Err(ring
                     .fault(FaultKind::Request(
                         "receive buffer is smaller than a header",

@@ -18,6 +18,12 @@ const PACKAGES: &[&str] = &[
     "python3-venv",
 ];
 
+/// Flags of the hostile guest's suite, and what that reads.
+const SETTINGS: &[(&str, &str)] = &[
+    ("--operations", "HOSTILE_OPERATIONS"),
+    ("--seed", "HOSTILE_SEED"),
+];
+
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     ensure_packages(PACKAGES).map_err(|e| chain(&e))?;
     let place = place(tests::lab::Flavour::Cloud).map_err(|e| chain(&e))?;
@@ -26,7 +32,15 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
 
     let mut select: Vec<String> = Vec::new();
     let mut filters: Vec<String> = Vec::new();
-    for argument in arguments {
+    let mut settings: Vec<(&str, String)> = Vec::new();
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        if let Some((_, variable)) = SETTINGS.iter().find(|(flag, _)| flag == argument) {
+            let value = arguments.next().and_then(|text| text.parse::<u64>().ok());
+            let value = value.ok_or_else(|| format!("{argument} takes a number"))?;
+            settings.push((variable, value.to_string()));
+            continue;
+        }
         let root = tool::root();
         if root.join(format!("tests/tests/{argument}.rs")).exists() {
             select.extend([
@@ -49,7 +63,12 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     } else {
         &["test", "--no-fail-fast"]
     };
-    tool::run(tool::cargo(runner).args(&select).args(&filters))?;
+    tool::run(
+        tool::cargo(runner)
+            .args(&select)
+            .args(&filters)
+            .envs(settings),
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -257,10 +257,7 @@ impl Vm {
     /// The guest broke a ring of this device.
     fn device_error(&mut self, index: usize) {
         if let Some(transport) = self.parts.transports.get(index) {
-            let mut transport = lock(transport);
-            // Cleared before it is handled, so that a second complaint wakes again.
-            let _ = transport.error_event().read();
-            transport.device_error();
+            lock(transport).device_error();
         }
     }
 

@@ -343,9 +343,9 @@ impl Core {
 
     /// The device process signalled [`Core::error_event`]: the guest broke a ring.
     pub fn device_error(&mut self, lines: &impl Interrupts) {
-        // Emptied, so that the descriptor is quiet until the next complaint; it may have been already.
-        let _ = self.error.read();
-        if self.is_running() && !self.has(NEEDS_RESET) {
+        // Emptied, so that the descriptor is quiet until the next complaint. If it is empty already, the driver has reset the
+        // device since the complaint woke the caller, and the queues that it was about are gone.
+        if self.error.read().is_ok() && self.is_running() && !self.has(NEEDS_RESET) {
             guest_warn!("device \"{}\" reports a broken virtqueue", self.device.id());
             self.needs_reset(lines);
         }

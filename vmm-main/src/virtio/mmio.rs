@@ -718,6 +718,23 @@ mod tests {
         }
     }
 
+    /// The main loop is woken by a complaint, and gets hold of the device only after the driver has reset it.
+    #[test]
+    fn a_complaint_about_queues_that_are_gone_is_none() {
+        let mut guest = guest();
+        guest.start();
+        let seen = guest.fake.arrived();
+        let error = seen
+            .iter()
+            .find(|seen| seen.request == fake::SET_VRING_ERR)
+            .unwrap();
+        nix::unistd::write(&error.fds[0], &1u64.to_ne_bytes()).unwrap();
+        guest.start();
+        guest.device.device_error();
+        assert_eq!(guest.status() & NEEDS_RESET, 0);
+        assert_eq!(guest.interrupts(), 0);
+    }
+
     #[test]
     fn a_broken_ring_needs_a_reset() {
         let mut guest = guest();
@@ -730,8 +747,6 @@ mod tests {
             .iter()
             .find(|seen| seen.request == fake::SET_VRING_ERR)
             .unwrap();
-        nix::unistd::write(&error.fds[0], &1u64.to_ne_bytes()).unwrap();
-        assert_eq!(guest.device.error_event().read().unwrap(), 1);
         nix::unistd::write(&error.fds[0], &1u64.to_ne_bytes()).unwrap();
         guest.device.device_error();
         guest.device.device_error();

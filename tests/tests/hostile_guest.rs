@@ -1,0 +1,273 @@
+//! # Guests that misuse devices and the board
+//!
+//! **Job.** A bare guest does to a disk, a network card and the board's registers whatever a driver must not, by a list of
+//! named cases and by chance, and checks what each leads to (`device-procs/README.md` has the rule). This side sees to it
+//! that no process died or was replaced, that nothing grew, that the log was not flooded and that no other data changed.
+//! **Who is not trusted.** The VMM. The guest tells what it saw, and how much it did.
+//! **Why this way.** The generator is in the guest, where one processor makes more misuse than a process outside could
+//! pass on; a seed repeats a run: `HOSTILE_SEED`, and `HOSTILE_OPERATIONS` for long ones
+//! (`cargo xtask test hostile_guest --operations 10000000 --seed 7`).
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use ipc::limits::MAX_LOG_LINES_PER_SECOND;
+use tests::host::{Tap, require_kvm, require_root};
+use tests::payload::Payload;
+use tests::procfs;
+use tests::vm::{Vm, VmBuilder};
+use tests::wait::Deadline;
+
+/// Operations of a short run, all suites together.
+const SHORT: u64 = 400_000;
+/// Bytes that the control process may gain while a guest does its worst. One vhost-user message, one log line and their
+/// allocator's slack are far below.
+const GROWTH: u64 = 2 << 20;
+const SECTOR: u64 = 512;
+/// Of each disk.
+const SECTORS: u64 = 2048;
+
+fn setting(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |value| {
+        value
+            .parse()
+            .unwrap_or_else(|_| panic!("{name}={value} is not a number"))
+    })
+}
+
+/// Time for `operations`: a busy machine does far more than 1000 a second.
+fn limit(operations: u64) -> Duration {
+    Duration::from_secs(120 + operations / 2_000)
+}
+
+struct Attack {
+    dir: tempfile::TempDir,
+    builder: VmBuilder,
+    words: String,
+    operations: u64,
+    _tap: Option<Tap>,
+}
+
+fn empty_disk(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::File::create(&path)
+        .unwrap()
+        .set_len(SECTORS * SECTOR)
+        .unwrap();
+    path
+}
+
+/// A VM with something to attack and a disk that is left alone.
+fn attack(target: &str, what: &str, operations: u64) -> Attack {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let seed = setting("HOSTILE_SEED", 1);
+    let mut words = format!("target={target} what={what} seed={seed} ops={operations}");
+    let mut builder = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        // What a guest causes is a warning.
+        .env("STRATOVIRT_LOG_LEVEL", "warn");
+    let mut tap = None;
+    if target == "card" {
+        // Tests run one at a time, but not the whole day's: a name and a network of its own for each kind.
+        let own = if what == "cases" { 20 } else { 21 };
+        let name = format!("sv-hg{own}");
+        tap = Some(Tap::new(&name, &format!("10.7.{own}.1/24")).unwrap());
+        words += &format!(" own=10.7.{own}.2 host=10.7.{own}.1");
+        builder = builder
+            .arg("-netdev")
+            .arg(format!("tap,id=n0,ifname={name}"))
+            .args([
+                "-device",
+                "virtio-net-device,netdev=n0,id=victim,queue-size=1024",
+            ]);
+    } else {
+        let image = empty_disk(dir.path(), "victim.img");
+        builder = builder
+            .arg("-drive")
+            .arg(format!("id=victim,file={},direct=off", image.display()))
+            .args(["-device", "virtio-blk-device,drive=victim,id=dev-victim,queue-size=1024,serial=0123456789abcdefghij"]);
+    }
+    let witness = empty_disk(dir.path(), "witness.img");
+    builder = builder.disk("witness", &witness, "");
+    Attack {
+        dir,
+        builder,
+        words,
+        operations,
+        _tap: tap,
+    }
+}
+
+/// Memory of its own that a process has, in bytes: not the guest's.
+fn own_memory(pid: i32) -> u64 {
+    let status = procfs::Status::of(pid).unwrap();
+    let text = status.field("RssAnon");
+    let kilobytes: u64 = text.trim_end_matches(" kB").parse().unwrap();
+    kilobytes << 10
+}
+
+/// The numbers of the guest's last line, by name.
+fn numbers(line: &str) -> BTreeMap<String, u64> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    words
+        .chunks_exact(2)
+        .map(|pair| (pair[0].to_owned(), pair[1].parse().unwrap()))
+        .collect()
+}
+
+impl Attack {
+    /// Runs it to its end and judges the host's side. The guest's own verdict and counts come back, and what it printed.
+    #[track_caller]
+    fn run(self) -> (BTreeMap<String, u64>, String) {
+        let limit = limit(self.operations);
+        let start = Instant::now();
+        let builder = self
+            .builder
+            .clone()
+            .kernel(&Payload::Hostile.path(), &self.words);
+        let mut vm = builder.start().unwrap();
+        let wait = |vm: &mut Vm, text: &str| {
+            let found = vm.console.wait_for_any(&[text, "HOSTILE FAILED"], limit);
+            let (which, before) = found.unwrap_or_else(|e| panic!("{}", vm.explain(&e)));
+            if which == 1 {
+                let line = vm.console.rest_of_line(limit).unwrap_or_default();
+                panic!("{line}\n{}\n{}", self.words, vm.messages());
+            }
+            before
+        };
+        wait(&mut vm, "HOSTILE\r\n");
+        let processes = vm.processes().unwrap();
+        let before: Vec<u64> = processes
+            .iter()
+            .chain([&vm.pid()])
+            .map(|&p| own_memory(p))
+            .collect();
+        let transcript = wait(&mut vm, "HOSTILE OK ");
+        let line = vm.console.rest_of_line(limit).unwrap();
+        let messages = vm.messages();
+        assert_eq!(
+            vm.processes().unwrap(),
+            processes,
+            "a process died or was replaced: {}\n{messages}",
+            self.words
+        );
+        let after: Vec<u64> = processes
+            .iter()
+            .chain([&vm.pid()])
+            .map(|&p| own_memory(p))
+            .collect();
+        for ((pid, before), after) in processes.iter().chain([&vm.pid()]).zip(&before).zip(&after) {
+            assert!(
+                after.saturating_sub(*before) <= GROWTH,
+                "process {pid} had {before} bytes and has {after}: {}",
+                self.words
+            );
+        }
+        // The guest waits for this byte, so that all processes could be looked at.
+        vm.console.send("!").unwrap();
+        let status = vm.wait(limit).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(0), "{messages}");
+        assert!(
+            vm.survivors(Deadline::after(Duration::from_secs(10)))
+                .is_empty()
+        );
+
+        let seconds = start.elapsed().as_secs() + 2;
+        let most = seconds * u64::from(MAX_LOG_LINES_PER_SECOND) * (processes.len() as u64 + 1);
+        let lines = messages.lines().count() as u64;
+        assert!(lines <= most, "{lines} lines of log in {seconds} s");
+        self.untouched();
+
+        eprintln!("{}: {line}; {lines} lines of log", self.words);
+        let numbers = numbers(&line);
+        (numbers, transcript)
+    }
+
+    /// The guest wrote 64 sectors of the other disk, and sees to them itself.
+    fn untouched(&self) {
+        let bytes = std::fs::read(self.dir.path().join("witness.img")).unwrap();
+        assert_eq!(bytes.len() as u64, SECTORS * SECTOR);
+        let (from, to) = (8 * SECTOR as usize, 72 * SECTOR as usize);
+        assert!(bytes[..from].iter().chain(&bytes[to..]).all(|&b| b == 0));
+        if let Ok(victim) = std::fs::metadata(self.dir.path().join("victim.img")) {
+            assert_eq!(victim.len(), SECTORS * SECTOR, "the image keeps its size");
+        }
+    }
+}
+
+/// How many cases are named in what a guest printed.
+fn cases(transcript: &str) -> usize {
+    let mut names: Vec<&str> = transcript
+        .lines()
+        .filter_map(|line| line.strip_prefix("CASE ")?.strip_suffix(": ok"))
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    names.len()
+}
+
+#[test]
+fn each_misuse_of_a_disk_has_the_end_that_the_rule_says() {
+    let (numbers, transcript) = attack("disk", "cases", 0).run();
+    assert!(cases(&transcript) >= 55, "{transcript}");
+    assert!(numbers["needs_reset"] >= 100, "{numbers:?}");
+}
+
+#[test]
+fn each_misuse_of_a_card_has_the_end_that_the_rule_says() {
+    let (numbers, transcript) = attack("card", "cases", 0).run();
+    assert!(cases(&transcript) >= 40, "{transcript}");
+    assert!(numbers["needs_reset"] >= 150, "{numbers:?}");
+}
+
+/// A part of all operations that are asked for, in percent.
+fn share(percent: u64) -> u64 {
+    setting("HOSTILE_OPERATIONS", SHORT) * percent / 100
+}
+
+#[track_caller]
+fn all_done(numbers: &BTreeMap<String, u64>, wanted: u64) {
+    assert!(
+        numbers["chains"] + numbers["registers"] >= wanted,
+        "{numbers:?}"
+    );
+    assert!(numbers["checks"] > 0, "{numbers:?}");
+}
+
+#[test]
+fn chains_by_chance_do_no_harm_from_a_disk() {
+    let wanted = share(60);
+    let (numbers, _) = attack("disk", "rings", wanted).run();
+    all_done(&numbers, wanted);
+    assert!(numbers["needs_reset"] > 0 && numbers["answered"] > wanted / 2);
+}
+
+#[test]
+fn chains_by_chance_do_no_harm_from_a_card() {
+    let wanted = share(35);
+    let (numbers, _) = attack("card", "rings", wanted).run();
+    all_done(&numbers, wanted);
+    assert!(numbers["needs_reset"] > 0 && numbers["answered"] > wanted / 2);
+}
+
+#[test]
+fn registers_by_chance_do_no_harm_to_a_disk() {
+    let wanted = share(1);
+    all_done(&attack("disk", "registers", wanted).run().0, wanted);
+}
+
+#[test]
+fn registers_by_chance_do_no_harm_to_a_card() {
+    let wanted = share(1);
+    all_done(&attack("card", "registers", wanted).run().0, wanted);
+}
+
+#[test]
+fn the_board_takes_any_access() {
+    let wanted = share(3);
+    all_done(&attack("disk", "platform", wanted).run().0, wanted);
+}
