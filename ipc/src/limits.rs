@@ -31,6 +31,17 @@ pub const MAX_IOTHREADS: usize = 8;
 pub const MAX_BLOCK_QUEUES: u16 = 32;
 /// Queue pairs of a network card (manual 2.3).
 pub const MAX_NET_QUEUE_PAIRS: u16 = 16;
+/// Bytes of the name that a guest mounts a shared folder by (virtio 1.3, 5.11.4).
+pub const MAX_FS_TAG: usize = 36;
+/// Request queues of a shared folder. A guest has one a vCPU at most, and a folder is on few disks.
+pub const MAX_FS_REQUEST_QUEUES: u16 = 8;
+/// Entries of the smallest queue of a shared folder: Linux refuses fewer than the four that a request's headers take.
+pub const MIN_FS_QUEUE_SIZE: u16 = 8;
+/// Entries of the largest queue of a shared folder: a request of 1 MiB takes 256 and a few.
+pub const MAX_FS_QUEUE_SIZE: u16 = 1024;
+/// Descriptors of a process that serves a shared folder, and with them inodes and files of the guest; less if the host
+/// allows less.
+pub const MAX_FS_DESCRIPTORS: u64 = 1_000_000;
 /// Virtqueues of any device: a network card's 16 pairs and its control queue.
 pub const MAX_QUEUES: u16 = 2 * MAX_NET_QUEUE_PAIRS + 1;
 /// Entries of a virtqueue when `queue-size` is not given (manual 2.2, 2.3).

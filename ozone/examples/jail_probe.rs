@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     let done = match what.as_str() {
         "start" => link.write_all(&begun.to_ne_bytes()),
         "open" | "serve" | "crash" | "panic" => {
-            let jailed = match inner::lock(Sandbox::BestEffort) {
+            let jailed = match inner::lock(Sandbox::BestEffort, inner::Root::Empty) {
                 Ok(jailed) => jailed,
                 Err(error) => {
                     let _ = writeln!(link, "refused: {error}");

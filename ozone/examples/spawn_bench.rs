@@ -35,6 +35,7 @@ fn launch(binary: &File, trace: bool) -> Result<(ozone::Pending, File)> {
         argv: vec![CString::new("probe")?, CString::new("start")?],
         fds: vec![(null()?, 0), (null()?, 1), (null()?, 2), (theirs, 3)],
         identity: Identity::least(),
+        tree: None,
         limits: Limits::default(),
         mode: Sandbox::Strict,
         trace,

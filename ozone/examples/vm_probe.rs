@@ -156,6 +156,7 @@ fn device_jail() -> Result<(), String> {
         argv: vec![c"block".into(), c"serve".into()],
         fds: vec![(theirs, 3), (null()?, 0), (null()?, 1), (null()?, 2)],
         identity: Identity::least(),
+        tree: None,
         limits: Limits::default(),
         mode: Sandbox::Strict,
         trace: false,

@@ -1,6 +1,6 @@
 //! The inner half of a jail: what a device process does to itself after exec.
 //!
-//! Job: become non-dumpable, deny itself the file system, TCP and signals through Landlock, and
+//! Job: become non-dumpable, deny itself the file system (but for a tree that it serves), TCP and signals through Landlock, and
 //! check that everything the outer half should have done is done.
 //! Not trusted: whoever started this process. A device started by hand, or by a broker that left
 //! something out, must not serve a guest.
@@ -13,15 +13,20 @@ use crate::{
 };
 use nix::{
     errno::Errno,
-    sys::resource::{Resource, getrlimit},
+    fcntl::{OFlag, open},
+    sys::{
+        resource::{Resource, getrlimit},
+        stat::Mode,
+    },
     unistd,
 };
-use std::fmt;
+use std::{fmt, os::fd::AsFd};
 
 /// Proof that this process is in its jail. Neither cloned nor made by hand.
 #[derive(Debug)]
 pub struct Jailed {
     report: JailReport,
+    capabilities: u64,
 }
 
 impl Jailed {
@@ -30,6 +35,26 @@ impl Jailed {
     pub fn report(&self) -> &JailReport {
         &self.report
     }
+
+    /// The capabilities that are left, one bit each: none but for a process that serves a [tree](Root::Tree).
+    #[must_use]
+    pub fn capabilities(&self) -> u64 {
+        self.capabilities
+    }
+}
+
+/// The root that the outer half made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Root {
+    /// Nothing is there.
+    Empty,
+    /// The tree that the process serves ([`SharedTree`](crate::SharedTree)).
+    Tree {
+        /// Its mounts are read-only.
+        readonly: bool,
+        /// Capabilities that the process may have, one bit each.
+        capabilities: u64,
+    },
 }
 
 /// What the inner half did and found.
@@ -85,7 +110,7 @@ pub enum LockError {
 /// [`LockError`]; the process should then end.
 ///
 /// SIGSEGV and SIGBUS get their default action.
-pub fn lock(mode: Sandbox) -> Result<Jailed, LockError> {
+pub fn lock(mode: Sandbox, root: Root) -> Result<Jailed, LockError> {
     let check = |what| move |source| LockError::Check { what, source };
     let mut layers = Vec::with_capacity(12);
     let mut note = |layer, state| layers.push(LayerReport { layer, state });
@@ -95,22 +120,43 @@ pub fn lock(mode: Sandbox) -> Result<Jailed, LockError> {
     note(Layer::NotDumpable, must(off, "the process can be dumped"));
 
     let sets = caps::read().map_err(check("capabilities"))?;
-    note(
-        Layer::Capabilities,
-        match (sets.usable_are_empty(), sets.bounding) {
-            (false, _) => State::Lacking("the process has capabilities"),
-            (true, 0) => State::On,
-            (true, _) => State::Partly("the bounding set is not empty"),
-        },
-    );
+    let mut left = 0;
+    match root {
+        Root::Empty => note(
+            Layer::Capabilities,
+            match (sets.usable_are_empty(), sets.bounding) {
+                (false, _) => State::Lacking("the process has capabilities"),
+                (true, 0) => State::On,
+                (true, _) => State::Partly("the bounding set is not empty"),
+            },
+        ),
+        Root::Tree { capabilities, .. } => {
+            left = sets.main.permitted & capabilities;
+            // Exec handed them over as inheritable and ambient ones, which have no use any more.
+            caps::keep(left).map_err(check("capabilities"))?;
+            note(
+                Layer::TreeCapabilities,
+                match (
+                    sets.main.permitted & !capabilities,
+                    sets.bounding & !capabilities,
+                ) {
+                    (0, 0) => State::On,
+                    (0, _) => State::Partly("the bounding set has others"),
+                    _ => State::Lacking("the process has other capabilities"),
+                },
+            );
+        }
+    }
     let set = no_new_privs::is_set().map_err(check("no_new_privs"))?;
     note(Layer::NoNewPrivileges, must(set, "no_new_privs is not set"));
 
-    let plain = !unistd::getuid().is_root() && unistd::getgid().as_raw() != 0;
-    note(
-        Layer::Identity,
-        must(plain, "the process is user 0 or group 0"),
-    );
+    if root == Root::Empty {
+        let plain = !unistd::getuid().is_root() && unistd::getgid().as_raw() != 0;
+        note(
+            Layer::Identity,
+            must(plain, "the process is user 0 or group 0"),
+        );
+    }
 
     let (_, core) = getrlimit(Resource::RLIMIT_CORE).map_err(check("limits"))?;
     note(
@@ -124,8 +170,12 @@ pub fn lock(mode: Sandbox) -> Result<Jailed, LockError> {
         must(first, "the process is not the first of a pid namespace"),
     );
 
-    let fault = root::fault().map_err(check("root folder"))?;
-    note(Layer::EmptyRoot, fault.map_or(State::On, State::Lacking));
+    let (layer, fault) = match root {
+        Root::Empty => (Layer::EmptyRoot, root::fault()),
+        Root::Tree { readonly, .. } => (Layer::TreeRoot, root::tree_fault(readonly)),
+    };
+    let fault = fault.map_err(check("root folder"))?;
+    note(layer, fault.map_or(State::On, State::Lacking));
 
     // Counted last before Landlock, while /proc could still be there; an empty root has none, and
     // then no thread can hide either: the process was executed with one and this crate starts none.
@@ -133,7 +183,14 @@ pub fn lock(mode: Sandbox) -> Result<Jailed, LockError> {
         Ok(1) | Err(_) => {}
         Ok(more) => return Err(LockError::Threads(more)),
     }
-    let landlock = landlock::deny_all()?;
+    let landlock = match root {
+        Root::Empty => landlock::deny_all()?,
+        Root::Tree { readonly, .. } => {
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let tree = open("/", flags, Mode::empty()).map_err(check("root folder"))?;
+            landlock::only_tree(tree.as_fd(), readonly)?
+        }
+    };
     layers.extend(landlock.layers);
 
     for layer in &layers {
@@ -159,6 +216,7 @@ pub fn lock(mode: Sandbox) -> Result<Jailed, LockError> {
             landlock_abi: landlock.abi,
             layers,
         },
+        capabilities: left,
     })
 }
 

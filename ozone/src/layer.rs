@@ -34,8 +34,12 @@ pub enum Layer {
     Identity,
     /// The root folder is an empty, read-only, nosuid, nodev, noexec tmpfs.
     EmptyRoot,
+    /// The root folder is the tree that the process serves, nosuid, nodev, noexec, and nothing else.
+    TreeRoot,
     /// No capability in any of the five sets, and none to be had back.
     Capabilities,
+    /// No capability but those that serving a tree takes, and no other to be had.
+    TreeCapabilities,
     /// No program can give new rights.
     NoNewPrivileges,
     /// Exactly the descriptors that the process was given.
@@ -66,7 +70,9 @@ impl fmt::Display for Layer {
             Self::CgroupNamespace => "cgroup namespace",
             Self::Identity => "unprivileged identity",
             Self::EmptyRoot => "empty root",
+            Self::TreeRoot => "shared tree as root",
             Self::Capabilities => "no capabilities",
+            Self::TreeCapabilities => "no capabilities but those for the tree",
             Self::NoNewPrivileges => "no new privileges",
             Self::Descriptors => "exact descriptors",
             Self::Limits => "resource limits",

@@ -98,6 +98,7 @@ impl Request {
                 .to_vec(),
             fds,
             identity: self.identity,
+            tree: None,
             limits: self.limits,
             mode: self.mode,
             trace: false,

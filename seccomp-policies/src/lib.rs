@@ -27,6 +27,8 @@ pub enum Policy {
     ControlVcpu,
     /// The broker, and whatever its children do before they install their own filter.
     Broker,
+    /// The broker of a VM that shares a folder.
+    BrokerFs,
     /// A block device process.
     Block,
     /// A network device process.
@@ -73,11 +75,12 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
         Self::Broker,
+        Self::BrokerFs,
         Self::Block,
         Self::Net,
         Self::Template,
@@ -94,6 +97,7 @@ impl Policy {
             Self::ControlQmp => &generated::CONTROL_QMP_INFO,
             Self::ControlVcpu => &generated::CONTROL_VCPU_INFO,
             Self::Broker => &generated::BROKER_INFO,
+            Self::BrokerFs => &generated::BROKER_FS_INFO,
             Self::Block => &generated::BLOCK_INFO,
             Self::Net => &generated::NET_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
@@ -109,6 +113,7 @@ impl Policy {
             Self::ControlQmp => &generated::CONTROL_QMP,
             Self::ControlVcpu => &generated::CONTROL_VCPU,
             Self::Broker => &generated::BROKER,
+            Self::BrokerFs => &generated::BROKER_FS,
             Self::Block => &generated::BLOCK,
             Self::Net => &generated::NET,
             Self::Template => &generated::TEMPLATE,

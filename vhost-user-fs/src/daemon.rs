@@ -213,6 +213,8 @@ fn serve(
     let device = FsDevice::new(tree, &options.tag)
         .ok_or(DaemonError::Tag)?
         .with_lifeline(inside.lifeline);
+    // Masks are the guest's, and come with its requests.
+    umask(Mode::empty());
     let prepared = Standalone::new(device)?;
     let stream = front_end.wait().map_err(DaemonError::Accept)?;
     let action = match options.seccomp {

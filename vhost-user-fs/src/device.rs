@@ -31,6 +31,9 @@ pub const QUEUE_SIZE: u16 = 1024;
 pub struct FsDevice {
     tree: Passthrough,
     tag: [u8; TAG_BYTES],
+    /// Request queues that there are, and those that the driver is told of.
+    queues: (u16, u16),
+    queue_size: u16,
     /// Readable when the process that waits for this one is gone.
     lifeline: Option<OwnedFd>,
     /// The body of the request at hand.
@@ -50,10 +53,23 @@ impl FsDevice {
         Some(Self {
             tree,
             tag: padded,
+            queues: (REQUEST_QUEUES, 1),
+            queue_size: QUEUE_SIZE,
             lifeline: None,
             body: Vec::new(),
             reply: Vec::new(),
         })
+    }
+
+    /// Has `request_queues` of `queue_size` entries. Without this there are more than the driver is told of, for front ends that
+    /// are set to more.
+    #[must_use]
+    pub fn with_queues(self, request_queues: u16, queue_size: u16) -> Self {
+        Self {
+            queues: (request_queues, request_queues),
+            queue_size,
+            ..self
+        }
     }
 
     /// Ends serving when `lifeline` becomes readable. The kernel's own way to die with a parent does not survive a change of
@@ -202,11 +218,11 @@ impl Device for FsDevice {
     }
 
     fn num_queues(&self) -> u16 {
-        1 + REQUEST_QUEUES
+        1 + self.queues.0
     }
 
     fn max_queue_size(&self) -> u16 {
-        QUEUE_SIZE
+        self.queue_size
     }
 
     fn accept(&mut self, _features: u64) -> Result<(), HostFault> {
@@ -217,7 +233,7 @@ impl Device for FsDevice {
     fn read_config(&self, offset: usize, out: &mut [u8]) {
         let mut space = [0; TAG_BYTES + 4];
         space[..TAG_BYTES].copy_from_slice(&self.tag);
-        space[TAG_BYTES..].copy_from_slice(&1u32.to_le_bytes());
+        space[TAG_BYTES..].copy_from_slice(&u32::from(self.queues.1).to_le_bytes());
         device_host::copy_config(&space, offset, out);
     }
 

@@ -3,13 +3,17 @@
 mod cli;
 mod daemon;
 mod inherited;
+mod managed;
 
 use std::process::ExitCode;
 
 use cli::Command;
 
 fn main() -> ExitCode {
-    let arguments = std::env::args_os().skip(1);
+    let mut arguments = std::env::args_os();
+    if arguments.next().is_some_and(|name| name == managed::NAME) {
+        return managed::run();
+    }
     // Options are ASCII; a path that is no UTF-8 would be changed, so it is refused.
     let words: Result<Vec<String>, _> = arguments.map(std::ffi::OsString::into_string).collect();
     let Ok(words) = words else {

@@ -8,7 +8,7 @@
 use ipc::spec::DeviceSpec;
 use ipc::start::{SandboxMode, SeccompMode, StartMessage};
 use ozone::Sandbox;
-use ozone::inner::LockError;
+use ozone::inner::{LockError, Root};
 use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
@@ -27,16 +27,25 @@ const fn policy(device: &DeviceSpec) -> Policy {
     match device {
         DeviceSpec::Block(_) => Policy::Block,
         DeviceSpec::Net(_) => Policy::Net,
+        DeviceSpec::Fs(_) => Policy::VhostUserFs,
         DeviceSpec::Template(_) => Policy::Template,
     }
 }
 
 /// Locks this process. Afterwards only the calls of its policy are possible.
 pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailError> {
-    let jailed = ozone::inner::lock(match start.sandbox {
+    let mode = match start.sandbox {
         SandboxMode::BestEffort => Sandbox::BestEffort,
         SandboxMode::Strict => Sandbox::Strict,
-    })?;
+    };
+    let root = match &start.device {
+        DeviceSpec::Fs(spec) => Root::Tree {
+            readonly: spec.readonly,
+            capabilities: spec.capabilities(),
+        },
+        _ => Root::Empty,
+    };
+    let jailed = ozone::inner::lock(mode, root)?;
     for layer in &jailed.report().layers {
         if layer.is_on() {
             ipc::log::debug!("jail: {layer}");

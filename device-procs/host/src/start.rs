@@ -10,6 +10,7 @@
 //! needs another `run` and no other server.
 
 use std::error::Error;
+use std::ffi::CString;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -240,7 +241,12 @@ where
             return Err(error.into());
         }
     };
-    ipc::log::init(name, start.log_level, inherited.log);
+    let process = start.device.process();
+    ipc::log::init(process, start.log_level, inherited.log);
+    // It was executed through a descriptor, whose number older kernels would show in process lists.
+    if let Ok(process) = CString::new(process) {
+        let _ = nix::sys::prctl::set_name(&process);
+    }
     ipc::log::trace!("start message read");
     if start.version != PROTOCOL_VERSION {
         return Err(RunError::Version { got: start.version });

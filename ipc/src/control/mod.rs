@@ -120,6 +120,13 @@ pub struct DeviceGrant {
     pub backend: BackendGrant,
 }
 
+impl DeviceGrant {
+    /// Whether the device's process is somebody else's.
+    pub const fn is_foreign(&self) -> bool {
+        matches!(self.backend, BackendGrant::Socket { .. })
+    }
+}
+
 /// The back-end descriptors of a device process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -141,6 +148,18 @@ pub enum BackendGrant {
         ifname: String,
         /// Queue pairs.
         queues: u16,
+    },
+    /// A folder, which becomes the root of the device process: the process never sees its path.
+    Folder {
+        /// Path.
+        path: PathBuf,
+    },
+    /// Nobody starts a process: somebody else's listens here, and the control process gets a connection to it.
+    Socket {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Path.
+        path: PathBuf,
     },
     /// Inherited descriptors, which the broker kept when the VM was started.
     Inherited {
@@ -195,7 +214,7 @@ pub enum Reply {
     Started {
         /// Index of the request.
         index: u32,
-        /// Process id in the broker's pid namespace.
+        /// Process id in the broker's pid namespace; 0 for somebody else's process ([`BackendGrant::Socket`]).
         pid: i32,
     },
     /// [`Request::Stop`] worked and the process is reaped.

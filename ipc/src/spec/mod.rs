@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 pub mod block;
+pub mod fs;
 pub mod net;
 pub mod template;
 pub mod vm;
@@ -18,6 +19,8 @@ pub enum DeviceSpec {
     Block(block::BlockSpec),
     /// A network card.
     Net(net::NetSpec),
+    /// A shared folder.
+    Fs(fs::FsSpec),
     /// The template device, which tests of the harness use.
     Template(template::TemplateSpec),
 }
@@ -28,16 +31,26 @@ impl DeviceSpec {
         match self {
             Self::Block(spec) => &spec.id,
             Self::Net(spec) => &spec.id,
+            Self::Fs(spec) => &spec.id,
             Self::Template(spec) => &spec.id,
         }
     }
 
-    /// Name of the binary that serves this device, which is also the name of its seccomp policy.
+    /// Name of the binary that serves this device.
     pub const fn binary(&self) -> &'static str {
         match self {
             Self::Block(_) => "block",
             Self::Net(_) => "net",
+            Self::Fs(_) => "vhost_user_fs",
             Self::Template(_) => "template",
+        }
+    }
+
+    /// Name of the process, as `ps` shows it and as it logs.
+    pub const fn process(&self) -> &'static str {
+        match self {
+            Self::Fs(_) => "fs",
+            _ => self.binary(),
         }
     }
 
@@ -46,6 +59,7 @@ impl DeviceSpec {
         match self {
             Self::Net(_) => 1,
             Self::Block(_) => 2,
+            Self::Fs(_) => 26,
             // 5.22 names no device 42: nothing in a guest binds to the template.
             Self::Template(_) => 42,
         }
@@ -56,6 +70,7 @@ impl DeviceSpec {
         match self {
             Self::Block(spec) => spec.num_queues,
             Self::Net(spec) => spec.num_queues(),
+            Self::Fs(spec) => spec.num_queues(),
             Self::Template(_) => 1,
         }
     }
@@ -65,6 +80,7 @@ impl DeviceSpec {
         match self {
             Self::Block(spec) => spec.queue_size,
             Self::Net(spec) => spec.queue_size,
+            Self::Fs(spec) => spec.queue_size,
             Self::Template(_) => crate::limits::DEFAULT_QUEUE_SIZE,
         }
     }

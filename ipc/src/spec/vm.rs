@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits;
 use crate::log::Level;
+use crate::spec::fs::FsCache;
 use crate::start::{SandboxMode, SeccompMode};
 
 /// Everything that one command line says.
@@ -30,6 +31,8 @@ pub struct VmSpec {
     pub drives: Vec<DriveSpec>,
     /// `-netdev`
     pub netdevs: Vec<NetdevSpec>,
+    /// `-fsdev`
+    pub fsdevs: Vec<FsdevSpec>,
     /// `-chardev`, and those that `-serial stdio` and the like imply.
     pub chardevs: Vec<ChardevSpec>,
     /// Id of the chardev behind the serial port; `None` without `-serial`.
@@ -182,6 +185,23 @@ pub enum NetBackend {
     TapFds(Vec<i32>),
 }
 
+/// `-fsdev`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsdevSpec {
+    /// `id=`
+    pub id: String,
+    /// `path=`: a folder.
+    pub path: PathBuf,
+    /// `readonly=`, default off.
+    pub readonly: bool,
+    /// `cache=`, default auto.
+    pub cache: FsCache,
+    /// `xattr=`, default off.
+    pub xattr: bool,
+    /// `posix-acl=`, default off; needs `xattr`.
+    pub posix_acl: bool,
+}
+
 /// `-chardev`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChardevSpec {
@@ -257,6 +277,26 @@ pub enum DeviceKind {
         /// `queue-size=`, default 256.
         queue_size: u16,
     },
+    /// `virtio-fs-device`, `vhost-user-fs-device`
+    Fs {
+        /// Where the folder is served.
+        source: FsSource,
+        /// `tag=`: 1 to 36 bytes.
+        tag: String,
+        /// `num-request-queues=`, default 1.
+        request_queues: u16,
+        /// `queue-size=`, default 1024.
+        queue_size: u16,
+    },
+}
+
+/// Who serves a shared folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FsSource {
+    /// `fsdev=`: a process of this VM, for the fsdev with this id, which exists.
+    Fsdev(String),
+    /// `chardev=`: somebody else's daemon, at the socket of the chardev with this id, which exists.
+    Chardev(String),
 }
 
 /// A QMP socket.

@@ -4,6 +4,7 @@
 //! no panic. Every step ends in one of three ways: done; not possible here, which is reported and,
 //! unless the mode is strict, tolerated; failed, which is reported and ends the child.
 
+use super::SharedTree;
 use super::report::{Report, Step};
 use crate::{
     layer::Layer,
@@ -13,10 +14,26 @@ use crate::{
         idmap::{self, Groups, Identity},
         namespaces, no_new_privs, parent_death, rlimits, root,
     },
-    sys::process::{self as sys, Argv},
+    sys::{
+        process::{self as sys, Argv},
+        tree::clone_path,
+    },
 };
-use nix::{errno::Errno, sys::signal::SigSet};
-use std::{ffi::c_int, os::fd::RawFd};
+use nix::{
+    errno::Errno,
+    fcntl::OFlag,
+    sys::{
+        signal::SigSet,
+        stat::{Mode, fstat},
+    },
+};
+use std::{
+    ffi::{CString, c_int},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStringExt,
+    },
+};
 
 /// Everything that the child needs, made before the fork.
 pub(super) struct Plan {
@@ -24,6 +41,8 @@ pub(super) struct Plan {
     pub(super) argv: Argv,
     pub(super) placements: Vec<Placement>,
     pub(super) identity: Identity,
+    /// The folder that becomes the root.
+    pub(super) tree: Option<TreePlan>,
     pub(super) limits: rlimits::Limits,
     pub(super) strict: bool,
     pub(super) trace: bool,
@@ -37,6 +56,56 @@ pub(super) struct Plan {
     pub(super) parent: RawFd,
     /// The namespaces that clone3 made.
     pub(super) namespaces: c_int,
+}
+
+/// A folder that becomes the root.
+pub(super) struct TreePlan {
+    /// Its path, for the copy of its mount.
+    path: CString,
+    /// Device and inode, which what is found at the path is held against.
+    identity: (u64, u64),
+    readonly: bool,
+    /// What the process keeps, by number.
+    capabilities: Vec<u8>,
+    /// Where in the placements its root is, followed by the folder of descriptors.
+    placement: usize,
+}
+
+impl TreePlan {
+    pub(super) fn new(tree: &SharedTree<'_>, placement: usize) -> Result<Self, Errno> {
+        let link = format!("/proc/self/fd/{}", tree.folder.as_raw_fd());
+        let path = nix::fcntl::readlink(link.as_str())?;
+        Ok(Self {
+            path: CString::new(path.into_vec()).map_err(|_| Errno::EINVAL)?,
+            identity: identity(tree.folder)?,
+            readonly: tree.readonly,
+            capabilities: (0..64)
+                .filter(|c| tree.capabilities & 1 << c != 0)
+                .collect(),
+            placement,
+        })
+    }
+
+    /// Makes the folder the root. Returns the new root and the process's folder of descriptors.
+    fn enter(&self, shared_with_host: bool) -> Result<[OwnedFd; 2], Errno> {
+        let own_fds = match clone_path(c"/proc/self/fd", false) {
+            Err(Errno::EPERM | Errno::EINVAL | Errno::ENOSYS) => nix::fcntl::open(
+                c"/proc/self/fd",
+                OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+                Mode::empty(),
+            )?,
+            other => other?,
+        };
+        let root = root::shared_tree(&self.path, self.readonly, shared_with_host)?;
+        if identity(root.as_fd())? != self.identity {
+            return Err(Errno::ESTALE);
+        }
+        Ok([root, own_fds])
+    }
+}
+
+fn identity(folder: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+    fstat(folder).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
 /// Builds the jail and executes the program.
@@ -88,8 +157,16 @@ fn try_build(plan: &mut Plan) -> Result<Kept, (Step, Errno)> {
     done(plan, Step::Namespaces);
 
     if plan.maps_itself && own_users {
-        idmap::map_self(plan.identity).map_err(at(Step::UserMap))?;
+        match plan.tree {
+            Some(_) => idmap::map_self_to_root(plan.identity),
+            None => idmap::map_self(plan.identity),
+        }
+        .map_err(at(Step::UserMap))?;
         done(plan, Step::UserMap);
+    }
+    if plan.tree.is_some() {
+        enter_tree(plan, own_users, entered)?;
+        return finish(plan);
     }
 
     // Without an own mount namespace this would take the host's files away from the host.
@@ -135,6 +212,14 @@ fn try_build(plan: &mut Plan) -> Result<Kept, (Step, Errno)> {
     }
     done(plan, Step::Identity);
 
+    caps::clear().map_err(at(Step::Capabilities))?;
+    done(plan, Step::Capabilities);
+    finish(plan)
+}
+
+/// What every process has in common after its root and its user.
+fn finish(plan: &mut Plan) -> Result<Kept, (Step, Errno)> {
+    let at = |step| move |errno| (step, errno);
     let kept = Kept {
         binary: plan.binary,
         report: plan.report,
@@ -147,13 +232,53 @@ fn try_build(plan: &mut Plan) -> Result<Kept, (Step, Errno)> {
     rlimits::apply(&plan.limits).map_err(at(Step::Limits))?;
     done(plan, Step::Limits);
 
-    caps::clear().map_err(at(Step::Capabilities))?;
-    done(plan, Step::Capabilities);
     no_new_privs::set().map_err(at(Step::NoNewPrivileges))?;
     done(plan, Step::NoNewPrivileges);
     parent_death::follow(kept.parent).map_err(at(Step::ParentDeath))?;
     done(plan, Step::ParentDeath);
     Ok(kept)
+}
+
+/// Root, user and capabilities of a process that serves a tree. The folder may belong to anybody and be closed to others, so
+/// the parent's half of the user map comes first.
+fn enter_tree(plan: &mut Plan, own_users: bool, entered: c_int) -> Result<(), (Step, Errno)> {
+    let at = |step| move |errno| (step, errno);
+    if !sys::await_byte(plan.report).map_err(at(Step::Handshake))? {
+        return Err((Step::Handshake, Errno::ESRCH));
+    }
+    done(plan, Step::Handshake);
+    let Some(tree) = &plan.tree else {
+        return Ok(());
+    };
+    if entered & libc::CLONE_NEWNS == 0 {
+        return Err((Step::Root, Errno::EPERM));
+    }
+    let made = tree.enter(!own_users).map_err(at(Step::Root))?;
+    let wanted = plan.placements.iter_mut().skip(tree.placement);
+    for (placement, made) in wanted.zip(made) {
+        // Closed by exec, like every other source.
+        placement.source = made.into_raw_fd();
+    }
+    done(plan, Step::Root);
+    let mut groups = Groups::Kept;
+    let drop_groups = || {
+        groups = idmap::leave_groups()?;
+        sys::set_umask(0);
+        Ok::<(), Errno>(())
+    };
+    caps::grant(&tree.capabilities, drop_groups)
+        .map_err(at(Step::Capabilities))?
+        .map_err(at(Step::Identity))?;
+    if groups == Groups::Kept {
+        tolerate(
+            plan,
+            Report::Partly(Layer::Identity),
+            (Step::Identity, Errno::EPERM),
+        )?;
+    }
+    done(plan, Step::Identity);
+    done(plan, Step::Capabilities);
+    Ok(())
 }
 
 /// Reports what is not possible here; in strict mode that is the end.

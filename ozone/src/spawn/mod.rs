@@ -53,14 +53,35 @@ pub struct DeviceLaunch<'a> {
     /// Descriptors of the new process and the numbers that they get; all others are closed there.
     /// They are closed here when [`spawn()`] returns.
     pub fds: Vec<(OwnedFd, RawFd)>,
-    /// The host's user and group that the process runs as.
+    /// The host's user and group that the process runs as; not for one with a [tree](Self::tree).
     pub identity: Identity,
+    /// The folder that the process serves, which becomes its root; without one the root is empty.
+    pub tree: Option<SharedTree<'a>>,
     /// Resource limits.
     pub limits: Limits,
     /// What to do about layers that the host cannot give.
     pub mode: Sandbox,
     /// Whether [`Child::phases`] is wanted: one time stamp per step, about 20 µs altogether.
     pub trace: bool,
+}
+
+/// A folder that becomes the root of the process that serves it.
+///
+/// Started by root, the process is user 0 of a user namespace in which all ids stay what they are, so that it can work with
+/// the files of all users; its capabilities mean nothing outside of that namespace. Started by another user, it is user 0 of
+/// a namespace in which only that user exists.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedTree<'a> {
+    /// The folder, opened with `O_PATH` or for reading. The jail is built around this very folder or not at all.
+    pub folder: BorrowedFd<'a>,
+    /// The tree's mounts are read-only.
+    pub readonly: bool,
+    /// Capabilities that the process keeps, one bit each.
+    pub capabilities: u64,
+    /// Number that the tree's root gets in the process.
+    pub root: RawFd,
+    /// Number that the process's own folder of descriptors gets.
+    pub own_fds: RawFd,
 }
 
 /// Why a device process could not be started.
@@ -150,6 +171,7 @@ fn hint(step: Step, errno: Errno) -> &'static str {
         (Step::Exec, Errno::EACCES) => {
             " (the device binary must be executable by the user that the device runs as)"
         }
+        (Step::Root, Errno::ESTALE) => " (the folder was moved or replaced meanwhile)",
         (Step::Exec, Errno::ENOENT | Errno::ENOEXEC) => {
             " (the device binary must be a static ELF file: a jail has no loader)"
         }
@@ -168,6 +190,8 @@ pub struct Pending {
 struct Started {
     name: String,
     mode: Sandbox,
+    /// Whether its root is a tree.
+    tree: bool,
     pid: Pid,
     pidfd: OwnedFd,
     socket: OwnedFd,
@@ -201,6 +225,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         argv,
         fds,
         identity,
+        tree,
         limits,
         mode,
         trace,
@@ -225,6 +250,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
     let privileged = Uid::effective().is_root();
     let Identity { uid, gid } = identity;
     let wrong = match (uid, gid) {
+        _ if tree.is_some() => None,
         (0, _) | (_, 0) => Some("a device process must not be user 0 or group 0 of the host"),
         _ if !privileged && !identity.is_own() => Some("without privilege only the caller's own"),
         _ => None,
@@ -237,7 +263,29 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
             rule,
         });
     }
-    let placements = placements(name, &fds, &limits)?;
+    let mut placements = placements(name, &fds, &limits)?;
+    let tree_plan = match &tree {
+        Some(tree) => {
+            let made = [tree.root, tree.own_fds];
+            if made
+                .iter()
+                .any(|t| placements.iter().any(|p| p.target == *t))
+                || made[0] == made[1]
+            {
+                return Err(SpawnError::Target {
+                    name: name.to_owned(),
+                    target: tree.root,
+                    last: limits.descriptors.saturating_sub(1),
+                });
+            }
+            let plan = child::TreePlan::new(tree, placements.len())
+                .map_err(parent_error("finding the folder's path"))?;
+            // The child fills the sources in: they exist in its namespaces only.
+            placements.extend(made.map(|target| Placement { source: -1, target }));
+            Some(plan)
+        }
+        None => None,
+    };
     let kind = SockType::SeqPacket;
     let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
         .map_err(parent_error("making a socket pair"))?;
@@ -248,6 +296,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         argv: Argv::new(argv),
         placements,
         identity,
+        tree: tree_plan,
         limits,
         strict: mode == Sandbox::Strict,
         trace,
@@ -263,6 +312,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
     let mut started = Started {
         name: name.to_owned(),
         mode,
+        tree: tree.is_some(),
         pid: Pid::from_raw(pid),
         pidfd,
         socket: ours,
@@ -301,7 +351,11 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         });
     }
     if privileged && plan.namespaces & libc::CLONE_NEWUSER != 0 {
-        idmap::map_child(pid, identity).map_err(parent_error("writing the child's user map"))?;
+        match tree {
+            Some(_) => idmap::map_child_alike(pid),
+            None => idmap::map_child(pid, identity),
+        }
+        .map_err(parent_error("writing the child's user map"))?;
     }
     if let Some(started) = &mut pending.inner {
         send(started.socket.as_raw_fd(), &[1], MsgFlags::MSG_NOSIGNAL)
@@ -482,6 +536,15 @@ fn read_reports(started: &mut Started) -> Result<(), SpawnError> {
             at: sys::now(),
         });
     }
-    started.layers.extend(given.layers());
+    started
+        .layers
+        .extend(given.layers().into_iter().map(|mut report| {
+            report.layer = match report.layer {
+                Layer::EmptyRoot if started.tree => Layer::TreeRoot,
+                Layer::Capabilities if started.tree => Layer::TreeCapabilities,
+                other => other,
+            };
+            report
+        }));
     Ok(())
 }

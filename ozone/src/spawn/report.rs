@@ -69,7 +69,7 @@ impl fmt::Display for Step {
             Self::Entered => "signal mask",
             Self::Namespaces => "namespaces",
             Self::UserMap => "own user map",
-            Self::Root => "empty root",
+            Self::Root => "root",
             Self::Handshake => "waiting for the user map",
             Self::Identity => "user and groups",
             Self::Descriptors => "descriptors",

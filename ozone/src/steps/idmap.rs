@@ -153,16 +153,21 @@ pub(crate) enum Groups {
     Kept,
 }
 
+/// Gives up the supplementary groups where the kernel allows that.
+pub(crate) fn leave_groups() -> Result<Groups, Errno> {
+    match sys::drop_groups() {
+        Ok(()) => Ok(Groups::Dropped),
+        Err(Errno::EPERM) => match unistd::getgroups() {
+            Ok(list) if list.is_empty() => Ok(Groups::Dropped),
+            _ => Ok(Groups::Kept),
+        },
+        Err(errno) => Err(errno),
+    }
+}
+
 /// Becomes the given user and group, without supplementary groups where the kernel allows that.
 pub(crate) fn become_user(uid: u32, gid: u32) -> Result<Groups, Errno> {
-    let groups = match sys::drop_groups() {
-        Ok(()) => Groups::Dropped,
-        Err(Errno::EPERM) => match unistd::getgroups() {
-            Ok(list) if list.is_empty() => Groups::Dropped,
-            _ => Groups::Kept,
-        },
-        Err(errno) => return Err(errno),
-    };
+    let groups = leave_groups()?;
     sys::set_gid(gid)?;
     sys::set_uid(uid)?;
     sys::set_umask(0o077);

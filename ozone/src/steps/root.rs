@@ -69,6 +69,18 @@ pub(crate) fn shared_tree(
     Ok(tree)
 }
 
+/// Why the root is not one of [`shared_tree()`].
+pub(crate) fn tree_fault(readonly: bool) -> Result<Option<&'static str>, Errno> {
+    let flags = statvfs("/")?.flags();
+    if !flags.contains(FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC) {
+        return Ok(Some("the root is not nosuid, nodev, noexec"));
+    }
+    if readonly && !flags.contains(FsFlags::ST_RDONLY) {
+        return Ok(Some("the root is not read-only"));
+    }
+    Ok(None)
+}
+
 /// Why the root is not the empty one of [`empty()`].
 pub(crate) fn fault() -> Result<Option<&'static str>, Errno> {
     const TMPFS: i64 = 0x0102_1994; // include/uapi/linux/magic.h

@@ -1,10 +1,10 @@
 //! # `cargo xtask demo`
 //!
-//! **Job.** Show the product's main job from nothing to a shell: install, build, make a disk and a tap, boot Debian's
-//! stock kernel, mount the disk and ping the host from it, print each process with its jail, hand the guest's serial
+//! **Job.** Show the product's main job from nothing to a shell: install, build, make a disk, a tap and a shared folder, boot
+//! Debian's stock kernel, mount disk and folder and ping the host from it, print each process with its jail, hand the guest's serial
 //! console to the user, clean up. `--check` does the same without a terminal and judges it.
 //! **Who is not trusted.** The guest and the VMM: what the guest claims about its disk is checked on the host with
-//! `e2fsck` and by reading the file back, and what the jails are is asked from the kernel.
+//! `e2fsck` and by reading its files back, and what the jails are is asked from the kernel.
 //! **Why this way.** The command line is the manual's, printed as a user would type it.
 
 use crate::tool;
@@ -43,6 +43,10 @@ mount -t ext4 /dev/vda /mnt/disk
 echo \"GUEST-DISK $(cat /mnt/disk/from-host)\"
 echo 'written in the guest' > /mnt/disk/from-guest
 sync
+mkdir -p /mnt/share
+mount -t virtiofs share /mnt/share
+echo \"GUEST-SHARE $(cat /mnt/share/from-host)\"
+echo 'written in the guest' > /mnt/share/from-guest
 ip addr add 10.0.2.2/24 dev eth0
 ip link set eth0 up
 ping -c 3 -i 0.2 10.0.2.1
@@ -107,13 +111,17 @@ fn inside(programs: &Path, check: bool) -> Result<ExitCode, String> {
     let work = tempfile::tempdir().map_err(|e| format!("cannot make a temporary folder: {e}"))?;
     let guest = Guest::ready(Flavour::Cloud).map_err(|e| text(&e))?;
 
-    say("making an ext4 disk and a tap");
+    say("making an ext4 disk, a tap and a folder to share");
     let content = work.path().join("content");
     std::fs::create_dir(&content).map_err(|e| format!("cannot make a folder: {e}"))?;
     std::fs::write(content.join("from-host"), "written on the host\n")
         .map_err(|e| format!("cannot write: {e}"))?;
     let disk = work.path().join("disk.img");
     host::ext4_image(&disk, 64, &content).map_err(|e| text(&e))?;
+    let share = work.path().join("share");
+    std::fs::create_dir(&share).map_err(|e| format!("cannot make a folder: {e}"))?;
+    std::fs::write(share.join("from-host"), "shared by the host\n")
+        .map_err(|e| format!("cannot write: {e}"))?;
     let tap = Tap::new(TAP, &format!("{HOST}/24")).map_err(|e| text(&e))?;
     let initrd = guest
         .initrd_with(&Script::new(SCRIPT))
@@ -140,6 +148,10 @@ fn inside(programs: &Path, check: bool) -> Result<ExitCode, String> {
         &format!("tap,id=net0,ifname={}", tap.name),
         "-device",
         "virtio-net-device,netdev=net0,id=nic0,mac=52:54:00:12:34:56",
+        "-fsdev",
+        &format!("local,id=share0,path={}", share.display()),
+        "-device",
+        "virtio-fs-device,fsdev=share0,id=fs0,tag=share",
     ]
     .map(str::to_owned)
     .into();
@@ -168,6 +180,12 @@ fn inside(programs: &Path, check: bool) -> Result<ExitCode, String> {
         return Err(format!("the guest reads {read:?} from the disk"));
     }
     say("the guest has mounted the disk, read the host's file and written its own");
+    vm.wait_for("GUEST-SHARE ", LIMIT)?;
+    let read = vm.console.rest_of_line(LIMIT).map_err(|e| text(&e))?;
+    if read.trim() != "shared by the host" {
+        return Err(format!("the guest reads {read:?} from the shared folder"));
+    }
+    say("the guest has mounted the shared folder, read the host's file and written its own");
     vm.wait_for("GUEST-PING ok", LIMIT)?;
     say(&format!("the guest ({GUEST}) has pinged the host ({HOST})"));
     vm.wait_for("GUEST-END status=0", LIMIT)?;
@@ -214,10 +232,17 @@ fn inside(programs: &Path, check: bool) -> Result<ExitCode, String> {
             String::from_utf8_lossy(&written)
         ));
     }
+    let written = std::fs::read(share.join("from-guest")).unwrap_or_default();
+    if written != b"written in the guest\n" {
+        problems.push(format!(
+            "the host reads {:?} as the guest's file in the shared folder",
+            String::from_utf8_lossy(&written)
+        ));
+    }
     drop(tap);
     if problems.is_empty() {
         say(
-            "the disk is clean and holds the guest's file; nothing of the VM is left. All is well.",
+            "disk and shared folder hold the guest's files, the disk is clean; nothing of the VM is left. All is well.",
         );
         return Ok(ExitCode::SUCCESS);
     }
@@ -265,12 +290,13 @@ fn judge(pids: &[i32]) -> Result<Vec<String>, String> {
         if kvm != (pid == pids[0]) {
             problems.push(format!("{} holds KVM: {kvm}", jail.name));
         }
-        let device = ["block", "net"].contains(&jail.name.as_str());
+        let folder = jail.name == "fs";
+        let device = folder || ["block", "net"].contains(&jail.name.as_str());
         if device && jail.own_namespaces.len() != tests::jail::NAMESPACES.len() {
             problems.push(format!("{} shares namespaces with the host", jail.name));
         }
         if device
-            && (jail.capabilities != [0; 5]
+            && (jail.capabilities != capabilities(folder)
                 || !jail.no_new_privs
                 || jail.threads.iter().any(|t| t.1 != 2))
         {
@@ -278,12 +304,19 @@ fn judge(pids: &[i32]) -> Result<Vec<String>, String> {
         }
         names.push(jail.name);
     }
-    for wanted in ["block", "net"] {
+    for wanted in ["block", "net", "fs"] {
         if !names.iter().any(|n| n == wanted) {
             problems.push(format!("no process named {wanted} among {names:?}"));
         }
     }
     Ok(problems)
+}
+
+/// The five sets of a device process. One that serves a folder keeps the rights over files, in its own user namespace: owner,
+/// permissions, and becoming the guest's users.
+fn capabilities(folder: bool) -> [u64; 5] {
+    let kept = if folder { 0xdb } else { 0 };
+    [0, kept, kept, kept, 0]
 }
 
 /// Connects this terminal with the guest's serial port until the VM ends.

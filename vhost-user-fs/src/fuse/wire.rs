@@ -81,7 +81,7 @@ numbers!(
 );
 
 /// `fuse_in_header`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct InHeader {
     /// Bytes of the whole request, with this header.
     pub len: u32,

@@ -11,6 +11,19 @@ use nix::errno::Errno;
 use super::sys;
 use crate::fuse::InHeader;
 
+/// Whether this process can take the users and groups of its guest: whether it has the right, and there are others than its
+/// own in its user namespace.
+#[must_use]
+pub fn may_switch_user() -> bool {
+    // Any id that is not 0 will do: a namespace of one user has user 0 only.
+    let header = InHeader {
+        uid: 1,
+        gid: 1,
+        ..InHeader::default()
+    };
+    AsUser::new(&header, true).is_ok()
+}
+
 /// The guard.
 #[derive(Debug)]
 #[must_use]

@@ -30,6 +30,7 @@ use handles::Handles;
 use inodes::Inodes;
 use locks::Locks;
 
+pub use creds::may_switch_user;
 pub use sys::OwnFds;
 
 /// What the guest may keep of what it has seen (`--cache`).

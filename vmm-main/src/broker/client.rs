@@ -231,7 +231,10 @@ impl Client {
         match self.reply()? {
             (Reply::Started { index: got, pid }, mut fds) if got == index => match fds.pop() {
                 Some(fd) => {
-                    self.pids.push((index, pid));
+                    // 0 stands for somebody else's process.
+                    if pid > 0 {
+                        self.pids.push((index, pid));
+                    }
                     Ok((fd, pid))
                 }
                 None => Err(ClientError::OutOfOrder(format!(

@@ -18,12 +18,13 @@ use ipc::control::{DeviceGrant, Exit, Policy, Reply};
 use ipc::limits::MAX_LOG_LINE;
 use ipc::log::{RateLimit, error, trace};
 use ipc::spec::DeviceSpec;
+use ipc::spec::fs::{FD_OWN_FDS, FD_TREE};
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use ozone::{Child, DeviceLaunch, Identity, Limits, Pending, Sandbox};
+use ozone::{Child, DeviceLaunch, Identity, Limits, Pending, Sandbox, SharedTree};
 
 /// All device processes of this VM, by their index in the policy.
 #[derive(Debug)]
@@ -80,7 +81,11 @@ impl Devices {
         let start = ipc::start::to_memfd(&StartMessage {
             version: PROTOCOL_VERSION,
             device: grant.spec.clone(),
-            backend_fds: backend.len() as u32,
+            backend_fds: match &grant.spec {
+                // The tree and the process's own descriptors, which the jail makes.
+                DeviceSpec::Fs(_) => 2,
+                _ => backend.len() as u32,
+            },
             seccomp: policy.seccomp,
             sandbox: policy.sandbox,
             log_level: policy.log_level,
@@ -88,6 +93,15 @@ impl Devices {
         .map_err(|e| told("start message", &e))?;
 
         let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
+        let mut backend = backend;
+        let folder = match &grant.spec {
+            DeviceSpec::Fs(_) => Some(
+                backend
+                    .pop()
+                    .ok_or_else(|| told("shared folder", &"no descriptor"))?,
+            ),
+            _ => None,
+        };
         let mut fds = vec![
             (duplicate(&log_writer)?, 0),
             (duplicate(&log_writer)?, 1),
@@ -99,13 +113,24 @@ impl Devices {
 
         let name = grant.spec.binary();
         let binary = find_binary(name)?;
-        let argv = [name, id].map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default());
+        let argv = [grant.spec.process(), id]
+            .map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default());
         let pending = ozone::spawn(DeviceLaunch {
             name: id,
             binary: binary.as_fd(),
             argv: argv.into(),
             fds,
             identity: Identity::least(),
+            tree: match (&grant.spec, &folder) {
+                (DeviceSpec::Fs(spec), Some(folder)) => Some(SharedTree {
+                    folder: folder.as_fd(),
+                    readonly: spec.readonly,
+                    capabilities: spec.capabilities(),
+                    root: FD_TREE,
+                    own_fds: FD_OWN_FDS,
+                }),
+                _ => None,
+            },
             limits: limits(&grant.spec),
             mode: match policy.sandbox {
                 SandboxMode::BestEffort => Sandbox::BestEffort,
@@ -260,15 +285,19 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
-/// Limits by what the device does: only a writable image is ever written; all others make one memfd, for their in-flight
+/// Limits by what the device does: only a writable image or folder is ever written; all others make one memfd, for their in-flight
 /// region.
 fn limits(spec: &DeviceSpec) -> Limits {
     let queues = u64::from(spec.num_queues());
     Limits {
         // Its own, and for each queue a kick, a call and an error eventfd, with room for a second set in a message.
-        descriptors: 64 + 6 * queues + ipc::limits::MAX_MEMORY_REGIONS as u64,
+        descriptors: match spec {
+            DeviceSpec::Fs(_) => ipc::limits::MAX_FS_DESCRIPTORS,
+            _ => 64 + 6 * queues + ipc::limits::MAX_MEMORY_REGIONS as u64,
+        },
         file_size: match spec {
             DeviceSpec::Block(block) if !block.readonly => None,
+            DeviceSpec::Fs(fs) if !fs.readonly => None,
             _ => Some(ipc::limits::MAX_INFLIGHT_REGION),
         },
         ..Limits::default()

@@ -224,6 +224,8 @@ pub(super) fn backend(
             image(path, path, *readonly, *direct).map(|fd| vec![fd])
         }
         BackendGrant::Tap { ifname, queues } => tap(ifname, *queues),
+        BackendGrant::Folder { path } => folder(path).map(|fd| vec![fd]),
+        BackendGrant::Socket { option, path } => foreign(option, path).map(|fd| vec![fd]),
         BackendGrant::Inherited { fds } => fds
             .iter()
             .map(|number| {
@@ -237,15 +239,50 @@ pub(super) fn backend(
     }
 }
 
-/// A hold on an image that was opened: neither reads nor writes, and leads to that very file whatever becomes of its path.
+/// Opens a folder that is to be shared, only to hold it.
+fn folder(path: &Path) -> Result<OwnedFd, String> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOTDIR) => format!("-fsdev path={}: not a folder", path.display()),
+            _ => format!("-fsdev path={}: cannot open: {e}", path.display()),
+        })
+}
+
+/// Connects to somebody else's device process.
+fn foreign(option: &str, path: &Path) -> Result<OwnedFd, String> {
+    connect_unix(path).map(OwnedFd::from).map_err(|e| {
+        let hint = match e.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
+                "; a vhost-user daemon must listen there before the VM starts"
+            }
+            std::io::ErrorKind::WouldBlock => "; its daemon accepts no more connections",
+            _ => "",
+        };
+        format!("{option} {}: cannot connect: {e}{hint}", path.display())
+    })
+}
+
+/// A hold on an image or folder that was opened: neither reads nor writes, and leads to that very file whatever becomes of
+/// its path.
 #[derive(Debug)]
 pub(super) struct Hold(File);
 
 impl Hold {
     /// On the image behind `backend`, if that is one.
     pub(super) fn on(grant: &BackendGrant, backend: &[OwnedFd]) -> Result<Option<Self>, String> {
-        let (BackendGrant::Image { path, .. }, [fd]) = (grant, backend) else {
-            return Ok(None);
+        let (path, fd) = match (grant, backend) {
+            (BackendGrant::Image { path, .. }, [fd]) => (path, fd),
+            (BackendGrant::Folder { path }, [fd]) => {
+                let copy = fd.try_clone();
+                return copy
+                    .map(|fd| Some(Self(fd.into())))
+                    .map_err(|e| format!("-fsdev path={}: cannot be held: {e}", path.display()));
+            }
+            _ => return Ok(None),
         };
         File::options()
             .read(true)
@@ -255,15 +292,19 @@ impl Hold {
             .map_err(|e| format!("-drive file={}: cannot be held: {e}", path.display()))
     }
 
-    /// Opens the image again as `grant` says.
+    /// Opens the image or folder again as `grant` says.
     pub(super) fn reopen(&self, grant: &BackendGrant) -> Result<Vec<OwnedFd>, String> {
-        let BackendGrant::Image {
-            path,
-            readonly,
-            direct,
-        } = grant
-        else {
-            return Ok(Vec::new());
+        let (path, readonly, direct) = match grant {
+            BackendGrant::Image {
+                path,
+                readonly,
+                direct,
+            } => (path, readonly, direct),
+            BackendGrant::Folder { path } => {
+                let told = |e| format!("-fsdev path={}: {e}", path.display());
+                return self.0.try_clone().map(|fd| vec![fd.into()]).map_err(told);
+            }
+            _ => return Ok(Vec::new()),
         };
         let held = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         image(path, Path::new(&held), *readonly, *direct).map(|fd| vec![fd])

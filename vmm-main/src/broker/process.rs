@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
-use ipc::control::{Policy, Reply, Request};
+use ipc::control::{BackendGrant, Policy, Reply, Request};
 use ipc::log::{debug, error};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -142,7 +142,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         .devices
         .iter()
         .filter_map(|device| match &device.backend {
-            ipc::control::BackendGrant::Inherited { fds } => Some(fds.as_slice()),
+            BackendGrant::Inherited { fds } => Some(fds.as_slice()),
             _ => None,
         })
         .flatten()
@@ -182,7 +182,17 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         error!("capabilities that the policy gives no use for cannot be dropped: {e}");
         return Err(ChannelError::Closed);
     }
-    if let Err(e) = filter(seccomp_policies::Policy::Broker, policy.seccomp) {
+    let folders = policy
+        .devices
+        .iter()
+        .any(|device| matches!(device.backend, BackendGrant::Folder { .. }));
+    // Its children inherit it, and those that serve folders take many calls.
+    let own = if folders {
+        seccomp_policies::Policy::BrokerFs
+    } else {
+        seccomp_policies::Policy::Broker
+    };
+    if let Err(e) = filter(own, policy.seccomp) {
         error!("{}", with_causes(&e));
         return Err(ChannelError::Closed);
     }
@@ -317,6 +327,9 @@ impl Broker {
             && let Some(hold) = open::Hold::on(&grant.backend, &backend)?
         {
             self.holds.insert(index, hold);
+        }
+        if grant.is_foreign() {
+            return Ok((Reply::Started { index, pid: 0 }, backend.into_iter().next()));
         }
         let (socket, pid) = self
             .devices

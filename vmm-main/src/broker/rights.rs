@@ -58,6 +58,14 @@ fn needed(policy: &Policy, user_namespaces_restricted: bool) -> HashSet<Capabili
             Capability::CAP_SETGID,
             Capability::CAP_KILL,
         ]);
+        if policy
+            .devices
+            .iter()
+            .any(|device| matches!(device.backend, BackendGrant::Folder { .. }))
+        {
+            // A user namespace in which root's own id exists can be made with this only (Linux 5.12).
+            needed.insert(Capability::CAP_SETFCAP);
+        }
         if user_namespaces_restricted {
             needed.extend([Capability::CAP_SYS_ADMIN, Capability::CAP_SETPCAP]);
         }

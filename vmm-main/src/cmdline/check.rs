@@ -5,7 +5,8 @@ use std::path::Path;
 
 use ipc::limits;
 use ipc::spec::vm::{
-    ChardevBackend, DeviceKind, DeviceOption, MachineKind, MonitorAddress, MonitorSpec, VmSpec,
+    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, FsSource, MachineKind, MonitorAddress,
+    MonitorSpec, VmSpec,
 };
 
 use super::Draft;
@@ -83,10 +84,10 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
         .iter()
         .filter_map(|device| match device.kind {
             DraftKind::Net { mac, .. } => mac,
-            DraftKind::Block { .. } => None,
+            DraftKind::Block { .. } | DraftKind::Fs { .. } => None,
         })
         .collect();
-    let (mut disks, mut nics) = (0, 0);
+    let (mut disks, mut nics, mut folders) = (0, 0, 0);
     for device in std::mem::take(&mut draft.devices) {
         let spec = &draft.spec;
         let fail = |text: String| CmdlineError::new("-device", &device.arg, text);
@@ -174,6 +175,29 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
                     },
                 )
             }
+            DraftKind::Fs {
+                source,
+                tag,
+                request_queues,
+                queue_size,
+            } => {
+                fs_source(spec, &device.arg, &source, &done)?;
+                let same_tag = |other: &&DeviceOption| matches!(&other.kind, DeviceKind::Fs { tag: theirs, .. } if *theirs == tag);
+                if let Some(other) = done.iter().find(same_tag) {
+                    return Err(fail(format!("tag {tag} is used by device {}", other.id)));
+                }
+                folders += 1;
+                (
+                    "virtio-fs",
+                    folders,
+                    DeviceKind::Fs {
+                        source,
+                        tag,
+                        request_queues,
+                        queue_size,
+                    },
+                )
+            }
         };
         if done.len() == limits::MAX_MMIO_DEVICES {
             return Err(fail(format!(
@@ -194,6 +218,43 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
     }
     draft.spec.devices = done;
     Ok(())
+}
+
+/// The fsdev or the socket of a shared folder is there, and nobody else's.
+fn fs_source(
+    spec: &VmSpec,
+    arg: &str,
+    source: &FsSource,
+    done: &[DeviceOption],
+) -> Result<(), CmdlineError> {
+    let fail = |text: String| CmdlineError::new("-device", arg, text);
+    let (noun, id) = match source {
+        FsSource::Fsdev(id) => {
+            let ids = spec.fsdevs.iter().map(|fsdev| fsdev.id.as_str());
+            lookup(("-device", arg), ("fsdev", id), ids)?;
+            ("fsdev", id)
+        }
+        FsSource::Chardev(id) => {
+            let ids = spec.chardevs.iter().map(|chardev| chardev.id.as_str());
+            let at = lookup(("-device", arg), ("chardev", id), ids)?;
+            if !matches!(spec.chardevs[at].backend, ChardevBackend::Socket { .. }) {
+                return Err(fail(format!(
+                    "chardev {id} is not of a kind that a vhost-user daemon has; allowed: socket"
+                )));
+            }
+            if spec.serial.as_ref() == Some(id) {
+                return Err(fail(format!("chardev {id} is used by -serial")));
+            }
+            ("chardev", id)
+        }
+    };
+    let user = done.iter().find(
+        |other| matches!(&other.kind, DeviceKind::Fs { source: theirs, .. } if theirs == source),
+    );
+    match user {
+        Some(user) => Err(fail(format!("{noun} {id} is used by device {}", user.id))),
+        None => Ok(()),
+    }
 }
 
 /// The first address from [`FIRST_MAC`] on that no card has. There are fewer cards than addresses.
@@ -226,6 +287,7 @@ fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
         lookup(("-serial", &draft.serial_arg), ("chardev", serial), ids())?;
     }
     let mut used: Vec<String> = draft.spec.serial.iter().cloned().collect();
+    used.extend(daemons(&draft.spec).map(str::to_owned));
     for (arg, id) in std::mem::take(&mut draft.mon_args) {
         let at = lookup(
             ("-mon", &arg),
@@ -264,6 +326,17 @@ fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
         used.push(id);
     }
     same_socket(&draft.spec, &draft.chardev_args)
+}
+
+/// Ids of the chardevs behind which vhost-user daemons are.
+fn daemons(spec: &VmSpec) -> impl Iterator<Item = &str> {
+    spec.devices.iter().filter_map(|device| match &device.kind {
+        DeviceKind::Fs {
+            source: FsSource::Chardev(id),
+            ..
+        } => Some(id.as_str()),
+        _ => None,
+    })
 }
 
 /// Two chardevs cannot share a path.
@@ -335,12 +408,31 @@ fn unused(draft: &mut Draft) {
             notes.push(format!("-netdev {arg}: no device uses it"));
         }
     }
+    for (fsdev, arg) in spec.fsdevs.iter().zip(&draft.fsdev_args) {
+        let used = |device: &DeviceOption| matches!(&device.kind, DeviceKind::Fs { source: FsSource::Fsdev(id), .. } if *id == fsdev.id);
+        if !spec.devices.iter().any(used) {
+            notes.push(format!("-fsdev {arg}: no device uses it"));
+        }
+    }
+    let listens = |chardev: &ChardevSpec| {
+        matches!(chardev.backend, ChardevBackend::Socket { server: true, .. })
+    };
+    for (chardev, arg) in spec.chardevs.iter().zip(&draft.chardev_args) {
+        if daemons(spec).any(|id| id == chardev.id) && listens(chardev) {
+            notes.push(format!(
+                "-chardev {arg}: server and nowait, because the vhost-user daemon is the one that listens;"
+            ));
+        }
+    }
     let monitor = |backend: &ChardevBackend| {
         matches!(backend, ChardevBackend::Socket { path, .. }
             if spec.monitors.iter().any(|monitor| monitor.address == MonitorAddress::Unix(path.clone())))
     };
     for (chardev, arg) in spec.chardevs.iter().zip(&draft.chardev_args) {
-        if spec.serial.as_ref() != Some(&chardev.id) && !monitor(&chardev.backend) {
+        let used = spec.serial.as_ref() == Some(&chardev.id)
+            || daemons(spec).any(|id| id == chardev.id)
+            || monitor(&chardev.backend);
+        if !used {
             notes.push(format!("-chardev {arg}: nothing uses it"));
         }
     }

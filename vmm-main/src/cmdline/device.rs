@@ -1,7 +1,8 @@
-//! `-drive`, `-netdev`, `-device`, `-object`.
+//! `-drive`, `-netdev`, `-fsdev`, `-device`, `-object`.
 
 use ipc::limits;
-use ipc::spec::vm::{DriveSpec, NetBackend, NetdevSpec, RestartPolicy};
+use ipc::spec::fs::FsCache;
+use ipc::spec::vm::{DriveSpec, FsSource, FsdevSpec, NetBackend, NetdevSpec, RestartPolicy};
 
 use super::error::CmdlineError;
 use super::props::Props;
@@ -34,6 +35,13 @@ pub(super) enum DraftKind {
         netdev: String,
         mac: Option<[u8; 6]>,
         mq: Option<bool>,
+        queue_size: u16,
+    },
+    /// `virtio-fs-device`, `vhost-user-fs-device`
+    Fs {
+        source: FsSource,
+        tag: String,
+        request_queues: u16,
         queue_size: u16,
     },
 }
@@ -128,6 +136,33 @@ impl super::Draft {
         Ok(())
     }
 
+    /// `-fsdev`
+    pub(super) fn fsdev(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
+        let on = |name| props.bool(name).unwrap_or(false);
+        let fsdev = FsdevSpec {
+            id: props.required("id")?,
+            path: props.required("path")?.into(),
+            readonly: on("readonly"),
+            cache: match props.text("cache") {
+                Some("never") => FsCache::Never,
+                Some("metadata") => FsCache::Metadata,
+                Some("always") => FsCache::Always,
+                _ => FsCache::Auto,
+            },
+            xattr: on("xattr"),
+            posix_acl: on("posix-acl"),
+        };
+        if fsdev.posix_acl && !fsdev.xattr {
+            return Err(props.error("posix-acl=on needs xattr=on"));
+        }
+        if self.spec.fsdevs.iter().any(|other| other.id == fsdev.id) {
+            return Err(props.error(format!("id {} is used by another -fsdev", fsdev.id)));
+        }
+        self.spec.fsdevs.push(fsdev);
+        self.fsdev_args.push(props.raw().to_owned());
+        Ok(())
+    }
+
     /// A descriptor belongs to one queue of one card.
     fn check_fds(&self, props: &Props<'_>, fds: &[i32]) -> Result<(), CmdlineError> {
         for (at, fd) in fds.iter().enumerate() {
@@ -162,6 +197,10 @@ impl super::Draft {
                 mq: props.bool("mq"),
                 queue_size,
             },
+            "virtio-fs-device" => fs_kind(props, FsSource::Fsdev(props.required("fsdev")?))?,
+            "vhost-user-fs-device" => {
+                fs_kind(props, FsSource::Chardev(props.required("chardev")?))?
+            }
             other => {
                 return Err(props.error(format!("device {other} is not available in this build")));
             }
@@ -213,4 +252,15 @@ impl super::Draft {
         self.spec.iothreads.push(id);
         Ok(())
     }
+}
+
+fn fs_kind(props: &Props<'_>, source: FsSource) -> Result<DraftKind, CmdlineError> {
+    Ok(DraftKind::Fs {
+        source,
+        tag: props.required("tag")?,
+        request_queues: props.small("num-request-queues").unwrap_or(1),
+        queue_size: props
+            .small("queue-size")
+            .unwrap_or(limits::MAX_FS_QUEUE_SIZE),
+    })
 }

@@ -75,9 +75,10 @@ struct Given<'a> {
 /// The spec on its way, with what cross-checks need to name their culprits.
 struct Draft {
     spec: VmSpec,
-    /// Arguments of `-drive`, `-netdev`, `-chardev` and `-device`, in the order of the spec's lists.
+    /// Arguments of `-drive`, `-netdev`, `-fsdev`, `-chardev` and `-device`, in the order of the spec's lists.
     drive_args: Vec<String>,
     netdev_args: Vec<String>,
+    fsdev_args: Vec<String>,
     chardev_args: Vec<String>,
     /// Devices, whose defaults need the whole command line.
     devices: Vec<device::Draft>,
@@ -259,6 +260,7 @@ impl Draft {
                 boot: BootSpec::default(),
                 drives: Vec::new(),
                 netdevs: Vec::new(),
+                fsdevs: Vec::new(),
                 chardevs: Vec::new(),
                 serial: None,
                 devices: Vec::<DeviceOption>::new(),
@@ -276,6 +278,7 @@ impl Draft {
             },
             drive_args: Vec::new(),
             netdev_args: Vec::new(),
+            fsdev_args: Vec::new(),
             chardev_args: Vec::new(),
             devices: Vec::new(),
             serial_arg: String::new(),
@@ -329,6 +332,7 @@ impl Draft {
             }
             "drive" => self.drive(&given.props()?)?,
             "netdev" => self.netdev(&given.props()?)?,
+            "fsdev" => self.fsdev(&given.props()?)?,
             "device" => self.device(&given.props()?)?,
             "object" => self.object(&given.props()?)?,
             "serial" => self.serial(given)?,

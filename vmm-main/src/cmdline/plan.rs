@@ -8,10 +8,11 @@ use ipc::PROTOCOL_VERSION;
 use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
+use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::spec::net::NetSpec;
 use ipc::spec::vm::{
-    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, MonitorAddress, MonitorSpec, NetBackend,
-    VmSpec,
+    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, FsSource, FsdevSpec, MonitorAddress,
+    MonitorSpec, NetBackend, VmSpec,
 };
 
 /// The broker's policy, with the numbers of its entries by their use. Numbers of files index [`Policy::files`], those of
@@ -263,6 +264,49 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     },
                     NetBackend::TapFds(fds) => BackendGrant::Inherited { fds: fds.clone() },
                 },
+            }
+        }
+        DeviceKind::Fs {
+            source,
+            tag,
+            request_queues,
+            queue_size,
+        } => {
+            let whole = |fsdev: Option<&FsdevSpec>| {
+                DeviceSpec::Fs(FsSpec {
+                    id,
+                    tag: tag.clone(),
+                    readonly: fsdev.is_some_and(|fsdev| fsdev.readonly),
+                    cache: fsdev.map_or(FsCache::default(), |fsdev| fsdev.cache),
+                    xattr: fsdev.is_some_and(|fsdev| fsdev.xattr),
+                    posix_acl: fsdev.is_some_and(|fsdev| fsdev.posix_acl),
+                    request_queues: *request_queues,
+                    queue_size: *queue_size,
+                })
+            };
+            match source {
+                FsSource::Fsdev(name) => {
+                    let fsdev = spec.fsdevs.iter().find(|one| one.id == *name)?;
+                    DeviceGrant {
+                        spec: whole(Some(fsdev)),
+                        backend: BackendGrant::Folder {
+                            path: fsdev.path.clone(),
+                        },
+                    }
+                }
+                FsSource::Chardev(name) => {
+                    let chardev = spec.chardevs.iter().find(|one| one.id == *name)?;
+                    let ChardevBackend::Socket { path, .. } = &chardev.backend else {
+                        return None;
+                    };
+                    DeviceGrant {
+                        spec: whole(None),
+                        backend: BackendGrant::Socket {
+                            option: format!("-chardev id={name}"),
+                            path: path.clone(),
+                        },
+                    }
+                }
             }
         }
     })

@@ -403,6 +403,60 @@ const NETDEV: &[Shape] = &[form(
     ],
 )];
 
+/// `-fsdev`
+const FSDEV: &[Shape] = &[form(
+    "local",
+    "A folder of the host",
+    &[
+        must("id", Kind::Id, "name that a device refers to"),
+        must("path", Kind::Path, "the folder"),
+        key("readonly", Kind::Bool, "off", "nothing in it can change"),
+        key(
+            "cache",
+            Kind::Choice(&["never", "metadata", "auto", "always"]),
+            "auto",
+            "what the guest may keep: nothing; names and attributes; these for a second, and contents that have not \
+             changed; everything, as if nobody else used the folder",
+        ),
+        key("xattr", Kind::Bool, "off", "extended attributes"),
+        key(
+            "posix-acl",
+            Kind::Bool,
+            "off",
+            "POSIX access control lists; needs xattr=on",
+        ),
+        key(
+            "security_model",
+            Kind::Fixed(&["passthrough", "none"]),
+            "passthrough",
+            "owners and rights are the files' own",
+        ),
+        key("fmode", Kind::Later, "", "rights of new files"),
+        key("dmode", Kind::Later, "", "rights of new folders"),
+    ],
+)];
+
+const FS_TAG: Key = must(
+    "tag",
+    Kind::Text(limits::MAX_FS_TAG),
+    "name that the guest mounts by: mount -t virtiofs TAG /mnt",
+);
+const FS_QUEUE_SIZE: Key = key(
+    "queue-size",
+    Kind::PowerOfTwo(
+        limits::MIN_FS_QUEUE_SIZE as u64,
+        limits::MAX_FS_QUEUE_SIZE as u64,
+    ),
+    "1024",
+    "entries of each queue; a request of 1 MiB takes 260",
+);
+const FS_QUEUES: Key = key(
+    "num-request-queues",
+    Kind::Int(1, limits::MAX_FS_REQUEST_QUEUES as u64),
+    "1",
+    "queues for requests",
+);
+
 /// `-device`
 const DEVICE: &[Shape] = &[
     form(
@@ -489,6 +543,50 @@ const DEVICE: &[Shape] = &[
             MAX_RESTARTS,
         ],
     ),
+    form(
+        "virtio-fs-device",
+        "A folder, shared by a process of this VM",
+        &[
+            must("fsdev", Kind::Id, "id of its -fsdev"),
+            FS_TAG,
+            key(
+                "id",
+                Kind::Id,
+                "made from kind and position",
+                "name of the device",
+            ),
+            FS_QUEUES,
+            FS_QUEUE_SIZE,
+            key(
+                "iothread",
+                Kind::Id,
+                "",
+                "id of an -object iothread; the folder's own process has its threads",
+            ),
+            RESTART,
+            MAX_RESTARTS,
+        ],
+    ),
+    form(
+        "vhost-user-fs-device",
+        "A folder, shared by a daemon that runs already: vhost_user_fs or virtiofsd",
+        &[
+            must(
+                "chardev",
+                Kind::Id,
+                "id of the -chardev socket where the daemon listens",
+            ),
+            FS_TAG,
+            key(
+                "id",
+                Kind::Id,
+                "made from kind and position",
+                "name of the device",
+            ),
+            FS_QUEUES,
+            FS_QUEUE_SIZE,
+        ],
+    ),
 ];
 
 const RESTART: Key = key(
@@ -519,14 +617,15 @@ const LATER_DEVICES: &[&str] = &[
     "vfio-pci",
     "vhost-user-blk-device",
     "vhost-user-blk-pci",
-    "vhost-user-fs-device",
     "vhost-user-fs-pci",
     "vhost-vsock-device",
     "vhost-vsock-pci",
     "virtconsole",
     "virtio-balloon-device",
     "virtio-balloon-pci",
+    "virtio-9p-device",
     "virtio-blk-pci",
+    "virtio-fs-pci",
     "virtio-gpu-pci",
     "virtio-net-pci",
     "virtio-rng-device",
@@ -825,6 +924,17 @@ pub static OPTIONS: &[OptionDef] = &[
     ),
     repeated(
         Group::Devices,
+        "fsdev",
+        Arg::Props {
+            selector: "fsdriver",
+            noun: "fsdev type",
+            shapes: FSDEV,
+            later: &["proxy", "synth"],
+        },
+        "A folder that a device shares with the guest.",
+    ),
+    repeated(
+        Group::Devices,
         "device",
         Arg::Props {
             selector: "driver",
@@ -875,7 +985,7 @@ pub static OPTIONS: &[OptionDef] = &[
                 "serial",
             ],
         },
-        "A character device, for -serial or -mon.",
+        "A character device, for -serial or -mon, or the socket of a vhost-user daemon.",
     ),
     repeated(
         Group::Control,

@@ -234,7 +234,7 @@ fn addresses_of_cards_are_unique() {
         .iter()
         .map(|device| match device.kind {
             DeviceKind::Net { mac, .. } => mac,
-            DeviceKind::Block { .. } => panic!(),
+            DeviceKind::Block { .. } | DeviceKind::Fs { .. } => panic!(),
         })
         .collect();
     assert_eq!(
@@ -288,6 +288,63 @@ fn every_option_of_the_table_is_handled() {
             );
         }
     }
+}
+
+#[test]
+fn a_folder_is_served_by_an_own_process_that_never_sees_its_path() {
+    let spec = run(
+        "-kernel k -fsdev local,id=f,path=/srv/share,readonly=on,cache=always,xattr=on \
+         -device virtio-fs-device,fsdev=f,tag=share,num-request-queues=2",
+    );
+    let plan = plan(&spec, false);
+    let grant = &plan.policy.devices[0];
+    assert!(!grant.is_foreign());
+    assert_eq!(
+        grant.backend,
+        ipc::control::BackendGrant::Folder {
+            path: "/srv/share".into()
+        }
+    );
+    let ipc::spec::DeviceSpec::Fs(fs) = &grant.spec else {
+        panic!("{grant:?}")
+    };
+    assert_eq!((fs.id.as_str(), fs.tag.as_str()), ("virtio-fs0", "share"));
+    assert!(fs.readonly && fs.xattr && !fs.posix_acl);
+    assert_eq!(fs.cache, ipc::spec::fs::FsCache::Always);
+    assert_eq!((fs.num_queues(), fs.queue_size), (3, 1024));
+    assert!(!format!("{:?}", grant.spec).contains("/srv"));
+}
+
+#[test]
+fn a_folder_behind_a_daemon_is_a_connection_as_in_the_manual() {
+    let spec = run(
+        "-kernel k -chardev socket,id=virtio_fs,path=/tmp/fs.sock,server,nowait \
+         -device vhost-user-fs-device,id=device_id,chardev=virtio_fs,tag=myfs",
+    );
+    let plan = plan(&spec, false);
+    let grant = &plan.policy.devices[0];
+    assert!(grant.is_foreign());
+    assert_eq!(
+        grant.backend,
+        ipc::control::BackendGrant::Socket {
+            option: "-chardev id=virtio_fs".into(),
+            path: "/tmp/fs.sock".into()
+        }
+    );
+    assert_eq!(grant.spec.num_queues(), 2);
+    assert!(
+        plan.policy
+            .files
+            .iter()
+            .all(|file| !matches!(file, ipc::control::FileGrant::ListenUnix { .. }))
+    );
+    assert!(
+        spec.ignored
+            .iter()
+            .any(|note| note.contains("server and nowait")),
+        "{:?}",
+        spec.ignored
+    );
 }
 
 #[test]

@@ -175,7 +175,7 @@ pub(super) fn start(
     {
         let socket = UnixStream::from(device.socket);
         handshakes.push(
-            Handshake::begin(socket, &grant.spec)
+            Handshake::begin_for(socket, grant)
                 .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?,
         );
     }
@@ -359,10 +359,12 @@ fn take(broker: &mut Client, plan: &Plan) -> Result<Given, StartError> {
     let mut devices = Vec::with_capacity(plan.policy.devices.len());
     for index in 0..plan.policy.devices.len() as u32 {
         let (socket, pid) = broker.started(index)?;
-        info!(
-            "device {} is process {pid}",
-            plan.policy.devices[index as usize].spec.id()
-        );
+        let grant = &plan.policy.devices[index as usize];
+        if grant.is_foreign() {
+            info!("device {} is another process's", grant.spec.id());
+        } else {
+            info!("device {} is process {pid}", grant.spec.id());
+        }
         devices.push(Started { socket });
     }
     let mut files = Vec::with_capacity(plan.policy.files.len());
@@ -437,7 +439,11 @@ fn why_device_failed(
     grants: &[DeviceGrant],
     error: RemoteError,
 ) -> StartError {
-    if !error.is_hang_up() {
+    if !error.is_hang_up()
+        || grants
+            .get(index as usize)
+            .is_some_and(DeviceGrant::is_foreign)
+    {
         // A process that lies or is silent ends only because it was given up; what it did is the reason.
         return error.into();
     }

@@ -8,6 +8,8 @@
 //! **Who is not trusted**: device processes. One that hangs up may still have guest memory mapped, so it is ended in any
 //! case before another starts; one that answers its handshake slowly, in drips or never is ended when its time is over.
 //!
+//! A device whose daemon is somebody else's has no process here: when that daemon leaves, the device is given up.
+//!
 //! **Why this way.** Nothing here waits for a device process: replies of the broker and of the handshake are events of the
 //! main loop, and vCPUs stop only if they touch the registers of a device at the moment when it gets its queues back.
 //!
@@ -85,6 +87,8 @@ enum Process {
         pid: i32,
         handshake: Box<Handshake>,
     },
+    /// Somebody else's, which nobody here started and nobody here can end.
+    Foreign,
     /// None will come.
     Failed,
 }
@@ -95,7 +99,7 @@ impl Process {
             Self::Serving { pid } | Self::Stopping { pid, .. } | Self::Handshaking { pid, .. } => {
                 Some(*pid)
             }
-            Self::Starting | Self::Failed => None,
+            Self::Starting | Self::Foreign | Self::Failed => None,
         }
     }
 }
@@ -145,6 +149,13 @@ impl Supervisor {
                 attentions + u64::from(index),
                 EpollFlags::EPOLLIN,
             )?;
+            if grant.is_foreign()
+                && let Some(socket) = lock(transport).device_socket()
+            {
+                // Replies are for whoever asks; only its end is of interest here.
+                cx.poller
+                    .add(socket, sockets + u64::from(index), EpollFlags::EPOLLRDHUP)?;
+            }
             devices.push(Device {
                 spec: grant.spec.clone(),
                 transport: transport.clone(),
@@ -154,6 +165,7 @@ impl Supervisor {
                     spent: VecDeque::new(),
                 },
                 process: match cx.broker.device_pid(index) {
+                    _ if grant.is_foreign() => Process::Foreign,
                     Some(pid) => Process::Serving { pid },
                     None => Process::Failed,
                 },
@@ -285,6 +297,10 @@ impl Supervisor {
     /// Asks the broker to end the process.
     fn stop(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
         let device = &mut self.devices[index];
+        if matches!(device.process, Process::Foreign) {
+            self.left(index, cx);
+            return Ok(());
+        }
         let Some(pid) = device.process.pid() else {
             return Ok(());
         };
@@ -381,11 +397,30 @@ impl Supervisor {
         }
     }
 
+    /// The connection to somebody else's daemon is over, by its will or because it does not do as it should.
+    fn left(&mut self, index: usize, cx: &Context<'_>) {
+        let device = &mut self.devices[index];
+        device.process = Process::Failed;
+        // A vCPU that waits for this holds the transport's lock.
+        device.attention.ended();
+        let mut transport = lock(&device.transport);
+        transport.device_gone();
+        transport.device_lost();
+        let id = device.spec.id().to_owned();
+        let reason = "its daemon has left, or does not answer as it should".to_owned();
+        error!("device {id}: given up: {reason}");
+        cx.qmp.emit(&Event::DeviceFailed { device: id, reason });
+    }
+
     /// A handshake goes on, or its time is over.
     fn answered(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
         let Some(device) = self.devices.get_mut(index) else {
             return Ok(());
         };
+        if matches!(device.process, Process::Foreign) {
+            self.left(index, cx);
+            return Ok(());
+        }
         let Process::Handshaking { pid, handshake } = &mut device.process else {
             return Ok(());
         };

@@ -17,6 +17,7 @@
 //! All queues and configuration changes share the one line, hence one event descriptor.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use ipc::guest_warn;
@@ -110,6 +111,11 @@ impl MmioTransport {
     /// See [`Core::device_lost`].
     pub fn device_lost(&mut self) {
         self.core.device_lost(&self.line);
+    }
+
+    /// The vhost-user socket, if there is a process that can be talked to.
+    pub fn device_socket(&self) -> Option<BorrowedFd<'_>> {
+        self.core.device().socket()
     }
 
     /// See [`Core::device_gone`].

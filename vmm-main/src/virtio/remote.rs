@@ -19,8 +19,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
+use ipc::control::DeviceGrant;
+use ipc::limits::{MAX_CONFIG_SPACE, MAX_FS_TAG, MAX_MEMORY_REGIONS};
 use ipc::spec::DeviceSpec;
+use ipc::spec::fs::FsSpec;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vhost::vhost_user::message::{
@@ -52,6 +54,10 @@ const OFFERABLE: u64 =
 const REQUIRED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::CONFIG);
+/// Without these somebody else's daemon cannot be used. Configuration space is not its business: what the command line says
+/// is what the guest reads.
+const REQUIRED_OF_FOREIGN: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::MQ.union(VhostUserProtocolFeatures::REPLY_ACK);
 /// Used if offered.
 const WELCOME: VhostUserProtocolFeatures =
     VhostUserProtocolFeatures::INFLIGHT_SHMFD.union(VhostUserProtocolFeatures::RESET_DEVICE);
@@ -101,6 +107,16 @@ pub enum RemoteError {
         /// Its claim.
         got: u64,
         /// The spec's number.
+        want: u16,
+    },
+    /// Somebody else's daemon has fewer queues than the device is to have.
+    #[error("device \"{id}\": its daemon has {got} queues; with num-request-queues={} {want} are needed", want - 1)]
+    FewQueues {
+        /// Device id.
+        id: String,
+        /// What the daemon has.
+        got: u64,
+        /// What the command line says.
         want: u16,
     },
     /// Its configuration space is not what was asked for.
@@ -208,6 +224,8 @@ struct Expected {
     virtio_id: u32,
     num_queues: u16,
     queue_size: u16,
+    /// Configuration space of a device whose daemon is somebody else's.
+    foreign: Option<Vec<u8>>,
 }
 
 /// Bytes of an in-flight description (vhost-user, "Inflight description": size, offset, queues, queue size, and padding
@@ -236,6 +254,23 @@ pub struct Handshake {
 impl Handshake {
     /// Sends the first half of the handshake; does not wait, not even for the process to start.
     pub fn begin(socket: UnixStream, spec: &DeviceSpec) -> Result<Self, RemoteError> {
+        Self::begin_with(socket, spec, None)
+    }
+
+    /// As [`Handshake::begin`], with a process that this VM started or with somebody else's, as `grant` says.
+    pub fn begin_for(socket: UnixStream, grant: &DeviceGrant) -> Result<Self, RemoteError> {
+        let foreign = match &grant.spec {
+            DeviceSpec::Fs(spec) if grant.is_foreign() => Some(fs_config(spec)),
+            _ => None,
+        };
+        Self::begin_with(socket, &grant.spec, foreign)
+    }
+
+    fn begin_with(
+        socket: UnixStream,
+        spec: &DeviceSpec,
+        foreign: Option<Vec<u8>>,
+    ) -> Result<Self, RemoteError> {
         let mut handshake = Self {
             link: Link::new(socket),
             expected: Expected {
@@ -243,6 +278,7 @@ impl Handshake {
                 virtio_id: spec.virtio_id(),
                 num_queues: spec.num_queues(),
                 queue_size: spec.queue_size(),
+                foreign,
             },
             negotiated: None,
             answers: None,
@@ -300,10 +336,12 @@ impl Handshake {
             return Err(self.lacks("virtio", features, need));
         }
         let protocol = VhostUserProtocolFeatures::from_bits_truncate(protocol);
-        if !protocol.contains(REQUIRED) {
-            return Err(self.lacks("vhost-user", protocol.bits(), REQUIRED.bits()));
+        let own = self.expected.foreign.is_none();
+        let required = if own { REQUIRED } else { REQUIRED_OF_FOREIGN };
+        if !protocol.contains(required) {
+            return Err(self.lacks("vhost-user", protocol.bits(), required.bits()));
         }
-        let protocol = protocol & (REQUIRED | WELCOME);
+        let protocol = protocol & (required | WELCOME);
         let link = &mut self.link;
         link.start_clock();
         let sent = link
@@ -316,7 +354,7 @@ impl Handshake {
                 link.enable_acks();
                 link.post(FrontendReq::GET_QUEUE_NUM, &[], &[])
             })
-            .and_then(|()| post_get_config(link))
+            .and_then(|()| if own { post_get_config(link) } else { Ok(()) })
             .and_then(|()| link.flush());
         self.check(sent)?;
         self.negotiated = Some((features, protocol));
@@ -336,14 +374,26 @@ impl Handshake {
         };
         let id = self.expected.id.clone();
         let queues = number(&values, 0);
-        if queues != u64::from(self.expected.num_queues) {
+        let foreign = self.expected.foreign.take();
+        if foreign.is_some() && queues < u64::from(self.expected.num_queues) {
+            return Err(RemoteError::FewQueues {
+                id,
+                got: queues,
+                want: self.expected.num_queues,
+            });
+        }
+        if foreign.is_none() && queues != u64::from(self.expected.num_queues) {
             return Err(RemoteError::Queues {
                 id,
                 got: queues,
                 want: self.expected.num_queues,
             });
         }
-        let config = config_space(&id, values.get(1))?;
+        let fixed_config = foreign.is_some();
+        let config = match foreign {
+            Some(config) => config,
+            None => config_space(&id, values.get(1))?,
+        };
         // `negotiate` succeeded, so this is there; an absent value would offer nothing to the guest.
         let (features, protocol) = self
             .negotiated
@@ -356,6 +406,7 @@ impl Handshake {
             features: features & OFFERABLE,
             protocol,
             config,
+            fixed_config,
             inflight: None,
             active: Vec::new(),
             exposed: false,
@@ -399,6 +450,8 @@ pub struct RemoteDevice {
     protocol: VhostUserProtocolFeatures,
     /// Configuration space as the device last told it; reads by the guest never wake the device.
     config: Vec<u8>,
+    /// Configuration space is the command line's, and the device is not asked for it.
+    fixed_config: bool,
     /// In-flight region. It outlives the device process: a restarted one gets it and replays what had not been answered.
     inflight: Option<InflightRegion>,
     /// Queues that the device process runs.
@@ -576,6 +629,9 @@ impl RemoteDevice {
     /// Writes into configuration space and reads back what became of it. Whether the device takes the bytes is its
     /// decision: a refusal is no failure. The caller has checked the bounds.
     pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), RemoteError> {
+        if self.fixed_config {
+            return Ok(());
+        }
         let header =
             VhostUserConfig::new(offset, bytes.len() as u32, VhostUserConfigFlags::empty());
         let result = self.talk(|link| {
@@ -590,6 +646,9 @@ impl RemoteDevice {
 
     /// Reads the configuration space again.
     pub fn refresh_config(&mut self) -> Result<(), RemoteError> {
+        if self.fixed_config {
+            return Ok(());
+        }
         let values = self.talk(|link| {
             post_get_config(link)?;
             link.finish()
@@ -757,6 +816,17 @@ fn post_get_config(link: &mut Link) -> Result<(), LinkError> {
         &[header.as_slice(), &[0; MAX_CONFIG_SPACE]],
         &[],
     )
+}
+
+/// `struct virtio_fs_config` (virtio 1.3, 5.11.4): the tag, filled up with zeros, and the number of request queues.
+fn fs_config(spec: &FsSpec) -> Vec<u8> {
+    let mut config = vec![0; MAX_CONFIG_SPACE];
+    for (to, from) in config.iter_mut().zip(spec.tag.bytes().take(MAX_FS_TAG)) {
+        *to = from;
+    }
+    config[MAX_FS_TAG..MAX_FS_TAG + 4]
+        .copy_from_slice(&u32::from(spec.request_queues).to_le_bytes());
+    config
 }
 
 fn config_space(id: &str, reply: Option<&Vec<u8>>) -> Result<Vec<u8>, RemoteError> {

@@ -1,0 +1,476 @@
+//! # A folder of the host in a guest
+//!
+//! **Job.** `-fsdev` with `-device virtio-fs-device`, whose process the broker starts and jails, and
+//! `-device vhost-user-fs-device` with a daemon that runs already: our own and the one that QEMU came with. The jail is asked
+//! from the kernel, the folder is looked at from the host. **Who is not trusted.** The VMM, its process, and the guest.
+//! **Why this way.** Debian's stock kernel mounts and works; what it left is compared on the host, which it cannot fool.
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tests::host::{require_kvm, require_root};
+use tests::jail::{Jail, NAMESPACES};
+use tests::lab::{Flavour, Guest, Script, ensure_packages, where_linux_boots};
+use tests::payload::Payload;
+use tests::procfs;
+use tests::test_path;
+use tests::vm::{Vm, VmBuilder, binary};
+use tests::wait::{Deadline, Watched};
+
+/// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A bare guest that sleeps, beside a shared folder.
+fn asleep(folder: &Path, fsdev: &str, device: &str) -> Vm {
+    require_kvm();
+    require_root();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::FirstByte.path(), "")
+        .arg("-fsdev")
+        .arg(format!("local,id=f,path={}{fsdev}", folder.display()))
+        .arg("-device")
+        .arg(format!("virtio-fs-device,fsdev=f,tag=share,id=fs0{device}"))
+        .with_qmp()
+        .start()
+        .unwrap();
+    // It greets once its devices serve.
+    vm.qmp().unwrap();
+    assert!(vm.process("fs").unwrap().is_some(), "{}", vm.messages());
+    vm
+}
+
+fn tree() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("from-host"), "from the host\n").unwrap();
+    (dir, tree)
+}
+
+/// What must hold for the process of a shared folder.
+#[track_caller]
+fn judge(jail: &Jail, capabilities: u64) {
+    assert_eq!(jail.own_namespaces, NAMESPACES, "{jail}");
+    let kept = [0, capabilities, capabilities, capabilities, 0];
+    assert_eq!(jail.capabilities, kept, "{jail}");
+    assert!(jail.no_new_privs, "{jail}");
+    assert!(jail.threads.iter().all(|t| t.1 == 2), "{jail}");
+    for (number, fd) in &jail.fds {
+        let expected = match fd.kind() {
+            "memfd" | "socket" | "eventfd" | "eventpoll" => true,
+            "pipe" => *number <= 2,
+            other => other.starts_with('/'),
+        };
+        assert!(expected, "holds {number}: {fd:?}\n{jail}");
+    }
+    let sockets = jail.fds.values().filter(|fd| fd.kind() == "socket").count();
+    assert_eq!(sockets, 1, "one vhost-user socket\n{jail}");
+}
+
+#[test]
+fn the_process_is_jailed_with_the_folder_as_its_root() {
+    let (_dir, tree) = tree();
+    let mut vm = asleep(&tree, "", "");
+    let pid = vm.process("fs").unwrap().unwrap();
+    let jail = Jail::of(pid).unwrap();
+    // chown, dac_override, fowner, fsetid, setgid, setuid
+    judge(&jail, 0xdb);
+    assert_eq!(jail.root, ["from-host"], "{jail}");
+    assert!(!jail.read_only_root, "{jail}");
+    // Its root is the very folder, on a mount where nothing is a device, a program or gives rights.
+    let (inside, outside) = (
+        fs::metadata(format!("/proc/{pid}/root")).unwrap(),
+        fs::metadata(&tree).unwrap(),
+    );
+    assert_eq!((inside.dev(), inside.ino()), (outside.dev(), outside.ino()));
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    for option in ["nosuid", "nodev", "noexec"] {
+        assert!(mounts.contains(option), "{mounts}");
+    }
+    // No path came along, only the id.
+    let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+    assert_eq!(arguments, b"fs\0fs0\0");
+    assert_eq!(fs::read(format!("/proc/{pid}/environ")).unwrap(), b"");
+    // Nobody else holds the folder but the broker, for a restart; the control process above all does not.
+    let control = procfs::fds(vm.pid()).unwrap();
+    let name = tree.to_str().unwrap();
+    assert!(control.values().all(|fd| !fd.target.contains(name)));
+}
+
+#[test]
+fn a_readonly_folder_is_mounted_so_and_takes_one_capability() {
+    let (_dir, tree) = tree();
+    let mut vm = asleep(&tree, ",readonly=on,xattr=on", "");
+    let jail = Jail::of(vm.process("fs").unwrap().unwrap()).unwrap();
+    judge(&jail, 1 << 2); // dac_read_search
+    assert!(jail.read_only_root, "{jail}");
+}
+
+#[test]
+fn a_folder_with_attributes_takes_one_capability_more() {
+    let (_dir, tree) = tree();
+    let mut vm = asleep(&tree, ",xattr=on", ",num-request-queues=4,queue-size=128");
+    let jail = Jail::of(vm.process("fs").unwrap().unwrap()).unwrap();
+    judge(&jail, 0xdb | 1 << 31); // setfcap
+}
+
+#[test]
+fn a_folder_that_only_its_owner_may_enter_is_shared_all_the_same() {
+    // Root is not its owner: the jail's own capabilities lead into it.
+    let (_dir, tree) = tree();
+    nix::unistd::chown(&tree, Some(1234.into()), Some(1234.into())).unwrap();
+    fs::set_permissions(&tree, fs::Permissions::from_mode(0o700)).unwrap();
+    let mut vm = asleep(&tree, "", "");
+    let jail = Jail::of(vm.process("fs").unwrap().unwrap()).unwrap();
+    assert_eq!(jail.root, ["from-host"], "{jail}");
+}
+
+#[test]
+fn a_killed_process_is_replaced_in_an_identical_jail_around_the_same_folder() {
+    let (dir, tree) = tree();
+    let mut vm = asleep(&tree, "", "");
+    let mut qmp = vm.qmp().unwrap();
+    let first = vm.process("fs").unwrap().unwrap();
+    let before = Jail::of(first).unwrap();
+    // Another folder at the same path must not become the guest's.
+    let moved = dir.path().join("moved");
+    fs::rename(&tree, &moved).unwrap();
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("decoy"), "").unwrap();
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    qmp.wait_event("DEVICE_CRASHED", LIMIT).unwrap();
+    let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    assert_eq!(back["data"]["device"], "fs0");
+    let second = vm.process("fs").unwrap().unwrap();
+    assert_ne!(first, second);
+    let after = Jail::of(second).unwrap();
+    assert_eq!(after.root, before.root, "{after}");
+    assert_eq!(after.capabilities, before.capabilities, "{after}");
+    assert_eq!(after.own_namespaces, before.own_namespaces, "{after}");
+    judge(&after, 0xdb);
+}
+
+#[test]
+fn nothing_outlives_a_killed_control_process() {
+    let (_dir, tree) = tree();
+    let mut vm = asleep(&tree, "", "");
+    assert!(vm.processes().unwrap().len() >= 2);
+    vm.kill().unwrap();
+    vm.wait(LIMIT).unwrap();
+    let survivors = vm.survivors(Deadline::after(Duration::from_millis(100)));
+    assert!(survivors.is_empty(), "{survivors:?}");
+}
+
+/// The one line that a start which must fail prints.
+fn refused(arguments: &[String]) -> String {
+    let output = Command::new(binary("stratovirt").unwrap())
+        .args(["-machine", "microvm", "-m", "128", "-kernel"])
+        .arg(Payload::FirstByte.path())
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn what_cannot_be_shared_is_told_at_the_start() {
+    require_kvm();
+    require_root();
+    let (dir, tree) = tree();
+    let managed = |path: &Path| {
+        refused(&[
+            "-fsdev".into(),
+            format!("local,id=f,path={}", path.display()),
+            "-device".into(),
+            "virtio-fs-device,fsdev=f,tag=t".into(),
+        ])
+    };
+    let (none, file) = (tree.join("none"), tree.join("from-host"));
+    assert!(
+        managed(&none).contains(&format!(
+            "-fsdev path={}: cannot open: No such file",
+            none.display()
+        )),
+        "{}",
+        managed(&none)
+    );
+    assert!(
+        managed(&file).contains(&format!("-fsdev path={}: not a folder", file.display())),
+        "{}",
+        managed(&file)
+    );
+    let external = |path: &Path| {
+        refused(&[
+            "-chardev".into(),
+            format!("socket,id=c,path={}", path.display()),
+            "-device".into(),
+            "vhost-user-fs-device,chardev=c,tag=t,id=x".into(),
+        ])
+    };
+    let socket = dir.path().join("socket");
+    let said = external(&socket);
+    let wanted = format!(
+        "-chardev id=c {}: cannot connect: No such file or directory (os error 2); a vhost-user daemon must listen there",
+        socket.display()
+    );
+    assert!(said.contains(&wanted), "{said}");
+    // Somebody listens who is no vhost-user daemon: it hangs up at once.
+    let listener = UnixListener::bind(&socket).unwrap();
+    let thread = std::thread::spawn(move || drop(listener.accept().unwrap()));
+    let said = external(&socket);
+    thread.join().unwrap();
+    assert!(said.contains("device \"x\""), "{said}");
+}
+
+/// Linux with what serves the folder: `options` are those of fsdev or chardev and device.
+fn linux(script: &str, options: &[String]) -> (VmBuilder, tempfile::NamedTempFile) {
+    let guest = Guest::ready(Flavour::Cloud).unwrap();
+    let initrd = guest.initrd_with(&Script::new(script)).unwrap();
+    let builder = Vm::builder()
+        .args(["-machine", "microvm", "-m", "256"])
+        .kernel(&guest.kernel.elf, "console=ttyS0 quiet panic=-1 reboot=k")
+        .arg("-initrd")
+        .arg(initrd.path())
+        .args(options);
+    (builder, initrd)
+}
+
+#[track_caller]
+fn expect(vm: &mut Vm, text: &str) -> String {
+    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
+}
+
+#[track_caller]
+fn ends_well(vm: &mut Vm) {
+    expect(vm, "GUEST-END status=0");
+    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+}
+
+fn managed(tree: &Path, fsdev: &str, device: &str) -> Vec<String> {
+    vec![
+        "-fsdev".into(),
+        format!("local,id=f,path={}{fsdev}", tree.display()),
+        "-device".into(),
+        format!("virtio-fs-device,fsdev=f,tag=share,id=fs0{device}"),
+    ]
+}
+
+/// Reads, writes, renames, links, removes, sets rights and owners; md5 of what was written is left in the folder.
+const WORK: &str = "\
+set -e
+mkdir -p /s
+mount -t virtiofs share /s
+cd /s
+grep -q 'from the host' from-host
+dd if=/dev/urandom of=random bs=64k count=64 2>/dev/null
+cp random copy
+cmp random copy
+md5sum random | cut -d' ' -f1 > random.md5
+mkdir -p a/b && echo moved > a/b/c && mv a/b/c a/d && ln a/d hard && ln -s a/d soft
+[ \"$(cat soft)\" = moved ]
+rm -r a/b
+umask 0; echo x > open-to-all; umask 077; echo x > closed; umask 022
+chown 1234:77 hard && chmod 640 hard
+i=0; while [ $i -lt 300 ]; do echo $i > many-$i; i=$((i + 1)); done
+[ \"$(ls many-* | wc -l)\" = 300 ]
+rm many-*
+cd /
+umount /s
+mount -t virtiofs share /s
+[ \"$(cat /s/hard)\" = moved ]
+umount /s
+";
+
+/// What [`WORK`] has left, seen from the host.
+#[track_caller]
+fn check_work(tree: &Path) {
+    let read = |name: &str| fs::read(tree.join(name)).unwrap();
+    let sum = Command::new("md5sum").arg(tree.join("random")).output();
+    assert_eq!(sum.unwrap().stdout[..32], read("random.md5")[..32]);
+    assert_eq!(read("random").len(), 4 << 20);
+    assert_eq!(read("random"), read("copy"));
+    let hard = fs::metadata(tree.join("hard")).unwrap();
+    assert_eq!((hard.mode() & 0o7777, hard.nlink()), (0o640, 2));
+    assert_eq!((hard.uid(), hard.gid()), (1234, 77));
+    assert_eq!(fs::read_link(tree.join("soft")).unwrap(), Path::new("a/d"));
+    for (name, mode) in [("open-to-all", 0o666), ("closed", 0o600)] {
+        let file = fs::metadata(tree.join(name)).unwrap();
+        assert_eq!(file.mode() & 0o7777, mode, "{name}");
+    }
+    assert!(!tree.join("a/b").exists() && !tree.join("many-1").exists());
+}
+
+#[test]
+fn a_linux_guest_works_in_a_folder_that_the_vm_shares() {
+    where_linux_boots(test_path!(), || {
+        let (_dir, tree) = tree();
+        let options = managed(&tree, ",xattr=on", ",num-request-queues=2");
+        let (builder, _initrd) = linux(WORK, &options);
+        let mut vm = builder.args(["-smp", "2"]).start().unwrap();
+        ends_well(&mut vm);
+        check_work(&tree);
+    });
+}
+
+#[test]
+fn a_linux_guest_cannot_change_a_readonly_folder() {
+    where_linux_boots(test_path!(), || {
+        let (_dir, tree) = tree();
+        let script = "mkdir -p /s; mount -t virtiofs share /s || exit 1\n\
+            cat /s/from-host\n\
+            (echo x > /s/new) 2>&1; (echo x >> /s/from-host) 2>&1; rm /s/from-host 2>&1\n\
+            mkdir /s/d 2>&1; chmod 777 /s/from-host 2>&1\n\
+            [ -e /s/from-host ]";
+        let (builder, _initrd) = linux(script, &managed(&tree, ",readonly=on", ""));
+        let mut vm = builder.start().unwrap();
+        expect(&mut vm, "from the host");
+        for _ in 0..5 {
+            expect(&mut vm, "Read-only file system");
+        }
+        ends_well(&mut vm);
+        assert_eq!(fs::read_dir(&tree).unwrap().count(), 1);
+        assert_eq!(
+            fs::read_to_string(tree.join("from-host")).unwrap(),
+            "from the host\n"
+        );
+    });
+}
+
+#[test]
+fn a_reboot_mounts_the_folder_again() {
+    where_linux_boots(test_path!(), || {
+        let (_dir, tree) = tree();
+        let script = "mkdir -p /s; mount -t virtiofs share /s || exit 1\n\
+            echo boot >> /s/boots; sync; echo BOOTS=$(wc -l < /s/boots); read next\n\
+            [ \"$next\" = reboot ] && reboot -f\n\
+            true";
+        let (builder, _initrd) = linux(script, &managed(&tree, "", ""));
+        let mut vm = builder.start().unwrap();
+        for boot in ["BOOTS=1", "BOOTS=2"] {
+            expect(&mut vm, boot);
+            vm.console.send("reboot\n").unwrap();
+        }
+        expect(&mut vm, "BOOTS=3");
+        vm.console.send("off\n").unwrap();
+        ends_well(&mut vm);
+    });
+}
+
+/// A daemon that somebody started before the VM.
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(command: &mut Command, ready: &str) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains(ready) {
+            line.clear();
+            assert!(log.read_line(&mut line).unwrap() > 0, "the daemon ended");
+        }
+        // What comes after it fits into the pipe.
+        child.stderr = Some(log.into_inner());
+        Self(child)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Ended by itself already, when all is well.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Both daemons serve one VM each, by the manual's words.
+fn external(daemon: impl FnOnce(&Path, &Path) -> Daemon) {
+    let (dir, tree) = tree();
+    let socket = dir.path().join("socket");
+    let mut daemon = daemon(&tree, &socket);
+    let options = [
+        "-chardev".to_owned(),
+        format!(
+            "socket,id=virtio_fs,path={},server,nowait",
+            socket.display()
+        ),
+        "-device".to_owned(),
+        "vhost-user-fs-device,id=fs0,chardev=virtio_fs,tag=share".to_owned(),
+    ];
+    let (builder, _initrd) = linux(WORK, &options);
+    let mut vm = builder.start().unwrap();
+    ends_well(&mut vm);
+    check_work(&tree);
+    let watched = Watched::new(i32::try_from(daemon.0.id()).unwrap());
+    let ended = watched.map(|w| w.ended(Deadline::after(LIMIT)).unwrap());
+    assert!(ended.unwrap_or(true), "the daemon ends with its front end");
+    daemon.0.wait().unwrap();
+}
+
+fn own_daemon(tree: &Path, socket: &Path) -> Daemon {
+    let mut command = Command::new(binary("vhost_user_fs").unwrap());
+    command
+        .arg("-source")
+        .arg(tree)
+        .arg("-socket-path")
+        .arg(socket)
+        .args(["-log-level", "info"]);
+    Daemon::start(&mut command, "listening")
+}
+
+#[test]
+fn our_own_daemon_serves_a_vm_that_did_not_start_it() {
+    where_linux_boots(test_path!(), || external(own_daemon));
+}
+
+#[test]
+fn the_daemon_that_came_with_qemu_serves_a_vm() {
+    // Debian 12 is the last release with this one.
+    ensure_packages(&["qemu-system-common"]).unwrap();
+    where_linux_boots(test_path!(), || {
+        external(|tree, socket| {
+            let mut command = Command::new("/usr/lib/qemu/virtiofsd");
+            command
+                .arg(format!("--socket-path={}", socket.display()))
+                .arg("-o")
+                .arg(format!("source={},sandbox=chroot", tree.display()));
+            Daemon::start(&mut command, "Waiting for vhost-user socket connection")
+        });
+    });
+}
+
+#[test]
+fn a_vm_goes_on_without_a_daemon_that_left() {
+    require_kvm();
+    require_root();
+    let (dir, tree) = tree();
+    let socket = dir.path().join("socket");
+    let daemon = own_daemon(&tree, &socket);
+    let vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::FirstByte.path(), "")
+        .arg("-chardev")
+        .arg(format!("socket,id=c,path={}", socket.display()))
+        .args(["-device", "vhost-user-fs-device,chardev=c,tag=share,id=fs0"])
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    drop(daemon);
+    let failed = qmp.wait_event("DEVICE_FAILED", LIMIT).unwrap();
+    assert_eq!(failed["data"]["device"], "fs0");
+    let status = qmp.execute("query-status", serde_json::json!({})).unwrap();
+    assert_eq!(status["status"], "running", "{status}");
+}

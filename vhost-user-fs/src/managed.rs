@@ -1,0 +1,98 @@
+//! The process that `stratovirt`'s broker starts for `-device virtio-fs-device`.
+//!
+//! **Job.** Makes the device from the start message; the harness does the rest. The tree is the root of this process's
+//! namespaces already, and came as a descriptor: there is no path.
+//! **Who is not trusted.** The guest. The start message is the broker's, but a value outside of its range is an error.
+//! **Why this way.** The same device as in the daemon, in the jail that all device processes have.
+
+use std::process::ExitCode;
+
+use device_host::BackendFds;
+use fs_device::FsDevice;
+use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, may_switch_user};
+use ipc::limits::{MAX_FS_QUEUE_SIZE, MAX_FS_REQUEST_QUEUES, MIN_FS_QUEUE_SIZE};
+use ipc::spec::DeviceSpec;
+use ipc::spec::fs::FsCache;
+use ipc::start::StartMessage;
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
+use thiserror::Error;
+
+/// First word of the arguments of a process that the broker has started.
+pub(crate) const NAME: &str = "fs";
+
+/// Descriptors that are not for the guest's files: the socket, queues, memory while it is mapped, the log.
+const RESERVED: u64 = 128;
+
+#[derive(Debug, Error)]
+enum BuildError {
+    #[error("the start message is not one of a shared folder")]
+    NotAFolder,
+    #[error("no descriptor of the tree or of the own descriptors came along")]
+    NoTree,
+    #[error("{property} is {value}: {allowed}")]
+    Property {
+        property: &'static str,
+        value: u64,
+        allowed: &'static str,
+    },
+    #[error("limit of descriptors")]
+    Limits(#[source] Errno),
+    #[error("shared folder")]
+    Tree(#[source] Errno),
+}
+
+/// Serves until the VM ends.
+pub(crate) fn run() -> ExitCode {
+    device_host::run("vhost_user_fs", build)
+}
+
+fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<FsDevice, BuildError> {
+    let DeviceSpec::Fs(spec) = &start.device else {
+        return Err(BuildError::NotAFolder);
+    };
+    let wrong = |property, value: usize, allowed| BuildError::Property {
+        property,
+        value: value as u64,
+        allowed,
+    };
+    let (queues, size) = (spec.request_queues, spec.queue_size);
+    if !(1..=MAX_FS_REQUEST_QUEUES).contains(&queues) {
+        return Err(wrong("num-request-queues", queues.into(), "1 to 8"));
+    }
+    if !size.is_power_of_two() || !(MIN_FS_QUEUE_SIZE..=MAX_FS_QUEUE_SIZE).contains(&size) {
+        return Err(wrong(
+            "queue-size",
+            size.into(),
+            "a power of two from 8 to 1024",
+        ));
+    }
+    let (Some(tree), Some(own)) = (fds.take(), fds.take()) else {
+        return Err(BuildError::NoTree);
+    };
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(BuildError::Limits)?;
+    let switch_user = !spec.readonly && may_switch_user();
+    if !switch_user && !spec.readonly {
+        ipc::log::info!("all new files belong to the user of this process");
+    }
+    let config = Config {
+        cache: match spec.cache {
+            FsCache::Never => Cache::Never,
+            FsCache::Metadata => Cache::Metadata,
+            FsCache::Auto => Cache::Auto,
+            FsCache::Always => Cache::Always,
+        },
+        readonly: spec.readonly,
+        xattr: spec.xattr,
+        posix_acl: spec.posix_acl,
+        announce_submounts: true,
+        switch_user,
+        // At most a million.
+        descriptors: limit.saturating_sub(RESERVED) as usize,
+        ..Config::default()
+    };
+    let tree = Passthrough::new(tree, OwnFds::new(own), config).map_err(BuildError::Tree)?;
+    FsDevice::new(tree, &spec.tag)
+        .map(|device| device.with_queues(queues, size))
+        .ok_or_else(|| wrong("length of tag", spec.tag.len(), "1 to 36 bytes"))
+}
