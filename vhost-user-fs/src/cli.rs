@@ -12,7 +12,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use fs_device::device::TAG_BYTES;
-use fs_device::passthrough::Cache;
+use fs_device::passthrough::{Cache, Translation, XattrMap};
 use ipc::log::Level;
 use ozone::tree::{Kind, capability};
 use thiserror::Error;
@@ -68,6 +68,7 @@ pub(crate) struct Options {
     pub(crate) writeback: bool,
     pub(crate) readonly: bool,
     pub(crate) xattr: bool,
+    pub(crate) xattrmap: Option<XattrMap>,
     pub(crate) posix_acl: bool,
     pub(crate) announce_submounts: bool,
     pub(crate) allow_mmap: bool,
@@ -75,6 +76,10 @@ pub(crate) struct Options {
     pub(crate) posix_lock: bool,
     pub(crate) flock: bool,
     pub(crate) tag: String,
+    pub(crate) users: Translation,
+    pub(crate) groups: Translation,
+    pub(crate) noatime: bool,
+    pub(crate) socket_group: Option<String>,
 }
 
 /// What was asked for.
@@ -86,6 +91,8 @@ pub(crate) enum Command {
     Help,
     /// `--version`.
     Version,
+    /// `--print-capabilities`.
+    Capabilities,
 }
 
 /// What is wrong with the arguments.
@@ -125,16 +132,20 @@ enum Takes {
     /// What, for messages and help.
     Value(&'static str),
     Optional(&'static str),
+    /// As `Value`, and may be given several times.
+    Values(&'static str),
     /// virtiofsd has it, this daemon does not; the reason.
     Unsupported(&'static str),
 }
 
-const NO_MAPS: &str = "ids of the guest and of the host are the same, or all are the user's own";
+const NO_MAPS: &str = "the user namespace has all ids of root, or the user's own; -translate-uid and -translate-gid change ids";
 
 #[rustfmt::skip]
 const OPTIONS: &[(&str, Takes, &str)] = &[
     ("source", Takes::Value("FOLDER"), "the folder to share"),
     ("socket-path", Takes::Value("PATH"), "listen for the front end on a unix socket at PATH"),
+    ("shared-dir", Takes::Value("FOLDER"), "the same as -source"),
+    ("socket-group", Takes::Value("GROUP"), "members of this group may connect to -socket-path too"),
     ("fd", Takes::Value("NUMBER"), "use an inherited socket, listening or connected, instead of -socket-path"),
     ("D", Takes::Optional("FILE"), "append messages to FILE; without it they go to standard error, as by default"),
     ("log-level", Takes::Value("LEVEL"), "error, warn (default), info, debug or trace"),
@@ -146,29 +157,27 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("writeback", Takes::Nothing, "the guest may gather writes"),
     ("readonly", Takes::Nothing, "nothing in the folder may change"),
     ("xattr", Takes::Nothing, "extended attributes"),
+    ("xattrmap", Takes::Value("RULES"), "attributes have other names on the host, as in :map::user.virtiofs.: ; needs -xattr"),
     ("posix-acl", Takes::Nothing, "POSIX access control lists; needs -xattr"),
     ("announce-submounts", Takes::Nothing, "the guest sees mounts in the folder as mounts"),
     ("allow-mmap", Takes::Nothing, "files can be mapped shared although they are not cached"),
     ("no-readdirplus", Takes::Nothing, "folders are read without the attributes of their files"),
     ("posix-lock", Takes::Nothing, "locks of fcntl(2) hold on the host too; a lock that is taken is refused instead of waited for"),
     ("flock", Takes::Nothing, "locks of flock(2) hold on the host too; a lock that is taken is refused instead of waited for"),
+    ("translate-uid", Takes::Values("RULE"), "users of the guest are others on the host, as in map:0:100000:65536; may be given several times"),
+    ("translate-gid", Takes::Values("RULE"), "the same for groups"),
+    ("preserve-noatime", Takes::Nothing, "files that the guest opens with O_NOATIME keep their time of access"),
     ("tag", Takes::Value("NAME"), "the name to mount by, for front ends that ask for it (default: myfs)"),
     ("thread-pool-size", Takes::Value("NUMBER"), "0: requests are done by the thread that takes them; more is not supported"),
-    ("inode-file-handles", Takes::Value("WHEN"), "never: inodes are kept as descriptors; others are not supported"),
+    ("inode-file-handles", Takes::Value("WHEN"), "never, or prefer, which is the same here: inodes are kept as descriptors"),
+    ("print-capabilities", Takes::Nothing, "what management tools ask for, as JSON"),
     ("help", Takes::Nothing, "this text"),
     ("version", Takes::Nothing, "the version"),
-    ("xattrmap", Takes::Unsupported("names of attributes are the same on both sides"), ""),
     ("uid-map", Takes::Unsupported(NO_MAPS), ""),
     ("gid-map", Takes::Unsupported(NO_MAPS), ""),
-    ("translate-uid", Takes::Unsupported(NO_MAPS), ""),
-    ("translate-gid", Takes::Unsupported(NO_MAPS), ""),
     ("allow-direct-io", Takes::Unsupported("the host's cache is always used; the guest's own is bypassed with O_DIRECT"), ""),
-    ("shared-dir", Takes::Unsupported("the folder is given by -source"), ""),
     ("syslog", Takes::Unsupported("messages go to standard error or to a file, -D"), ""),
-    ("preserve-noatime", Takes::Unsupported("O_NOATIME is not passed on"), ""),
     ("security-label", Takes::Unsupported("labels of new files are the host's"), ""),
-    ("socket-group", Takes::Unsupported("the socket belongs to its creator only"), ""),
-    ("print-capabilities", Takes::Unsupported("see --help"), ""),
 ];
 
 /// The text of `--help`.
@@ -180,7 +189,7 @@ pub(crate) fn help() -> String {
     for (name, takes, what) in OPTIONS {
         let value = match takes {
             Takes::Nothing => String::new(),
-            Takes::Value(value) => format!(" {value}"),
+            Takes::Value(value) | Takes::Values(value) => format!(" {value}"),
             Takes::Optional(value) => format!(" [{value}]"),
             Takes::Unsupported(_) => continue,
         };
@@ -191,6 +200,9 @@ pub(crate) fn help() -> String {
 }
 
 type Given = BTreeMap<&'static str, Option<String>>;
+
+/// Between the values of an option that is given several times; none of them can have it.
+const SEPARATOR: char = '\0';
 
 fn collect(arguments: impl Iterator<Item = String>) -> Result<Given, UsageError> {
     let mut given = Given::new();
@@ -216,14 +228,19 @@ fn collect(arguments: impl Iterator<Item = String>) -> Result<Given, UsageError>
             Takes::Unsupported(why) => return Err(UsageError::Unsupported(name, why)),
             Takes::Nothing if inline.is_some() => return Err(UsageError::Value(name)),
             Takes::Nothing => None,
-            Takes::Value(what) => {
+            Takes::Value(what) | Takes::Values(what) => {
                 let value = inline.or_else(|| arguments.next());
                 Some(value.ok_or(UsageError::NoValue(name, what))?)
             }
             Takes::Optional(_) => inline.or_else(|| arguments.next_if(|a| !a.starts_with('-'))),
         };
-        if given.insert(name, value).is_some() {
-            return Err(UsageError::Twice(name));
+        match (given.get_mut(name), takes) {
+            (None, _) => drop(given.insert(name, value)),
+            (Some(Some(before)), Takes::Values(_)) => {
+                before.push(SEPARATOR);
+                before.push_str(&value.unwrap_or_default());
+            }
+            _ => return Err(UsageError::Twice(name)),
         }
     }
     Ok(given)
@@ -270,6 +287,26 @@ fn number(
     }
 }
 
+/// The rules of an option that may be given several times.
+fn translation(given: &Given, option: &'static str) -> Result<Translation, UsageError> {
+    let mut rules = Translation::default();
+    let Some(Some(text)) = given.get(option) else {
+        return Ok(rules);
+    };
+    for rule in text.split(SEPARATOR) {
+        rules.add(rule).map_err(|allowed| UsageError::Wrong {
+            option,
+            value: rule.to_owned(),
+            allowed,
+        })?;
+    }
+    Ok(rules)
+}
+
+/// What virtiofsd answers to `--print-capabilities`: options are separate words, none is behind `-o`.
+pub(crate) const CAPABILITIES: &str =
+    "{\n  \"type\": \"fs\",\n  \"features\": [\"separate-options\"]\n}";
+
 /// `-LEASE,+KILL` as two bit sets: added, taken away.
 fn capabilities(list: &str) -> Result<(u64, u64), UsageError> {
     let wrong = |value: &str| UsageError::Wrong {
@@ -306,7 +343,13 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
     if has("version") {
         return Ok(Command::Version);
     }
-    let source = text("source").ok_or(UsageError::NoSource)?;
+    if has("print-capabilities") {
+        return Ok(Command::Capabilities);
+    }
+    let source = match (text("source"), text("shared-dir")) {
+        (Some(_), Some(_)) => return Err(UsageError::Conflict("source", "shared-dir")),
+        (one, other) => one.or(other).ok_or(UsageError::NoSource)?,
+    };
     let fd = number(&given, "fd", 3..=i32::MAX as u64, "a descriptor from 3 on")?;
     let socket = match (text("socket-path"), fd) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("socket-path", "fd")),
@@ -324,10 +367,23 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
     choice(
         &given,
         "inode-file-handles",
-        &[("never", ())],
+        &[("never", ()), ("prefer", ())],
         (),
-        "only never is supported: inodes are kept as descriptors",
+        "never or prefer: inodes are kept as descriptors, since opening a file by its handle takes a right over the whole host",
     )?;
+    let xattrmap = match text("xattrmap") {
+        Some(rules) => {
+            let map = XattrMap::parse(&rules);
+            Some(map.map_err(|allowed| UsageError::Wrong {
+                option: "xattrmap",
+                value: rules,
+                allowed,
+            })?)
+        }
+        None => None,
+    };
+    let users = translation(&given, "translate-uid")?;
+    let groups = translation(&given, "translate-gid")?;
     let (add_caps, drop_caps) = match text("modcaps") {
         Some(list) => capabilities(&list)?,
         None => (0, 0),
@@ -340,12 +396,21 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
             allowed: "1 to 36 bytes are possible",
         });
     }
-    for (option, needed) in [("posix-acl", "xattr")] {
+    for (option, needed) in [
+        ("posix-acl", "xattr"),
+        ("xattrmap", "xattr"),
+        ("socket-group", "socket-path"),
+    ] {
         if has(option) && !has(needed) {
             return Err(UsageError::Needs(option, needed));
         }
     }
-    for (option, other) in [("writeback", "readonly")] {
+    for (option, other) in [
+        ("writeback", "readonly"),
+        // The lists name users and groups, too.
+        ("translate-uid", "posix-acl"),
+        ("translate-gid", "posix-acl"),
+    ] {
         if has(option) && has(other) {
             return Err(UsageError::Conflict(option, other));
         }
@@ -416,6 +481,11 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
         readdirplus: !has("no-readdirplus"),
         posix_lock: has("posix-lock"),
         flock: has("flock"),
+        xattrmap,
+        users,
+        groups,
+        noatime: has("preserve-noatime"),
+        socket_group: text("socket-group"),
         tag,
     })))
 }
@@ -423,6 +493,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn parse(line: &str) -> Result<Command, UsageError> {
         super::parse(line.split_whitespace().map(str::to_owned))
@@ -472,92 +543,43 @@ mod tests {
         assert_eq!(options.cache, Cache::Never);
     }
 
+    /// `wrong.txt` has a command line after each `$`, and the message that it gets after it.
     #[test]
-    fn wrong_lines_name_option_value_and_what_is_possible() {
-        for (line, words) in [
-            ("", &["-source"][..]),
-            ("-source /s", &["-socket-path", "-fd"]),
-            ("-source", &["-source", "FOLDER"]),
-            ("/tmp", &["/tmp", "-source"]),
-            ("-source /s -fd 2", &["-fd 2", "from 3"]),
-            ("-source /s -socket-path /p -fd 3", &["exclude"]),
-            ("-source /s -source /t", &["-source", "twice"]),
-            (
-                "-source /s -socket-path /p -seccomp maybe",
-                &["-seccomp maybe", "kill"],
-            ),
-            (
-                "-source /s -socket-path /p -sandbox none",
-                &["-sandbox none", "chroot"],
-            ),
-            (
-                "-source /s -socket-path /p -cache some",
-                &["-cache some", "metadata"],
-            ),
-            (
-                "-source /s -socket-path /p -rlimit-nofile 10",
-                &["-rlimit-nofile 10", "256"],
-            ),
-            (
-                "-source /s -socket-path /p -rlimit-nofile many",
-                &["many", "256"],
-            ),
-            (
-                "-source /s -socket-path /p -modcaps=KILL",
-                &["-modcaps KILL", "+ or -"],
-            ),
-            (
-                "-source /s -socket-path /p -modcaps=+CAP_KILL",
-                &["+CAP_KILL", "without CAP_"],
-            ),
-            (
-                "-source /s -socket-path /p -modcaps=+KILL,-KILL",
-                &["-modcaps"],
-            ),
-            (
-                "-source /s -socket-path /p -posix-acl",
-                &["-posix-acl", "-xattr"],
-            ),
-            (
-                "-source /s -socket-path /p -writeback -readonly",
-                &["exclude"],
-            ),
-            (
-                "-source /s -socket-path /p -thread-pool-size 4",
-                &["-thread-pool-size 4", "only 0"],
-            ),
-            (
-                "-source /s -socket-path /p -inode-file-handles mandatory",
-                &["mandatory", "never"],
-            ),
-            (
-                "-source /s -socket-path /p -xattrmap :map:",
-                &["-xattrmap", "not supported"],
-            ),
-            (
-                "-source /s -socket-path /p -uid-map :0:1:2:",
-                &["-uid-map", "not supported"],
-            ),
-            (
-                "-source /s -socket-path /p -readonly=yes",
-                &["-readonly", "no value"],
-            ),
-            (
-                "-source /s -socket-path /p -frobnicate",
-                &["-frobnicate", "--help"],
-            ),
-            (
-                "-source /s -socket-path /p -tag 0123456789012345678901234567890123456",
-                &["36"],
-            ),
-        ] {
-            let message = parse(line).expect_err(line).to_string();
-            for word in words {
-                assert!(
-                    message.contains(word),
-                    "{line:?}: {message:?} does not name {word:?}"
-                );
-            }
+    fn every_wrong_line_has_its_message() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/wrong.txt");
+        let old = std::fs::read_to_string(&file).unwrap();
+        let mut new = String::new();
+        let mut count = 0;
+        for line in old.lines().filter_map(|line| line.strip_prefix("$ ")) {
+            let message = parse(line).expect_err(line);
+            count += 1;
+            new.push_str(&format!("$ {line}\n{message}\n"));
+        }
+        assert!(count >= 60, "only {count} wrong lines");
+        if std::env::var_os("UPDATE_WRONG").is_some() {
+            std::fs::write(&file, &new).unwrap();
+        }
+        for (got, want) in new.lines().zip(old.lines()) {
+            assert_eq!(got, want);
+        }
+        assert_eq!(new.lines().count(), old.lines().count());
+    }
+
+    #[test]
+    fn every_option_is_in_the_manual_page_and_has_a_wrong_line() {
+        let read = |path: &str| {
+            let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+            std::fs::read_to_string(file).unwrap()
+        };
+        let (page, wrong) = (read("../docs/vhost_user_fs.1.md"), read("src/wrong.txt"));
+        for (name, takes, _) in OPTIONS {
+            let named = match takes {
+                Takes::Unsupported(_) => page.contains(&format!("`-{name}`")),
+                _ => page.contains(&format!("**-{name}**")),
+            };
+            assert!(named, "-{name} is not in the page");
+            let harmless = ["help", "version", "print-capabilities"].contains(name);
+            assert!(harmless || wrong.contains(&format!("-{name}")), "-{name}");
         }
     }
 

@@ -5,10 +5,10 @@
 //! has lost every right but those on the tree, and its first message is read behind the system call filter.
 //! **Why this way.** One daemon serves one front end and ends with it, so that no guest inherits another's state.
 
-use std::fs::OpenOptions;
+use std::fs::{OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -62,6 +62,8 @@ enum DaemonError {
     InUse(PathBuf),
     #[error("-socket-path {0}: exists and is no socket")]
     NoSocket(PathBuf),
+    #[error("-socket-group {0}: neither a number nor a group of /etc/group")]
+    Group(String),
     #[error("-fd {0}: not an open unix stream socket")]
     Fd(i32, #[source] Errno),
     #[error("closing inherited descriptors")]
@@ -136,7 +138,9 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
         return Err(DaemonError::NoFolder(source));
     }
     let front_end = match (&options.socket, inherited) {
-        (Socket::Path(path), _) => FrontEnd::Listening(listen(path)?),
+        (Socket::Path(path), _) => {
+            FrontEnd::Listening(listen(path, options.socket_group.as_deref())?)
+        }
         (Socket::Fd(fd), socket) => {
             take_socket(socket.ok_or(Errno::EBADF)).map_err(|e| DaemonError::Fd(*fd, e))?
         }
@@ -198,6 +202,7 @@ fn serve(
         writeback: options.writeback,
         readonly: options.readonly,
         xattr: options.xattr,
+        xattrmap: options.xattrmap.clone(),
         posix_acl: options.posix_acl,
         announce_submounts: options.announce_submounts,
         readdirplus: options.readdirplus,
@@ -205,6 +210,9 @@ fn serve(
         flock: options.flock,
         allow_mmap: options.allow_mmap,
         switch_user,
+        users: options.users.clone(),
+        groups: options.groups.clone(),
+        noatime: options.noatime,
         descriptors,
         ..Config::default()
     };
@@ -213,8 +221,6 @@ fn serve(
     let device = FsDevice::new(tree, &options.tag)
         .ok_or(DaemonError::Tag)?
         .with_lifeline(inside.lifeline);
-    // Masks are the guest's, and come with its requests.
-    umask(Mode::empty());
     let prepared = Standalone::new(device)?;
     let stream = front_end.wait().map_err(DaemonError::Accept)?;
     let action = match options.seccomp {
@@ -263,8 +269,9 @@ fn open_log(to: &LogTo) -> Result<OwnedFd, DaemonError> {
     }
 }
 
-/// Listens at `path`, for this user only. A socket that nobody listens at any more is replaced.
-fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
+/// Listens at `path`, for this user only, or for `group` too. A socket that nobody listens at any more is replaced.
+fn listen(path: &Path, group: Option<&str>) -> Result<UnixListener, DaemonError> {
+    let group = group.map(group_id).transpose()?;
     let failed = |error| DaemonError::Socket(path.to_owned(), error);
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
@@ -281,8 +288,29 @@ fn listen(path: &Path) -> Result<UnixListener, DaemonError> {
     let before = umask(Mode::from_bits_truncate(0o077));
     let listener = UnixListener::bind(path).map_err(failed);
     umask(before);
+    if let (Ok(_), Some(group)) = (&listener, group) {
+        // In this order, nobody else can connect in between.
+        std::os::unix::fs::chown(path, None, Some(group)).map_err(failed)?;
+        std::fs::set_permissions(path, Permissions::from_mode(0o770)).map_err(failed)?;
+    }
     ipc::log::info!("listening at {}", path.display());
     listener
+}
+
+/// The number of a group; a static program has nothing but the file to look names up in.
+fn group_id(name: &str) -> Result<u32, DaemonError> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let unknown = || DaemonError::Group(name.to_owned());
+    let groups = std::fs::read_to_string("/etc/group").map_err(|_| unknown())?;
+    groups
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split(':');
+            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
+        })
+        .ok_or_else(unknown)
 }
 
 fn take_socket(socket: Result<OwnedFd, Errno>) -> Result<FrontEnd, Errno> {

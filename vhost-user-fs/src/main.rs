@@ -29,6 +29,10 @@ fn main() -> ExitCode {
             println!("vhost_user_fs {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
+        Ok(Command::Capabilities) => {
+            println!("{}", cli::CAPABILITIES);
+            ExitCode::SUCCESS
+        }
         Ok(Command::Serve(options)) => daemon::run(&options),
         Err(error) => {
             eprintln!("vhost_user_fs: {error}");

@@ -4,14 +4,14 @@ use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 
-use super::{Passthrough, sys};
+use super::{Passthrough, Translation, sys};
 use crate::fuse::InHeader;
 use crate::fuse::decode::SetAttr;
 use crate::fuse::reply::{self, Attr, Put};
 use crate::fuse::wire::fattr;
 
-/// statx(2) in the protocol's terms.
-pub(super) fn attr_of(stat: &libc::statx) -> Attr {
+/// statx(2) in the protocol's terms, with the host's users.
+fn attr_of(stat: &libc::statx) -> Attr {
     let time = |t: &libc::statx_timestamp| (t.tv_sec, t.tv_nsec);
     Attr {
         ino: stat.stx_ino,
@@ -32,15 +32,25 @@ pub(super) fn attr_of(stat: &libc::statx) -> Attr {
 }
 
 impl Passthrough {
+    /// What the guest sees of a file.
+    pub(super) fn attr_of(&self, stat: &libc::statx) -> Attr {
+        let attr = attr_of(stat);
+        Attr {
+            uid: self.config.users.to_guest(attr.uid),
+            gid: self.config.groups.to_guest(attr.gid),
+            ..attr
+        }
+    }
+
     pub(super) fn get_attr(&mut self, node: u64, out: &mut Vec<u8>) -> Result<(), Errno> {
         let stat = sys::stat(self.inodes.get(node)?.fd())?;
-        reply::attr_out(out, self.config.cache.validity(), &attr_of(&stat));
+        reply::attr_out(out, self.config.cache.validity(), &self.attr_of(&stat));
         Ok(())
     }
 
     pub(super) fn statx(&mut self, node: u64, out: &mut Vec<u8>) -> Result<(), Errno> {
         let stat = sys::stat(self.inodes.get(node)?.fd())?;
-        reply::statx_out(out, self.config.cache.validity(), &attr_of(&stat));
+        reply::statx_out(out, self.config.cache.validity(), &self.attr_of(&stat));
         Ok(())
     }
 
@@ -67,7 +77,14 @@ impl Passthrough {
                 }
                 Ok(has(bit).then_some(id))
             };
-            sys::chown(fd, id(fattr::UID, set.uid)?, id(fattr::GID, set.gid)?)?;
+            let translated = |rules: &Translation, id: Option<u32>| {
+                id.map(|id| rules.to_host(id).ok_or(Errno::EPERM))
+                    .transpose()
+            };
+            let uid = translated(&self.config.users, id(fattr::UID, set.uid)?)?;
+            let gid = translated(&self.config.groups, id(fattr::GID, set.gid)?)?;
+            self.drop_mapped_capability(fd)?;
+            sys::chown(fd, uid, gid)?;
         }
         if has(fattr::SIZE) {
             if inode.kind != libc::S_IFREG {
@@ -76,6 +93,7 @@ impl Passthrough {
             if has(fattr::KILL_SUIDGID) {
                 self.kill_suidgid(fd)?;
             }
+            self.drop_mapped_capability(fd)?;
             if has(fattr::FH) {
                 sys::truncate(self.handles.file(set.fh)?, set.size)?;
             } else {
@@ -133,8 +151,8 @@ impl Passthrough {
 
     /// By the permission bits alone: a guest that mounts virtio-fs checks permissions itself and does not ask.
     pub(super) fn access(&mut self, header: &InHeader, mask: u32) -> Result<(), Errno> {
-        let stat = sys::stat(self.inodes.get(header.nodeid)?.fd())?;
-        let mode = u32::from(stat.stx_mode);
+        let stat = self.attr_of(&sys::stat(self.inodes.get(header.nodeid)?.fd())?);
+        let mode = stat.mode;
         let wanted = mask & 7;
         let granted = if header.uid == 0 {
             // What nobody may execute, root may not either.
@@ -143,9 +161,9 @@ impl Passthrough {
             } else {
                 7
             }
-        } else if header.uid == stat.stx_uid {
+        } else if header.uid == stat.uid {
             mode >> 6
-        } else if header.gid == stat.stx_gid {
+        } else if header.gid == stat.gid {
             mode >> 3
         } else {
             mode

@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 
-use super::attributes::attr_of;
 use super::creds::AsUser;
 use super::inodes::Identity;
 use super::{Cache, Passthrough, sys, xattrs};
@@ -66,7 +65,7 @@ impl Passthrough {
     }
 
     fn entry_attr(&self, stat: &libc::statx, parent_mount: u64) -> Attr {
-        let mut attr = attr_of(stat);
+        let mut attr = self.attr_of(stat);
         let folder = attr.mode & libc::S_IFMT == libc::S_IFDIR;
         if folder && stat.stx_mnt_id != parent_mount && self.agreed(init::SUBMOUNTS) {
             attr.flags = flag::ATTR_SUBMOUNT;
@@ -103,7 +102,13 @@ impl Passthrough {
     }
 
     fn as_user(&self, header: &InHeader) -> Result<AsUser, Errno> {
-        AsUser::new(header, self.config.switch_user)
+        let (users, groups) = (&self.config.users, &self.config.groups);
+        let header = InHeader {
+            uid: users.to_host(header.uid).ok_or(Errno::EPERM)?,
+            gid: groups.to_host(header.gid).ok_or(Errno::EPERM)?,
+            ..*header
+        };
+        AsUser::new(&header, self.config.switch_user)
     }
 
     fn put_new(&mut self, parent: u64, name: Name<'_>, out: &mut Vec<u8>) -> Result<(), Errno> {
@@ -235,7 +240,7 @@ impl Passthrough {
                     Some(node) => node,
                     None => self.inodes.insert(fd, &stat),
                 };
-                self.put_entry(out, node, &attr_of(&stat));
+                self.put_entry(out, node, &self.attr_of(&stat));
                 self.put_open(file, out)
             }
             // Someone was faster; what is there may be anything, so it is looked at before it is opened.
@@ -244,7 +249,7 @@ impl Passthrough {
                 let opened = self.open_file(node, flags, open_flags);
                 let file = opened.inspect_err(|_| self.forget(node, 1))?;
                 // An O_TRUNC may have changed it.
-                let attr = sys::stat(file.as_fd()).map_or(attr, |stat| attr_of(&stat));
+                let attr = sys::stat(file.as_fd()).map_or(attr, |stat| self.attr_of(&stat));
                 self.put_entry(out, node, &attr);
                 self.put_open(file, out)
             }
@@ -272,7 +277,7 @@ impl Passthrough {
         let stat = sys::stat(fd.as_fd())?;
         let node = self.inodes.insert(fd, &stat);
         // It has no name that could be kept.
-        reply::entry_out(out, node, Validity::default(), &attr_of(&stat));
+        reply::entry_out(out, node, Validity::default(), &self.attr_of(&stat));
         self.put_open(file, out)
     }
 }

@@ -18,7 +18,12 @@ impl Passthrough {
     pub(super) fn host_flags(&self, flags: u32) -> Result<i32, Errno> {
         let flags = flags.cast_signed();
         let pass = libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC;
-        let mut host = flags & pass;
+        let noatime = if self.config.noatime {
+            libc::O_NOATIME
+        } else {
+            0
+        };
+        let mut host = flags & (pass | noatime);
         if host & libc::O_ACCMODE == libc::O_ACCMODE {
             return Err(Errno::EINVAL);
         }
@@ -54,6 +59,9 @@ impl Passthrough {
             _ => return Err(Errno::ENXIO),
         }
         let host = self.host_flags(flags)?;
+        if host & libc::O_TRUNC != 0 {
+            self.drop_mapped_capability(inode.fd())?;
+        }
         if host & libc::O_TRUNC != 0 && open_flags & flag::OPEN_KILL_SUIDGID != 0 {
             self.kill_suidgid(inode.fd())?;
         }
@@ -98,6 +106,7 @@ impl Passthrough {
         if write_flags & flag::WRITE_KILL_SUIDGID != 0 {
             self.kill_suidgid(file)?;
         }
+        self.drop_mapped_capability(file)?;
         Ok(file)
     }
 

@@ -12,11 +12,14 @@ mod entries;
 mod files;
 mod folders;
 mod handles;
+mod ids;
 mod inodes;
 mod locks;
 mod sys;
+mod xattrmap;
 mod xattrs;
 
+use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -31,7 +34,9 @@ use inodes::Inodes;
 use locks::Locks;
 
 pub use creds::may_switch_user;
+pub use ids::Translation;
 pub use sys::OwnFds;
+pub use xattrmap::XattrMap;
 
 /// What the guest may keep of what it has seen (`--cache`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -73,6 +78,8 @@ pub struct Config {
     pub readonly: bool,
     /// Extended attributes.
     pub xattr: bool,
+    /// Attributes have other names on the host.
+    pub xattrmap: Option<XattrMap>,
     /// POSIX access control lists; needs `xattr`.
     pub posix_acl: bool,
     /// The guest is told where mounts are inside of the tree.
@@ -87,6 +94,12 @@ pub struct Config {
     pub allow_mmap: bool,
     /// New files belong to the guest's user: this process may take any user and group of its user namespace.
     pub switch_user: bool,
+    /// The guest's users are others on the host.
+    pub users: Translation,
+    /// The guest's groups are others on the host.
+    pub groups: Translation,
+    /// Files that the guest opens with `O_NOATIME` keep their time of access.
+    pub noatime: bool,
     /// Inodes, open files and locks at most, together.
     pub descriptors: usize,
     /// Bytes of one `WRITE` at most; the guest's queue may allow less.
@@ -100,6 +113,7 @@ impl Default for Config {
             writeback: false,
             readonly: false,
             xattr: false,
+            xattrmap: None,
             posix_acl: false,
             announce_submounts: false,
             readdirplus: true,
@@ -107,6 +121,9 @@ impl Default for Config {
             flock: false,
             allow_mmap: false,
             switch_user: false,
+            users: Translation::default(),
+            groups: Translation::default(),
+            noatime: false,
             descriptors: 1024,
             max_write: 1 << 20,
         }
@@ -131,6 +148,8 @@ pub struct Passthrough {
     handles: Handles,
     locks: Locks,
     ahead: ReadAhead,
+    /// The host's name of `security.capability`, if it is another.
+    mapped_capability: Option<CString>,
     /// Flags of `INIT` that both sides have.
     agreed: u64,
 }
@@ -150,6 +169,10 @@ impl Passthrough {
             return Err(Errno::ENOTDIR);
         }
         Ok(Self {
+            mapped_capability: config
+                .xattrmap
+                .as_ref()
+                .and_then(XattrMap::mapped_capability),
             config,
             own,
             inodes: Inodes::new(root, &stat),

@@ -3,6 +3,7 @@
 //! Off unless asked for, since an attribute can be a right: `security.capability` on a file that the host executes from this
 //! tree is the guest's choice then. What needs privileges on the host beyond the tree (`trusted.*`) its kernel refuses.
 
+use std::ffi::CString;
 use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
@@ -13,6 +14,8 @@ use crate::fuse::decode::XATTR_SIZE_MAX;
 use crate::fuse::reply::Put;
 use crate::fuse::wire::flag;
 
+/// Bytes of a list of names at most (include/uapi/linux/limits.h).
+const XATTR_LIST_MAX: usize = 65536;
 const ACL_PREFIX: &[u8] = b"system.posix_acl_";
 
 /// Whether new files in the folder get their permissions from a list.
@@ -26,6 +29,26 @@ pub(super) fn has_default_acl(folder: BorrowedFd<'_>) -> Result<bool, Errno> {
 }
 
 impl Passthrough {
+    /// Takes away what stands for `security.capability` on the host, as the kernel does with that itself when a file changes.
+    pub(super) fn drop_mapped_capability(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        let Some(name) = &self.mapped_capability else {
+            return Ok(());
+        };
+        match sys::remove_xattr(fd, XattrName::of(name)) {
+            Err(Errno::ENODATA | Errno::EOPNOTSUPP) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// The host's name for one of the guest.
+    fn host_name(&self, name: XattrName<'_>) -> Result<CString, Errno> {
+        self.may_use(name)?;
+        match &self.config.xattrmap {
+            Some(map) => map.to_host(name.as_c_str()),
+            None => Ok(name.as_c_str().to_owned()),
+        }
+    }
+
     fn may_use(&self, name: XattrName<'_>) -> Result<(), Errno> {
         if !self.config.xattr {
             // The guest stops asking.
@@ -45,9 +68,11 @@ impl Passthrough {
         size: u32,
         out: &mut Vec<u8>,
     ) -> Result<(), Errno> {
-        self.may_use(name)?;
+        let name = self.host_name(name)?;
         let fd = self.inodes.get(node)?.fd();
-        answer(size, out, |buffer| sys::get_xattr(fd, name, buffer))
+        answer(size, out, |buffer| {
+            sys::get_xattr(fd, XattrName::of(&name), buffer)
+        })
     }
 
     pub(super) fn list_xattr(
@@ -60,7 +85,25 @@ impl Passthrough {
             return Err(Errno::ENOSYS);
         }
         let fd = self.inodes.get(node)?.fd();
-        answer(size, out, |buffer| sys::list_xattr(fd, buffer))
+        let Some(map) = &self.config.xattrmap else {
+            return answer(size, out, |buffer| sys::list_xattr(fd, buffer));
+        };
+        let mut names = vec![0; XATTR_LIST_MAX];
+        let len = sys::list_xattr(fd, &mut names)?;
+        names.truncate(len);
+        let mut seen = Vec::new();
+        for name in names.split_inclusive(|byte| *byte == 0) {
+            seen.extend_from_slice(map.to_guest(name).filter(|n| n.len() > 1).unwrap_or(&[]));
+        }
+        if size == 0 {
+            // At most 64 KiB.
+            out.u32(seen.len() as u32).u32(0);
+        } else if seen.len() > size as usize {
+            return Err(Errno::ERANGE);
+        } else {
+            out.append(&mut seen);
+        }
+        Ok(())
     }
 
     pub(super) fn set_xattr(
@@ -70,9 +113,9 @@ impl Passthrough {
         value: &[u8],
         (flags, setxattr_flags): (u32, u32),
     ) -> Result<(), Errno> {
-        self.may_use(name)?;
+        let name = self.host_name(name)?;
         let fd = self.inodes.get(node)?.fd();
-        sys::set_xattr(fd, name, value, flags.cast_signed())?;
+        sys::set_xattr(fd, XattrName::of(&name), value, flags.cast_signed())?;
         if setxattr_flags & flag::SETXATTR_ACL_KILL_SGID != 0 {
             let mode = u32::from(sys::stat(fd)?.stx_mode);
             if mode & libc::S_ISGID != 0 {
@@ -83,8 +126,8 @@ impl Passthrough {
     }
 
     pub(super) fn remove_xattr(&mut self, node: u64, name: XattrName<'_>) -> Result<(), Errno> {
-        self.may_use(name)?;
-        sys::remove_xattr(self.inodes.get(node)?.fd(), name)
+        let name = self.host_name(name)?;
+        sys::remove_xattr(self.inodes.get(node)?.fd(), XattrName::of(&name))
     }
 }
 

@@ -1,0 +1,532 @@
+//! Each option of the command line by what it changes, seen by a front end that speaks FUSE by itself or by the host.
+
+#![allow(clippy::unwrap_used)] // test code
+#![allow(unsafe_code)] // nix has no listxattr
+
+mod raw;
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use fs_device::fuse::wire::{fopen, init, opcode};
+use libc::{EPERM, EROFS, O_RDONLY, O_RDWR};
+use nix::unistd::geteuid;
+use raw::{Body, Client, u32_at, u64_at};
+
+fn tree() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::write(dir.path().join("file"), "content").unwrap();
+    dir
+}
+
+/// The flags of `INIT` that the daemon takes of all that there are.
+fn agreed(options: &[&str]) -> u64 {
+    let dir = tree();
+    let mut client = Client::start(dir.path(), options);
+    let offer = u64::MAX >> 1;
+    let body = Body::new()
+        .u32(7)
+        .u32(41)
+        .u32(1 << 17)
+        .u32((offer & 0xffff_ffff) as u32)
+        .u32((offer >> 32) as u32);
+    let reply = client.call(opcode::INIT, 0, body.zeros(44)).unwrap();
+    assert!(client.finish().success());
+    u64::from(u32_at(&reply, 12)) | u64::from(u32_at(&reply, 32)) << 32
+}
+
+/// The process inside of the jail.
+fn serving(child: &Child) -> u32 {
+    let outside = child.id();
+    let path = format!("/proc/{outside}/task/{outside}/children");
+    fs::read_to_string(path).unwrap().trim().parse().unwrap()
+}
+
+fn status(pid: u32, field: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap().trim_start_matches(':').trim().to_owned()
+}
+
+#[test]
+fn flags_of_the_session_follow_the_options() {
+    let plain = agreed(&[]);
+    for (options, flag, with) in [
+        (&["-writeback"][..], init::WRITEBACK_CACHE, true),
+        (&["-xattr", "-posix-acl"], init::POSIX_ACL, true),
+        (&["-announce-submounts"], init::SUBMOUNTS, true),
+        (&["-allow-mmap"], init::DIRECT_IO_ALLOW_MMAP, true),
+        (&["-posix-lock"], init::POSIX_LOCKS, true),
+        (&["-flock"], init::FLOCK_LOCKS, true),
+        (&["-cache", "always"], init::CACHE_SYMLINKS, true),
+        (&["-no-readdirplus"], init::DO_READDIRPLUS, false),
+    ] {
+        assert_eq!(plain & flag != 0, !with, "without {options:?}");
+        assert_eq!(agreed(options) & flag != 0, with, "{options:?}");
+    }
+}
+
+#[test]
+fn the_cache_policy_says_how_long_things_hold() {
+    for (policy, seconds, flags) in [
+        ("never", 0, fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES),
+        ("none", 0, fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES),
+        (
+            "metadata",
+            86400,
+            fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
+        ),
+        ("auto", 1, 0),
+        ("always", 86400, fopen::KEEP_CACHE),
+    ] {
+        let dir = tree();
+        let mut client = Client::start(dir.path(), &["-cache", policy]);
+        let entry = client
+            .call(opcode::LOOKUP, 1, Body::new().name("file"))
+            .unwrap();
+        assert_eq!(
+            (u64_at(&entry, 16), u64_at(&entry, 24)),
+            (seconds, seconds),
+            "{policy}"
+        );
+        let body = Body::new().u32(0).u32(0);
+        let opened = client.call(opcode::OPEN, u64_at(&entry, 0), body).unwrap();
+        assert_eq!(u32_at(&opened, 8), flags, "{policy}");
+        assert!(client.finish().success());
+    }
+}
+
+#[test]
+fn a_read_only_folder_refuses_and_another_does_not() {
+    let dir = tree();
+    let mut client = Client::start(dir.path(), &["-readonly"]);
+    assert_eq!(client.create(1, "new", O_RDWR), Err(EROFS));
+    let file = client.lookup(1, "file").unwrap();
+    assert_eq!(client.open(file, O_RDWR), Err(EROFS));
+    client.open(file, O_RDONLY).unwrap();
+    assert!(client.finish().success());
+    let mut client = Client::start(dir.path(), &[]);
+    client.create(1, "new", O_RDWR).unwrap();
+    assert!(client.finish().success());
+}
+
+fn set_xattr(client: &mut Client, node: u64, name: &str, value: &[u8]) -> Result<(), i32> {
+    let len = value.len() as u32;
+    // All flags were offered, so the request has its longer form.
+    let body = Body::new().u32(len).u32(0).u32(0).u32(0).name(name);
+    client
+        .call(opcode::SETXATTR, node, body.bytes(value))
+        .map(drop)
+}
+
+fn list_xattr(client: &mut Client, node: u64) -> String {
+    let body = Body::new().u32(4096).u32(0);
+    let list = client.call(opcode::LISTXATTR, node, body).unwrap();
+    String::from_utf8(list).unwrap().replace('\0', " ")
+}
+
+/// The host's own view: names of a file's attributes.
+fn on_host(path: &Path) -> String {
+    let mut list = vec![0u8; 4096];
+    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    // SAFETY: a terminated path and a buffer of the length that is told.
+    let len = unsafe { libc::listxattr(name.as_ptr(), list.as_mut_ptr().cast(), list.len()) };
+    list.truncate(usize::try_from(len).unwrap());
+    String::from_utf8(list).unwrap().replace('\0', " ")
+}
+
+#[test]
+fn attributes_are_passed_on_when_asked_for() {
+    let dir = tree();
+    let mut client = Client::start(dir.path(), &[]);
+    let file = client.lookup(1, "file").unwrap();
+    assert_eq!(
+        set_xattr(&mut client, file, "user.a", b"1"),
+        Err(libc::ENOSYS)
+    );
+    assert!(client.finish().success());
+    let mut client = Client::start(dir.path(), &["-xattr"]);
+    let file = client.lookup(1, "file").unwrap();
+    set_xattr(&mut client, file, "user.a", b"1").unwrap();
+    assert_eq!(on_host(&dir.path().join("file")), "user.a ");
+    // A list is an attribute that takes an option of its own.
+    let acl = set_xattr(&mut client, file, "system.posix_acl_access", b"1");
+    assert_eq!(acl, Err(libc::EOPNOTSUPP));
+    assert!(client.finish().success());
+}
+
+#[test]
+fn attributes_have_the_names_that_the_map_gives_them() {
+    let dir = tree();
+    let path = dir.path().join("file");
+    let options = ["-xattr", "-xattrmap", ":map::user.vm.:"];
+    let mut client = Client::start(dir.path(), &options);
+    let file = client.lookup(1, "file").unwrap();
+    // Neither the host's kernel nor its users take these for what the guest means by them.
+    set_xattr(&mut client, file, "trusted.overlay.opaque", b"y").unwrap();
+    set_xattr(&mut client, file, "security.capability", b"anything").unwrap();
+    assert_eq!(
+        list_xattr(&mut client, file),
+        "trusted.overlay.opaque security.capability "
+    );
+    assert_eq!(
+        on_host(&path),
+        "user.vm.trusted.overlay.opaque user.vm.security.capability "
+    );
+    let get = Body::new().u32(64).u32(0).name("trusted.overlay.opaque");
+    assert_eq!(client.call(opcode::GETXATTR, file, get).unwrap(), b"y");
+    // The size that a list needs is that of the guest's names.
+    let size = Body::new().u32(0).u32(0);
+    let size = client.call(opcode::LISTXATTR, file, size).unwrap();
+    assert_eq!(u32_at(&size, 0), 43);
+    let small = Body::new().u32(42).u32(0);
+    assert_eq!(
+        client.call(opcode::LISTXATTR, file, small),
+        Err(libc::ERANGE)
+    );
+    // Whoever writes to a program takes its capabilities away, by whatever name they go.
+    let fh = client.open(file, O_RDWR).unwrap();
+    client.write(file, fh, 0, b"x").unwrap();
+    assert_eq!(on_host(&path), "user.vm.trusted.overlay.opaque ");
+    let name = Body::new().name("trusted.overlay.opaque");
+    client.call(opcode::REMOVEXATTR, file, name).unwrap();
+    assert_eq!(on_host(&path), "");
+    assert!(client.finish().success());
+
+    let rules = ":unsupported:client:security.::/bad/client/user.no//:ok:all:user.:user.:";
+    let mut client = Client::start(dir.path(), &["-xattr", "-xattrmap", rules]);
+    let file = client.lookup(1, "file").unwrap();
+    for (name, errno) in [
+        ("security.selinux", libc::ENOTSUP),
+        ("user.no", EPERM),
+        ("trusted.x", EPERM),
+    ] {
+        let set = set_xattr(&mut client, file, name, b"1");
+        assert_eq!(set, Err(errno), "{name}");
+    }
+    set_xattr(&mut client, file, "user.yes", b"1").unwrap();
+    assert!(client.finish().success());
+}
+
+#[test]
+fn users_and_groups_are_translated_both_ways() {
+    if !geteuid().is_root() {
+        // Without root there is one user only.
+        return;
+    }
+    let dir = tree();
+    let options = [
+        "-translate-uid=map:0:70000:1000",
+        "-translate-uid=forbid-guest:5000:1",
+        "--translate-gid",
+        "squash-guest:0:80000:1000",
+    ];
+    let mut client = Client::start(dir.path(), &options);
+    (client.uid, client.gid) = (5, 6);
+    let (node, _) = client.create(1, "new", O_RDWR).unwrap();
+    let host = fs::metadata(dir.path().join("new")).unwrap();
+    assert_eq!((host.uid(), host.gid()), (70005, 80000));
+    let attr = client
+        .call(opcode::GETATTR, node, Body::new().zeros(16))
+        .unwrap();
+    // fuse_attr_out: two words of time, then fuse_attr.
+    let owner = |attr: &[u8]| (u32_at(attr, 16 + 68), u32_at(attr, 16 + 72));
+    assert_eq!(owner(&attr), (5, 80000), "groups have no way back");
+    // FATTR_UID and FATTR_GID.
+    let chown = |uid: u32, gid: u32| {
+        Body::new()
+            .u32(6)
+            .u32(0)
+            .zeros(64)
+            .u32(0)
+            .u32(uid)
+            .u32(gid)
+            .u32(0)
+    };
+    let body = chown(7, 7);
+    assert_eq!(body.0.len(), 88);
+    let attr = client.call(opcode::SETATTR, node, body).unwrap();
+    assert_eq!(owner(&attr), (7, 80000));
+    let host = fs::metadata(dir.path().join("new")).unwrap();
+    assert_eq!((host.uid(), host.gid()), (70007, 80000));
+    assert_eq!(
+        client.call(opcode::SETATTR, node, chown(5000, 0)),
+        Err(EPERM)
+    );
+    client.uid = 5000;
+    assert_eq!(client.create(1, "forbidden", O_RDWR), Err(EPERM));
+    client.uid = 2000; // no rule
+    client.create(1, "alike", O_RDWR).unwrap();
+    let host = fs::metadata(dir.path().join("alike")).unwrap();
+    assert_eq!(host.uid(), 2000);
+    assert!(client.finish().success());
+}
+
+#[test]
+fn times_of_access_stay_when_asked_for() {
+    let day = Duration::from_secs(86400);
+    for (options, stays) in [(&["-preserve-noatime"][..], true), (&[], false)] {
+        let dir = tree();
+        let path = dir.path().join("file");
+        let old = SystemTime::now() - 3 * day;
+        let times = fs::FileTimes::new().set_accessed(old).set_modified(old);
+        fs::File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_times(times)
+            .unwrap();
+        let mut client = Client::start(dir.path(), options);
+        let file = client.lookup(1, "file").unwrap();
+        let fh = client.open(file, O_RDONLY | libc::O_NOATIME).unwrap();
+        assert_eq!(client.read(file, fh, 0, 10).unwrap(), b"content");
+        assert!(client.finish().success());
+        let now = fs::metadata(&path).unwrap().accessed().unwrap();
+        assert_eq!(now < SystemTime::now() - 2 * day, stays, "{options:?}");
+    }
+}
+
+#[test]
+fn the_number_of_descriptors_bounds_the_guest() {
+    let dir = tree();
+    for number in 0..300 {
+        fs::write(dir.path().join(format!("{number}")), "").unwrap();
+    }
+    let mut client = Client::start(dir.path(), &["-rlimit-nofile", "256"]);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", serving(&client.child))).unwrap();
+    let files = limits.lines().find(|l| l.starts_with("Max open files"));
+    let words: Vec<&str> = files.unwrap().split_whitespace().collect();
+    assert_eq!(words[3..5], ["256", "256"]);
+    let known = (0..300).take_while(|n| client.lookup(1, &n.to_string()).is_ok());
+    assert_eq!(known.count(), 256 - 128 - 1, "the root is one");
+    assert_eq!(client.lookup(1, "299"), Err(libc::ENFILE));
+    client.assert_alive();
+    assert!(client.finish().success());
+}
+
+#[test]
+fn capabilities_are_added_and_taken_away() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let dir = tree();
+    for (options, kept) in [
+        (&["-modcaps=-FOWNER,+KILL"][..], 0xd3 | 1 << 5),
+        (&["-modcaps=-chown:-fsetid"], 0xca),
+        (&["-xattr"], 0xdb | 1 << 31),
+    ] {
+        let client = Client::start(dir.path(), options);
+        let effective = status(serving(&client.child), "CapEff");
+        let effective = u64::from_str_radix(&effective, 16).unwrap();
+        assert_eq!(effective, kept, "{options:?}");
+        assert!(client.finish().success());
+    }
+    // What counts on the host only leaves the user namespace out.
+    let own = |options: &[&str]| {
+        let client = Client::start(dir.path(), options);
+        let user = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+        let own = user(&serving(&client.child).to_string()) != user("self");
+        assert!(client.finish().success());
+        own
+    };
+    assert!(own(&[]) && !own(&["-modcaps=+MKNOD"]));
+}
+
+/// Starts the daemon with a socket of its own; gives it and what it has said when it listens.
+fn listening(dir: &Path, options: &[&str]) -> (Child, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
+        .arg("-source")
+        .arg(dir)
+        .arg("-socket-path")
+        .arg(dir.join("socket"))
+        .args(["-log-level", "info"])
+        .args(options)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = Vec::new();
+    let stderr = child.stderr.as_mut().unwrap();
+    while !said.ends_with(b"\n") || !said.windows(9).any(|w| w == b"listening") {
+        let mut byte = [0];
+        stderr.read_exact(&mut byte).unwrap();
+        said.push(byte[0]);
+    }
+    (child, String::from_utf8(said).unwrap())
+}
+
+/// A front end comes and leaves.
+fn end(mut child: Child, socket: &Path) {
+    drop(UnixStream::connect(socket).unwrap());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn the_socket_is_for_its_user_or_for_a_group_too() {
+    let dir = tree();
+    let socket = dir.path().join("socket");
+    let (child, said) = listening(dir.path(), &[]);
+    assert!(said.contains(socket.to_str().unwrap()), "{said}");
+    assert_eq!(fs::metadata(&socket).unwrap().mode() & 0o777, 0o700);
+    end(child, &socket);
+    assert!(!socket.exists());
+    if geteuid().is_root() {
+        for group in ["65534", "nogroup"] {
+            let (child, _) = listening(dir.path(), &["-socket-group", group]);
+            let made = fs::metadata(&socket).unwrap();
+            assert_eq!((made.mode() & 0o777, made.gid()), (0o770, 65534), "{group}");
+            end(child, &socket);
+        }
+    }
+    let refused = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
+        .args(["-source", "/tmp", "-socket-path"])
+        .arg(&socket)
+        .args(["-socket-group", "nobody-has-this-name"])
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8_lossy(&refused.stderr),
+        "vhost_user_fs: -socket-group nobody-has-this-name: neither a number nor a group of /etc/group\n"
+    );
+    assert!(!socket.exists(), "nothing is left behind");
+}
+
+#[test]
+fn messages_go_where_they_are_sent() {
+    let dir = tree();
+    let log = dir.path().join("log");
+    // Everything that is said at this level is said to the file, so there is nothing to wait for on standard error.
+    let (child, socket) = raw::spawn(
+        dir.path(),
+        &["-D", log.to_str().unwrap(), "-log-level", "info"],
+        None,
+    );
+    drop(socket);
+    assert!(child.wait_with_output().unwrap().status.success());
+    let said = fs::read_to_string(&log).unwrap();
+    assert!(said.contains("the front end left"), "{said}");
+    assert_eq!(fs::metadata(&log).unwrap().mode() & 0o777, 0o600);
+    let (child, socket) = raw::spawn(dir.path(), &["-D", log.to_str().unwrap()], None);
+    drop(socket);
+    assert!(child.wait_with_output().unwrap().status.success());
+    assert_eq!(
+        fs::read_to_string(&log).unwrap(),
+        said,
+        "appended to, by nothing"
+    );
+}
+
+#[test]
+fn the_filter_is_there_and_its_weakening_is_told() {
+    for (action, mode, told) in [
+        ("kill", "2", false),
+        ("trap", "2", true),
+        ("log", "2", true),
+        ("allow", "0", true),
+    ] {
+        let dir = tree();
+        let log = dir.path().join("log");
+        let options = ["-seccomp", action, "-D", log.to_str().unwrap()];
+        let mut client = Client::start(dir.path(), &options);
+        client.assert_alive();
+        assert_eq!(status(serving(&client.child), "Seccomp"), mode, "{action}");
+        assert!(client.finish().success());
+        let said = fs::read_to_string(&log).unwrap();
+        assert_eq!(said.contains("do not end this process"), told, "{action}");
+    }
+}
+
+#[test]
+fn chroot_changes_the_root_and_nothing_else() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let dir = tree();
+    let mut client = Client::start(dir.path(), &["-sandbox", "chroot"]);
+    client.lookup(1, "file").unwrap();
+    // There is no process outside of it.
+    let pid = client.child.id();
+    let root = fs::metadata(format!("/proc/{pid}/root")).unwrap();
+    let tree = fs::metadata(dir.path()).unwrap();
+    assert_eq!((root.dev(), root.ino()), (tree.dev(), tree.ino()));
+    let user = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    assert_eq!(user(&pid.to_string()), user("self"));
+    assert!(client.finish().success());
+}
+
+#[test]
+fn mounts_in_the_folder_are_announced_when_asked_for() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let dir = tree();
+    let below = dir.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let mount = Command::new("mount")
+        .args(["-t", "tmpfs", "none"])
+        .arg(&below)
+        .status();
+    assert!(mount.unwrap().success());
+    // Flag 1 of fuse_attr: the root of a mount.
+    for (options, flag) in [(&["-announce-submounts"][..], 1), (&[], 0)] {
+        let mut client = Client::start(dir.path(), options);
+        let entry = client
+            .call(opcode::LOOKUP, 1, Body::new().name("below"))
+            .unwrap();
+        assert_eq!(u32_at(&entry, 124), flag, "{options:?}");
+        assert!(client.finish().success());
+    }
+    assert!(
+        Command::new("umount")
+            .arg(&below)
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+#[test]
+fn what_virtiofsds_users_write_works() {
+    let dir = tree();
+    let options = [
+        "--thread-pool-size=0",
+        "--inode-file-handles=prefer",
+        "--cache=none",
+        "--announce-submounts",
+        "--xattr",
+        "--xattrmap=:map::user.virtiofs.:",
+        "--sandbox=namespace",
+        "--log-level=debug",
+        "--tag",
+        "other",
+    ];
+    let mut client = Client::start(dir.path(), &options);
+    client.lookup(1, "file").unwrap();
+    assert!(client.finish().success());
+    let output = |argument: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
+            .arg(argument)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{argument}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(
+        output("--print-capabilities"),
+        "{\n  \"type\": \"fs\",\n  \"features\": [\"separate-options\"]\n}\n"
+    );
+    assert!(output("--help").contains("-xattrmap RULES"));
+    assert!(output("--version").starts_with("vhost_user_fs "));
+    // The other name of -source.
+    let refused = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
+        .args(["--shared-dir", "/does/not/exist", "--fd=7"])
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+}
