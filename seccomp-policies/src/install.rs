@@ -77,13 +77,7 @@ fn apply(policy: Policy, action: Action, flags: libc::c_ulong) -> Result<(), Err
     if set != 0 {
         return Err(Error::NoNewPrivs(io::Error::last_os_error()));
     }
-    let compiled = policy.compiled();
-    let main = match action {
-        Action::Kill => compiled.kill,
-        Action::Log => compiled.log,
-        Action::Trap => compiled.trap,
-    };
-    load(policy, main, flags)?;
+    load(policy, policy.program(action), flags)?;
     if let Some(asked) = ASKED.get(policy as usize) {
         asked.store(action as u8 + 1, Ordering::Relaxed);
     }

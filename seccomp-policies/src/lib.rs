@@ -107,6 +107,17 @@ impl Policy {
         }
     }
 
+    /// The filter itself, for comparing it with what the kernel says that a thread has.
+    #[must_use]
+    pub fn program(self, action: Action) -> &'static [libc::sock_filter] {
+        let compiled = self.compiled();
+        match action {
+            Action::Kill => compiled.kill,
+            Action::Log => compiled.log,
+            Action::Trap => compiled.trap,
+        }
+    }
+
     fn compiled(self) -> &'static Compiled {
         match self {
             Self::ControlMain => &generated::CONTROL_MAIN,

@@ -37,6 +37,23 @@ pub fn require_root() {
     );
 }
 
+/// Landlock's version in the running kernel; 0 without Landlock.
+#[must_use]
+#[allow(unsafe_code)] // no library asks for the version alone
+pub fn landlock_abi() -> u32 {
+    const CREATE_RULESET_VERSION: libc::c_uint = 1; // include/uapi/linux/landlock.h
+    // SAFETY: with this flag the call takes a null pointer and the size 0, and gives a number.
+    let version = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<libc::c_void>(),
+            0_usize,
+            CREATE_RULESET_VERSION,
+        )
+    };
+    u32::try_from(version).unwrap_or(0)
+}
+
 /// Makes an ext4 image of `mebibytes` that holds the files of `content`.
 ///
 /// # Errors

@@ -2,7 +2,8 @@
 //!
 //! **Job.** Everything that black-box suites, benches and `cargo xtask` share: the lab that finds or makes a
 //! `/dev/kvm` on which Linux boots ([`lab`]), programs that run as a bare guest ([`payload`]), a running VM with
-//! its consoles ([`vm`], [`console`]), QMP ([`qmp`]) and readers of `/proc` ([`procfs`]).
+//! its consoles ([`vm`], [`console`]), QMP ([`qmp`]) and readers of `/proc` ([`procfs`]), and the jail suite's parts
+//! ([`jail`], [`trace`]).
 //!
 //! **Who is not trusted.** The product under test: nothing here believes what it says about itself where the
 //! kernel can be asked instead.
@@ -17,5 +18,7 @@ pub mod lab;
 pub mod payload;
 pub mod procfs;
 pub mod qmp;
+#[cfg(target_arch = "x86_64")]
+pub mod trace;
 pub mod vm;
 pub mod wait;

@@ -5,7 +5,7 @@
 //! **Who is not trusted.** The process: nothing here asks it anything. A process may end between two reads, so
 //! each reader is fallible on its own.
 //! **Why this way.** A jail is proved by what the kernel enforces, and this is where the kernel shows it. Landlock is
-//! the exception: no kernel shows a process's domain, so it is proved by probes elsewhere.
+//! the exception: no kernel shows a process's domain, so it is proved by `jail::probe`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -337,15 +337,6 @@ pub fn limits(pid: i32) -> io::Result<BTreeMap<String, (u64, u64)>> {
         }
     }
     Ok(all)
-}
-
-/// Whether the kernel treats the process as not dumpable: then root owns its `/proc` files, whatever its user is.
-///
-/// # Errors
-/// When there is no such process.
-pub fn owner_of_proc_files(pid: i32) -> io::Result<u32> {
-    use std::os::unix::fs::MetadataExt;
-    Ok(fs::metadata(path(pid, "fdinfo"))?.uid())
 }
 
 fn numbered(dir: &Path) -> io::Result<Vec<i32>> {

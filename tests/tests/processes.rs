@@ -1,19 +1,17 @@
-//! # The processes of a VM and their jails
+//! # The processes of a VM
 //!
-//! **Job.** Invariants 3, 4 and 8 of the design on live processes: who holds which descriptor, what confines whom, and
-//! that nothing outlives the control process. **Who is not trusted.** The VMM and its devices.
+//! **Job.** Nothing outlives the control process, and nothing holds it up. (Who holds which descriptor and what confines whom
+//! is `jail.rs`.) **Who is not trusted.** The VMM and its devices.
 //! **Why this way.** All of it is asked from the kernel while a guest runs; a bare guest that sleeps is enough.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
-use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use tests::host::{Tap, require_kvm, require_root};
-use tests::jail::{Jail, NAMESPACES};
 use tests::payload::Payload;
-use tests::procfs::{self, Fd};
+use tests::procfs;
 use tests::vm::{Vm, binary};
 use tests::wait::{Deadline, Watched, readable};
 
@@ -53,211 +51,6 @@ fn running(tap: &str, subnet: u8, more: &[&str]) -> Running {
         vm,
         _tap: tap,
         _dir: dir,
-    }
-}
-
-/// How many descriptors of each kind.
-fn kinds(fds: &BTreeMap<i32, Fd>) -> BTreeMap<String, usize> {
-    let mut counts = BTreeMap::new();
-    for fd in fds.values() {
-        *counts.entry(fd.kind().to_owned()).or_insert(0) += 1;
-    }
-    counts
-}
-
-#[test]
-fn only_the_control_process_holds_kvm() {
-    let mut running = running("sv-kvm", 11, &[]);
-    let control = running.vm.pid();
-    let kvm = |pid: i32| {
-        procfs::fds(pid)
-            .unwrap()
-            .values()
-            .filter(|f| f.kind().contains("kvm"))
-            .count()
-    };
-    assert!(
-        kvm(control) >= 2,
-        "the VM and its processor at least: {:?}",
-        procfs::fds(control)
-    );
-    let others = running.vm.processes().unwrap();
-    assert!(
-        others.len() >= 3,
-        "a broker, a disk and a network card: {others:?}"
-    );
-    for pid in others {
-        assert_eq!(kvm(pid), 0, "{:?}", Jail::of(pid));
-    }
-}
-
-#[test]
-fn the_control_process_holds_no_back_end() {
-    let running = running("sv-back", 12, &[]);
-    for (number, fd) in procfs::fds(running.vm.pid()).unwrap() {
-        assert!(
-            !fd.target.contains("disk.img") && !fd.target.contains("tun"),
-            "descriptor {number} is {fd:?}"
-        );
-    }
-}
-
-#[test]
-fn devices_are_jailed() {
-    let mut running = running("sv-jail", 13, &[]);
-    for name in ["block", "net"] {
-        let pid = running
-            .vm
-            .process(name)
-            .unwrap()
-            .unwrap_or_else(|| panic!("no process {name}"));
-        let jail = Jail::of(pid).unwrap();
-        assert_eq!(jail.own_namespaces, NAMESPACES, "{jail}");
-        assert_eq!(jail.capabilities, [0; 5], "{jail}");
-        assert!(jail.no_new_privs, "{jail}");
-        assert!(
-            jail.threads.iter().all(|t| t.1 == 2),
-            "a seccomp filter on each thread\n{jail}"
-        );
-        assert!(jail.root.is_empty() && jail.read_only_root, "{jail}");
-        assert!(
-            !readable_by_its_user(pid, jail.uid),
-            "dumpable: its own user may read it\n{jail}"
-        );
-        assert_ne!(
-            jail.uid, 0,
-            "not root outside of its user namespace\n{jail}"
-        );
-        let limits = procfs::limits(pid).unwrap();
-        for name in ["Max core file size", "Max processes"] {
-            assert_ne!(
-                limits[name].1,
-                u64::MAX,
-                "{name} is not limited: {limits:?}"
-            );
-        }
-    }
-}
-
-/// Whether another process of the same user may look into this one. The kernel refuses that for a process that is not
-/// dumpable, which no field of `/proc` shows.
-fn readable_by_its_user(pid: i32, uid: u32) -> bool {
-    let id = uid.to_string();
-    let mut setpriv = Command::new("setpriv");
-    setpriv
-        .args(["--reuid", &id, "--regid", &id, "--clear-groups", "readlink"])
-        .arg(format!("/proc/{pid}/ns/user"));
-    setpriv.output().unwrap().status.success()
-}
-
-#[test]
-fn the_kernel_shows_dumpable_processes_to_their_user() {
-    require_root();
-    // The other side of the question above: it must be able to say yes.
-    let mut child = Command::new("setpriv")
-        .args([
-            "--reuid",
-            "65534",
-            "--regid",
-            "65534",
-            "--clear-groups",
-            "sh",
-            "-c",
-            "echo; cat",
-        ])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let output = child.stdout.as_ref().unwrap();
-    assert!(
-        readable(&[output.as_fd()], Deadline::after(LIMIT))
-            .unwrap()
-            .is_some()
-    );
-    let readable = readable_by_its_user(i32::try_from(child.id()).unwrap(), 65534);
-    drop(child.stdin.take());
-    child.wait().unwrap();
-    assert!(readable);
-}
-
-#[test]
-fn the_control_process_is_locked_down_before_the_guest_runs() {
-    let running = running("sv-lock", 14, &[]);
-    let jail = Jail::of(running.vm.pid()).unwrap();
-    assert_eq!(
-        jail.capabilities[1..3],
-        [0, 0],
-        "permitted and effective\n{jail}"
-    );
-    assert!(jail.no_new_privs, "{jail}");
-    assert!(
-        jail.threads.iter().all(|t| t.1 == 2),
-        "a seccomp filter on each thread\n{jail}"
-    );
-}
-
-#[test]
-fn devices_hold_exactly_their_descriptors() {
-    let mut running = running("sv-fds", 15, &[]);
-    for (name, back_end) in [("block", "disk.img"), ("net", "tun")] {
-        let pid = running
-            .vm
-            .process(name)
-            .unwrap()
-            .unwrap_or_else(|| panic!("no process {name}"));
-        let fds = procfs::fds(pid).unwrap();
-        for (number, fd) in &fds {
-            let expected = match fd.kind() {
-                "memfd" | "socket" | "eventfd" | "eventpoll" => true,
-                "pipe" | "/dev/null" => *number <= 2,
-                other => other.contains(back_end),
-            };
-            assert!(expected, "{name} holds {number}: {fd:?}");
-        }
-        let counts = kinds(&fds);
-        assert_eq!(
-            counts.get("socket"),
-            Some(&1),
-            "one vhost-user socket: {counts:?}"
-        );
-        let back_ends = fds.values().filter(|f| f.target.contains(back_end)).count();
-        assert_eq!(back_ends, 1, "one back end: {counts:?}");
-        // Guest RAM came as a descriptor, was mapped, and the descriptor closed: nothing can be passed on.
-        assert!(
-            !fds.values().any(|f| f.target.contains("guest-ram")),
-            "{fds:?}"
-        );
-        // The disk's driver has started, the network card's has not: then there is nothing to share yet.
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-        let mapped = maps
-            .lines()
-            .filter(|l| l.contains("/memfd:guest-ram"))
-            .count();
-        assert_eq!(mapped, usize::from(name == "block"), "{maps}");
-    }
-}
-
-#[test]
-fn guest_ram_is_sealed() {
-    let running = running("sv-seal", 17, &[]);
-    let pid = running.vm.pid();
-    let fds = procfs::fds(pid).unwrap();
-    let ram: Vec<&i32> = fds
-        .iter()
-        .filter(|(_, f)| f.target.contains("guest-ram"))
-        .map(|(n, _)| n)
-        .collect();
-    assert!(!ram.is_empty(), "{fds:?}");
-    for number in ram {
-        let file = std::fs::File::open(format!("/proc/{pid}/fd/{number}")).unwrap();
-        let seals = nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap();
-        let wanted = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        assert_eq!(
-            seals & wanted,
-            wanted,
-            "sealed against shrinking, growing and further seals"
-        );
     }
 }
 

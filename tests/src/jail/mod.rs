@@ -3,6 +3,17 @@
 //! **Job.** Collect what confines one process, for the demo's picture and for the tests' assertions.
 //! **Who is not trusted.** The process. **Why this way.** One reader for both, so the picture cannot be prettier than
 //! what the tests check.
+//!
+//! [`check`] compares a whole VM with what [`expect`] says it should be; [`probe`] asks what only calls in a process's name
+//! can tell; [`saboteur`] removes layers while a VM starts, so that the checks themselves are checked.
+
+#[cfg(target_arch = "x86_64")]
+pub mod check;
+pub mod expect;
+#[cfg(target_arch = "x86_64")]
+pub mod probe;
+#[cfg(target_arch = "x86_64")]
+pub mod saboteur;
 
 use crate::procfs::{self, Fd, Status};
 use std::collections::BTreeMap;

@@ -1,0 +1,249 @@
+//! # The jail of every process, and the checks' own proof
+//!
+//! **Job.** Every process of a running VM is what [`tests::jail::expect`] says, and `query-sandbox` tells the same. Then the
+//! checks themselves are tried: a VM is started again and again, each time with one layer taken away, and the check for that
+//! layer must speak.
+//! **Who is not trusted.** The VMM, and these checks. **Why this way.** The layer is taken away from the shipped programs while
+//! they start, by changing one system call of theirs: so what is tried is the product and not a build made for it, and no
+//! product has a switch that weakens it.
+#![cfg(target_arch = "x86_64")]
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+#[path = "jail/cases.rs"]
+mod cases;
+
+use cases::{CASES, Case};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Gid, setgroups};
+use serde_json::{Value, json};
+use std::time::Duration;
+use tests::host::{Tap, require_kvm, require_root};
+use tests::jail::check::{Check, Finding, check};
+use tests::jail::expect::{Device, Setting};
+use tests::jail::saboteur;
+use tests::payload::Payload;
+use tests::qmp::Qmp;
+use tests::vm::{Vm, VmBuilder, binary};
+use tests::wait::{Deadline, Watched};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A VM with a disk that its guest has used, one that is read-only, and a network card.
+struct Suite {
+    builder: VmBuilder,
+    setting: Setting,
+    _tap: Tap,
+    _dir: tempfile::TempDir,
+}
+
+fn suite(tap: &str, subnet: u8) -> Suite {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let image = |name: &str| {
+        let path = dir.path().join(name);
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(4 << 20).unwrap();
+        path
+    };
+    let (disk, fixed) = (image("disk.img"), image("fixed.img"));
+    let tap = Tap::new(tap, &format!("10.7.{subnet}.1/24")).unwrap();
+    let builder = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::BlkRw.path(), "end=halt")
+        .disk("d0", &disk, "")
+        .disk("d1", &fixed, ",readonly=on")
+        .tap("n0", &tap.name, "52:54:00:00:00:11")
+        .with_qmp();
+    let device = |id, binary, back_end: &str, writes, queues, started| Device {
+        id,
+        binary,
+        back_ends: vec![(back_end.to_owned(), writes)],
+        queues,
+        started,
+    };
+    Suite {
+        builder,
+        setting: Setting {
+            devices: vec![
+                device("d0", "block", "/disk.img", true, 1, 1),
+                device("d1", "block", "/fixed.img", false, 1, 0),
+                device("n0", "net", "/dev/net/tun", true, 2, 0),
+            ],
+            vcpus: 1,
+            clients: 1,
+        },
+        _tap: tap,
+        _dir: dir,
+    }
+}
+
+fn query(qmp: &mut Qmp) -> Value {
+    qmp.execute("query-sandbox", json!({})).unwrap()
+}
+
+fn shown(findings: &[Finding]) -> String {
+    let lines = findings.iter();
+    lines
+        .map(|f| format!("  {}: {:?}: {}\n", f.process, f.check, f.detail))
+        .collect()
+}
+
+#[test]
+fn every_process_is_what_it_should_be() {
+    let suite = suite("sv-jail0", 31);
+    let mut vm = suite.builder.start().unwrap();
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let mut qmp = vm.qmp().unwrap();
+    let reply = query(&mut qmp);
+    let findings = check(&mut vm, &suite.setting, &reply).unwrap();
+    assert!(findings.is_empty(), "{}", shown(&findings));
+    for process in reply["processes"].as_array().unwrap() {
+        assert_eq!(process["missing-layers"], json!([]), "{process}");
+    }
+    // All of it is looked at from outside, and nobody noticed.
+    assert!(query(&mut qmp) == reply, "the same as before");
+    qmp.execute("quit", json!({})).unwrap();
+    assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
+}
+
+/// The caller's groups are there to be lost, and its limits as high as they may be.
+fn with_much_to_lose() {
+    for resource in [
+        Resource::RLIMIT_CORE,
+        Resource::RLIMIT_RTPRIO,
+        Resource::RLIMIT_MSGQUEUE,
+        Resource::RLIMIT_MEMLOCK,
+        Resource::RLIMIT_NOFILE,
+        Resource::RLIMIT_NPROC,
+    ] {
+        let (_, hard) = getrlimit(resource).unwrap();
+        // A caller without CAP_SYS_RESOURCE keeps what it has.
+        if setrlimit(resource, hard.max(50), hard.max(50)).is_err() {
+            setrlimit(resource, hard, hard).unwrap();
+        }
+    }
+    setgroups(&[Gid::from_raw(4), Gid::from_raw(24)]).unwrap();
+}
+
+/// Whether the caller has nothing that this case could leave to a device: its own limit is what the jail's would be.
+fn is_void(case: &Case) -> bool {
+    let Check::Limit(name) = case.caught.1 else {
+        return false;
+    };
+    let own = tests::procfs::limits(i32::try_from(std::process::id()).unwrap()).unwrap();
+    own[name] == (0, 0)
+}
+
+/// Starts a VM without one layer: what is wrong with how that was found, if anything is.
+fn try_case(suite: &Suite, case: &Case) -> Result<(), String> {
+    let dir = tempfile::tempdir().unwrap();
+    let program = saboteur::stopping(&binary("stratovirt").unwrap(), dir.path()).unwrap();
+    let mut vm = suite.builder.clone().program(program).start().unwrap();
+    let made = guarded(vm.pid(), || saboteur::follow(vm.pid(), case.changes))
+        .map_err(|e| format!("it did not start: {e}\n{}", vm.messages()))?;
+    if let Some(unmade) = (0..case.changes.len()).find(|at| !made.contains(at)) {
+        return Err(format!("change {unmade} was never made"));
+    }
+    vm.wait_for("BLK-RW OK", LIMIT)?;
+    let mut qmp = vm.qmp().map_err(|e| e.to_string())?;
+    let reply = query(&mut qmp);
+    let findings = check(&mut vm, &suite.setting, &reply)?;
+    let (process, wanted) = case.caught;
+    let found = findings
+        .iter()
+        .any(|f| f.process == process && f.check == wanted);
+    // A process with more rights may be closed to the broker, which then says so.
+    let only = findings.iter().all(|f| {
+        f.check == wanted || case.also.contains(&f.check) || matches!(f.check, Check::Unread(_))
+    });
+    if found && only {
+        return told(&suite.setting, case.caught, &reply);
+    }
+    Err(format!(
+        "{wanted:?} should have been found of {process}, but this was:\n{}",
+        shown(&findings)
+    ))
+}
+
+/// Whether `query-sandbox` names the layer as missing too, if it knows it and could read it.
+fn told(setting: &Setting, (process, check): (&str, Check), reply: &Value) -> Result<(), String> {
+    let (layer, member) = match check {
+        Check::SeccompMode => ("seccomp", "threads"),
+        Check::NoNewPrivileges => ("no-new-privs", "threads"),
+        Check::Capabilities("bounding") if process != "broker" => ("empty-bounding-set", "threads"),
+        Check::Capabilities(_) if process != "broker" => ("no-capabilities", "threads"),
+        Check::Dumpable => ("not-dumpable", "dumpable"),
+        Check::Namespace("user") => ("user-namespace", "namespaces"),
+        Check::Namespace("mnt") => ("mount-namespace", "namespaces"),
+        Check::Namespace("pid") => ("pid-namespace", "namespaces"),
+        Check::Namespace("net") => ("network-namespace", "namespaces"),
+        Check::Namespace("ipc") => ("ipc-namespace", "namespaces"),
+        Check::Namespace("uts") => ("uts-namespace", "namespaces"),
+        Check::Namespace("cgroup") => ("cgroup-namespace", "namespaces"),
+        Check::RootWritable => ("read-only-root", "root"),
+        Check::RootForeign | Check::RootNotEmpty => ("empty-root", "root"),
+        Check::User => ("unprivileged-user", "uids"),
+        Check::Groups => ("no-supplementary-groups", "groups"),
+        Check::WritableCode => ("no-writable-code", "memory"),
+        Check::ForeignFile => ("no-foreign-files", "memory"),
+        _ => return Ok(()),
+    };
+    let at = match process {
+        "control" => 0,
+        "broker" => 1,
+        id => setting.devices.iter().position(|d| d.id == id).unwrap() + 2,
+    };
+    let facts = &reply["processes"][at];
+    let missing = facts["missing-layers"].as_array().unwrap();
+    if missing.contains(&json!(layer)) || facts["unreadable"][member].is_string() {
+        return Ok(());
+    }
+    Err(format!("query-sandbox does not miss {layer}: {missing:?}"))
+}
+
+/// Does `work`, which waits for process `pid` without a limit; at the limit the process is killed, which ends the wait.
+fn guarded<T>(pid: i32, work: impl FnOnce() -> T) -> T {
+    let watched = Watched::new(pid).unwrap();
+    let (over, told) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let late = told.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            if late
+                && !watched
+                    .ended(Deadline::after(Duration::ZERO))
+                    .unwrap_or(true)
+            {
+                let pid = nix::unistd::Pid::from_raw(pid);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+        });
+        let result = work();
+        drop(over);
+        result
+    })
+}
+
+#[test]
+fn each_layer_that_is_taken_away_is_missed() {
+    let suite = suite("sv-jail1", 32);
+    with_much_to_lose();
+    let only = std::env::var("JAIL_CASE").unwrap_or_default();
+    let mut failures = Vec::new();
+    let mut tried = 0;
+    for case in CASES.iter().filter(|case| case.name.contains(&only)) {
+        if is_void(case) {
+            println!("void here, for the caller's own limit is 0: {}", case.name);
+            continue;
+        }
+        tried += 1;
+        match try_case(&suite, case) {
+            Ok(()) => println!("found by {:?}: {}", case.caught.1, case.name),
+            Err(why) => failures.push(format!("{}: {why}", case.name)),
+        }
+    }
+    println!("{} of {tried} found", tried - failures.len());
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(tried >= 30 || !only.is_empty());
+}
