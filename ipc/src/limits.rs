@@ -102,6 +102,12 @@ pub const MAX_LOG_LINES_PER_SECOND: u32 = 100;
 /// Of these, lines that may come from one place in the code, so that a flood of one kind leaves room for others.
 pub const MAX_LOG_LINES_PER_PLACE: u32 = 20;
 
+/// Bytes of private memory that a device process may write to. The largest need is a few MiB, for a card or disk with all
+/// its queues; the rest is room for what a device keeps of its image's structure.
+pub const MAX_DEVICE_MEMORY: u64 = 128 << 20;
+/// Bytes that a shared folder's process may take besides for each descriptor that it may hold: what it knows of an inode, with
+/// room for the tables to double.
+pub const FS_INODE_MEMORY: u64 = 1024;
 /// Bytes of a device's in-flight region: 16 a descriptor (vhost-user, "Inflight description"), for the largest device,
 /// rounded up generously. Also the largest file that a device without a writable image may make.
 pub const MAX_INFLIGHT_REGION: u64 = 4 << 20;

@@ -22,6 +22,8 @@ pub enum Layer {
     MountNamespace,
     /// Own pid namespace; the process is its first.
     PidNamespace,
+    /// Own session and process group, and no key of the caller's session.
+    Session,
     /// Own, empty network namespace.
     NetworkNamespace,
     /// Own System V IPC and POSIX message queues.
@@ -64,6 +66,7 @@ impl fmt::Display for Layer {
             Self::UserNamespace => "user namespace",
             Self::MountNamespace => "mount namespace",
             Self::PidNamespace => "pid namespace",
+            Self::Session => "own session and keys",
             Self::NetworkNamespace => "network namespace",
             Self::IpcNamespace => "ipc namespace",
             Self::UtsNamespace => "uts namespace",

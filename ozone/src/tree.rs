@@ -13,7 +13,7 @@ use crate::{
     steps::{
         caps, dumpable,
         idmap::{self, Identity},
-        landlock, namespaces, no_new_privs, parent_death, root, threads,
+        landlock, namespaces, no_new_privs, parent_death, root, session, threads,
     },
     sys::{
         process::{self as sys, Fork},
@@ -290,6 +290,19 @@ fn enter_namespaces(
         },
     );
     note(Layer::PidNamespace, State::On);
+    session::leave_terminal().map_err(step("starting a session"))?;
+    note(
+        Layer::Session,
+        match session::leave_keys() {
+            Ok(()) => State::On,
+            Err(Errno::EDQUOT) => State::Lacking("the user's quota of keys is used up"),
+            Err(errno) => return Err(step("starting a session of keys")(errno)),
+        },
+    );
+    // Without an own user namespace this would be the host's limit.
+    if new_users {
+        namespaces::forbid_nested_users();
+    }
     let entered: c_int = namespaces::enter(|layer, errno| note(layer, State::Off(errno)));
     if entered & libc::CLONE_NEWNS == 0 {
         return Err(step("making a mount namespace")(Errno::EPERM));

@@ -208,7 +208,7 @@ fn every_namespace_is_its_own() {
         .filter(|l| l.is_on())
         .map(|l| l.layer)
         .collect();
-    assert_eq!(on.len(), 14, "{:?}", probe.child.layers);
+    assert_eq!(on.len(), 15, "{:?}", probe.child.layers);
 }
 
 fn two_jails_share_nothing() {
@@ -290,6 +290,7 @@ fn the_limits_are_set() {
     request.limits = Limits {
         descriptors: 77,
         threads: 5,
+        memory: 64 << 20,
         file_size: Some(4096),
         locked_memory: 8192,
     };
@@ -300,6 +301,7 @@ fn the_limits_are_set() {
         ("Max open files", "77"),
         ("Max processes", "5"),
         ("Max file size", "4096"),
+        ("Max data size", "67108864"),
         ("Max locked memory", "8192"),
         ("Max msgqueue size", "0"),
         ("Max realtime priority", "0"),
@@ -311,6 +313,20 @@ fn the_limits_are_set() {
         let both: Vec<_> = line.split_whitespace().take(2).collect();
         assert_eq!(both, [value, value], "{name}");
     }
+}
+
+fn its_session_and_process_group_are_its_own() {
+    let probe = Request::new("serve").run().unwrap();
+    let stat = probe.proc("stat");
+    // proc(5): behind the name in brackets come state, parent, process group, session.
+    let fields: Vec<_> = stat
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
+    let pid = probe.child.pid.to_string();
+    assert_eq!(fields[2..4], [pid.as_str(), pid.as_str()], "{stat}");
 }
 
 fn others_of_its_user_cannot_look_inside() {
@@ -676,6 +692,7 @@ const STORIES: &[(&str, fn())] = stories! {
     two_jails_share_nothing
     the_root_is_empty_and_read_only
     the_descriptors_are_exactly_those_given
+    its_session_and_process_group_are_its_own
     the_limits_are_set
     others_of_its_user_cannot_look_inside
     it_dies_with_its_parent

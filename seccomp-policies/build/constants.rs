@@ -40,6 +40,8 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("MADV_HUGEPAGE", 14),
     ("MADV_DONTDUMP", 16),
     ("MADV_POPULATE_WRITE", 23),
+    // keyctl(2)
+    ("KEYCTL_JOIN_SESSION_KEYRING", 1),
     // fcntl(2)
     ("F_DUPFD", 0),
     ("F_GETFD", 1),

@@ -12,6 +12,7 @@
 //! makes a test slower, not red. A host that lacks something is an error that names it, not a silent pass.
 
 pub mod console;
+pub mod escape;
 pub mod host;
 pub mod jail;
 pub mod lab;

@@ -12,7 +12,7 @@ use crate::{
         caps,
         fds::{self, Kept, Placement},
         idmap::{self, Groups, Identity},
-        namespaces, no_new_privs, parent_death, rlimits, root,
+        namespaces, no_new_privs, parent_death, rlimits, root, session,
     },
     sys::{
         process::{self as sys, Argv},
@@ -136,6 +136,18 @@ fn try_build(plan: &mut Plan) -> Result<Kept, (Step, Errno)> {
         .map_err(at(Step::Entered))?;
     done(plan, Step::Entered);
 
+    session::leave_terminal().map_err(at(Step::Session))?;
+    match session::leave_keys() {
+        // Keys are counted by user, and the new session's ring is one.
+        Err(Errno::EDQUOT) => tolerate(
+            plan,
+            Report::Partly(Layer::Session),
+            (Step::Session, Errno::EDQUOT),
+        )?,
+        other => other.map_err(at(Step::Session))?,
+    }
+    done(plan, Step::Session);
+
     let own_users = plan.namespaces & libc::CLONE_NEWUSER != 0;
     let (strict, report) = (plan.strict, plan.report);
     let mut refused = None;
@@ -145,6 +157,10 @@ fn try_build(plan: &mut Plan) -> Result<Kept, (Step, Errno)> {
     });
     if let Some(errno) = refused.filter(|_| strict) {
         return Err((Step::Namespaces, errno));
+    }
+    // Without an own user namespace this would be the host's limit.
+    if own_users {
+        namespaces::forbid_nested_users();
     }
     // Without an own uts namespace this would rename the host.
     if entered & libc::CLONE_NEWUTS != 0 && namespaces::hide_hostname().is_err() {

@@ -16,6 +16,8 @@ pub enum Step {
     Released,
     /// The child runs, with a clean signal mask.
     Entered,
+    /// A session and process group of its own, without the caller's keys.
+    Session,
     /// Mount, network, ipc, uts and cgroup namespaces.
     Namespaces,
     /// The child's own half of the user map.
@@ -41,11 +43,12 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::Begin,
         Self::Clone,
         Self::Released,
         Self::Entered,
+        Self::Session,
         Self::Namespaces,
         Self::UserMap,
         Self::Root,
@@ -67,6 +70,7 @@ impl fmt::Display for Step {
             Self::Clone => "clone",
             Self::Released => "release",
             Self::Entered => "signal mask",
+            Self::Session => "session",
             Self::Namespaces => "namespaces",
             Self::UserMap => "own user map",
             Self::Root => "root",
@@ -109,7 +113,8 @@ pub(super) enum Report {
 }
 
 /// Layers that a child may report on, in the order of a jail's report.
-const REPORTED: [Layer; 11] = [
+const REPORTED: [Layer; 12] = [
+    Layer::Session,
     Layer::MountNamespace,
     Layer::NetworkNamespace,
     Layer::IpcNamespace,
@@ -172,6 +177,7 @@ pub(super) fn partly(layer: Layer) -> &'static str {
         Layer::Identity => "supplementary groups cannot be given up without privilege",
         Layer::Capabilities => "the bounding set cannot be emptied without CAP_SETPCAP",
         Layer::UtsNamespace => "the host's name is still visible",
+        Layer::Session => "the user's quota of keys is used up: the caller's are within reach",
         _ => "incomplete",
     }
 }

@@ -5,7 +5,7 @@
 //! the parent can start the next process meanwhile.
 
 use crate::{layer::Layer, sys::process as sys};
-use nix::errno::Errno;
+use nix::{errno::Errno, fcntl, sys::stat::Mode, unistd};
 use std::ffi::c_int;
 
 /// What clone3 makes, best first: a host that refuses the first may grant one of the next.
@@ -40,6 +40,18 @@ pub(crate) fn enter(mut refused: impl FnMut(Layer, Errno)) -> c_int {
         }
     }
     entered
+}
+
+/// In an own user namespace: no further one can be made in it, so that nobody becomes his own root
+/// there, which opens the wide side of the kernel (mounts, networks) to code that has no right
+/// otherwise. It is the second lock on that door, behind the filter, and not a layer of its own:
+/// where there is no `/proc/sys`, as inside of an outer jail, the filter stands alone.
+pub(crate) fn forbid_nested_users() {
+    let flags = fcntl::OFlag::O_WRONLY | fcntl::OFlag::O_CLOEXEC;
+    let path = c"/proc/sys/user/max_user_namespaces";
+    if let Ok(limit) = fcntl::open(path, flags, Mode::empty()) {
+        let _ = unistd::write(&limit, b"0");
+    }
 }
 
 /// Gives an own uts namespace a name that tells nothing about the host.

@@ -18,6 +18,9 @@ pub struct Limits {
     pub descriptors: u64,
     /// Threads of the process's user in its own user namespace, io_uring's workers included.
     pub threads: u64,
+    /// Bytes of private memory that can be written, the program's own included (`RLIMIT_DATA`). Guest RAM is shared, so it
+    /// does not count.
+    pub memory: u64,
     /// Largest offset that may be written in a file, in bytes; `None` for devices that write
     /// images. A memfd that the process sizes itself counts as a file; guest RAM that arrives
     /// mapped is not affected, nor are pipes and sockets.
@@ -31,6 +34,7 @@ impl Default for Limits {
         Self {
             descriptors: 256,
             threads: 16,
+            memory: 128 << 20,
             file_size: Some(0),
             locked_memory: 0,
         }
@@ -48,6 +52,7 @@ pub(crate) fn apply(limits: &Limits) -> Result<(), Errno> {
             Resource::RLIMIT_FSIZE,
             limits.file_size.unwrap_or(unlimited),
         ),
+        (Resource::RLIMIT_DATA, limits.memory),
         (Resource::RLIMIT_MEMLOCK, limits.locked_memory),
         (Resource::RLIMIT_NPROC, limits.threads),
         (Resource::RLIMIT_NOFILE, limits.descriptors),

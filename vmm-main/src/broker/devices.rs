@@ -15,7 +15,9 @@ use std::path::PathBuf;
 use crate::lifecycle::with_causes;
 use ipc::PROTOCOL_VERSION;
 use ipc::control::{DeviceGrant, Exit, Policy, Reply};
-use ipc::limits::MAX_LOG_LINE;
+use ipc::limits::{
+    FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_INFLIGHT_REGION, MAX_LOG_LINE,
+};
 use ipc::log::{RateLimit, error, trace};
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::{FD_OWN_FDS, FD_TREE};
@@ -92,6 +94,7 @@ impl Devices {
         })
         .map_err(|e| told("start message", &e))?;
 
+        let longest_file = longest_file(&grant.spec, &backend).map_err(|e| told("image", &e))?;
         let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
         let mut backend = backend;
         let folder = match &grant.spec {
@@ -131,7 +134,7 @@ impl Devices {
                 }),
                 _ => None,
             },
-            limits: limits(&grant.spec),
+            limits: limits(&grant.spec, longest_file),
             mode: match policy.sandbox {
                 SandboxMode::BestEffort => Sandbox::BestEffort,
                 SandboxMode::Strict => Sandbox::Strict,
@@ -285,21 +288,35 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
-/// Limits by what the device does: only a writable image or folder is ever written; all others make one memfd, for their in-flight
-/// region.
-fn limits(spec: &DeviceSpec) -> Limits {
+/// How far a device may write into any file, in bytes; `None` without limit. A disk that is written keeps the size that it
+/// has, so that its process cannot fill the host's file system; a shared folder's files are the guest's; all others make one memfd, for their in-flight region.
+fn longest_file(spec: &DeviceSpec, backend: &[OwnedFd]) -> std::io::Result<Option<u64>> {
+    let image = match (spec, backend) {
+        (DeviceSpec::Block(block), [image]) if !block.readonly => image,
+        (DeviceSpec::Fs(fs), _) if !fs.readonly => return Ok(None),
+        _ => return Ok(Some(MAX_INFLIGHT_REGION)),
+    };
+    let image = File::from(image.try_clone()?).metadata()?;
+    // Others, block devices above all, have their size from elsewhere.
+    Ok(image
+        .is_file()
+        .then(|| image.len().max(MAX_INFLIGHT_REGION)))
+}
+
+/// Limits by what the device does.
+fn limits(spec: &DeviceSpec, longest_file: Option<u64>) -> Limits {
     let queues = u64::from(spec.num_queues());
     Limits {
         // Its own, and for each queue a kick, a call and an error eventfd, with room for a second set in a message.
         descriptors: match spec {
-            DeviceSpec::Fs(_) => ipc::limits::MAX_FS_DESCRIPTORS,
+            DeviceSpec::Fs(_) => MAX_FS_DESCRIPTORS,
             _ => 64 + 6 * queues + ipc::limits::MAX_MEMORY_REGIONS as u64,
         },
-        file_size: match spec {
-            DeviceSpec::Block(block) if !block.readonly => None,
-            DeviceSpec::Fs(fs) if !fs.readonly => None,
-            _ => Some(ipc::limits::MAX_INFLIGHT_REGION),
+        memory: match spec {
+            DeviceSpec::Fs(_) => MAX_DEVICE_MEMORY + MAX_FS_DESCRIPTORS * FS_INODE_MEMORY,
+            _ => MAX_DEVICE_MEMORY,
         },
+        file_size: longest_file,
         ..Limits::default()
     }
 }
