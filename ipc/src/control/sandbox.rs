@@ -94,7 +94,8 @@ pub struct RootFacts {
     pub options: Vec<String>,
     /// How many mounts the process sees.
     pub mounts: u32,
-    /// How many files lie in it. Not asked of a process that has the caller's root.
+    /// How many files lie in it, at most [`crate::limits::MAX_INSPECTED_NAMES`]. Not asked of a process that has the
+    /// caller's root.
     pub entries: Option<u32>,
 }
 

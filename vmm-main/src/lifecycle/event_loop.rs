@@ -398,7 +398,7 @@ impl Vm {
             reply.send(Ok(SandboxReport {
                 seccomp: self.parts.spec.seccomp,
                 sandbox: self.parts.spec.sandbox,
-                devices: devices.iter().map(|d| d.spec.id().to_owned()).collect(),
+                devices: devices.iter().map(|d| (&d.spec).into()).collect(),
                 landlock_abi: inspection.landlock_abi,
                 processes: inspection.processes,
             }));

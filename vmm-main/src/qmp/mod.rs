@@ -30,7 +30,7 @@ pub use command::{
     ChardevInfo, CpuThread, ErrorClass, IothreadInfo, QmpError, Reply, RunState, VmCommand,
 };
 pub use event::{Cause, Event};
-pub use sandbox::SandboxReport;
+pub use sandbox::{SandboxDevice, SandboxReport, SandboxTree};
 pub use server::{Commands, Server, ServerError, ServerHandle, Source, StartHook};
 pub use session::Info;
 

@@ -7,6 +7,7 @@
 //! **Why this way.** What is missing is computed from what was read, not from what a process reported about itself.
 
 use ipc::control::sandbox::{CAPABILITY_SETS, Fact, NAMESPACES, ProcessFacts, Role, ThreadFacts};
+use ipc::spec::DeviceSpec;
 use ipc::start::{SandboxMode, SeccompMode};
 use serde_json::{Map, Value, json};
 
@@ -21,12 +22,45 @@ pub struct SandboxReport {
     pub seccomp: SeccompMode,
     /// `-sandbox`
     pub sandbox: SandboxMode,
-    /// Ids of the devices, by their index in the broker's policy.
-    pub devices: Vec<String>,
+    /// The devices, by their index in the broker's policy.
+    pub devices: Vec<SandboxDevice>,
     /// Landlock's version in the running kernel; 0 without Landlock.
     pub landlock_abi: u32,
     /// The control process first, then the broker.
     pub processes: Vec<ProcessFacts>,
+}
+
+/// A device, as far as its jail depends on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxDevice {
+    /// Its id.
+    pub id: String,
+    /// The shared folder that is its root.
+    pub tree: Option<SandboxTree>,
+}
+
+/// A shared folder as the root of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SandboxTree {
+    /// Whether nothing in it may change.
+    pub readonly: bool,
+    /// The capabilities that serving it takes, one bit each.
+    pub capabilities: u64,
+}
+
+impl From<&DeviceSpec> for SandboxDevice {
+    fn from(spec: &DeviceSpec) -> Self {
+        Self {
+            id: spec.id().to_owned(),
+            tree: match spec {
+                DeviceSpec::Fs(fs) => Some(SandboxTree {
+                    readonly: fs.readonly,
+                    capabilities: fs.capabilities(),
+                }),
+                _ => None,
+            },
+        }
+    }
 }
 
 /// On the wire.
@@ -73,7 +107,7 @@ fn process(facts: &ProcessFacts, report: &SandboxReport, hosts: Option<&[u64; 7]
     };
     map.insert("role".into(), role.into());
     if let Some(id) = id {
-        map.insert("id".into(), id.as_str().into());
+        map.insert("id".into(), id.id.as_str().into());
     }
     map.insert("pid".into(), facts.pid.into());
     let mut put = |name: &str, fact: Fact<Value>| match fact {
@@ -243,15 +277,23 @@ fn missing(
         // It opens files and starts processes: Landlock and empty sets are not for it.
         return missing;
     }
+    let tree = match facts.role {
+        Role::Device(index) => report.devices.get(index as usize).and_then(|d| d.tree),
+        _ => None,
+    };
+    let allowed = tree.map_or(0, |tree| tree.capabilities);
     need(
         "no-capabilities",
-        threads
-            .iter()
-            .all(|thread| thread.capabilities[..3] == [0; 3] && thread.capabilities[4] == 0),
+        threads.iter().all(|thread| {
+            let [inheritable, permitted, effective, _, ambient] = thread.capabilities;
+            inheritable | ambient | ((permitted | effective) & !allowed) == 0
+        }),
     );
     need(
         "empty-bounding-set",
-        threads.iter().all(|thread| thread.capabilities[3] == 0),
+        threads
+            .iter()
+            .all(|thread| thread.capabilities[3] & !allowed == 0),
     );
     need("landlock", report.landlock_abi > 0);
     need("landlock-tcp", report.landlock_abi >= LANDLOCK_TCP);
@@ -275,13 +317,22 @@ fn missing(
     }
     if let Ok(root) = &facts.root {
         let has = |wanted: &str| root.options.iter().any(|option| option == wanted);
-        need("read-only-root", has("ro"));
+        need(
+            "restricted-root",
+            ["nosuid", "nodev", "noexec"].into_iter().all(has),
+        );
+        need(
+            "read-only-root",
+            tree.is_some_and(|tree| !tree.readonly) || has("ro"),
+        );
         need(
             "empty-root",
-            root.file_system == "tmpfs" && root.mounts == 1 && root.entries == Some(0),
+            tree.is_some()
+                || root.file_system == "tmpfs" && root.mounts == 1 && root.entries == Some(0),
         );
     }
-    if let (Ok(uids), Ok(gids)) = (&facts.uids, &facts.gids) {
+    // One that serves a folder gives its files to any user. Its user namespace is what makes that harmless.
+    if let (Ok(uids), Ok(gids), None) = (&facts.uids, &facts.gids, tree) {
         need(
             "unprivileged-user",
             !uids.contains(&0) && !gids.contains(&0),
@@ -336,7 +387,7 @@ mod tests {
             }),
             root: Ok(RootFacts {
                 file_system: "tmpfs".into(),
-                options: vec!["ro".into()],
+                options: ["ro", "nosuid", "nodev", "noexec"].map(Into::into).into(),
                 mounts: 1,
                 entries: Some(0),
             }),
@@ -356,7 +407,10 @@ mod tests {
         SandboxReport {
             seccomp: SeccompMode::Kill,
             sandbox: SandboxMode::Strict,
-            devices: vec!["b0".into()],
+            devices: vec![SandboxDevice {
+                id: "b0".into(),
+                tree: None,
+            }],
             landlock_abi: 7,
             processes: vec![facts(Role::Control), facts(Role::Broker), device],
         }
@@ -418,8 +472,12 @@ mod tests {
             json!(["network-namespace"])
         );
         assert_eq!(
-            missing_of(|facts| facts.root.as_mut().unwrap().options.clear()),
+            missing_of(|facts| drop(facts.root.as_mut().unwrap().options.remove(0))),
             json!(["read-only-root"])
+        );
+        assert_eq!(
+            missing_of(|facts| drop(facts.root.as_mut().unwrap().options.remove(3))),
+            json!(["restricted-root"])
         );
         assert_eq!(
             missing_of(|facts| facts.root.as_mut().unwrap().entries = Some(1)),
@@ -444,6 +502,36 @@ mod tests {
         assert_eq!(
             missing_of(|facts| facts.memory.as_mut().unwrap().foreign = vec!["libc.so".into()]),
             json!(["no-foreign-files"])
+        );
+    }
+
+    #[test]
+    fn a_shared_folder_takes_its_own_rights_and_no_others() {
+        let missing = |readonly, permitted: u64, options: &[&str]| {
+            let mut device = facts(Role::Device(0));
+            device.uids = Ok([0; 4]);
+            let thread = &mut device.threads.as_mut().unwrap()[0];
+            thread.capabilities = [0, permitted, permitted, permitted, 0];
+            let root = device.root.as_mut().unwrap();
+            root.options = options.iter().map(|&option| option.into()).collect();
+            root.entries = Some(3);
+            let mut report = report(device);
+            report.devices[0].tree = Some(SandboxTree {
+                readonly,
+                capabilities: 0b110,
+            });
+            shape(&report)["processes"][2]["missing-layers"].take()
+        };
+        let restricted = ["nosuid", "nodev", "noexec"];
+        assert_eq!(missing(false, 0b110, &restricted), json!([]));
+        assert_eq!(missing(true, 0b110, &restricted), json!(["read-only-root"]));
+        assert_eq!(
+            missing(false, 0b111, &restricted),
+            json!(["no-capabilities", "empty-bounding-set"])
+        );
+        assert_eq!(
+            missing(false, 0, &restricted[..2]),
+            json!(["restricted-root"])
         );
     }
 
