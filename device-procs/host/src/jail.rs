@@ -12,12 +12,18 @@ use ozone::inner::{LockError, Root};
 use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
+use crate::fault::HostFault;
+use crate::signals;
+
 /// Why the door cannot be locked.
 #[derive(Debug, Error)]
 pub enum JailError {
     /// A layer is missing that must be there, or cannot be had.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// Signals could not be set up.
+    #[error(transparent)]
+    Signals(#[from] HostFault),
     /// The filter could not be installed.
     #[error(transparent)]
     Seccomp(#[from] seccomp_policies::Error),
@@ -53,6 +59,8 @@ pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailErr
             ipc::log::error!("jail layer not in force: {layer}");
         }
     }
+    // After the lock, which gives signals their default action, and before the filter.
+    signals::prepare()?;
     let action = match start.seccomp {
         SeccompMode::Kill => Action::Kill,
         SeccompMode::Log => Action::Log,

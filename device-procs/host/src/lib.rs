@@ -17,6 +17,7 @@ mod jail;
 mod memory;
 mod ring;
 mod server;
+mod signals;
 mod start;
 pub mod tap;
 #[cfg(feature = "test-frontend")]
@@ -32,4 +33,6 @@ pub use memory::{
 };
 pub use ring::Ring;
 pub use server::ServeError;
+#[cfg(fuzzing)]
+pub use server::fuzzing;
 pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, Standalone, run};

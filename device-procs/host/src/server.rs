@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, recvmsg};
 use thiserror::Error;
@@ -44,6 +45,10 @@ use crate::fault::{DeviceFault, GuestFault, HostFault};
 use crate::inflight::{InflightQueue, queue_bytes};
 use crate::memory::{GuestRam, Mapping, MemoryError, Region};
 use crate::ring::{Ring, UserAddresses};
+
+#[cfg(fuzzing)]
+#[path = "fuzzing.rs"]
+pub mod fuzzing;
 
 /// Bits that the harness offers for every device.
 const RING_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
@@ -165,12 +170,19 @@ impl Resources {
         use nix::sys::memfd::{MFdFlags, memfd_create};
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(HostFault::of("epoll_create1"))?;
-        let memory = memfd_create(c"inflight", MFdFlags::MFD_CLOEXEC)
-            .map_err(HostFault::of("memfd_create"))?;
+        let memory = memfd_create(
+            c"inflight",
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        )
+        .map_err(HostFault::of("memfd_create"))?;
         let size = usize::from(queues) * queue_bytes(queue_size);
         // At most 33 queues of 32768 entries of 16 bytes.
         nix::unistd::ftruncate(&memory, size as libc::off_t)
             .map_err(HostFault::of("ftruncate of the in-flight region"))?;
+        // Who gets it can do nothing to the next process that maps it.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))
+            .map_err(HostFault::of("fcntl(F_ADD_SEALS)"))?;
         Ok(Self {
             epoll,
             inflight_memory: memory.into(),
@@ -466,6 +478,25 @@ impl<D: Device> Server<D> {
         self.ring(message, index)
     }
 
+    /// Makes a descriptor that this process will write to one that no write waits for: an eventfd whose counter is full,
+    /// or a pipe, would stop the device. (A front end that undoes this later stops its own device, and nobody else's.)
+    fn never_wait(
+        &mut self,
+        message: &'static str,
+        fd: Option<File>,
+    ) -> VhostResult<Option<OwnedFd>> {
+        // Whatever it is: for the standard library, a stream is the owner of a descriptor, and this its FIONBIO.
+        let Some(fd) = fd.map(|fd| UnixStream::from(OwnedFd::from(fd))) else {
+            return Ok(None);
+        };
+        if let Err(error) = fd.set_nonblocking(true) {
+            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+            let source = HostFault::of("ioctl(FIONBIO)")(errno);
+            return Err(self.refuse(&Refusal::Host { message, source }));
+        }
+        Ok(Some(fd.into()))
+    }
+
     fn unpoll_kick(&mut self, index: usize) {
         if let Some(kick) = self.rings.get_mut(index).and_then(|ring| ring.kick.take()) {
             // A descriptor that was closed elsewhere would be gone from the set already; ours is open until here.
@@ -726,13 +757,18 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
-        self.ring("SET_VRING_CALL", u32::from(index))?
-            .set_call(fd.map(OwnedFd::from));
+        let message = "SET_VRING_CALL";
+        self.ring(message, u32::from(index))?;
+        let fd = self.never_wait(message, fd)?;
+        self.ring(message, u32::from(index))?.set_call(fd);
         Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
-        self.ring("SET_VRING_ERR", u32::from(index))?.error = fd.map(OwnedFd::from);
+        let message = "SET_VRING_ERR";
+        self.ring(message, u32::from(index))?;
+        let fd = self.never_wait(message, fd)?;
+        self.ring(message, u32::from(index))?.error = fd;
         Ok(())
     }
 

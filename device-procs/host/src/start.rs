@@ -27,7 +27,7 @@ use crate::server::{Connection, Resources, ServeError};
 
 /// The back-end descriptors, in the order that the device's spec names them.
 #[derive(Debug)]
-pub struct BackendFds(std::vec::IntoIter<OwnedFd>);
+pub struct BackendFds(pub(crate) std::vec::IntoIter<OwnedFd>);
 
 impl BackendFds {
     /// The next one; `None` after the last.
@@ -152,6 +152,7 @@ impl<D: Device> Standalone<D> {
     /// As [`Prepared::new`].
     pub fn new(device: D) -> Result<Self, ServeError> {
         let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+        crate::signals::prepare()?;
         Ok(Self { device, resources })
     }
 

@@ -634,6 +634,12 @@ impl TestFrontend {
         self.vhost.set_vring_enable(index, true).unwrap();
     }
 
+    /// Resets the device and accepts the same features again.
+    pub fn reset(&mut self) {
+        self.vhost.reset_device().unwrap();
+        self.vhost.set_features(self.accepted).unwrap();
+    }
+
     /// Stops a queue; returns the next available index.
     pub fn stop(&mut self, queue: &DriverQueue) -> u16 {
         let base = self.vhost.get_vring_base(queue.index).unwrap();

@@ -445,6 +445,32 @@ fn receive_buffers_smaller_than_a_header_break_the_queue_only() {
 }
 
 #[test]
+fn buffers_of_a_broken_queue_are_not_given_back_after_a_reset() {
+    let Some(mut card) = card(1, MRG_RXBUF) else {
+        return;
+    };
+    // The frame takes both buffers and meets a head that is outside of the queue.
+    card.offer(0, &[300, 300]);
+    let q = &mut card.queues[0];
+    q.offer(&card.front.memory, 99);
+    q.kick();
+    card.host.write_all(&frame(1400, 5)).unwrap();
+    q.wait_broken();
+    card.front.reset();
+    card.front.memory.write(q.available(), &[0; 64]);
+    card.front.memory.write(q.used(), &[0; 64]);
+    card.queues[0] = DriverQueue::new(0, 16, 0);
+    card.front.start(&card.queues[0]);
+    card.offer(0, &[300; 5]);
+    card.host.write_all(&frame(1400, 6)).unwrap();
+    for want in [(0, 300), (1, 300), (2, 300), (3, 300), (4, 212)] {
+        assert_eq!(card.queues[0].wait_used(&card.front.memory), want);
+    }
+    assert_eq!(card.queues[0].used_index(&card.front.memory), 5);
+    card.finish();
+}
+
+#[test]
 fn the_control_queue_sets_pairs_and_refuses_the_rest() {
     let Some(mut card) = card(2, MQ | CTRL_VQ | MRG_RXBUF) else {
         return;

@@ -21,6 +21,10 @@ pub(crate) fn run(_arguments: &[String]) -> Result<ExitCode, String> {
         "format",
         tool::run(&mut tool::cargo(&["fmt", "--all", "--check"])),
     );
+    step(
+        "format of the fuzz targets",
+        tool::run(tool::cargo(&["fmt", "--check"]).current_dir(tool::root().join("tests/fuzz"))),
+    );
     let clippy = [
         "clippy",
         "--quiet",

@@ -6,6 +6,7 @@
 mod bench;
 mod check;
 mod demo;
+mod fuzz;
 mod lab;
 mod policy;
 mod rules;
@@ -41,6 +42,11 @@ const COMMANDS: &[(&str, &str, Command)] = &[
         "policy",
         "print the system call policies: policy [POLICY…|--table], put the table into README: --write",
         policy::run,
+    ),
+    (
+        "fuzz",
+        "run the fuzz targets of tests/fuzz: fuzz [--seconds N] [--target NAME]… [--planted]",
+        fuzz::run,
     ),
     (
         "lab",

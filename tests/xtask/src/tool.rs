@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// The target that `.cargo/config.toml` builds for, and the folder of its programs.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The project's folder.
 pub(crate) fn root() -> PathBuf {

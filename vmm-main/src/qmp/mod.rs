@@ -20,6 +20,8 @@
 
 mod command;
 mod event;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod json;
 mod sandbox;
 pub mod schema;

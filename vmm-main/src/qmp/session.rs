@@ -178,3 +178,28 @@ enum Executed {
     Done(Value),
     Forward(fn(super::command::Ticket) -> super::VmCommand),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_comes_back_as_it_was_sent() {
+        let info = Info {
+            name: None,
+            uuid: None,
+            machine: MachineKind::Microvm,
+            cpus: CpuSpec::default(),
+        };
+        for id in ["3e91", "0.1", "18446744073709551615", "[{\"a\":null}]"] {
+            let mut session = Session::default();
+            session.push(format!("{{\"execute\":\"qmp_capabilities\",\"id\":{id}}}").as_bytes());
+            let Some(Step::Answer(answer)) = session.step(&info) else {
+                panic!("{id} was not answered");
+            };
+            // What a client with a better parser than ours reads in it.
+            let text = answer["id"].to_string().replace("e+", "e");
+            assert_eq!(text, id);
+        }
+    }
+}

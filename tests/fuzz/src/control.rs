@@ -1,0 +1,64 @@
+//! # `control`: messages between the control process and its broker
+//!
+//! The first byte says which direction. What decodes has no second encoding and fits in a packet; a policy is also looked
+//! through as the broker does.
+
+use ipc::channel::Channel;
+use ipc::codec::{decode, encode};
+use ipc::control::{Reply, Request};
+use ipc::limits::MAX_MESSAGE;
+use nix::sys::socket::{MsgFlags, send};
+use std::os::fd::AsRawFd;
+
+/// One input.
+pub fn run(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else {
+        return;
+    };
+    match kind % 3 {
+        0 => {
+            if let Ok(request) = decode::<Request>(data) {
+                assert_eq!(encode(&request).expect("it was decoded"), data);
+                // What the broker may be asked after the policy brings nothing that could be opened.
+                if !matches!(request, Request::SetPolicy(_)) {
+                    assert!(data.len() <= 8);
+                }
+                crate::planted!(
+                    matches!(&request, Request::SetPolicy(policy) if policy.pidfile.is_some())
+                );
+            }
+        }
+        1 => {
+            if let Ok(reply) = decode::<Reply>(data) {
+                assert_eq!(encode(&reply).expect("it was decoded"), data);
+            }
+        }
+        // Over the channel, with nothing else in the packet.
+        _ => {
+            let (ours, theirs) = Channel::pair().expect("socketpair");
+            if send(ours.as_fd_raw(), data, MsgFlags::MSG_DONTWAIT).is_err() {
+                return;
+            }
+            drop(ours);
+            let received = theirs.receive::<Request>();
+            if data.is_empty() || data.len() > MAX_MESSAGE {
+                assert!(received.is_err());
+            }
+            if let Ok((request, fds)) = received {
+                assert!(fds.is_empty());
+                assert_eq!(encode(&request).expect("it was decoded"), data);
+            }
+        }
+    }
+}
+
+trait Raw {
+    fn as_fd_raw(&self) -> i32;
+}
+
+impl Raw for Channel {
+    fn as_fd_raw(&self) -> i32 {
+        use std::os::fd::AsFd;
+        self.as_fd().as_raw_fd()
+    }
+}

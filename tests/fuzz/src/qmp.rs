@@ -1,0 +1,39 @@
+//! # `qmp`: a client's bytes to commands
+//!
+//! The stream arrives in pieces as the first byte says. Each answer is one JSON object that a client can read.
+
+use crate::bytes::Input;
+use ipc::spec::vm::{CpuSpec, MachineKind};
+use serde_json::Value;
+use std::sync::Arc;
+use vmm_main::qmp::{Info, fuzzing};
+
+/// One input.
+pub fn run(data: &[u8]) {
+    let mut input = Input(data);
+    let piece = 1 + usize::from(input.byte()) * 4;
+    let info = Arc::new(Info {
+        name: Some("vm".into()),
+        uuid: Some([7; 16]),
+        machine: MachineKind::Microvm,
+        cpus: CpuSpec::default(),
+    });
+    let mut forwarded = 0;
+    let answers = fuzzing::converse(&info, input.0.chunks(piece), |command| {
+        forwarded += 1;
+        crate::planted!(format!("{command:?}").contains("SystemReset"));
+    });
+    for answer in &answers {
+        assert!(
+            answer.get("return").is_some() != answer.get("error").is_some(),
+            "{answer}"
+        );
+        let text = answer.to_string();
+        assert!(!text.contains('\n'));
+        assert_eq!(
+            &serde_json::from_str::<Value>(&text).expect("valid JSON"),
+            answer
+        );
+    }
+    assert!(forwarded <= answers.len());
+}

@@ -1,0 +1,60 @@
+//! One client's bytes without a socket and a thread, for fuzz targets.
+//!
+//! **Job.** [`converse`] takes a client's bytes in pieces and gives what the client would be sent; commands that are for
+//! main are answered with an error. **Who is not trusted.** The bytes. **Why this way.** Compiled only with
+//! `cfg(fuzzing)`; everything but the socket is the code that serves clients.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde_json::Value;
+
+use super::command::{Inbox, Outbox, Ticket};
+use super::session::{Info, Session, Step};
+
+/// Answers to `pieces`, as they would be sent. `forwarded` is shown each command that is for main.
+pub fn converse<'a>(
+    info: &Arc<Info>,
+    pieces: impl Iterator<Item = &'a [u8]>,
+    mut forwarded: impl FnMut(&super::VmCommand),
+) -> Vec<Value> {
+    let mut session = Session::default();
+    let mut answers = Vec::new();
+    let (sender, inbox) = channel();
+    let Ok(wake) = EventFd::from_flags(EfdFlags::EFD_NONBLOCK) else {
+        return answers;
+    };
+    let outbox = Outbox {
+        sender,
+        wake: Arc::new(wake),
+    };
+    for piece in pieces {
+        session.push(piece);
+        while let Some(step) = session.step(info) {
+            match step {
+                Step::Answer(value) => answers.push(value),
+                Step::HangUp(value) => {
+                    answers.push(value);
+                    return answers;
+                }
+                Step::Forward(build, id) => {
+                    let command = build(Ticket {
+                        client: 0,
+                        id,
+                        info: Arc::clone(info),
+                        outbox: outbox.clone(),
+                    });
+                    forwarded(&command);
+                    // A reply that is dropped answers with an error.
+                    drop(command);
+                    answers.extend(inbox.try_iter().filter_map(|message| match message {
+                        Inbox::Answer { message, .. } => Some(message),
+                        _ => None,
+                    }));
+                }
+            }
+        }
+    }
+    answers
+}
