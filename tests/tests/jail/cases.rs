@@ -597,6 +597,7 @@ pub(crate) const CASES: &[Case] = &[
     limit!("message queues are not limited", "Max msgqueue size", RLIMIT_MSGQUEUE),
     limit!("real-time priority is not limited", "Max realtime priority", RLIMIT_RTPRIO),
     limit!("file size is not limited", "Max file size", RLIMIT_FSIZE),
+    limit!("private memory is not limited", "Max data size", RLIMIT_DATA),
     limit!("locked memory is not limited", "Max locked memory", RLIMIT_MEMLOCK),
     limit!("threads are not limited", "Max processes", RLIMIT_NPROC),
     limit!("descriptors are not limited", "Max open files", RLIMIT_NOFILE),
