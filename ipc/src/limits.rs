@@ -84,6 +84,9 @@ pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
 
 /// Milliseconds that the control process waits for a device process to answer one vhost-user message.
 pub const DEVICE_REPLY_MS: u64 = 5_000;
+/// Milliseconds of one queue's turn, after which a device process takes no further request before it has looked at the control
+/// process's messages and its other queues: far less than [`DEVICE_REPLY_MS`], whatever a guest asks for.
+pub const DEVICE_TURN_MS: u64 = 50;
 /// Milliseconds that a vCPU waits for the end of a device process that does not give its queues back. The broker kills and
 /// reaps within a few; the limit is for a main loop that itself waits for this vCPU to pause.
 pub const DEVICE_END_MS: u64 = 1_000;

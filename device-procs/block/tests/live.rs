@@ -73,6 +73,10 @@ fn disk(options: Options) -> Disk {
         .map(|at| (at / 512 + at % 251) as u8)
         .collect();
     file.as_file().write_all_at(&pattern, 0).unwrap();
+    disk_on(file, options)
+}
+
+fn disk_on(file: NamedTempFile, options: Options) -> Disk {
     let spec = DeviceSpec::Block(BlockSpec {
         id: "disk0".into(),
         readonly: options.readonly,
@@ -631,4 +635,38 @@ fn wrong_specs_are_refused_with_their_reason() {
     let pipe = OwnedFd::from(std::io::pipe().unwrap().0);
     let log = run(good, vec![pipe]);
     assert!(log.contains("no regular file or block device"), "{log}");
+}
+
+/// Requests that take long, and a front end that does not want to wait for all of them: a driver's reset, for one.
+#[test]
+fn a_queue_of_large_requests_stops_between_two_of_them() {
+    let file = NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.as_file().set_len(1 << 30).unwrap();
+    let mut disk = disk_on(
+        file,
+        Options {
+            features: F_FLUSH | INDIRECT_DESC,
+            ..PLAIN
+        },
+    );
+    disk.header(IN, 0);
+    let mut buffers = vec![Buffer::readable(HEADER, 16)];
+    buffers.extend((0..700).map(|_| Buffer::writable(8 << 20, 1 << 20)));
+    buffers.push(Buffer::writable(STATUS, 1));
+    let queue = &mut disk.queues[0];
+    let head = queue.indirect_chain(&disk.front.memory, &buffers);
+    for _ in 0..64 {
+        queue.offer(&disk.front.memory, head);
+    }
+    queue.kick();
+    assert_eq!(
+        queue.wait_used(&disk.front.memory),
+        (head, (700 << 20) + 1),
+        "the first one is done"
+    );
+    let base = disk.front.stop(&disk.queues[0]);
+    let used = disk.queues[0].used_index(&disk.front.memory);
+    assert_eq!(base, used, "what was taken is answered");
+    assert!(used < 64, "all were done before the front end was heard");
+    disk.finish();
 }

@@ -7,7 +7,8 @@
 //! must not overlap. The guest: it writes to these pages while we look at them, so no Rust reference to them ever exists;
 //! a value is copied out once and checked after that.
 //!
-//! **Why this way.** This file and `inherited.rs` hold all `unsafe` of the harness. Devices forbid it, so what they can do to
+//! **Why this way.** Each region lies between two guards of [`GUARD`] bytes that nothing may touch: whatever 32-bit length or
+//! offset went unchecked would end this process there, and not read or write what else it holds. This file and `inherited.rs` hold all `unsafe` of the harness. Devices forbid it, so what they can do to
 //! guest memory is the list of methods here. Descriptors of RAM are closed once mapped: the process cannot pass them on.
 
 #![allow(unsafe_code)] // mmap, and vectored I/O on memory that no Rust reference may point to
@@ -21,7 +22,7 @@ use std::rc::Rc;
 
 use ipc::limits::{MAX_CHAIN_SEGMENTS, MAX_MEMORY, MAX_MEMORY_REGIONS};
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 use vm_memory::volatile_memory::VolatileSlice;
@@ -76,11 +77,43 @@ pub enum MemoryError {
     },
 }
 
-/// A shared mapping of a part of a file; unmapped when dropped.
+/// Bytes of the smallest page of any processor that this runs on.
+const PAGE: usize = 4096;
+/// Bytes of address space in front of and behind each mapping that fault when touched: more than any 32-bit length or offset
+/// can skip. Address space is all they cost (32 regions: 256 GiB of 128 TiB).
+const GUARD: usize = 4 << 30;
+
+/// A shared mapping of a part of a file between two guards; all of it is unmapped when dropped.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     address: NonNull<libc::c_void>,
     size: NonZeroUsize,
+    _guarded: Reservation,
+}
+
+/// A range of addresses, unmapped when dropped.
+#[derive(Debug)]
+struct Reservation {
+    start: NonNull<libc::c_void>,
+    size: NonZeroUsize,
+}
+
+impl Reservation {
+    /// Addresses that nobody may touch.
+    fn new(size: NonZeroUsize) -> Result<Self, Errno> {
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+        let start = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_NONE, flags) }?;
+        Ok(Self { start, size })
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: this value made the reservation, and what was mapped inside of it belongs to its owner, which is dropped
+        // with it; everything that points there borrows or counts that owner.
+        let _ = unsafe { munmap(self.start, self.size.get()) };
+    }
 }
 
 impl Mapping {
@@ -110,35 +143,41 @@ impl Mapping {
         if has < end {
             return Err(MemoryError::FileTooShort { needed: end, has });
         }
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+        let failed = |call| move |source| MemoryError::Call { call, source };
+        let room = len
+            .get()
+            .checked_next_multiple_of(PAGE)
+            .and_then(NonZeroUsize::new)
+            .ok_or(MemoryError::Size { size })?;
+        let guarded = room
+            .checked_add(2 * GUARD)
+            .ok_or(MemoryError::Size { size })?;
+        let guarded = Reservation::new(guarded).map_err(failed("mmap of guards"))?;
+        let place = guarded.start.as_ptr() as usize + GUARD;
+        // SAFETY: the range is inside of the reservation that was just made, which nothing refers to. It is replaced in one
+        // step, so that no other thread's mapping can get in between.
         let address = unsafe {
             mmap(
-                None,
+                NonZeroUsize::new(place),
                 len,
                 ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED,
                 file,
                 file_offset,
             )
         }
-        .map_err(|source| MemoryError::Call {
-            call: "mmap",
-            source,
-        })?;
-        Ok(Self { address, size: len })
+        .map_err(failed("mmap"))?;
+        Ok(Self {
+            address,
+            size: len,
+            _guarded: guarded,
+        })
     }
 
     /// All of it.
     pub(crate) fn bytes(&self) -> VolatileSlice<'_> {
         // SAFETY: the mapping has `size` bytes and lives as long as `self`, which the slice borrows.
         unsafe { VolatileSlice::new(self.address.as_ptr().cast(), self.size.get()) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: this value made the mapping, and everything that points into it borrows or counts this value.
-        let _ = unsafe { munmap(self.address, self.size.get()) };
     }
 }
 
@@ -705,6 +744,35 @@ mod tests {
             );
         }
         assert!(Region::new(0, 0x1000, 0, &file, 0).is_ok());
+    }
+
+    /// What `/proc/self/maps` says of the range that holds `address`: start, end, rights.
+    fn kernel_view(address: usize) -> (usize, usize, String) {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let parsed = maps.lines().map(|line| {
+            let (range, rest) = line.split_once(' ').unwrap();
+            let (start, end) = range.split_once('-').unwrap();
+            let number = |text| usize::from_str_radix(text, 16).unwrap();
+            (number(start), number(end), rest[..4].to_owned())
+        });
+        let mut holding = parsed.filter(|(start, end, _)| (*start..*end).contains(&address));
+        holding.next().unwrap_or((address, address, "none".into()))
+    }
+
+    #[test]
+    fn nothing_may_be_touched_around_a_region_and_nothing_stays_of_it() {
+        let mapping = Mapping::new(&memfd(0x3000), 0x1000, 0x1801).unwrap();
+        let first = mapping.address.as_ptr() as usize;
+        let (start, end, rights) = kernel_view(first);
+        assert_eq!((start, end, &*rights), (first, first + 0x2000, "rw-s"));
+        let around = [first - 1, first - GUARD, end, end + GUARD - 1];
+        for address in around {
+            assert_eq!(kernel_view(address).2, "---p", "{address:#x}");
+        }
+        drop(mapping);
+        for address in around.into_iter().chain([first]) {
+            assert_eq!(kernel_view(address).2, "none", "{address:#x}");
+        }
     }
 
     #[test]

@@ -8,14 +8,17 @@
 //!
 //! **Why this way.** `virtio-queue`'s [`Queue`] keeps addresses, the two indices and the kick side. It ignores
 //! `VIRTQ_AVAIL_F_NO_INTERRUPT` and publishes used elements one by one, which a packet in several buffers must not be (a driver
-//! that sees the first without the rest drops it), so the used side is written here. A ring counts what a device takes from it: after one queue's worth the
-//! other queues and the front end get their turn, however fast a guest refills it.
+//! that sees the first without the rest drops it), so the used side is written here. A ring counts what a device takes from it,
+//! and looks at the clock now and then: after one queue's worth, or [`DEVICE_TURN_MS`], the other queues and the front end get
+//! their turn, however fast a guest refills it and however long its requests take.
 
 use std::num::Wrapping;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
+use ipc::limits::DEVICE_TURN_MS;
 use nix::errno::Errno;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
@@ -25,6 +28,11 @@ use crate::chain::{Chain, Table, Token, walk};
 use crate::fault::{FaultKind, GuestFault};
 use crate::inflight::InflightQueue;
 use crate::memory::{GuestBuffers, GuestRam, SegmentList};
+
+/// Requests between two looks at the clock.
+const UNCLOCKED: u8 = 7;
+/// Bytes of a request after which the clock is looked at in any case.
+const LARGE: usize = 1 << 20;
 
 /// Where the front end says that the parts of a queue are, in its own address space.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,6 +64,10 @@ pub struct Ring {
     writable: SegmentList,
     /// Chains that the device may still take in this turn.
     budget: u16,
+    /// When this turn's end is, once it has been looked at.
+    until: Option<Instant>,
+    /// Requests that may be taken before the clock is looked at.
+    unclocked: u8,
     /// The device wanted more in this turn than it may take; what it put back then does not change that.
     exhausted: bool,
     /// Where the device found nothing more available, in this turn.
@@ -88,6 +100,8 @@ impl Ring {
             readable: SegmentList::default(),
             writable: SegmentList::default(),
             budget: 0,
+            until: None,
+            unclocked: 0,
             exhausted: false,
             drained: None,
             signalled: 0,
@@ -145,18 +159,37 @@ impl Ring {
             return Ok(None);
         };
         walk(ram, table, head, &mut self.readable, &mut self.writable).map_err(at)?;
+        let readable = self.readable.buffers(ram);
+        let writable = self.writable.buffers(ram);
+        if readable.len() + writable.len() >= LARGE {
+            self.unclocked = 0;
+        }
         Ok(Some(Chain {
             token: Token { head, replayed },
-            readable: self.readable.buffers(ram),
-            writable: self.writable.buffers(ram),
+            readable,
+            writable,
         }))
+    }
+
+    /// Whether the turn has lasted too long. The clock is not looked at for each small request.
+    fn is_late(&mut self) -> bool {
+        if self.unclocked > 0 {
+            self.unclocked -= 1;
+            return false;
+        }
+        self.unclocked = UNCLOCKED;
+        let now = Instant::now();
+        let until = *self
+            .until
+            .get_or_insert(now + Duration::from_millis(DEVICE_TURN_MS));
+        now >= until
     }
 
     fn next_head(&mut self) -> Result<Option<(u16, bool)>, FaultKind> {
         if !self.is_running() {
             return Ok(None);
         }
-        if self.budget == 0 {
+        if self.budget == 0 || self.is_late() {
             self.exhausted = true;
             return Ok(None);
         }
@@ -478,6 +511,8 @@ impl Ring {
     /// Before a turn in which the device may or may not look at this queue.
     pub(crate) fn refill_budget(&mut self) {
         self.budget = self.queue.size();
+        self.until = None;
+        self.unclocked = 0;
         self.exhausted = false;
         self.drained = None;
     }
