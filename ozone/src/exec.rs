@@ -91,6 +91,16 @@ impl Undo {
         self.add_with(parent, name, None)
     }
 
+    /// Folders with the parents' descriptors, outermost first.
+    fn take(&mut self, folders: Vec<(OwnedFd, CString)>) {
+        self.entries
+            .extend(folders.into_iter().map(|(parent, name)| Made {
+                parent,
+                name,
+                content: None,
+            }));
+    }
+
     fn add_with(
         &mut self,
         parent: BorrowedFd<'_>,
@@ -283,10 +293,7 @@ fn host_step(
             let mut made = Vec::new();
             let outcome = cgroup::make(wanted, &plan.program, &plan.name, &mut made);
             for group in made {
-                for (parent, name) in &group.folders {
-                    undo.add(parent.as_fd(), name)
-                        .map_err(|e| Fault::os("-cgroup", "out of descriptors", e))?;
-                }
+                undo.take(group.folders);
                 prepared.cgroups.push(group.procs);
             }
             outcome?;

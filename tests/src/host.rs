@@ -111,8 +111,19 @@ impl Tap {
     /// # Errors
     /// When it cannot be made.
     pub fn new(name: &str, address: &str) -> Result<Self, LabError> {
+        Self::of_user(name, address, 0)
+    }
+
+    /// As [`Tap::new`], for a user who may attach to it without being root.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn of_user(name: &str, address: &str, uid: u32) -> Result<Self, LabError> {
         ensure_packages(&["iproute2"])?;
-        run_program(Command::new("ip").args(["tuntap", "add", "dev", name, "mode", "tap"]))?;
+        let uid = uid.to_string();
+        run_program(
+            Command::new("ip").args(["tuntap", "add", "dev", name, "mode", "tap", "user", &uid]),
+        )?;
         let tap = Self {
             name: name.to_owned(),
             address: address.split('/').next().unwrap_or_default().to_owned(),

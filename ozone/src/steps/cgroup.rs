@@ -243,14 +243,19 @@ fn make_in(
             hand_down(hierarchy.version, parent.as_fd(), settings)?;
             let (inner, new) = folder::ensure(parent.as_fd(), name)
                 .map_err(|e| Fault::os(path(name), "cannot be made", e))?;
-            fill_cpuset(hierarchy.version, parent.as_fd(), inner.as_fd(), settings)?;
             let outer = std::mem::replace(&mut parent, inner);
+            let filled = fill_cpuset(hierarchy.version, outer.as_fd(), parent.as_fd(), settings);
             if new {
                 folders.push((outer, name.to_owned()));
             }
+            filled?;
         }
         hand_down(hierarchy.version, parent.as_fd(), settings)?;
         let mode = Mode::from_bits_truncate(0o755);
+        // Before the group is there: without the copy nobody could remove it.
+        let above = parent
+            .try_clone()
+            .map_err(|e| Fault::new(path(name), e.to_string()))?;
         let group = folder::make(parent.as_fd(), name, mode).map_err(|e| match e {
             Errno::EEXIST => Fault::new(
                 path(name),
@@ -258,12 +263,7 @@ fn make_in(
             ),
             e => Fault::os(path(name), "cannot be made", e),
         })?;
-        folders.push((
-            parent
-                .try_clone()
-                .map_err(|e| Fault::new(path(name), e.to_string()))?,
-            name.to_owned(),
-        ));
+        folders.push((above, name.to_owned()));
         for setting in settings {
             apply(hierarchy.version, parent.as_fd(), group.as_fd(), setting)?;
         }

@@ -8,7 +8,7 @@
 //! The VM's user gets the owner's rights by an id-mapped mount: the file's owner on the disk is shown
 //! as the VM's user there, and nowhere else. The host's file keeps its owner.
 
-use super::elf;
+use super::{elf, parent_death};
 use crate::{
     fault::Fault,
     sys::{
@@ -28,7 +28,7 @@ use nix::{
 use std::{
     fs::File,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::FileExt,
     },
     path::Path,
@@ -143,7 +143,6 @@ pub(crate) fn prepare(
 }
 
 fn check_program(subject: &str, handle: &OwnedFd) -> Result<(), Fault> {
-    use std::os::fd::AsRawFd;
     // The descriptor's own file once more, now for reading.
     let path = format!("/proc/self/fd/{}", handle.as_raw_fd());
     let mut head = [0; elf::ENOUGH];
@@ -174,11 +173,17 @@ fn owner_allows(stat: &FileStat, wanted: u32) -> bool {
 
 /// A user namespace in which the file's owner and group are the VM's: the map of an id-mapped mount.
 fn users(stat: &FileStat, uid: u32, gid: u32) -> Result<OwnedFd, Errno> {
+    let parent = sys::own_pidfd()?;
     let (pid, pidfd) = match sys::fork(libc::CLONE_NEWUSER)? {
-        Fork::Child => loop {
-            // Waits for SIGKILL: the namespace lives as long as something is in it.
-            nix::unistd::pause();
-        },
+        Fork::Child => {
+            // Waits for SIGKILL: the namespace lives as long as something is in it. A parent that was killed sends it too.
+            if parent_death::follow(parent.as_raw_fd()).is_err() {
+                sys::exit_now(1);
+            }
+            loop {
+                nix::unistd::pause();
+            }
+        }
         Fork::Parent { pid, pidfd } => (pid, pidfd),
     };
     let put = |file: &str, on_disk: u32, shown: u32| {

@@ -43,23 +43,40 @@ pub fn where_linux_boots(test: &str, body: impl FnOnce()) {
         Ok(Place::Here { .. }) => body(),
         Ok(Place::Nested { why }) => {
             eprintln!("{test} runs in the nested lab: {why}");
-            let binary = std::env::current_exe().unwrap_or_else(|e| panic!("the test binary: {e}"));
-            let command = [
-                binary.display().to_string(),
-                "--exact".into(),
-                test.into(),
-                "--nocapture".into(),
-                "--test-threads=1".into(),
-            ];
-            let status = Nested::default()
-                .run(&command)
-                .unwrap_or_else(|e| panic!("{}", chain(&e)));
-            assert_eq!(
-                status, 0,
-                "{test} failed in the nested lab with status {status}"
-            );
+            run_nested(&Nested::default(), test);
         }
     }
+}
+
+/// Runs the body in a nested machine with these settings, wherever Linux boots: for what a test changes for the whole
+/// machine, such as its cgroup hierarchies or sysctls. `test` is [`test_path!`].
+///
+/// # Panics
+/// When the test fails in the nested machine, or that cannot be started.
+pub fn in_a_nested_machine(nested: &Nested, test: &str, body: impl FnOnce()) {
+    if in_nested() {
+        body();
+    } else {
+        run_nested(nested, test);
+    }
+}
+
+fn run_nested(nested: &Nested, test: &str) {
+    let binary = std::env::current_exe().unwrap_or_else(|e| panic!("the test binary: {e}"));
+    let command = [
+        binary.display().to_string(),
+        "--exact".into(),
+        test.into(),
+        "--nocapture".into(),
+        "--test-threads=1".into(),
+    ];
+    let status = nested
+        .run(&command)
+        .unwrap_or_else(|e| panic!("{}", chain(&e)));
+    assert_eq!(
+        status, 0,
+        "{test} failed in the nested lab with status {status}"
+    );
 }
 
 /// The path of the enclosing test function as libtest prints it, without the crate's name.

@@ -80,6 +80,8 @@ pub struct Nested {
     pub memory: u32,
     /// Its processors.
     pub processors: u32,
+    /// Its memory nodes: memory and processors are divided between them.
+    pub nodes: u32,
     /// How long it may run; without a limit it runs as long as the command does.
     pub limit: Option<Duration>,
     /// A folder that is writable from L1, under its own path.
@@ -96,6 +98,7 @@ impl Default for Nested {
             flavour: Flavour::Cloud,
             memory: 3072,
             processors: 2,
+            nodes: 1,
             limit: Some(Duration::from_secs(300)),
             share: None,
             qemu: Vec::new(),
@@ -242,14 +245,7 @@ impl Nested {
                 "-m",
                 &self.memory.to_string(),
             ])
-            .arg("-object")
-            .arg(format!(
-                "memory-backend-memfd,id=ram,size={}M,share=on",
-                self.memory
-            ))
             .args([
-                "-numa",
-                "node,memdev=ram",
                 "-nic",
                 "none",
                 "-display",
@@ -277,6 +273,13 @@ impl Nested {
                 "-append",
                 "console=ttyS0 panic=-1 quiet loglevel=1 cryptomgr.notests",
             ]);
+        for node in 0..self.nodes {
+            let size = self.memory / self.nodes;
+            qemu.arg("-object").arg(format!(
+                "memory-backend-memfd,id=ram{node},size={size}M,share=on"
+            ));
+            qemu.arg("-numa").arg(format!("node,memdev=ram{node}"));
+        }
         for (tag, socket) in shares {
             qemu.arg("-chardev")
                 .arg(format!("socket,id={tag},path={}", socket.display()));
@@ -366,7 +369,9 @@ fn passed_on(name: &str) -> bool {
         "XDG_CACHE_HOME",
     ];
     const PREFIXES: &[&str] = &["RUST_", "CARGO_", "STRATOVIRT_"];
-    NAMES.contains(&name) || PREFIXES.iter().any(|p| name.starts_with(p))
+    // The shell takes no other names; cargo has some, with a program's dash.
+    let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    plain && (NAMES.contains(&name) || PREFIXES.iter().any(|p| name.starts_with(p)))
 }
 
 fn terminal_size() -> String {

@@ -29,13 +29,20 @@ pub(crate) struct Candidate {
     pub command: Recipe,
 }
 
-/// The product and all peers that are on PATH.
+/// The product, the product in its outer jail, and all peers that are on PATH.
 pub(crate) fn all(own: PathBuf) -> Vec<Candidate> {
-    let mut found = vec![Candidate {
-        name: "stratovirt",
-        program: own,
-        command: stratovirt,
-    }];
+    let mut found = vec![
+        Candidate {
+            name: "stratovirt",
+            program: own.clone(),
+            command: stratovirt,
+        },
+        Candidate {
+            name: OZONE,
+            program: own,
+            command: in_ozone,
+        },
+    ];
     let peers: [(&str, Recipe); 3] = [
         ("firecracker", firecracker),
         ("cloud-hypervisor", cloud_hypervisor),
@@ -86,6 +93,59 @@ fn stratovirt(program: &Path, setting: &Setting, _scratch: &Path) -> Result<Comm
         command.args(["-device", "virtio-net-device,netdev=net0,id=nic0"]);
     }
     Ok(command)
+}
+
+/// The name of the product in its outer jail among the candidates.
+pub(crate) const OZONE: &str = "ozone";
+/// The jail of the bench; each start makes it anew.
+const JAIL: &str = "bench-startup";
+/// Who the VM in the jail runs as. The disk and the tap must be this user's.
+pub(crate) const JAIL_USER: u32 = 64_700;
+
+/// The same command line behind `ozone`, with everything that a tenant gets: own user, sources, limits of both kinds.
+fn in_ozone(program: &Path, setting: &Setting, scratch: &Path) -> Result<Command, String> {
+    let ozone = program.with_file_name("ozone");
+    clean(&ozone, program)?;
+    let file = |path: &Path| {
+        let name = path.file_name().unwrap_or_default();
+        Path::new(".").join(name)
+    };
+    let within = Setting {
+        kernel: file(&setting.kernel),
+        disk: file(&setting.disk),
+        ..setting.clone()
+    };
+    let user = JAIL_USER.to_string();
+    let mut command = Command::new(&ozone);
+    command
+        .args(["-name", JAIL, "-exec_file"])
+        .arg(program)
+        .args(["-uid", &user, "-gid", &user])
+        .arg("-source")
+        .args([&setting.kernel, &setting.disk])
+        .args([
+            "-numa",
+            "0",
+            "-cgroup",
+            "cpuset.cpus=0-1",
+            "memory.limit_in_bytes=1G",
+        ])
+        .arg("--")
+        .args(stratovirt(program, &within, scratch)?.get_args());
+    Ok(command)
+}
+
+/// Removes what the start before has left; nothing is fine. Not part of what is measured.
+pub(crate) fn clean(ozone: &Path, program: &Path) -> Result<(), String> {
+    let output = Command::new(ozone)
+        .args(["-name", JAIL, "-clean-resource", "-exec_file"])
+        .arg(program)
+        .output()
+        .map_err(|e| format!("{}: {e}", ozone.display()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 fn firecracker(program: &Path, setting: &Setting, scratch: &Path) -> Result<Command, String> {
