@@ -27,6 +27,10 @@ const PAYLOADS: &[(&str, &[&str])] = &[
     ),
     ("machine", &["start.S", "payload.c", "machine.c"]),
     (
+        "start-device",
+        &["start.S", "payload.c", "virtio.c", "start-device.c"],
+    ),
+    (
         "hostile",
         &[
             "start.S",

@@ -25,6 +25,8 @@ pub enum Payload {
     NetTx,
     /// Prints what the boot protocol passed.
     Machine,
+    /// Starts one device and sleeps.
+    StartDevice,
     /// Misuses a device or the board in every way there is.
     Hostile,
 }
@@ -45,6 +47,7 @@ impl Payload {
             Self::NetLoop => "net-loop",
             Self::NetTx => "net-tx",
             Self::Machine => "machine",
+            Self::StartDevice => "start-device",
             Self::Hostile => "hostile",
         };
         PathBuf::from(concat!(env!("OUT_DIR"), "/")).join(name)

@@ -16,7 +16,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests::console::Console;
-use tests::escape::{Attempt, Jail, Outcome, attempts};
+use tests::escape::{Attempt, Expect, Jail, Outcome, attempts};
 use tests::host::{Tap, require_kvm, require_root};
 use tests::payload::Payload;
 use tests::vm::{Vm, VmBuilder, binary};
@@ -37,8 +37,13 @@ impl Place {
         require_kvm();
         require_root();
         let dir = tempfile::tempdir().unwrap();
-        for name in ["stratovirt", "block", "net"] {
-            let from = if name == jail.to_string() {
+        let program = match jail {
+            Jail::Net => "net",
+            Jail::Fs => "vhost_user_fs",
+            _ => "block",
+        };
+        for name in ["stratovirt", "block", "net", "vhost_user_fs"] {
+            let from = if name == program {
                 PathBuf::from(env!("CARGO_BIN_EXE_escape-probe"))
             } else {
                 binary(name).unwrap()
@@ -72,6 +77,7 @@ impl Place {
         }
         builder = match self.jail {
             Jail::Net => self.with_card(builder, id),
+            Jail::Fs => self.with_folder(builder, id),
             _ => self.with_disk(builder, id, readonly),
         };
         (builder.start().unwrap(), Console::new(reader, None))
@@ -106,6 +112,21 @@ impl Place {
             .arg("-device")
             .arg(format!(
                 "virtio-net-device,netdev=n0,id={id},mac={CARD},restart=off"
+            ))
+    }
+
+    fn with_folder(&self, builder: VmBuilder, id: &str) -> VmBuilder {
+        let folder = self.dir.path().join("shared");
+        // As empty as at first.
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir(&folder).unwrap();
+        builder
+            .kernel(&Payload::StartDevice.path(), "device=26 queues=2")
+            .arg("-fsdev")
+            .arg(format!("local,id=f,path={}", folder.display()))
+            .arg("-device")
+            .arg(format!(
+                "virtio-fs-device,fsdev=f,tag=share,id={id},restart=off"
             ))
     }
 
@@ -167,12 +188,12 @@ fn all_attempts(jail: Jail, tap: &str) -> usize {
     let address = SocketAddr::from_abstract_name("stratovirt-escape").unwrap();
     let listener = UnixListener::bind_addr(&address);
     let place = Place::new(jail, tap);
-    let (mut wrong, mut count, mut layers) = (Vec::new(), 0, [0; 3]);
+    let (mut wrong, mut count, mut allowed, mut layers) = (Vec::new(), 0, 0, [0; 3]);
     for attempt in attempts::all() {
         let Some((filtered, rest)) = attempt.expected(jail) else {
             continue;
         };
-        count += 1;
+        let granted = matches!(filtered, Expect::Granted(_));
         let (mut both, mut stopped) = (String::new(), 0);
         for (filter, expected) in [(true, filtered), (false, rest)] {
             let (outcome, _) = place.make(&attempt, filter);
@@ -193,7 +214,12 @@ fn all_attempts(jail: Jail, tap: &str) -> usize {
                 Err(e) => wrong.push(format!("{} {leg}: {e}", attempt.name)),
             }
         }
-        layers[stopped] += 1;
+        if granted {
+            allowed += 1;
+        } else {
+            count += 1;
+            layers[stopped] += 1;
+        }
         println!("{jail:6} {:32} {both}", attempt.name);
     }
     drop(listener);
@@ -204,7 +230,7 @@ fn all_attempts(jail: Jail, tap: &str) -> usize {
         wrong.join("\n")
     );
     println!(
-        "blocked {count}/{count} in {jail}: {} by two layers or more, {} by the filter alone",
+        "blocked {count}/{count} in {jail}: {} by two layers or more, {} by the filter alone; {allowed} more are what it is for",
         layers[2], layers[1]
     );
     count
@@ -218,4 +244,9 @@ fn nothing_gets_out_of_a_disks_process() {
 #[test]
 fn nothing_gets_out_of_a_network_cards_process() {
     assert!(all_attempts(Jail::Net, "sv-esc") >= 80);
+}
+
+#[test]
+fn nothing_gets_out_of_a_shared_folders_process() {
+    assert!(all_attempts(Jail::Fs, "") >= 80);
 }

@@ -207,6 +207,8 @@ pub enum Expect {
     KilledOr(&'static [i32]),
     /// It works: the filter is the only layer, for this reason.
     FilterOnly(&'static str),
+    /// It works, with the filter too: it is what the process is for.
+    Granted(&'static str),
     /// It works, for this reason, unless the host's kernel lacks what it takes and says so by one of these.
     Either(&'static [i32], &'static str),
 }
@@ -242,7 +244,9 @@ impl Outcome {
         match (self, expect) {
             (Self::Killed, Expect::Killed | Expect::KilledOr(_))
             | (Self::Confined, Expect::Confined)
-            | (Self::Through(_), Expect::FilterOnly(_) | Expect::Either(..)) => true,
+            | (Self::Through(_), Expect::FilterOnly(_) | Expect::Either(..) | Expect::Granted(_)) => {
+                true
+            }
             (
                 Self::Refused(errno),
                 Expect::Refused(list) | Expect::KilledOr(list) | Expect::Either(list, _),
@@ -341,6 +345,29 @@ impl Attempt {
     pub const fn answered(mut self, errnos: &'static [i32]) -> Self {
         self.filtered = Expect::KilledOr(errnos);
         self
+    }
+
+    /// The filter of a shared folder's process may let its calls pass; what else stops it then does so.
+    #[must_use]
+    pub const fn passes_in_fs(self) -> Self {
+        let filtered = match self.rest {
+            Expect::Refused(errnos) => Expect::KilledOr(errnos),
+            other => other,
+        };
+        let rest = self.rest;
+        self.but(Jail::Fs, filtered, rest)
+    }
+
+    /// A shared folder's process may do that, in its folder.
+    #[must_use]
+    pub const fn granted_in_fs(self, why: &'static str) -> Self {
+        self.but(Jail::Fs, Expect::Granted(why), Expect::Granted(why))
+    }
+
+    /// The filter alone stops that in a shared folder's process.
+    #[must_use]
+    pub const fn filter_only_in_fs(self, why: &'static str) -> Self {
+        self.but(Jail::Fs, Expect::Killed, Expect::FilterOnly(why))
     }
 
     /// One jail expects something else, with and without the filter.

@@ -1,7 +1,7 @@
 //! What can be done to descriptors that the process has.
 
 use super::*;
-use crate::escape::{Held, Jail, Which};
+use crate::escape::{Expect, Held, Jail, Which};
 use libc::*;
 
 /// A tap says the latter to whatever it does not know.
@@ -282,7 +282,8 @@ pub(super) const LIST: &[Attempt] = &[
             n(0),
         ],
     )
-    .refused(&[EINVAL, EXDEV]),
+    .refused(&[EINVAL, EXDEV])
+    .passes_in_fs(),
     steps("epoll-of-foreign", epoll_nesting).refused(&[EBADF, EINVAL]),
     one(
         "pidfd-from-socket",
@@ -316,7 +317,12 @@ pub(super) const LIST: &[Attempt] = &[
     )
     .refused(&[EPERM, EINVAL, ENODEV, ESRCH, ENOSYS, EROFS]),
     one("syncfs", SYS_syncfs, &[Arg::Fd(Which::Backend)])
-        .filter_only("writes the host's own dirty pages of one file system back: time, no right"),
+        .filter_only("writes the host's own dirty pages of one file system back: time, no right")
+        .but(
+            Jail::Fs,
+            Expect::KilledOr(&[EBADF]),
+            Expect::Refused(&[EBADF]),
+        ),
     one("sync-everything", SYS_sync, &[])
         .filter_only("writes the host's dirty pages back: time, no right"),
 ];

@@ -4,15 +4,34 @@ use super::*;
 use crate::escape::Held;
 use libc::*;
 
+const ANY_USER: &str =
+    "files can be given to any user, so all users are inside; their rights are those on the folder";
+
 pub(super) const LIST: &[Attempt] = &[
-    one("setuid-0", SYS_setuid, &[n(0)]).refused(&[EPERM, EINVAL]),
-    one("setgid-0", SYS_setgid, &[n(0)]).refused(&[EPERM, EINVAL]),
-    one("setreuid-0", SYS_setreuid, &[n(0), n(0)]).refused(&[EPERM, EINVAL]),
-    one("setresuid-0", SYS_setresuid, &[n(0), n(0), n(0)]).refused(&[EPERM, EINVAL]),
-    one("setresgid-0", SYS_setresgid, &[n(0), n(0), n(0)]).refused(&[EPERM, EINVAL]),
-    one("setuid-host-user", SYS_setuid, &[n(65534)]).refused(&[EPERM, EINVAL]),
-    one("setgroups", SYS_setgroups, &[n(1), Arg::Room(4)]).refused(&[EPERM, EINVAL]),
-    steps("setfsuid-0", setfsuid).refused(&[EPERM]),
+    one("setuid-0", SYS_setuid, &[n(0)])
+        .refused(&[EPERM, EINVAL])
+        .filter_only_in_fs(ANY_USER),
+    one("setgid-0", SYS_setgid, &[n(0)])
+        .refused(&[EPERM, EINVAL])
+        .filter_only_in_fs(ANY_USER),
+    one("setreuid-0", SYS_setreuid, &[n(0), n(0)])
+        .refused(&[EPERM, EINVAL])
+        .filter_only_in_fs(ANY_USER),
+    one("setresuid-0", SYS_setresuid, &[n(0), n(0), n(0)])
+        .refused(&[EPERM, EINVAL])
+        .filter_only_in_fs(ANY_USER),
+    one("setresgid-0", SYS_setresgid, &[n(0), n(0), n(0)])
+        .refused(&[EPERM, EINVAL])
+        .filter_only_in_fs(ANY_USER),
+    one("setuid-host-user", SYS_setuid, &[n(65534)])
+        .refused(&[EPERM, EINVAL])
+        .filter_only_in_fs(ANY_USER),
+    one("setgroups", SYS_setgroups, &[n(1), Arg::Room(4)])
+        .refused(&[EPERM, EINVAL])
+        .filter_only_in_fs(ANY_USER),
+    steps("setfsuid-0", setfsuid)
+        .refused(&[EPERM])
+        .filter_only_in_fs(ANY_USER),
     one(
         "raise-capabilities",
         SYS_capset,

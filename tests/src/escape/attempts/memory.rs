@@ -138,19 +138,21 @@ pub(super) const LIST: &[Attempt] = &[
     steps("userfaultfd", userfaultfd)
         .filter_only("faults of its own memory only: the kernel's are refused"),
     steps("userfaultfd-of-kernel", userfaultfd_of_kernel),
-    one("shrink-ram", SYS_ftruncate, &[Arg::Fd(Which::Ram), n(0)]),
+    one("shrink-ram", SYS_ftruncate, &[Arg::Fd(Which::Ram), n(0)]).passes_in_fs(),
     one(
         "grow-ram",
         SYS_ftruncate,
         &[Arg::Fd(Which::Ram), Arg::N(1 << 40)],
     )
-    .refused(TOO_LARGE),
+    .refused(TOO_LARGE)
+    .passes_in_fs(),
     one(
         "grow-ram-by-fallocate",
         SYS_fallocate,
         &[Arg::Fd(Which::Ram), n(0), n(0), Arg::N(1 << 40)],
     )
-    .refused(TOO_LARGE),
+    .refused(TOO_LARGE)
+    .passes_in_fs(),
     one(
         "grow-ram-by-writing",
         SYS_pwrite64,
@@ -168,13 +170,18 @@ pub(super) const LIST: &[Attempt] = &[
         SYS_fcntl,
         &[Arg::Fd(Which::Ram), n(F_ADD_SEALS), n(F_SEAL_SEAL)],
     ),
-    one("chmod-ram", SYS_fchmod, &[Arg::Fd(Which::Ram), n(0)]),
+    one("chmod-ram", SYS_fchmod, &[Arg::Fd(Which::Ram), n(0)]).filter_only_in_fs(
+        "its user owns the memory, as it owns files; the descriptors of others keep working",
+    ),
     one(
         "lease-ram",
         SYS_fcntl,
         &[Arg::Fd(Which::Ram), n(1024), n(F_RDLCK)],
     )
-    .refused(&[EACCES, EAGAIN, EPERM, EINVAL]),
+    .refused(&[EACCES, EAGAIN, EPERM, EINVAL])
+    .filter_only_in_fs(
+        "its user owns the memory, as it owns files; the descriptors of others keep working",
+    ),
     one(
         "swap-ram-out",
         SYS_process_madvise,

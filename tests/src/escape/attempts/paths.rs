@@ -5,6 +5,7 @@ use crate::escape::{Held, Which};
 use libc::*;
 
 const NO_FILES: &[i32] = &[EACCES, ENOENT];
+const OWN_FOLDER: &str = "the root is the shared folder";
 const READ_ONLY: &[i32] = &[EROFS, EACCES];
 
 pub(super) const LIST: &[Attempt] = &[
@@ -13,7 +14,8 @@ pub(super) const LIST: &[Attempt] = &[
         SYS_openat,
         &[HERE, Arg::Bytes(b"/etc/passwd\0"), n(O_RDONLY)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-passwd-old-call",
         SYS_open,
@@ -25,19 +27,22 @@ pub(super) const LIST: &[Attempt] = &[
         SYS_openat,
         &[HERE, Arg::Bytes(b"/proc/self/mem\0"), n(O_RDWR)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-proc-1-root",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/proc/1/root/etc/shadow\0"), n(O_RDONLY)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-proc-sysrq",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/proc/sysrq-trigger\0"), n(O_WRONLY)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-core-pattern",
         SYS_openat,
@@ -47,7 +52,8 @@ pub(super) const LIST: &[Attempt] = &[
             n(O_WRONLY),
         ],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-sys",
         SYS_openat,
@@ -57,44 +63,53 @@ pub(super) const LIST: &[Attempt] = &[
             n(O_RDONLY | O_DIRECTORY),
         ],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-dev-kvm",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/dev/kvm\0"), n(O_RDWR)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-dev-mem",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/dev/mem\0"), n(O_RDWR)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-dev-tun",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/dev/net/tun\0"), n(O_RDWR)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-tty",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/dev/tty\0"), n(O_RDWR)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "open-root",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/\0"), n(O_RDONLY | O_DIRECTORY)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .granted_in_fs(OWN_FOLDER),
     one(
         "open-parent",
         SYS_openat,
         &[HERE, Arg::Bytes(b"..\0"), n(O_RDONLY | O_DIRECTORY)],
     )
-    .refused(NO_FILES),
-    steps("open-path-and-climb", climb).refused(NO_FILES),
+    .refused(NO_FILES)
+    .granted_in_fs(OWN_FOLDER),
+    steps("open-path-and-climb", climb)
+        .refused(NO_FILES)
+        .passes_in_fs(),
     one(
         "openat2-parent",
         SYS_openat2,
@@ -105,7 +120,8 @@ pub(super) const LIST: &[Attempt] = &[
             n(24),
         ],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "reopen-image-for-writing",
         SYS_openat,
@@ -118,25 +134,29 @@ pub(super) const LIST: &[Attempt] = &[
         SYS_openat,
         &[HERE, Arg::Bytes(b"/dev/fd/5\0"), n(O_RDWR)],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "create-file",
         SYS_creat,
         &[Arg::Bytes(b"/loot\0"), n(0o600)],
     )
-    .refused(READ_ONLY),
+    .refused(READ_ONLY)
+    .filter_only_in_fs(OWN_FOLDER),
     one(
         "create-nameless",
         SYS_openat,
         &[HERE, Arg::Bytes(b"/\0"), n(O_TMPFILE | O_RDWR), n(0o600)],
     )
-    .refused(READ_ONLY),
+    .refused(READ_ONLY)
+    .granted_in_fs(OWN_FOLDER),
     one(
         "mkdir",
         SYS_mkdirat,
         &[HERE, Arg::Bytes(b"/loot\0"), n(0o700)],
     )
-    .refused(READ_ONLY),
+    .refused(READ_ONLY)
+    .granted_in_fs(OWN_FOLDER),
     one(
         "mknod-kmem",
         SYS_mknodat,
@@ -147,13 +167,15 @@ pub(super) const LIST: &[Attempt] = &[
             n(0x102),
         ],
     )
-    .refused(&[EPERM, EROFS, EACCES]),
+    .refused(&[EPERM, EROFS, EACCES])
+    .passes_in_fs(),
     one(
         "symlink",
         SYS_symlinkat,
         &[Arg::Bytes(b"/etc/passwd\0"), HERE, Arg::Bytes(b"/loot\0")],
     )
-    .refused(READ_ONLY),
+    .refused(READ_ONLY)
+    .granted_in_fs(OWN_FOLDER),
     one(
         "link-image",
         SYS_linkat,
@@ -165,13 +187,15 @@ pub(super) const LIST: &[Attempt] = &[
             n(AT_EMPTY_PATH),
         ],
     )
-    .refused(&[ENOENT, EXDEV, EPERM, EACCES]),
+    .refused(&[ENOENT, EXDEV, EPERM, EACCES])
+    .passes_in_fs(),
     one(
         "unlink",
         SYS_unlinkat,
         &[HERE, Arg::Bytes(b"/etc/passwd\0"), n(0)],
     )
-    .refused(&[ENOENT, EROFS, EACCES]),
+    .refused(&[ENOENT, EROFS, EACCES])
+    .passes_in_fs(),
     one(
         "rename",
         SYS_rename,
@@ -201,7 +225,8 @@ pub(super) const LIST: &[Attempt] = &[
             Arg::Room(256),
         ],
     )
-    .refused(NO_FILES),
+    .refused(NO_FILES)
+    .passes_in_fs(),
     one(
         "access-passwd",
         SYS_faccessat2,
@@ -209,7 +234,9 @@ pub(super) const LIST: &[Attempt] = &[
     )
     .refused(NO_FILES),
     one("chdir-etc", SYS_chdir, &[Arg::Bytes(b"/etc\0")]).refused(NO_FILES),
-    one("fchdir-backend", SYS_fchdir, &[Arg::Fd(Which::Backend)]).refused(&[ENOTDIR, EACCES]),
+    one("fchdir-backend", SYS_fchdir, &[Arg::Fd(Which::Backend)])
+        .refused(&[ENOTDIR, EACCES])
+        .filter_only_in_fs(OWN_FOLDER),
     one("chroot", SYS_chroot, &[Arg::Bytes(b"/\0")]),
     one(
         "open-by-handle",
