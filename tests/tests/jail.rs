@@ -16,10 +16,11 @@ use cases::{CASES, Case};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use std::time::Duration;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::jail::check::{Check, Finding, check};
-use tests::jail::expect::{Device, Setting};
+use tests::jail::expect::{BackEnd, Device, Setting};
 use tests::jail::saboteur;
 use tests::payload::Payload;
 use tests::qmp::Qmp;
@@ -32,21 +33,39 @@ const LIMIT: Duration = Duration::from_secs(30);
 struct Suite {
     builder: VmBuilder,
     setting: Setting,
-    _tap: Tap,
+    _tap: Option<Tap>,
     _dir: tempfile::TempDir,
+}
+
+/// Larger than what a device without an image may write.
+const IMAGE: u64 = 8 << 20;
+
+fn image(dir: &tempfile::TempDir, name: &str) -> PathBuf {
+    let path = dir.path().join(name);
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(IMAGE).unwrap();
+    path
+}
+
+fn used_disk() -> Device {
+    Device {
+        id: "d0",
+        binary: "block",
+        back_end: BackEnd::Image {
+            path: "/disk.img",
+            writes: true,
+            size: IMAGE,
+        },
+        queues: 1,
+        started: 1,
+    }
 }
 
 fn suite(tap: &str, subnet: u8) -> Suite {
     require_kvm();
     require_root();
     let dir = tempfile::tempdir().unwrap();
-    let image = |name: &str| {
-        let path = dir.path().join(name);
-        let file = std::fs::File::create(&path).unwrap();
-        file.set_len(4 << 20).unwrap();
-        path
-    };
-    let (disk, fixed) = (image("disk.img"), image("fixed.img"));
+    let (disk, fixed) = (image(&dir, "disk.img"), image(&dir, "fixed.img"));
     let tap = Tap::new(tap, &format!("10.7.{subnet}.1/24")).unwrap();
     let builder = Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
@@ -55,25 +74,78 @@ fn suite(tap: &str, subnet: u8) -> Suite {
         .disk("d1", &fixed, ",readonly=on")
         .tap("n0", &tap.name, "52:54:00:00:00:11")
         .with_qmp();
-    let device = |id, binary, back_end: &str, writes, queues, started| Device {
-        id,
-        binary,
-        back_ends: vec![(back_end.to_owned(), writes)],
-        queues,
-        started,
+    let fixed = Device {
+        id: "d1",
+        back_end: BackEnd::Image {
+            path: "/fixed.img",
+            writes: false,
+            size: IMAGE,
+        },
+        started: 0,
+        ..used_disk()
+    };
+    let card = Device {
+        id: "n0",
+        binary: "net",
+        back_end: BackEnd::Tap,
+        queues: 2,
+        started: 0,
     };
     Suite {
         builder,
         setting: Setting {
-            devices: vec![
-                device("d0", "block", "/disk.img", true, 1, 1),
-                device("d1", "block", "/fixed.img", false, 1, 0),
-                device("n0", "net", "/dev/net/tun", true, 2, 0),
-            ],
+            devices: vec![used_disk(), fixed, card],
             vcpus: 1,
             clients: 1,
         },
-        _tap: tap,
+        _tap: Some(tap),
+        _dir: dir,
+    }
+}
+
+/// A VM with a disk that its guest has used and two folders of the host, one of them read-only.
+fn suite_with_folders() -> Suite {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = image(&dir, "disk.img");
+    let mut builder = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::BlkRw.path(), "end=halt")
+        .disk("d0", &disk, "")
+        .with_qmp();
+    let mut devices = vec![used_disk()];
+    // chown, dac_override, fowner, fsetid, setgid, setuid; or dac_read_search alone.
+    for (id, readonly, capabilities) in [("f0", false, 0xdb), ("f1", true, 1 << 2)] {
+        let path = dir.path().join(format!("folder-{id}"));
+        std::fs::create_dir(&path).unwrap();
+        let path = path.to_str().unwrap().to_owned();
+        let more = if readonly { ",readonly=on" } else { "" };
+        builder = builder
+            .arg("-fsdev")
+            .arg(format!("local,id=of-{id},path={path}{more}"))
+            .arg("-device")
+            .arg(format!("virtio-fs-device,fsdev=of-{id},tag={id},id={id}"));
+        devices.push(Device {
+            id,
+            binary: "fs",
+            back_end: BackEnd::Folder {
+                path,
+                readonly,
+                capabilities,
+            },
+            queues: 2,
+            started: 0,
+        });
+    }
+    Suite {
+        builder,
+        setting: Setting {
+            devices,
+            vcpus: 1,
+            clients: 1,
+        },
+        _tap: None,
         _dir: dir,
     }
 }
@@ -91,8 +163,17 @@ fn shown(findings: &[Finding]) -> String {
 
 #[test]
 fn every_process_is_what_it_should_be() {
-    let suite = suite("sv-jail0", 31);
-    let mut vm = suite.builder.start().unwrap();
+    judge(&suite("sv-jail0", 31));
+}
+
+#[test]
+fn every_process_of_a_vm_with_folders_is_what_it_should_be() {
+    judge(&suite_with_folders());
+}
+
+#[track_caller]
+fn judge(suite: &Suite) {
+    let mut vm = suite.builder.clone().start().unwrap();
     vm.wait_for("BLK-RW OK", LIMIT)
         .unwrap_or_else(|e| panic!("{e}"));
     let mut qmp = vm.qmp().unwrap();
@@ -195,6 +276,7 @@ fn told(setting: &Setting, (process, check): (&str, Check), reply: &Value) -> Re
         Check::Namespace("uts") => ("uts-namespace", "namespaces"),
         Check::Namespace("cgroup") => ("cgroup-namespace", "namespaces"),
         Check::RootWritable => ("read-only-root", "root"),
+        Check::RootForeign if process.starts_with('f') => ("restricted-root", "root"),
         Check::RootForeign | Check::RootNotEmpty => ("empty-root", "root"),
         Check::User => ("unprivileged-user", "uids"),
         Check::Groups => ("no-supplementary-groups", "groups"),
@@ -239,7 +321,7 @@ fn guarded<T>(pid: i32, work: impl FnOnce() -> T) -> T {
 
 #[test]
 fn each_layer_that_is_taken_away_is_missed() {
-    let suite = suite("sv-jail1", 32);
+    let (plain, folders) = (suite("sv-jail1", 32), suite_with_folders());
     with_much_to_lose();
     let only = std::env::var("JAIL_CASE").unwrap_or_default();
     let mut failures = Vec::new();
@@ -250,7 +332,12 @@ fn each_layer_that_is_taken_away_is_missed() {
             continue;
         }
         tried += 1;
-        match try_case(&suite, case) {
+        let suite = if case.caught.0.starts_with('f') {
+            &folders
+        } else {
+            &plain
+        };
+        match try_case(suite, case) {
             Ok(()) => println!("found by {:?}: {}", case.caught.1, case.name),
             Err(why) => failures.push(format!("{}: {why}", case.name)),
         }

@@ -5,7 +5,7 @@
 //! **Who is not trusted.** The VM. **Why this way.** Deviations are values, so that a test of a whole VM asserts that there
 //! are none, and a test of a VM with a removed layer asserts that the check for that layer is the one that speaks.
 
-use super::expect::{BROKER_CAPABILITIES, CONTROL_THREADS, Device, KVM_WORKER, Setting, Want};
+use super::expect::{BackEnd, CONTROL_THREADS, Device, KVM_WORKER, Setting, Want};
 use super::{NAMESPACES, probe};
 use crate::procfs::{self, Fd, Status};
 use crate::trace::Tracee;
@@ -39,6 +39,12 @@ pub enum Check {
     Dumpable,
     /// It outlives its parent.
     ParentDeath,
+    /// A session or process group of somebody else's.
+    Session,
+    /// Keys of somebody else's.
+    Keys,
+    /// It may make user namespaces.
+    NestedUsers,
     /// A namespace that is shared, by its name.
     Namespace(&'static str),
     /// A root folder that is not a file system of its own.
@@ -142,17 +148,17 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
     report.capabilities(&process, [0; 5]);
     report.descriptors(&process, &setting.control_descriptors());
     report.guest_ram(&process)?;
-    report.ask(&process, Some(abi), false)?;
+    report.ask(&process, Some(abi), None)?;
     let mut all = vec![process];
 
     let mut process = Process::read("broker", broker)?;
-    process.filters = each(&process, &[Policy::Broker]);
+    process.filters = each(&process, &[setting.broker_policy()]);
     report.one_thread(&process);
     report.every(&process)?;
-    let kept = BROKER_CAPABILITIES;
+    let kept = setting.broker_capabilities();
     report.capabilities(&process, [0, kept, kept, kept, 0]);
     report.descriptors(&process, &setting.broker_descriptors());
-    report.ask(&process, None, false)?;
+    report.ask(&process, None, None)?;
     let log_pipes = process.pipes();
     all.push(process);
 
@@ -165,14 +171,28 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
             let found = format!("its process is {}", process.status.name());
             report.add(device.id, Check::Processes, found);
         }
-        process.filters = each(&process, &[Policy::Broker, kind.policy]);
+        process.filters = each(&process, &[setting.broker_policy(), kind.policy]);
         report.one_thread(&process);
         report.every(&process)?;
-        report.capabilities(&process, [0; 5]);
+        let kept = match device.back_end {
+            BackEnd::Folder { capabilities, .. } => capabilities,
+            _ => 0,
+        };
+        report.capabilities(&process, [0, kept, kept, kept, 0]);
         report.descriptors(&process, &device.descriptors());
         report.namespaces(&process, &hosts, &all);
-        report.root(&process)?;
-        report.identity(&process)?;
+        match &device.back_end {
+            BackEnd::Folder { path, readonly, .. } => {
+                process.folder = true;
+                report.folder(&process, path, *readonly)?;
+                report.owner_of_all(&process)?;
+            }
+            _ => {
+                report.root(&process)?;
+                report.identity(&process)?;
+            }
+        }
+        report.session(&process)?;
         report.limits(&process, device)?;
         let ram = |m: &&Mapping| m.name.starts_with("/memfd:guest-ram");
         let mapped = process.maps.iter().filter(ram).count();
@@ -186,7 +206,7 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
                 report.add(device.id, Check::LogPipe, found);
             }
         }
-        report.ask(&process, Some(abi), true)?;
+        report.ask(&process, Some(abi), Some(device))?;
         all.push(process);
     }
     report.query(&all, reply);
@@ -210,6 +230,8 @@ struct Process {
     maps: Vec<Mapping>,
     /// What each thread should have.
     filters: BTreeMap<i32, Vec<Policy>>,
+    /// Whether it is user 0 in a user namespace of the broker's making, so that the broker cannot tell if it is dumpable.
+    folder: bool,
 }
 
 struct Mapping {
@@ -249,6 +271,7 @@ impl Process {
             fds: of(label, "descriptors", procfs::fds(pid))?,
             maps: maps.lines().map(mapping).collect(),
             filters: BTreeMap::new(),
+            folder: false,
         })
     }
 
@@ -264,6 +287,10 @@ impl Process {
 #[derive(Default)]
 struct Report {
     findings: Vec<Finding>,
+    /// The control process's session of keys.
+    keys: i64,
+    /// Which process said itself that it can be dumped.
+    dumpable: BTreeMap<i32, bool>,
 }
 
 impl Report {
@@ -389,6 +416,70 @@ impl Report {
         Ok(())
     }
 
+    /// The very folder, on a mount where nothing is a device, a program or gives rights.
+    fn folder(&mut self, process: &Process, path: &str, readonly: bool) -> Result<(), String> {
+        use std::os::unix::fs::MetadataExt;
+        let label = process.label.as_str();
+        let root = format!("/proc/{}/root", process.pid);
+        let inside = of(label, "root folder", fs::metadata(root))?;
+        let outside = of(label, "folder", fs::metadata(path))?;
+        let line_of = format!("/proc/{}/mountinfo", process.pid);
+        let mounts = of(label, "mounts", fs::read_to_string(line_of))?;
+        if mounts.lines().count() != 1
+            || (inside.dev(), inside.ino()) != (outside.dev(), outside.ino())
+        {
+            self.add(label, Check::RootForeign, mounts.trim());
+            return Ok(());
+        }
+        let options = mounts.split_whitespace().nth(5).unwrap_or_default();
+        let has = |wanted: &str| options.split(',').any(|option| option == wanted);
+        if readonly && !has("ro") {
+            self.add(label, Check::RootWritable, options);
+        }
+        if !["nosuid", "nodev", "noexec"].into_iter().all(has) {
+            self.add(label, Check::RootOptions, options);
+        }
+        Ok(())
+    }
+
+    /// Every user that the caller is, in a user namespace of its own: files can be given to any of them.
+    fn owner_of_all(&mut self, process: &Process) -> Result<(), String> {
+        let label = process.label.as_str();
+        for field in ["Uid", "Gid"] {
+            let ids = process.status.field(field);
+            if ids.split_whitespace().any(|id| id != "0") {
+                self.add(label, Check::User, format!("{field} {ids}"));
+            }
+        }
+        let groups = process.status.field("Groups");
+        if !groups.is_empty() {
+            self.add(label, Check::Groups, groups);
+        }
+        for map in ["uid_map", "gid_map"] {
+            let read = |pid: &str| fs::read_to_string(format!("/proc/{pid}/{map}"));
+            let its = of(label, map, read(&process.pid.to_string()))?;
+            let ours = of("this process", map, read("self"))?;
+            if !its.split_whitespace().eq(ours.split_whitespace()) {
+                self.add(label, Check::IdMap, format!("{map}: {}", its.trim()));
+            }
+        }
+        Ok(())
+    }
+
+    fn session(&mut self, process: &Process) -> Result<(), String> {
+        let label = process.label.as_str();
+        let path = format!("/proc/{}/stat", process.pid);
+        let stat = of(label, "stat", fs::read_to_string(path))?;
+        // After the name in brackets: state, parent, process group, session.
+        let behind = stat.rsplit(')').next().unwrap_or_default();
+        let ids: Vec<&str> = behind.split_whitespace().skip(2).take(2).collect();
+        let own = process.pid.to_string();
+        if ids != [&own, &own] {
+            self.add(label, Check::Session, format!("group and session {ids:?}"));
+        }
+        Ok(())
+    }
+
     /// Nobody, without other groups, as the only user of a user namespace.
     fn identity(&mut self, process: &Process) -> Result<(), String> {
         const NOBODY: &str = "65534";
@@ -416,7 +507,10 @@ impl Report {
 
     fn limits(&mut self, process: &Process, device: &Device) -> Result<(), String> {
         let limits = of(&process.label, "limits", procfs::limits(process.pid))?;
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        let own = of("this process", "limits", procfs::limits(own))?;
         for (name, wanted) in device.limits() {
+            let wanted = wanted.min(own.get(name).map_or(u64::MAX, |own| own.1));
             let has = limits.get(name).copied();
             if has != Some((wanted, wanted)) {
                 let found = format!("{has:?} instead of {wanted}");
@@ -494,13 +588,15 @@ impl Report {
         &mut self,
         process: &Process,
         landlock: Option<u32>,
-        device: bool,
+        device: Option<&Device>,
     ) -> Result<(), String> {
         /// `NOROOT`, `NO_SETUID_FIXUP`, `NO_CAP_AMBIENT_RAISE`, each with its lock, and the lock of `KEEP_CAPS`.
         const LOCKED: i64 = 0xef;
         let label = process.label.as_str();
         let mut tracee = of(label, "main thread", Tracee::stop(process.pid))?;
-        if of(label, "dumpable flag", probe::dumpable(&mut tracee))? {
+        let dumpable = of(label, "dumpable flag", probe::dumpable(&mut tracee))?;
+        self.dumpable.insert(process.pid, dumpable);
+        if dumpable {
             self.add(
                 label,
                 Check::Dumpable,
@@ -513,18 +609,32 @@ impl Report {
                 self.add(label, Check::Securebits, format!("{bits:#x}"));
             }
         }
-        if device {
+        let keys = of(label, "keys", probe::session_keys(&mut tracee))?;
+        if process.label == "control" {
+            self.keys = keys;
+        }
+        if device.is_some() {
+            // A kernel without keys has nothing to hide.
+            if keys >= 0 && keys == self.keys {
+                self.add(label, Check::Keys, format!("session {keys:#x}"));
+            }
             let signal = probe::signal_at_parents_death(&mut tracee);
             let signal = of(label, "signal at the parent's death", signal)?;
-            if signal != libc::SIGKILL {
+            let wanted = device.is_some_and(Device::dies_with_its_parent);
+            if wanted && signal != libc::SIGKILL {
                 self.add(label, Check::ParentDeath, format!("signal {signal}"));
             }
         }
         if let Some(abi) = landlock {
-            let missing = probe::missing_landlock(&mut tracee, abi);
+            let folder = device.is_some_and(|d| matches!(d.back_end, BackEnd::Folder { .. }));
+            let missing = probe::missing_landlock(&mut tracee, abi, folder);
             for what in of(label, "Landlock", missing)? {
                 self.add(label, Check::Landlock(what), "a probe was not refused");
             }
+        }
+        // Last, for there is no way back if it can.
+        if device.is_some() && of(label, "namespaces", probe::makes_users(&mut tracee))? {
+            self.add(label, Check::NestedUsers, "it made one");
         }
         Ok(())
     }
@@ -539,7 +649,12 @@ impl Report {
         }
         for (at, process) in processes.iter().enumerate() {
             let said = &reply["processes"][at];
-            for (member, wanted) in facts(process) {
+            let mut facts = facts(process);
+            if !process.folder {
+                let flag = self.dumpable.get(&process.pid);
+                facts.push(("dumpable", json!(flag)));
+            }
+            for (member, wanted) in facts {
                 if let Some(why) = said["unreadable"][member].as_str() {
                     self.add(&process.label, Check::Unread(member), why);
                     continue;
@@ -626,8 +741,6 @@ fn facts(process: &Process) -> Vec<(&'static str, Value)> {
         ("groups", numbers("Groups")),
         ("threads", threads),
         ("namespaces", namespaces.into()),
-        // Not compared here, where it is asked for in another way.
-        ("dumpable", Value::Null),
         (
             "memory",
             json!([rights(&['x']), rights(&['w', 'x']), foreign]),
@@ -660,7 +773,6 @@ fn picked(member: &str, said: &Value) -> Value {
             said["writable-executable"],
             said["foreign-files"]
         ]),
-        "dumpable" => Value::Null,
         _ => said.clone(),
     }
 }

@@ -6,6 +6,9 @@
 //! **Who is not trusted.** The product: the table is written down here, not asked for.
 //! **Why this way.** Every descriptor is accounted for by number or by count; "at least" would let one more in.
 
+use ipc::limits::{
+    FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS,
+};
 use seccomp_policies::Policy;
 
 /// A device of the VM under test.
@@ -15,12 +18,37 @@ pub struct Device {
     pub id: &'static str,
     /// The program that runs it, which is in [`KINDS`].
     pub binary: &'static str,
-    /// What it holds behind it: a part of the link's text in `/proc/PID/fd`, and whether it may write.
-    pub back_ends: Vec<(String, bool)>,
+    /// What it holds behind it.
+    pub back_end: BackEnd,
     /// All its queues.
     pub queues: usize,
     /// Those that the guest's driver has started.
     pub started: usize,
+}
+
+/// What is behind a device.
+#[derive(Debug, Clone)]
+pub enum BackEnd {
+    /// An image in a file of so many bytes, by the end of its path.
+    Image {
+        /// End of the path.
+        path: &'static str,
+        /// Whether it may be written.
+        writes: bool,
+        /// Bytes of the file.
+        size: u64,
+    },
+    /// A tap by its name.
+    Tap,
+    /// A folder, by its whole path, which is the root of the process.
+    Folder {
+        /// The path on the host.
+        path: String,
+        /// Whether nothing in it may change.
+        readonly: bool,
+        /// The capabilities that this takes.
+        capabilities: u64,
+    },
 }
 
 /// The VM under test.
@@ -37,12 +65,10 @@ pub struct Setting {
 /// What all device processes of one program have in common.
 #[derive(Debug)]
 pub struct Kind {
-    /// The program, and the process's name.
+    /// The process's name.
     pub binary: &'static str,
     /// Its filter. It comes on top of the broker's.
     pub policy: Policy,
-    /// Largest file that it may write, in bytes.
-    pub file_size: u64,
 }
 
 /// Every kind of device process.
@@ -50,13 +76,14 @@ pub const KINDS: &[Kind] = &[
     Kind {
         binary: "block",
         policy: Policy::Block,
-        // Or its image, where that is larger; those of a VM under test are not.
-        file_size: ipc::limits::MAX_INFLIGHT_REGION,
     },
     Kind {
         binary: "net",
         policy: Policy::Net,
-        file_size: ipc::limits::MAX_INFLIGHT_REGION,
+    },
+    Kind {
+        binary: "fs",
+        policy: Policy::VhostUserFs,
     },
 ];
 
@@ -67,20 +94,51 @@ impl Device {
         KINDS.iter().find(|kind| kind.binary == self.binary)
     }
 
-    /// Resource limits, soft and hard alike, by the kernel's names.
+    /// Whether it ends with its parent. The kernel forgets that wish when a process changes its user, as one that makes
+    /// files for any user does; such a one ends when its socket closes.
+    #[must_use]
+    pub fn dies_with_its_parent(&self) -> bool {
+        !matches!(
+            self.back_end,
+            BackEnd::Folder {
+                readonly: false,
+                ..
+            }
+        )
+    }
+
+    /// Resource limits, soft and hard alike, by the kernel's names; the caller's own are the limit where they are lower.
     #[must_use]
     pub fn limits(&self) -> Vec<(&'static str, u64)> {
-        let file_size = self.kind().map(|kind| kind.file_size);
-        let descriptors = 64 + 6 * self.queues + ipc::limits::MAX_MEMORY_REGIONS;
+        // A written image keeps the size that it has; a written folder's files are the guest's.
+        let file_size = match self.back_end {
+            BackEnd::Image {
+                writes: true, size, ..
+            } => size.max(MAX_INFLIGHT_REGION),
+            BackEnd::Folder {
+                readonly: false, ..
+            } => u64::MAX,
+            _ => MAX_INFLIGHT_REGION,
+        };
+        let (memory, descriptors) = match self.back_end {
+            BackEnd::Folder { .. } => (
+                MAX_DEVICE_MEMORY + MAX_FS_DESCRIPTORS * FS_INODE_MEMORY,
+                MAX_FS_DESCRIPTORS,
+            ),
+            _ => (
+                MAX_DEVICE_MEMORY,
+                (64 + 6 * self.queues + MAX_MEMORY_REGIONS) as u64,
+            ),
+        };
         vec![
             ("Max core file size", 0),
             ("Max msgqueue size", 0),
             ("Max realtime priority", 0),
-            ("Max file size", file_size.unwrap_or(0)),
-            ("Max data size", ipc::limits::MAX_DEVICE_MEMORY),
+            ("Max file size", file_size),
+            ("Max data size", memory),
             ("Max locked memory", 0),
             ("Max processes", 16),
-            ("Max open files", descriptors as u64),
+            ("Max open files", descriptors),
         ]
     }
 
@@ -94,8 +152,16 @@ impl Device {
             Want::at(3, "socket", "rw"),
             Want::at(4, "eventpoll", "rw"),
         ];
-        for ((target, writes), number) in self.back_ends.iter().zip(5..) {
-            all.push(Want::at(number, target, if *writes { "rw" } else { "r" }));
+        match &self.back_end {
+            BackEnd::Image { path, writes, .. } => {
+                all.push(Want::at(5, path, if *writes { "rw" } else { "r" }));
+            }
+            BackEnd::Tap => all.push(Want::at(5, "/dev/net/tun", "rw")),
+            BackEnd::Folder { .. } => {
+                // Its root, and its own descriptors, to open what it has looked up.
+                all.push(Want::at(5, "/", ""));
+                all.push(Want::at(6, "/", ""));
+            }
         }
         all.push(Want::some("memfd:inflight", "rw"));
         // Kick, call and error.
@@ -133,10 +199,6 @@ impl Want {
     }
 }
 
-/// Capabilities that the broker of a VM with a device, and with a tap by name, keeps of root's: `DAC_OVERRIDE`,
-/// `DAC_READ_SEARCH`, `KILL`, `SETGID`, `SETUID`; `NET_ADMIN`.
-pub const BROKER_CAPABILITIES: u64 = 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 12;
-
 /// Filters of the control process's threads, by the thread's name without digits at its end.
 pub const CONTROL_THREADS: &[(&str, Policy)] = &[
     ("stratovirt", Policy::ControlMain),
@@ -145,6 +207,33 @@ pub const CONTROL_THREADS: &[(&str, Policy)] = &[
 ];
 
 impl Setting {
+    /// The broker's filter.
+    #[must_use]
+    pub fn broker_policy(&self) -> Policy {
+        if self.folders() {
+            Policy::BrokerFs
+        } else {
+            Policy::Broker
+        }
+    }
+
+    /// What the broker of a VM with devices keeps of root's capabilities: `DAC_OVERRIDE`, `DAC_READ_SEARCH`, `KILL`, `SETGID`,
+    /// `SETUID`; with a tap by name `NET_ADMIN`, with a folder `SETFCAP`.
+    #[must_use]
+    pub fn broker_capabilities(&self) -> u64 {
+        let taps = self
+            .devices
+            .iter()
+            .any(|d| matches!(d.back_end, BackEnd::Tap));
+        let always = 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 7;
+        always | u64::from(taps) << 12 | u64::from(self.folders()) << 31
+    }
+
+    fn folders(&self) -> bool {
+        let folder = |d: &Device| matches!(d.back_end, BackEnd::Folder { .. });
+        self.devices.iter().any(folder)
+    }
+
     /// Descriptors of a control process with the console on pipes, messages in a file, one QMP socket and a kernel.
     #[must_use]
     pub fn control_descriptors(&self) -> Vec<Want> {
@@ -171,8 +260,8 @@ impl Setting {
         all.extend((0..CONTROL_EVENTFDS).map(|_| Want::some("eventfd", "rw")));
         for device in &self.devices {
             all.push(Want::some("socket", "rw"));
-            // Kick and call; for the device, its error and its call for attention.
-            all.extend((0..2 * device.queues + 2).map(|_| Want::some("eventfd", "rw")));
+            // Kicks; for the device its interrupt, its error and its call for attention.
+            all.extend((0..device.queues + 3).map(|_| Want::some("eventfd", "rw")));
             if device.started > 0 {
                 all.push(Want::some("memfd:inflight", "rw"));
             }
@@ -195,10 +284,11 @@ impl Setting {
         for device in &self.devices {
             all.push(Want::some("pipe", "r")); // its log
             all.push(Want::some("pidfd", "rw"));
-            for (target, _) in &device.back_ends {
-                if device.binary == "block" {
-                    all.push(Want::some(target, "")); // the path of its image, for a restart
-                }
+            // The same image or folder again, for a restart.
+            match &device.back_end {
+                BackEnd::Image { path, .. } => all.push(Want::some(path, "")),
+                BackEnd::Folder { path, .. } => all.push(Want::some(path, "")),
+                BackEnd::Tap => {}
             }
         }
         all
@@ -206,7 +296,7 @@ impl Setting {
 }
 
 /// Eventfds of a control process that belong to no device.
-const CONTROL_EVENTFDS: usize = 7;
+const CONTROL_EVENTFDS: usize = 8;
 
 /// A thread that KVM makes in the process that first runs a vCPU. It is the kernel's: it runs no instruction of the process,
 /// and there is none where KVM splits no huge pages.

@@ -27,11 +27,16 @@ const LIMIT: Duration = Duration::from_secs(10);
 const EACCES: i64 = -(libc::EACCES as i64);
 const EPERM: i64 = -(libc::EPERM as i64);
 
-/// What of Landlock a process lacks; empty when all that the kernel's version offers is in force.
+/// What of Landlock a process lacks; empty when all that the kernel's version offers is in force. `folder`: it serves one,
+/// which is its root.
 ///
 /// # Errors
 /// When a probe could not be made.
-pub fn missing_landlock(tracee: &mut Tracee, abi: u32) -> io::Result<Vec<&'static str>> {
+pub fn missing_landlock(
+    tracee: &mut Tracee,
+    abi: u32,
+    folder: bool,
+) -> io::Result<Vec<&'static str>> {
     let mut missing = Vec::new();
     let mut look = |what, outcome: i64, refusal: i64| match outcome {
         _ if outcome == refusal => Ok(()),
@@ -48,7 +53,13 @@ pub fn missing_landlock(tracee: &mut Tracee, abi: u32) -> io::Result<Vec<&'stati
         missing.push("files");
         return Ok(missing);
     }
-    look("files", open_root(tracee)?, EACCES)?;
+    let opened = if folder {
+        // The rules are for what lies below its root; its own descriptors in /proc do not.
+        open_folder(tracee, OWN_FDS, ".")?
+    } else {
+        open_folder(tracee, libc::AT_FDCWD, "/")?
+    };
+    look("files", opened, EACCES)?;
     if abi >= LANDLOCK_TCP {
         look("TCP", bind_tcp(tracee)?, EACCES)?;
     }
@@ -66,10 +77,13 @@ fn close(tracee: &mut Tracee, fd: i64) -> io::Result<()> {
     Ok(())
 }
 
-fn open_root(tracee: &mut Tracee) -> io::Result<i64> {
+/// The number of a folder's process's own descriptors.
+const OWN_FDS: i32 = ipc::spec::fs::FD_OWN_FDS;
+
+fn open_folder(tracee: &mut Tracee, at: i32, path: &str) -> io::Result<i64> {
     let flags = (libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64;
-    let arguments = [libc::AT_FDCWD as u64, 0, flags];
-    let fd = tracee.call_path(libc::SYS_openat, &arguments, 1, "/")?;
+    let arguments = [at as u64, 0, flags];
+    let fd = tracee.call_path(libc::SYS_openat, &arguments, 1, path)?;
     close(tracee, fd)?;
     Ok(fd)
 }
@@ -178,6 +192,24 @@ pub fn dumpable(tracee: &mut Tracee) -> io::Result<bool> {
 /// When it has ended.
 pub fn securebits(tracee: &mut Tracee) -> io::Result<i64> {
     tracee.call(libc::SYS_prctl, &[libc::PR_GET_SECUREBITS as u64])
+}
+
+/// The process's session of keys; a negative error number where there are none.
+///
+/// # Errors
+/// When it has ended.
+pub fn session_keys(tracee: &mut Tracee) -> io::Result<i64> {
+    const SESSION: i64 = -3; // include/uapi/linux/keyctl.h, KEY_SPEC_SESSION_KEYRING
+    tracee.call(libc::SYS_keyctl, &[0, SESSION.cast_unsigned(), 0])
+}
+
+/// Whether the process can make a user namespace. One that can is in it from then on.
+///
+/// # Errors
+/// When it has ended.
+pub fn makes_users(tracee: &mut Tracee) -> io::Result<bool> {
+    let outcome = tracee.call(libc::SYS_unshare, &[libc::CLONE_NEWUSER as u64])?;
+    Ok(outcome == 0)
 }
 
 /// The signal that the process gets at its parent's death; 0 for none.

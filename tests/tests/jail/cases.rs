@@ -62,6 +62,7 @@ const CAP_AMBIENT_RAISE: u64 = 2;
 const NO_CAP_AMBIENT_RAISE: u64 = 0xc0; // with its lock
 const ATTR_RDONLY: u64 = 1;
 const ATTR_NODEV: u64 = 4;
+const ATTR_NOEXEC: u64 = 8;
 
 const fn option(call: &Call<'_>, wanted: libc::c_int) -> bool {
     call.arguments[0] == wanted as u64
@@ -270,8 +271,38 @@ fn to_user_map(call: &Call<'_>) -> bool {
     call.target(call.arguments[0]).ends_with("/uid_map")
 }
 
+fn to_nested_users(call: &Call<'_>) -> bool {
+    call.target(call.arguments[0])
+        .ends_with("/max_user_namespaces")
+}
+
 fn of_root(call: &Call<'_>, key: &str) -> bool {
     call.text(2) == key
+}
+
+/// `mount_setattr`'s fourth argument: attributes to set, to clear, propagation, user namespace, 64 bits each.
+fn mount_without(tracee: &mut Tracee, attribute: u64) -> io::Result<()> {
+    let attributes = tracee.registers()?.r10;
+    let mut set = [0; 8];
+    tracee.read(attributes, &mut set)?;
+    let set = u64::from_ne_bytes(set) & !attribute;
+    tracee.write(attributes, &set.to_ne_bytes())
+}
+
+/// `statfs` tells of a mount that is read-only and on which nothing counts.
+fn pretend_restricted(tracee: &mut Tracee, call: &Registers) -> io::Result<()> {
+    const FLAGS: u64 = 80; // of struct statfs
+    let all = libc::ST_RDONLY | libc::ST_NOSUID | libc::ST_NODEV | libc::ST_NOEXEC;
+    let mut flags = [0; 8];
+    tracee.read(call.rsi + FLAGS, &mut flags)?;
+    let flags = u64::from_ne_bytes(flags) | all;
+    tracee.write(call.rsi + FLAGS, &flags.to_ne_bytes())
+}
+
+/// The VM starts in a session with keys, before its broker is split off.
+fn join_keys(tracee: &mut Tracee) -> io::Result<()> {
+    const JOIN_SESSION_KEYRING: u64 = 1;
+    done(tracee.call(libc::SYS_keyctl, &[JOIN_SESSION_KEYRING, 0])?)
 }
 
 /// The process has its user by now, and its root is not read-only any more.
@@ -546,7 +577,7 @@ pub(crate) const CASES: &[Case] = &[
     // Namespaces.
     case("no user namespace, and so no other", ("d0", Check::Namespace("user")),
         &[Check::Namespace("mnt"), Check::Namespace("pid"), Check::Namespace("net"), Check::Namespace("ipc"), Check::Namespace("uts"),
-          Check::Namespace("cgroup"), Check::RootForeign, Check::IdMap, Check::Capabilities("bounding"), Check::Securebits],
+          Check::Namespace("cgroup"), Check::RootForeign, Check::IdMap, Check::Capabilities("bounding"), Check::Securebits, Check::NestedUsers],
         &[change(Who::Broker, libc::SYS_clone3, makes_user_namespace, Act::Skip(-(libc::EPERM as i64)))]),
     case("the pid namespace is shared", ("d0", Check::Namespace("pid")), &[],
         &[change(Who::Broker, libc::SYS_clone3, any, Act::Before(without_pid_namespace))]),
@@ -601,6 +632,12 @@ pub(crate) const CASES: &[Case] = &[
     limit!("locked memory is not limited", "Max locked memory", RLIMIT_MEMLOCK),
     limit!("threads are not limited", "Max processes", RLIMIT_NPROC),
     limit!("descriptors are not limited", "Max open files", RLIMIT_NOFILE),
+    case("a disk is in the caller's session", ("d0", Check::Session), &[],
+        &[change(Who::Child(0), libc::SYS_setsid, any, SKIP)]),
+    case("a disk has the caller's keys", ("d0", Check::Keys), &[],
+        &[change(MAIN, libc::SYS_socketpair, any, Act::Before(join_keys)), change(Who::Child(0), libc::SYS_keyctl, any, SKIP)]),
+    case("a disk may make user namespaces", ("d0", Check::NestedUsers), &[],
+        &[change(Who::Child(0), libc::SYS_write, to_nested_users, Act::Skip(1))]),
     case("a disk outlives its broker", ("d0", Check::ParentDeath), &[],
         &[change(Who::Child(0), libc::SYS_prctl, set_parent_death, SKIP)]),
 
@@ -627,6 +664,28 @@ pub(crate) const CASES: &[Case] = &[
         &[change(MAIN, libc::SYS_landlock_restrict_self, any, Act::Before(leak_host_file))]),
     case("guest RAM is not sealed", ("control", Check::Seals), &[],
         &[change(MAIN, libc::SYS_fcntl, seals_guest_ram, SKIP)]),
+
+    // A folder of the host: the root is the folder, and some capabilities stay.
+    case("no filter of its own on a folder", ("f0", Check::FilterCount), &[],
+        &[change(Who::Device(1), libc::SYS_seccomp, any, SKIP)]),
+    case("a folder's process has one capability more", ("f0", Check::Capabilities("bounding")), &[],
+        &[change(Who::Child(1), libc::SYS_prctl, drop_setpcap, SKIP)]),
+    case("a read-only folder is not mounted so", ("f1", Check::RootWritable), &[],
+        &[change(Who::Child(2), libc::SYS_mount_setattr, any, Act::Before(|tracee| mount_without(tracee, ATTR_RDONLY))),
+          change(Who::Device(2), libc::SYS_statfs, any, Act::After(pretend_restricted))]),
+    case("programs count in a folder", ("f0", Check::RootOptions), &[],
+        &[change(Who::Child(1), libc::SYS_mount_setattr, any, Act::Before(|tracee| mount_without(tracee, ATTR_NOEXEC))),
+          change(Who::Device(1), libc::SYS_statfs, any, Act::After(pretend_restricted))]),
+    case("a folder's process has the host's files", ("f0", Check::RootForeign), &[],
+        &[change(Who::Child(1), libc::SYS_pivot_root, any, SKIP),
+          change(Who::Device(1), libc::SYS_statfs, any, Act::After(pretend_restricted))]),
+    case("a folder without Landlock", ("f0", Check::Landlock("files")), &ALL_LANDLOCK,
+        &[change(Who::Device(1), libc::SYS_landlock_restrict_self, any, SKIP)]),
+    case("a folder's process can be dumped", ("f1", Check::Dumpable), &[],
+        &[change(Who::Device(2), libc::SYS_prctl, set_not_dumpable, SKIP), change(Who::Device(2), libc::SYS_prctl, get_dumpable, SKIP)]),
+    case("a folder's process holds /dev/kvm", ("f0", Check::ExtraDescriptor), &[],
+        &[change(Who::Child(1), libc::SYS_unshare, any, Act::Before(open_kvm)),
+          change(Who::Child(1), libc::SYS_execveat, any, Act::Before(keep_at_exec))]),
 
     // Memory.
     case("a disk has writable code", ("d0", Check::WritableCode), &[],

@@ -61,8 +61,8 @@ impl Witness {
     /// The control process as it is now.
     pub(super) fn facts(&mut self) -> ProcessFacts {
         let mut facts = readable_by_all(Role::Control, self.pid);
-        facts.dumpable = dumpable(self.pid, &facts);
         facts.namespaces = self.namespaces.clone();
+        facts.dumpable = dumpable(self.pid, &facts, &facts.namespaces);
         facts.fds = self.descriptors();
         facts.memory = self.memory();
         facts
@@ -119,7 +119,7 @@ pub(super) fn broker() -> ProcessFacts {
 /// The process of a device.
 pub(super) fn device(index: u32, pid: i32) -> ProcessFacts {
     let mut facts = readable_by_its_owner(Role::Device(index), pid);
-    facts.dumpable = dumpable(pid, &facts);
+    facts.dumpable = dumpable(pid, &facts, &facts.namespaces);
     if let Ok(root) = &mut facts.root {
         root.entries = fs::read_dir(of_process(pid).join("root/"))
             .ok()
@@ -189,14 +189,19 @@ fn readable_by_all(role: Role, pid: i32) -> ProcessFacts {
 
 /// Whether the kernel treats the process as dumpable. No file says so. Files of a process that is not belong to user 0; if
 /// its own user is that too, the kernel's answer to a look into it decides, provided that nothing else could forbid that.
-fn dumpable(pid: i32, facts: &ProcessFacts) -> Fact<bool> {
+fn dumpable(pid: i32, facts: &ProcessFacts, namespaces: &Fact<[u64; 7]>) -> Fact<bool> {
     let folder = of_process(pid);
     let user = facts.uids.as_ref().map_err(Clone::clone)?[1];
     let owner = told("status", fs::metadata(folder.join("status")))?.uid();
     if user != 0 {
         return Ok(owner == user);
     }
-    let own = readable_by_all(Role::Broker, nix::unistd::getpid().as_raw());
+    let own_pid = nix::unistd::getpid().as_raw();
+    let users = |all: &Fact<[u64; 7]>| all.as_ref().map(|all| all[0]).map_err(Clone::clone);
+    if users(namespaces)? != users(&self::namespaces(&of_process(own_pid)))? {
+        return Err("shown to the maker of its user namespace either way".into());
+    }
+    let own = readable_by_all(Role::Broker, own_pid);
     let permitted = |facts: &ProcessFacts| {
         facts.threads.as_ref().ok().map(|threads| {
             let sets = threads.iter().map(|thread| thread.capabilities[1]);
