@@ -8,6 +8,9 @@
 //! so every attempt has a VM of its own.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
+#[path = "escape/waste.rs"]
+mod waste;
+
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::linux::net::SocketAddrExt;

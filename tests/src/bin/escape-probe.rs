@@ -73,11 +73,16 @@ fn run(what: &str) -> Result<(), Box<dyn std::error::Error>> {
     let (queues, size) = (start.device.num_queues(), start.device.queue_size());
     let backends = start.backend_fds;
     let jailed = Prepared::new(Idle { queues, size }, start)?.enter_jail()?;
-    let held = answer_until_ready(queues, backends)?;
+    // A guest may never start a device that wastes.
+    let last = if exhaust::is_waste(what) {
+        None
+    } else {
+        queues.checked_sub(1)
+    };
+    let held = answer_until_ready(queues, backends, last)?;
     say("ready\n");
-    let mut local = Local::default();
     if let Some(attempt) = attempts::all().into_iter().find(|a| a.name == what) {
-        let outcome = Outcome::of(attempt.make(&mut local, &held));
+        let outcome = Outcome::of(attempt.make(&mut Local::default(), &held));
         match outcome {
             Some(Outcome::Refused(errno)) => say(&format!("answer refused {errno}\n")),
             Some(Outcome::Confined) => say("answer confined\n"),
@@ -85,7 +90,7 @@ fn run(what: &str) -> Result<(), Box<dyn std::error::Error>> {
             Some(Outcome::Killed) | None => return Err("alive, and cannot say how".into()),
         }
     } else {
-        exhaust::run(what, &mut local, &held, say)?;
+        exhaust::run(what, &mut Local::silent(), &held, say)?;
     }
     drop(jailed);
     Ok(())
@@ -107,8 +112,12 @@ const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 9;
 const NEED_REPLY: u32 = 8;
 const HEADER: usize = 12;
 
-/// Says what the front end wants to hear until the last queue is enabled.
-fn answer_until_ready(queues: u16, backends: u32) -> Result<Held, Box<dyn std::error::Error>> {
+/// Says what the front end wants to hear until queue `last` is enabled; without one, until it has been told all it asked.
+fn answer_until_ready(
+    queues: u16,
+    backends: u32,
+    last: Option<u16>,
+) -> Result<Held, Box<dyn std::error::Error>> {
     let backend = if backends > 0 { FD_BACKEND } else { -1 };
     let mut held = Held {
         log: FD_LOG,
@@ -190,7 +199,11 @@ fn answer_until_ready(queues: u16, backends: u32) -> Result<Held, Box<dyn std::e
                 None,
             )?;
         }
-        if request == SET_VRING_ENABLE && word(&payload, 0) + 1 == u32::from(queues) {
+        let done = match last {
+            Some(last) => request == SET_VRING_ENABLE && word(&payload, 0) == u32::from(last),
+            None => request == GET_CONFIG,
+        };
+        if done {
             return Ok(held);
         }
     }

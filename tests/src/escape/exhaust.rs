@@ -12,12 +12,19 @@ use libc::*;
 #[error("neither an attempt nor a waste is called {0}")]
 pub struct Unknown(String);
 
+/// Whether `what` is a way to waste.
+#[must_use]
+pub fn is_waste(what: &str) -> bool {
+    what.starts_with("waste-")
+}
+
 /// Wastes in the way that `what` names, and tells in the end how much there was.
 ///
 /// # Errors
 /// There is no such way.
 pub fn run(what: &str, m: &mut dyn Machine, held: &Held, say: fn(&str)) -> Result<(), Unknown> {
     match what {
+        "waste-nothing" => nothing(m, held),
         "waste-memory" => memory(m, say),
         "waste-descriptors" => descriptors(m, held, say),
         "waste-processor" => processor(say),
@@ -39,6 +46,16 @@ fn hold(say: fn(&str), text: &str) {
     // Until it is killed, without a call that a filter could mind.
     loop {
         std::hint::spin_loop();
+    }
+}
+
+/// Waits for a message that does not come.
+fn nothing(m: &mut dyn Machine, held: &Held) {
+    if let Ok(message) = m.put(&[0; 56]) {
+        while m
+            .call(SYS_recvmsg, &[held.socket as u64, message, 0])
+            .is_ok_and(|length| length > 0)
+        {}
     }
 }
 

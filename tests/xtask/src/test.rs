@@ -24,6 +24,9 @@ const SETTINGS: &[(&str, &str)] = &[
     ("--seed", "HOSTILE_SEED"),
 ];
 
+/// Suites that are two halves of one question, the second of which comes along.
+const TOGETHER: &[(&str, &str)] = &[("jail", "escape")];
+
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     ensure_packages(PACKAGES).map_err(|e| chain(&e))?;
     let place = place(tests::lab::Flavour::Cloud).map_err(|e| chain(&e))?;
@@ -43,12 +46,10 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         }
         let root = tool::root();
         if root.join(format!("tests/tests/{argument}.rs")).exists() {
-            select.extend([
-                "-p".into(),
-                "tests".into(),
-                "--test".into(),
-                argument.clone(),
-            ]);
+            let more = TOGETHER.iter().filter(|(suite, _)| suite == argument);
+            let suites = std::iter::once(argument.as_str()).chain(more.map(|(_, with)| *with));
+            select.extend(["-p".into(), "tests".into()]);
+            select.extend(suites.flat_map(|suite| ["--test".into(), suite.to_owned()]));
         } else if select.is_empty() && filters.is_empty() && is_crate(argument) {
             select.extend(["-p".into(), argument.clone()]);
         } else {
