@@ -21,5 +21,6 @@ pub mod procfs;
 pub mod qmp;
 #[cfg(target_arch = "x86_64")]
 pub mod trace;
+pub mod vhost_user;
 pub mod vm;
 pub mod wait;

@@ -25,6 +25,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, recvmsg};
+use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -113,6 +114,8 @@ enum Refusal {
     InflightAway { message: &'static str },
     #[error("{message} is not offered")]
     NotOffered { message: &'static str },
+    #[error("{message}: the descriptor is no eventfd")]
+    NoEvent { message: &'static str },
     #[error("{message} before SET_MEM_TABLE")]
     NoMemory { message: &'static str },
     #[error("{message}")]
@@ -265,8 +268,12 @@ impl<D: Device> Connection<D> {
         match result {
             Ok(()) | Err(VhostError::SocketRetry(_)) => Ok(true),
             Err(VhostError::Disconnected) => Ok(false),
+            // It may leave without having read all answers, or with one on its way.
             Err(VhostError::SocketBroken(source))
-                if source.kind() == io::ErrorKind::ConnectionReset =>
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+                ) =>
             {
                 Ok(false)
             }
@@ -478,17 +485,18 @@ impl<D: Device> Server<D> {
         self.ring(message, index)
     }
 
-    /// Makes a descriptor that this process will write to one that no write waits for: an eventfd whose counter is full,
-    /// or a pipe, would stop the device. (A front end that undoes this later stops its own device, and nobody else's.)
-    fn never_wait(
-        &mut self,
-        message: &'static str,
-        fd: Option<File>,
-    ) -> VhostResult<Option<OwnedFd>> {
+    /// Takes what can be an eventfd and no stream: a front end that passes its own end of the vhost-user socket would never
+    /// be seen to leave. Makes it one that no write waits for, since one whose counter is full would stop the device.
+    /// (A front end that undoes this later stops its own device, and nobody else's.)
+    fn eventfd(&mut self, message: &'static str, fd: Option<File>) -> VhostResult<Option<OwnedFd>> {
         // Whatever it is: for the standard library, a stream is the owner of a descriptor, and this its FIONBIO.
         let Some(fd) = fd.map(|fd| UnixStream::from(OwnedFd::from(fd))) else {
             return Ok(None);
         };
+        // An eventfd has one place, 0. Streams have none, files have others; the filter allows no call that tells more.
+        if lseek(&fd, 0, Whence::SeekEnd) != Ok(0) {
+            return Err(self.refuse(&Refusal::NoEvent { message }));
+        }
         if let Err(error) = fd.set_nonblocking(true) {
             let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
             let source = HostFault::of("ioctl(FIONBIO)")(errno);
@@ -727,8 +735,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         let Some(ram) = self.ram.clone() else {
             return Err(self.refuse(&Refusal::NoMemory { message }));
         };
+        let Some(fd) = self.eventfd(message, Some(fd))? else {
+            return Err(self.refuse(&Refusal::NoEvent { message }));
+        };
         self.unpoll_kick(usize::from(index));
-        let fd = OwnedFd::from(fd);
         let event = EpollEvent::new(
             EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
             FIRST_KICK + u64::from(index),
@@ -759,7 +769,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let message = "SET_VRING_CALL";
         self.ring(message, u32::from(index))?;
-        let fd = self.never_wait(message, fd)?;
+        let fd = self.eventfd(message, fd)?;
         self.ring(message, u32::from(index))?.set_call(fd);
         Ok(())
     }
@@ -767,7 +777,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let message = "SET_VRING_ERR";
         self.ring(message, u32::from(index))?;
-        let fd = self.never_wait(message, fd)?;
+        let fd = self.eventfd(message, fd)?;
         self.ring(message, u32::from(index))?.error = fd;
         Ok(())
     }
