@@ -365,6 +365,10 @@ fn a_front_end_may_leave_at_any_byte() {
             let now = left.min(bytes.len());
             front.raw(&bytes[..now], if now > 0 { &fds } else { &[] });
             between = now == 0 || now == bytes.len();
+            if now == bytes.len() && bytes[0] == req::GET_FEATURES as u8 {
+                // With an answer on its way, leaving is leaving, whatever comes after.
+                front.reply(req::GET_FEATURES);
+            }
             left -= now;
             if left == 0 {
                 break;
