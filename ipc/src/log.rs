@@ -232,17 +232,26 @@ impl RateLimit {
     }
 }
 
-/// Warns about something that a guest or a peer can cause as often as it likes: rate limited at this place.
+/// Tells, at a level (`error`, `warn`, `info`), of something that a guest or a peer can cause as often as it likes: rate
+/// limited at this place.
 #[macro_export]
-macro_rules! guest_warn {
-    ($($arg:tt)+) => {{
+macro_rules! guest_log {
+    ($level:ident, $($arg:tt)+) => {{
         static LIMIT: $crate::log::RateLimit = $crate::log::RateLimit::new();
         match LIMIT.admit() {
-            Some(0) => $crate::log::warn!($($arg)+),
-            Some(dropped) => $crate::log::warn!("{} ({dropped} similar messages dropped)", format_args!($($arg)+)),
+            Some(0) => $crate::log::$level!($($arg)+),
+            Some(dropped) => $crate::log::$level!("{} ({dropped} similar messages dropped)", format_args!($($arg)+)),
             None => {}
         }
     }};
+}
+
+/// [`guest_log!`](crate::guest_log) at level `warn`.
+#[macro_export]
+macro_rules! guest_warn {
+    ($($arg:tt)+) => {
+        $crate::guest_log!(warn, $($arg)+)
+    };
 }
 
 #[cfg(test)]

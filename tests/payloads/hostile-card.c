@@ -124,7 +124,7 @@ static void random_header(u8 *to)
 
 static u16 packet(u16 slot, u32 length)
 {
-    u16 at = slot * 8;
+    u16 at = slot * STRIDE;
     put_desc(transmit, at, header_of(slot), HEADER, N, at + 1);
     put_desc(transmit, at + 1, data_of(slot), length, 0, 0);
     return at;
@@ -132,7 +132,7 @@ static u16 packet(u16 slot, u32 length)
 
 static u16 tame_chain(u16 slot)
 {
-    u16 at = slot * 8;
+    u16 at = slot * STRIDE;
     u8 *header = (u8 *)header_of(slot);
     volatile u64 *data = (volatile u64 *)data_of(slot);
     random_header(header);
@@ -188,8 +188,8 @@ static u16 tame_chain(u16 slot)
 
 /* ---- buffers that no packet can be put in ---- */
 
-static u16 small_buffer(struct ring *r, u16 s) { put_desc(r, s * 8, data_of(s), (u32)below(HEADER), W, 0); return s * 8; }
-static u16 readable_buffer(struct ring *r, u16 s) { put_desc(r, s * 8, data_of(s), BUFFER, 0, 0); return s * 8; }
+static u16 small_buffer(struct ring *r, u16 s) { put_desc(r, s * STRIDE, data_of(s), (u32)below(HEADER), W, 0); return s * STRIDE; }
+static u16 readable_buffer(struct ring *r, u16 s) { put_desc(r, s * STRIDE, data_of(s), BUFFER, 0, 0); return s * STRIDE; }
 
 static const struct breaker receive_breakers[] = {
     {"a receive buffer that is smaller than a header", 0, small_buffer},
@@ -200,7 +200,7 @@ enum { RECEIVE_BREAKERS = sizeof receive_breakers / sizeof *receive_breakers };
 /* Offers packets; with `fatal`, one more chain that breaks one of the two queues. */
 void card_batch(int fatal)
 {
-    u16 slots = (u16)(below(8) ? 64 + below(SLOTS - 64) : 1 + below(64)), first = transmit->seen;
+    u16 slots = (u16)(below(8) ? 140 + below(SLOTS - 140) : 1 + below(140)), first = transmit->seen;
     u8 waiting[SLOTS] = {0};
     for (u16 s = 0; s < slots; s++) {
         offer(transmit, tame_chain(s));
@@ -235,8 +235,8 @@ void card_batch(int fatal)
     while (transmit->seen != used_index(transmit)) {
         u32 id, length;
         take_used(transmit, &id, &length);
-        u16 s = (u16)(id / 8);
-        if (id % 8 || s >= slots || !waiting[s] || length)
+        u16 s = (u16)(id / STRIDE);
+        if (id % STRIDE || s >= slots || !waiting[s] || length)
             fail("an answer to nothing, id ", id);
         waiting[s] = 0;
     }

@@ -21,7 +21,7 @@ static u16 plain(struct ring *r, u16 slot)
 {
     if (victim.id == 2)
         return disk_plain(slot);
-    u16 at = slot * 8, way = r->number == 0 ? W : 0;
+    u16 at = slot * STRIDE, way = r->number == 0 ? W : 0;
     put_desc(r, at, HEADERS + (u64)slot * 64, 12, N | way, at + 1);
     put_desc(r, at + 1, DATA + (u64)slot * 0x4000, 64, N | way, at + 2);
     put_desc(r, at + 2, DATA + (u64)slot * 0x4000 + 64, 64, way, 0);

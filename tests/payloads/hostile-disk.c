@@ -25,7 +25,7 @@ static void header(u16 slot, u32 type, u64 sector)
 /* Header, data, status in the slot's first three descriptors; its first is the head. */
 static u16 request(u16 slot, u32 type, u64 sector, u64 data, u32 length)
 {
-    u16 at = slot * 8;
+    u16 at = slot * STRIDE;
     header(slot, type, sector);
     put_desc(ring, at, header_of(slot), 16, N, at + 1);
     put_desc(ring, at + 1, data, length, N | (type == OUT ? R : W), at + 2);
@@ -160,7 +160,7 @@ static u16 tame_chain(u16 slot, u8 *want)
 {
     u64 sector, data = data_of(slot), table = table_of(slot);
     u32 sectors, type;
-    u16 at = slot * 8, head;
+    u16 at = slot * STRIDE, head;
     int inside = edge(&sector, &sectors);
     *want = inside ? S_OK : S_IOERR;
     switch (below(victim.accepted & FEATURE_INDIRECT ? 17 : 14)) {
@@ -270,7 +270,7 @@ u16 disk_plain(u16 slot) { return request(slot, IN, 0, data_of(slot), SECTOR); }
 void disk_batch(int fatal)
 {
     u8 want[SLOTS];
-    u16 slots = (u16)(below(8) ? 64 + below(SLOTS - 64) : 1 + below(64)), first = ring->seen;
+    u16 slots = (u16)(below(8) ? 140 + below(SLOTS - 140) : 1 + below(140)), first = ring->seen;
     u8 waiting[SLOTS] = {0};
     for (u16 s = 0; s < slots; s++) {
         offer(ring, tame_chain(s, &want[s]));
@@ -290,8 +290,8 @@ void disk_batch(int fatal)
     while (ring->seen != used_index(ring)) {
         u32 id, length;
         take_used(ring, &id, &length);
-        u16 s = (u16)(id / 8);
-        if (id % 8 || s >= slots || !waiting[s])
+        u16 s = (u16)(id / STRIDE);
+        if (id % STRIDE || s >= slots || !waiting[s])
             fail("an answer to nothing, id ", id);
         waiting[s] = 0;
         if (want[s] != ANY && status_byte(s) != want[s])

@@ -10,7 +10,8 @@ enum {
     TABLES = 0x2180000,  /* 0x400 a slot: indirect tables */
     DATA = 0x2200000,    /* 0x4000 a slot */
     ARENA = 0x3000000,   /* up to the end of RAM */
-    SLOTS = 128, /* each has 8 descriptors */
+    STRIDE = 5, /* descriptors of a slot */
+    SLOTS = 204,
 };
 enum { DESC_INDIRECT = 4, RING_SIZE = 1024 /* the device's queue-size must be that */ };
 #define FEATURE_INDIRECT (1ull << 28)

@@ -11,20 +11,26 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use ipc::limits::MAX_LOG_LINES_PER_SECOND;
+use ipc::limits::{DEVICE_REPLY_MS, MAX_LOG_LINES_PER_SECOND};
+use serde_json::json;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::payload::Payload;
 use tests::procfs;
+use tests::qmp::Qmp;
 use tests::vm::{Vm, VmBuilder};
 use tests::wait::Deadline;
 
 /// Operations of a short run, all suites together.
-const SHORT: u64 = 400_000;
+const SHORT: u64 = 300_000;
 /// Bytes that the control process may gain while a guest does its worst. One vhost-user message, one log line and their
 /// allocator's slack are far below.
 const GROWTH: u64 = 2 << 20;
+/// Longest time that the control process may take to answer a question meanwhile: less than it waits for a device
+/// ([`DEVICE_REPLY_MS`]), much more than it needs on a busy machine.
+const ANSWER: Duration = Duration::from_millis(DEVICE_REPLY_MS - 500);
 const SECTOR: u64 = 512;
 /// Of each disk.
 const SECTORS: u64 = 2048;
@@ -39,7 +45,7 @@ fn setting(name: &str, otherwise: u64) -> u64 {
 
 /// Time for `operations`: a busy machine does far more than 1000 a second.
 fn limit(operations: u64) -> Duration {
-    Duration::from_secs(120 + operations / 2_000)
+    Duration::from_secs(120 + operations / 1_000)
 }
 
 struct Attack {
@@ -67,6 +73,7 @@ fn attack(target: &str, what: &str, operations: u64) -> Attack {
     let seed = setting("HOSTILE_SEED", 1);
     let mut words = format!("target={target} what={what} seed={seed} ops={operations}");
     let mut builder = Vm::builder()
+        .with_qmp()
         .args(["-machine", "microvm", "-m", "128"])
         // What a guest causes is a warning.
         .env("STRATOVIRT_LOG_LEVEL", "warn");
@@ -110,6 +117,18 @@ fn own_memory(pid: i32) -> u64 {
     kilobytes << 10
 }
 
+/// Asks for the VM's state again and again until `over` ends; the longest wait for an answer comes back.
+fn ask(mut qmp: Qmp, over: &Receiver<()>) -> Duration {
+    let mut longest = Duration::ZERO;
+    while over.recv_timeout(Duration::from_millis(50)) == Err(RecvTimeoutError::Timeout) {
+        let start = Instant::now();
+        let state = qmp.execute("query-status", json!({})).unwrap();
+        assert_eq!(state["status"], "running");
+        longest = longest.max(start.elapsed());
+    }
+    longest
+}
+
 /// The numbers of the guest's last line, by name.
 fn numbers(line: &str) -> BTreeMap<String, u64> {
     let words: Vec<&str> = line.split_whitespace().collect();
@@ -146,8 +165,18 @@ impl Attack {
             .chain([&vm.pid()])
             .map(|&p| own_memory(p))
             .collect();
+        let qmp = vm.qmp().unwrap();
+        let (end, over) = channel();
+        let asking = std::thread::spawn(move || ask(qmp, &over));
         let transcript = wait(&mut vm, "HOSTILE OK ");
         let line = vm.console.rest_of_line(limit).unwrap();
+        drop(end);
+        let answered = asking.join().unwrap();
+        assert!(
+            answered < ANSWER,
+            "the control process did not answer for {answered:?}: {}",
+            self.words
+        );
         let messages = vm.messages();
         assert_eq!(
             vm.processes().unwrap(),
@@ -182,7 +211,10 @@ impl Attack {
         assert!(lines <= most, "{lines} lines of log in {seconds} s");
         self.untouched();
 
-        eprintln!("{}: {line}; {lines} lines of log", self.words);
+        eprintln!(
+            "{}: {line}; {lines} lines of log; QMP answered within {answered:?}",
+            self.words
+        );
         let numbers = numbers(&line);
         (numbers, transcript)
     }
@@ -248,7 +280,7 @@ fn chains_by_chance_do_no_harm_from_a_disk() {
 
 #[test]
 fn chains_by_chance_do_no_harm_from_a_card() {
-    let wanted = share(35);
+    let wanted = share(36);
     let (numbers, _) = attack("card", "rings", wanted).run();
     all_done(&numbers, wanted);
     assert!(numbers["needs_reset"] > 0 && numbers["answered"] > wanted / 2);
@@ -268,6 +300,6 @@ fn registers_by_chance_do_no_harm_to_a_card() {
 
 #[test]
 fn the_board_takes_any_access() {
-    let wanted = share(3);
+    let wanted = share(2);
     all_done(&attack("disk", "platform", wanted).run().0, wanted);
 }

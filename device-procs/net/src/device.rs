@@ -233,7 +233,7 @@ impl Device for Net {
             pair.full = false;
         }
         if let Err(fault) = self.set_offloads() {
-            ipc::log::error!("{fault}: {}", fault.source);
+            ipc::guest_log!(error, "{fault}: {}", fault.source);
         }
     }
 }

@@ -110,7 +110,7 @@ impl Receiver {
                 Err(errno) => {
                     ring.put_back(token)?;
                     // The interface was deleted, for one.
-                    ipc::log::error!("tap cannot be read any more: {errno}");
+                    ipc::guest_log!(error, "tap cannot be read any more: {errno}");
                     return Ok(Stopped::Gone);
                 }
             }

@@ -18,11 +18,10 @@ const PACKAGES: &[&str] = &[
     "python3-venv",
 ];
 
+/// How many operations the hostile guest does.
+const OPERATIONS: &str = "HOSTILE_OPERATIONS";
 /// Flags of the hostile guest's suite, and what that reads.
-const SETTINGS: &[(&str, &str)] = &[
-    ("--operations", "HOSTILE_OPERATIONS"),
-    ("--seed", "HOSTILE_SEED"),
-];
+const SETTINGS: &[(&str, &str)] = &[("--operations", OPERATIONS), ("--seed", "HOSTILE_SEED")];
 
 /// Suites that are two halves of one question, the second of which comes along.
 const TOGETHER: &[(&str, &str)] = &[("jail", "escape")];
@@ -31,7 +30,6 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     ensure_packages(PACKAGES).map_err(|e| chain(&e))?;
     let place = place(tests::lab::Flavour::Cloud).map_err(|e| chain(&e))?;
     eprintln!("tests with Linux guests: {place:?}");
-    tool::run(&mut tool::cargo(&["build", "--workspace", "--bins"]))?;
 
     let mut select: Vec<String> = Vec::new();
     let mut filters: Vec<String> = Vec::new();
@@ -59,10 +57,25 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     if select.is_empty() {
         select.push("--workspace".into());
     }
-    let runner: &[&str] = if tool::has_subcommand("nextest") {
-        &["nextest", "run"]
+    // A run that was asked for by its length may take long, tells its figures, and is one of what ships.
+    let long = settings.iter().any(|(name, _)| *name == OPERATIONS);
+    if long {
+        let programs = tool::build_release()?.display().to_string();
+        settings.push(("STRATOVIRT_BIN_DIR", programs));
     } else {
-        &["test", "--no-fail-fast"]
+        tool::run(&mut tool::cargo(&["build", "--workspace", "--bins"]))?;
+    }
+    let runner: &[&str] = match (tool::has_subcommand("nextest"), long) {
+        (true, false) => &["nextest", "run"],
+        (true, true) => &[
+            "nextest",
+            "run",
+            "--profile",
+            "long",
+            "--success-output",
+            "final",
+        ],
+        (false, _) => &["test", "--no-fail-fast"],
     };
     tool::run(
         tool::cargo(runner)

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::ExitCode;
 
 use ipc::control::Request;
+use ipc::guest_log;
 use ipc::log::{debug, error, info, warn};
 use ipc::spec::vm::VmSpec;
 use nix::errno::Errno;
@@ -285,7 +286,7 @@ impl Vm {
                 self.guest_shutdown(Cause::GuestReset)
             }
             VmEvent::Reset => {
-                info!("{event}");
+                guest_log!(info, "{event}");
                 // It may have been sent just before a `stop` that has been carried out already.
                 let was = self.state;
                 self.reset(Cause::GuestReset)?;
