@@ -71,6 +71,8 @@ pub struct Tracee {
     held: Vec<libc::c_int>,
     /// Whether dropping it ends the tracing.
     ours: bool,
+    /// What it died of in a call.
+    died_of: Option<libc::c_int>,
 }
 
 impl Tracee {
@@ -79,7 +81,19 @@ impl Tracee {
     /// # Errors
     /// When it may not be traced, or has ended.
     pub fn stop(tid: i32) -> io::Result<Self> {
-        request(libc::PTRACE_SEIZE, tid, 0, SUSPEND_SECCOMP as usize)?;
+        Self::seize(tid, SUSPEND_SECCOMP)
+    }
+
+    /// As [`Self::stop`], but its filter stays in force: a call that the filter forbids is its end.
+    ///
+    /// # Errors
+    /// As [`Self::stop`].
+    pub fn stop_behind_filter(tid: i32) -> io::Result<Self> {
+        Self::seize(tid, 0)
+    }
+
+    fn seize(tid: i32, options: libc::c_int) -> io::Result<Self> {
+        request(libc::PTRACE_SEIZE, tid, 0, options as usize)?;
         request(libc::PTRACE_INTERRUPT, tid, 0, 0)?;
         let mut held = Vec::new();
         loop {
@@ -113,6 +127,7 @@ impl Tracee {
             gadget: 0,
             held,
             ours,
+            died_of: None,
         };
         tracee.gadget = tracee.find_gadget()?;
         Ok(tracee)
@@ -190,6 +205,30 @@ impl Tracee {
         self.memory.write_all_at(bytes, address)
     }
 
+    /// The signal that it was killed by in a call, if it was.
+    #[must_use]
+    pub fn died_of(&self) -> Option<libc::c_int> {
+        self.died_of
+    }
+
+    /// As [`Self::call`], by another instruction of two bytes in the place of `syscall`.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn call_by(
+        &mut self,
+        instruction: &[u8; 2],
+        number: libc::c_long,
+        arguments: &[u64],
+    ) -> io::Result<i64> {
+        self.write(self.gadget, instruction)?;
+        let result = self.call(number, arguments);
+        if self.died_of.is_none() {
+            self.write(self.gadget, &SYSCALL)?;
+        }
+        result
+    }
+
     /// Makes a system call in its name: its result, or a negative error number.
     ///
     /// # Errors
@@ -216,6 +255,7 @@ impl Tracee {
             request(libc::PTRACE_SINGLESTEP, self.tid, 0, 0)?;
             let (_, status) = wait(self.tid)?;
             if !libc::WIFSTOPPED(status) {
+                self.died_of = libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status));
                 return Err(io::Error::other(format!(
                     "thread {} has ended in call {number}",
                     self.tid

@@ -8,6 +8,8 @@
 //! so every attempt has a VM of its own.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
+#[path = "escape/control.rs"]
+mod control;
 #[path = "escape/waste.rs"]
 mod waste;
 

@@ -11,6 +11,7 @@
 pub mod attempts;
 pub mod exhaust;
 pub mod local;
+pub mod remote;
 
 use std::fmt;
 
