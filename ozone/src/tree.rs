@@ -4,7 +4,8 @@
 //! right away from it that serving the tree does not need.
 //! Not trusted: the process inside, once it serves. The tree's contents are not looked at here.
 //! Why this way: a daemon that many front ends can use is started by a person or a manager, not by the broker, so it builds
-//! its jail itself. The process outside keeps nothing but the end of a pipe and waits; it reads nothing that the other writes.
+//! its jail itself. The process outside waits; it reads nothing that the other writes. Because both have one table of
+//! descriptors, what the one inside had open outlives it, and another process inside can go on with it.
 //! Started by root, the jail has a user namespace in which all ids stay what they are, so that files can be given to any user
 //! while the capabilities for it mean nothing outside of the tree.
 
@@ -15,11 +16,7 @@ use crate::{
         idmap::{self, Identity},
         landlock, namespaces, no_new_privs, parent_death, root, session, threads,
     },
-    sys::{
-        process::{self as sys, Fork},
-        root as mounts,
-        tree::clone_path,
-    },
+    sys::{process as sys, root as mounts, tree::clone_path},
 };
 use nix::{
     errno::Errno,
@@ -30,12 +27,13 @@ use nix::{
         stat::Mode,
         wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
-    unistd,
+    unistd::{self, Pid},
 };
 use std::{
     ffi::{CString, c_int},
     fmt::Write as _,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    mem::ManuallyDrop,
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     os::unix::ffi::OsStrExt,
     path::Path,
 };
@@ -101,13 +99,16 @@ pub enum Side {
     Inside(Inside),
 }
 
-/// The process outside.
+/// The process outside. It shares its table of descriptors with the one inside, so that the guest's files stay open when that
+/// one is killed; it uses none of them itself.
 #[derive(Debug)]
 pub struct Outside {
-    child: OwnedFd,
+    child: libc::pid_t,
     signals: SigSet,
-    /// Its closing tells the child that this process is gone.
-    _lifeline: OwnedFd,
+    /// Of this process, for the one inside to watch.
+    me: ManuallyDrop<OwnedFd>,
+    /// Whether another process can be started inside.
+    repeatable: bool,
 }
 
 /// How the process inside ended.
@@ -126,12 +127,12 @@ impl Outside {
     ///
     /// # Errors
     /// Waiting is not possible; the process inside then ends with this one.
-    pub fn wait(self) -> Result<Ended, TreeError> {
+    pub fn wait(&self) -> Result<Ended, TreeError> {
         loop {
             let signal = self.signals.wait().map_err(step("waiting for signals"))?;
             if signal != Signal::SIGCHLD {
                 // It may have ended by itself meanwhile.
-                let _ = sys::kill(self.child.as_fd());
+                let _ = sys::kill_child(self.child);
                 self.reap(WaitPidFlag::WEXITED)?;
                 return Ok(Ended::Stopped(signal));
             }
@@ -143,8 +144,31 @@ impl Outside {
         }
     }
 
+    /// Starts another process inside, in place of one that was killed, with the descriptors that are open now.
+    ///
+    /// # Errors
+    /// [`TreeError`], on the side where it happened.
+    pub fn again(self, wanted: &Wanted<'_>) -> Result<Side, TreeError> {
+        let path = terminated(wanted.source)?;
+        start(wanted, &path, self.me, self.signals)
+    }
+
+    /// Whether [`again`](Self::again) is possible: it is not with rights in the host's user namespace, which this process does
+    /// not keep.
+    #[must_use]
+    pub fn is_repeatable(&self) -> bool {
+        self.repeatable
+    }
+
+    /// Whether this descriptor is this process's own.
+    #[must_use]
+    pub fn owns(&self, fd: RawFd) -> bool {
+        self.me.as_raw_fd() == fd
+    }
+
     fn reap(&self, flags: WaitPidFlag) -> Result<WaitStatus, TreeError> {
-        waitid(Id::PIDFd(self.child.as_fd()), flags).map_err(step("waiting for the process inside"))
+        waitid(Id::Pid(Pid::from_raw(self.child)), flags)
+            .map_err(step("waiting for the process inside"))
     }
 }
 
@@ -157,6 +181,8 @@ pub struct Inside {
     pub own_fds: OwnedFd,
     /// Readable when the process outside is gone; `None` without one.
     pub lifeline: Option<OwnedFd>,
+    /// Keeps this process's mounts where they are, for as long as it is open anywhere.
+    pub mounts: Option<OwnedFd>,
     /// Whether every user and group of the caller exists inside.
     pub all_users: bool,
     layers: Vec<LayerReport>,
@@ -194,34 +220,24 @@ pub fn enter(wanted: &Wanted<'_>) -> Result<Side, TreeError> {
         1 => {}
         more => return Err(TreeError::Threads(more)),
     }
-    let path = CString::new(wanted.source.as_os_str().as_bytes()).map_err(|_| TreeError::Path)?;
+    let path = terminated(wanted.source)?;
     match wanted.kind {
         Kind::Namespace => with_namespaces(wanted, &path),
         Kind::Chroot => with_chroot(wanted, &path).map(Side::Inside),
     }
 }
 
+fn terminated(path: &Path) -> Result<CString, TreeError> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| TreeError::Path)
+}
+
 /// Capabilities without which a user namespace cannot be given all ids.
 const MAPPING: u64 = 1 << 6 | 1 << 7; // CAP_SETGID, CAP_SETUID
 
+/// What the process outside keeps for the next user namespace: the right to map all ids into it, user 0 among them.
+const MAPPING_LATER: u64 = MAPPING | 1 << 31; // CAP_SETFCAP
+
 fn with_namespaces(wanted: &Wanted<'_>, path: &CString) -> Result<Side, TreeError> {
-    let own = caps::read()
-        .map_err(step("reading capabilities"))?
-        .main
-        .permitted;
-    let privileged = unistd::geteuid().is_root() && own & MAPPING == MAPPING;
-    let identity = Identity {
-        uid: unistd::geteuid().as_raw(),
-        gid: unistd::getegid().as_raw(),
-    };
-    let new_users = !privileged || wanted.own_users;
-    let (lifeline, childs_end) = socketpair(
-        AddressFamily::Unix,
-        SockType::Stream,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .map_err(step("making a socket pair"))?;
     let mut signals = SigSet::empty();
     for signal in [
         Signal::SIGCHLD,
@@ -233,41 +249,74 @@ fn with_namespaces(wanted: &Wanted<'_>, path: &CString) -> Result<Side, TreeErro
     }
     signals.thread_block().map_err(step("blocking signals"))?;
     let me = sys::own_pidfd().map_err(step("opening a pidfd"))?;
+    start(wanted, path, ManuallyDrop::new(me), signals)
+}
+
+fn start(
+    wanted: &Wanted<'_>,
+    path: &CString,
+    me: ManuallyDrop<OwnedFd>,
+    signals: SigSet,
+) -> Result<Side, TreeError> {
+    let own = caps::read()
+        .map_err(step("reading capabilities"))?
+        .main
+        .permitted;
+    let privileged = unistd::geteuid().is_root() && own & MAPPING == MAPPING;
+    let identity = Identity {
+        uid: unistd::geteuid().as_raw(),
+        gid: unistd::getegid().as_raw(),
+    };
+    let new_users = !privileged || wanted.own_users;
+    // Both processes have both ends. Each closes one, and no object of either closes the other.
+    let (parents_end, childs_end) = socketpair(
+        AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map(|(parents, childs)| (ManuallyDrop::new(parents), ManuallyDrop::new(childs)))
+    .map_err(step("making a socket pair"))?;
     let mut flags = libc::CLONE_NEWPID;
     if new_users {
         flags |= libc::CLONE_NEWUSER;
     }
-    match sys::fork(flags).map_err(step("making a process in new namespaces"))? {
-        Fork::Parent { pid, pidfd } => {
-            drop(childs_end);
+    match sys::fork_with_descriptors(flags).map_err(step("making a process in new namespaces"))? {
+        Some(pid) => {
             if new_users && privileged {
                 idmap::map_child_alike(pid).map_err(step("mapping users"))?;
             }
-            unistd::write(&lifeline, b"1").map_err(step("telling the process inside"))?;
-            // What is left to do needs no right.
-            caps::clear().map_err(step("dropping capabilities"))?;
+            unistd::write(&*parents_end, b"1").map_err(step("telling the process inside"))?;
+            // What is left to do needs no right but that of doing this again.
+            if new_users && privileged {
+                caps::keep(MAPPING_LATER).map(drop)
+            } else {
+                caps::clear()
+            }
+            .map_err(step("dropping capabilities"))?;
             no_new_privs::set().map_err(step("setting no_new_privs"))?;
+            drop(ManuallyDrop::into_inner(parents_end));
             Ok(Side::Outside(Outside {
-                child: pidfd,
+                child: pid,
                 signals,
-                _lifeline: lifeline,
+                me,
+                repeatable: new_users,
             }))
         }
-        Fork::Child => {
-            drop(lifeline);
+        None => {
             SigSet::empty()
                 .thread_set_mask()
                 .map_err(step("unblocking signals"))?;
             parent_death::follow(me.as_raw_fd()).map_err(step("following the process outside"))?;
-            drop(me);
             if !sys::await_byte(childs_end.as_raw_fd()).map_err(step("waiting for users"))? {
                 return Err(step("waiting for users")(Errno::ESRCH));
             }
+            drop(ManuallyDrop::into_inner(childs_end));
             if new_users && !privileged {
                 idmap::map_self_to_root(identity).map_err(step("mapping users"))?;
             }
             let mut inside = enter_namespaces(wanted, path, new_users)?;
-            inside.lifeline = Some(childs_end);
+            inside.lifeline = Some(ManuallyDrop::into_inner(me));
             inside.all_users = privileged;
             Ok(Side::Inside(inside))
         }
@@ -316,12 +365,19 @@ fn enter_namespaces(
         namespaces::hide_hostname().map_err(step("setting the host name"))?;
     }
     let own_fds = own_fds()?;
+    let mounts = open(
+        c"/proc/self/ns/mnt",
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(step("opening the mount namespace"))?;
     let tree = root::shared_tree(path, wanted.readonly, !new_users)
         .map_err(step("making the shared folder the root"))?;
     Ok(Inside {
         tree,
         own_fds,
         lifeline: None,
+        mounts: Some(mounts),
         all_users: false,
         layers,
         readonly: wanted.readonly,
@@ -366,6 +422,7 @@ fn with_chroot(wanted: &Wanted<'_>, path: &CString) -> Result<Inside, TreeError>
         tree,
         own_fds,
         lifeline: None,
+        mounts: None,
         all_users: unistd::geteuid().is_root() && own & MAPPING == MAPPING,
         layers: vec![
             lacking(Layer::UserNamespace),

@@ -3,21 +3,28 @@
 //! **Job.** Opens the log and the socket, enters the jail, waits for the front end, shuts the jail, serves it, ends.
 //! **Who is not trusted.** The front end and the guest, from the moment the front end is connected; by then the process inside
 //! has lost every right but those on the tree, and its first message is read behind the system call filter.
-//! **Why this way.** One daemon serves one front end and ends with it, so that no guest inherits another's state.
+//! **Why this way.** One daemon serves one front end and ends with it, so that no guest inherits another's state. The process
+//! that serves can be killed at any time: the one outside starts another, which goes on with the guest's open files and the
+//! front end's connection (`device_host::Record`, `passthrough::Store`). The front end notices nothing.
 
+use std::collections::{HashSet, VecDeque};
 use std::fs::{OpenOptions, Permissions};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
-use device_host::{ServeError, Standalone};
+use device_host::{Record, ServeError, Standalone};
 use fs_device::FsDevice;
-use fs_device::passthrough::{Config, OwnFds, Passthrough};
+use fs_device::passthrough::{Config, OwnFds, Passthrough, Store};
+use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use ozone::tree::{self, Ended, Inside, Side, TreeError, Wanted};
@@ -74,6 +81,8 @@ enum DaemonError {
     Limits(#[source] Errno),
     #[error(transparent)]
     Jail(#[from] TreeError),
+    #[error("memory for what the guest holds")]
+    Kept(#[source] Errno),
     #[error("shared folder")]
     Tree(#[source] Errno),
     #[error("-tag does not fit")]
@@ -137,14 +146,15 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
     if !source.is_dir() {
         return Err(DaemonError::NoFolder(source));
     }
-    let front_end = match (&options.socket, inherited) {
+    // The process outside has it as a number only; who serves closes it.
+    let front_end = ManuallyDrop::new(match (&options.socket, inherited) {
         (Socket::Path(path), _) => {
             FrontEnd::Listening(listen(path, options.socket_group.as_deref())?)
         }
         (Socket::Fd(fd), socket) => {
             take_socket(socket.ok_or(Errno::EBADF)).map_err(|e| DaemonError::Fd(*fd, e))?
         }
-    };
+    });
     let descriptors = limit_descriptors(options.rlimit_nofile)?;
     let capabilities = capabilities(options);
     let wanted = Wanted {
@@ -154,17 +164,83 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
         capabilities,
         own_users: options.add_caps & OF_THE_HOST == 0,
     };
-    match tree::enter(&wanted)? {
-        Side::Outside(outside) => {
-            drop(front_end);
-            let ended = outside.wait()?;
-            if let Socket::Path(path) = &options.socket {
-                // It may be gone, or belong to the next daemon's preparations by now; neither is a fault.
-                let _ = std::fs::remove_file(path);
+    let kept = Kept {
+        store: Store::new(descriptors).map_err(DaemonError::Kept)?,
+        record: Record::new().map_err(DaemonError::Kept)?,
+        own: inherited::first_free().map_err(DaemonError::Inherited)?,
+    };
+    let mut restarts = Restarts::default();
+    let mut side = tree::enter(&wanted)?;
+    loop {
+        let outside = match side {
+            Side::Inside(inside) => {
+                return serve(options, inside, front_end, (descriptors, kept));
             }
-            Ok(exit_code(ended))
+            Side::Outside(outside) => outside,
+        };
+        let ended = outside.wait()?;
+        match ended {
+            Ended::Killed(signal) if outside.is_repeatable() && restarts.allowed(signal) => {
+                ipc::log::warn!("the serving process was killed by {signal}; another one goes on");
+                kept.close_others(|fd| outside.owns(fd))
+                    .map_err(DaemonError::Inherited)?;
+                side = outside.again(&wanted)?;
+            }
+            _ => {
+                if let Socket::Path(path) = &options.socket {
+                    // It may be gone, or belong to the next daemon's preparations by now; neither is a fault.
+                    let _ = std::fs::remove_file(path);
+                }
+                return Ok(exit_code(ended));
+            }
         }
-        Side::Inside(inside) => serve(options, inside, front_end, descriptors),
+    }
+}
+
+/// What outlives a serving process.
+#[derive(Debug, Clone, Copy)]
+struct Kept {
+    store: Store,
+    record: Record,
+    /// Descriptors below this number are of the process outside, from before it started any.
+    own: i32,
+}
+
+impl Kept {
+    /// Closes what a process that is gone had open for itself, or for a request that it was at.
+    fn close_others(&self, owned: impl Fn(i32) -> bool) -> Result<(), Errno> {
+        let mut wanted = HashSet::new();
+        self.store.descriptors(|fd| {
+            wanted.insert(fd);
+        });
+        self.record.descriptors(|fd| {
+            wanted.insert(fd);
+        });
+        inherited::close_unless(|fd| fd < self.own || owned(fd) || wanted.contains(&fd))
+    }
+}
+
+/// When serving processes were killed, the last ones only.
+#[derive(Debug, Default)]
+struct Restarts(VecDeque<Instant>);
+
+impl Restarts {
+    /// Whether another process may go on after one was killed by `signal` now.
+    fn allowed(&mut self, signal: Signal) -> bool {
+        let limit = match signal {
+            // By its filter: it did what it must never do.
+            Signal::SIGSYS => return false,
+            // By someone outside of it.
+            Signal::SIGKILL => MAX_RESTARTS,
+            _ => DEFAULT_RESTARTS,
+        };
+        let window = Duration::from_millis(RESTART_WINDOW_MS);
+        let now = Instant::now();
+        while self.0.front().is_some_and(|then| now - *then > window) {
+            self.0.pop_front();
+        }
+        self.0.push_back(now);
+        self.0.len() <= usize::from(limit)
     }
 }
 
@@ -184,9 +260,10 @@ fn exit_code(ended: Ended) -> ExitCode {
 fn serve(
     options: &Options,
     mut inside: Inside,
-    front_end: FrontEnd,
-    descriptors: usize,
+    front_end: ManuallyDrop<FrontEnd>,
+    (descriptors, kept): (usize, Kept),
 ) -> Result<ExitCode, DaemonError> {
+    let Kept { store, record, .. } = kept;
     let all_users = inside.all_users;
     let locked = inside.lock()?;
     if let Some(missing) = tree::describe_missing(locked.layers()) {
@@ -217,12 +294,32 @@ fn serve(
         ..Config::default()
     };
     let own = OwnFds::new(inside.own_fds);
-    let tree = Passthrough::new(inside.tree, own, config).map_err(DaemonError::Tree)?;
+    let tree = if store.is_used() {
+        let mut tree =
+            Passthrough::resume(&inside.tree, own, store, config).map_err(DaemonError::Tree)?;
+        // With a connection this waits until its queues are known.
+        if !record.is_connected() {
+            tree.go_on(|_| false).map_err(DaemonError::Tree)?;
+        }
+        tree
+    } else {
+        store.keep_open(inside.mounts);
+        Passthrough::new(inside.tree, own, store, config).map_err(DaemonError::Tree)?
+    };
     let device = FsDevice::new(tree, &options.tag)
         .ok_or(DaemonError::Tag)?
         .with_lifeline(inside.lifeline);
     let prepared = Standalone::new(device)?;
-    let stream = front_end.wait().map_err(DaemonError::Accept)?;
+    let jailed = prepared.locked(&locked);
+    let serving = if record.is_connected() {
+        // What was listened at is closed, or is the connection that is gone on with.
+        jailed.resume(record)?
+    } else {
+        let stream = ManuallyDrop::into_inner(front_end)
+            .wait()
+            .map_err(DaemonError::Accept)?;
+        jailed.serve_on_record(stream, record)?
+    };
     let action = match options.seccomp {
         Seccomp::Allow => None,
         Seccomp::Kill => Some(Action::Kill),
@@ -235,7 +332,7 @@ fn serve(
     if let Some(action) = action {
         seccomp_policies::install(Policy::VhostUserFs, action)?;
     }
-    prepared.locked(&locked).serve(stream)?.run()?;
+    serving.run()?;
     ipc::log::info!("the front end left");
     Ok(ExitCode::SUCCESS)
 }

@@ -17,7 +17,7 @@ use crate::fuse::decode::MAX_BODY;
 use crate::fuse::reply::{self, Put};
 use crate::fuse::wire::{IN_HEADER, OUT_HEADER, WRITE_IN, opcode};
 use crate::fuse::{Body, InHeader, decode};
-use crate::passthrough::{Outcome, Passthrough};
+use crate::passthrough::{Origin, Outcome, Passthrough, Place};
 
 /// Bytes of the name that the guest mounts by (virtio 1.3, 5.11.4).
 pub const TAG_BYTES: usize = 36;
@@ -80,13 +80,19 @@ impl FsDevice {
     }
 
     /// Does one request; returns the bytes that were written for the guest.
-    fn serve(&mut self, mut readable: GuestBuffers<'_>, writable: GuestBuffers<'_>) -> u32 {
+    fn serve(
+        &mut self,
+        (origin, replayed): (Origin, bool),
+        mut readable: GuestBuffers<'_>,
+        writable: GuestBuffers<'_>,
+    ) -> u32 {
         let mut head = [0; IN_HEADER];
         if readable.read(&mut head) < IN_HEADER {
             ipc::guest_warn!("request without a whole header");
             return 0;
         }
         let header = InHeader::read(&head);
+        self.tree.begin(origin, &header, replayed);
         let announced = (header.len as usize).checked_sub(IN_HEADER);
         let Some(len) = announced.filter(|len| *len <= readable.len()) else {
             ipc::guest_warn!("request of {} bytes in smaller buffers", header.len);
@@ -173,7 +179,16 @@ impl FsDevice {
         }
         data.truncate(size as usize);
         let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
-        let written = data.send_to_file(self.tree.writable(fh, flags)?, offset)?;
+        let (file, place) = self.tree.writable(fh, flags)?;
+        let place = match place {
+            Place::Told => Some(offset),
+            Place::PerhapsAt(start) => {
+                let start = i64::try_from(start).map_err(|_| Errno::EINVAL)?;
+                data.begin_like_file(file, start)?.then_some(start)
+            }
+            Place::End => None,
+        };
+        let written = data.put_into_file(file, place)?;
         // At most `size`.
         self.reply.u32(written as u32).u32(0);
         Ok(())
@@ -238,14 +253,20 @@ impl Device for FsDevice {
     }
 
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
+        let index = ring.index();
         while let Some(chain) = ring.pop()? {
             let Chain {
                 token,
                 readable,
                 writable,
             } = chain;
-            let written = self.serve(readable, writable);
+            let origin = Origin {
+                queue: index,
+                head: token.head(),
+            };
+            let written = self.serve((origin, token.is_replayed()), readable, writable);
             ring.complete(token, written)?;
+            self.tree.end();
         }
         Ok(())
     }
@@ -265,6 +286,17 @@ impl Device for FsDevice {
         _rings: &mut [Ring],
     ) -> Result<(), DeviceFault> {
         Err(HostFault::of("waiting process: it is gone, so this")(Errno::ESRCH).into())
+    }
+
+    fn resumed(&mut self, rings: &[Ring]) -> Result<(), HostFault> {
+        let in_flight = |origin: Origin| {
+            rings
+                .get(usize::from(origin.queue))
+                .is_some_and(|ring| ring.is_replayed(origin.head))
+        };
+        self.tree
+            .go_on(in_flight)
+            .map_err(HostFault::of("taking over what the guest holds"))
     }
 
     fn reset(&mut self) {

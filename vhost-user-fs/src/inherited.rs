@@ -1,4 +1,5 @@
-//! Descriptors that the caller left open: the socket of `--fd`, which is taken, and all others, which are closed.
+//! Descriptors that nothing in this process owns: the socket of `--fd`, which is taken; all others that the caller left open,
+//! and those of a serving process that is gone, which are closed.
 
 #![allow(unsafe_code)] // a descriptor that exec left open is known by its number only
 
@@ -20,6 +21,36 @@ pub(crate) fn close_others(kept: Option<RawFd>) -> Result<(), Errno> {
         Some(kept) => close(3, kept - 1).and_then(|()| close(kept + 1, u32::MAX)),
         None => close(3, u32::MAX),
     }
+}
+
+/// Calls `with` for each open descriptor, the one that reads the list among them.
+fn each(mut with: impl FnMut(RawFd)) -> Result<(), Errno> {
+    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    for entry in std::fs::read_dir("/proc/self/fd").map_err(errno)? {
+        let name = entry.map_err(errno)?.file_name();
+        if let Some(fd) = name.to_str().and_then(|name| name.parse().ok()) {
+            with(fd);
+        }
+    }
+    Ok(())
+}
+
+/// A number above those of all open descriptors.
+pub(crate) fn first_free() -> Result<RawFd, Errno> {
+    let mut last = 2;
+    each(|fd| last = last.max(fd))?;
+    Ok(last + 1)
+}
+
+/// Closes all descriptors but those that `keep` names: they belonged to a process that is gone.
+pub(crate) fn close_unless(keep: impl Fn(RawFd) -> bool) -> Result<(), Errno> {
+    let mut others = Vec::new();
+    each(|fd| others.extend((!keep(fd)).then_some(fd)))?;
+    for fd in others {
+        // SAFETY: no value of this process owns it. The one that was read from is closed already, which is not an error here.
+        unsafe { libc::close(fd) };
+    }
+    Ok(())
 }
 
 /// Takes descriptor `fd`, which nothing else in this process uses: it is 3 or more and nothing has been opened before.

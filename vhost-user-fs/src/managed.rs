@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use device_host::BackendFds;
 use fs_device::FsDevice;
-use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, may_switch_user};
+use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, Store, may_switch_user};
 use ipc::limits::{MAX_FS_QUEUE_SIZE, MAX_FS_REQUEST_QUEUES, MIN_FS_QUEUE_SIZE};
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::FsCache;
@@ -91,7 +91,8 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<FsDevice, BuildEr
         descriptors: limit.saturating_sub(RESERVED) as usize,
         ..Config::default()
     };
-    let tree = Passthrough::new(tree, OwnFds::new(own), config).map_err(BuildError::Tree)?;
+    let store = Store::new(config.descriptors).map_err(BuildError::Tree)?;
+    let tree = Passthrough::new(tree, OwnFds::new(own), store, config).map_err(BuildError::Tree)?;
     FsDevice::new(tree, &spec.tag)
         .map(|device| device.with_queues(queues, size))
         .ok_or_else(|| wrong("length of tag", spec.tag.len(), "1 to 36 bytes"))

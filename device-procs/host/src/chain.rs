@@ -26,6 +26,18 @@ pub struct Token {
     pub(crate) replayed: bool,
 }
 
+impl Token {
+    /// The request's first descriptor.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Whether a process before this one took the request.
+    pub fn is_replayed(&self) -> bool {
+        self.replayed
+    }
+}
+
 /// One request.
 #[derive(Debug)]
 pub struct Chain<'r> {

@@ -88,6 +88,15 @@ pub trait Device {
         Ok(())
     }
 
+    /// A connection goes on that a process before this one had. `rings` are started; requests that were in flight come first
+    /// ([`Ring::is_replayed`]).
+    ///
+    /// # Errors
+    /// The device cannot go on.
+    fn resumed(&mut self, _rings: &[Ring]) -> Result<(), HostFault> {
+        Ok(())
+    }
+
     /// The driver resets the device: forget everything that it told.
     fn reset(&mut self) {}
 }

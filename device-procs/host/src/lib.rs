@@ -15,6 +15,8 @@ mod inflight;
 mod inherited;
 mod jail;
 mod memory;
+mod record;
+mod resume;
 mod ring;
 mod server;
 mod signals;
@@ -31,6 +33,7 @@ pub use memory::{
     BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, MemoryError, PACKET_SEGMENTS,
     direct_io_alignment,
 };
+pub use record::Record;
 pub use ring::Ring;
 pub use server::ServeError;
 #[cfg(fuzzing)]

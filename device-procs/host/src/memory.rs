@@ -190,6 +190,10 @@ pub(crate) struct Region {
     pub(crate) size: u64,
     /// The same first byte as the front end addresses it.
     pub(crate) user: u64,
+    /// Where it is in its file.
+    pub(crate) offset: u64,
+    /// Kept for a process that comes after this one.
+    pub(crate) file: Option<Rc<File>>,
     mapping: Rc<Mapping>,
 }
 
@@ -213,8 +217,18 @@ impl Region {
             guest,
             size,
             user,
+            offset,
+            file: None,
             mapping: Rc::new(Mapping::new(file, offset, size)?),
         })
+    }
+
+    /// Keeps the file open as well.
+    pub(crate) fn with_file(self, file: File) -> Self {
+        Self {
+            file: Some(Rc::new(file)),
+            ..self
+        }
     }
 }
 
@@ -557,6 +571,52 @@ impl<'m> GuestBuffers<'m> {
                 )
             }
         })
+    }
+
+    /// As [`send_to_file`](Self::send_to_file), by `pwritev2`; without an offset the buffers go to the file's end, wherever it
+    /// is by then (`RWF_APPEND`).
+    pub fn put_into_file(&self, file: BorrowedFd<'_>, offset: Option<i64>) -> Result<usize, Errno> {
+        let flags = if offset.is_none() {
+            libc::RWF_APPEND
+        } else {
+            0
+        };
+        retry(|| {
+            // SAFETY: the pieces are in mapped RAM that the lifetime keeps; the kernel only reads them.
+            unsafe {
+                libc::pwritev2(
+                    file.as_raw_fd(),
+                    self.segments.as_ptr(),
+                    self.count(),
+                    offset.unwrap_or(0),
+                    flags,
+                )
+            }
+        })
+    }
+
+    /// Whether `file` has from `offset` on what the buffers begin with, as far as the file goes.
+    pub fn begin_like_file(&self, file: BorrowedFd<'_>, offset: i64) -> Result<bool, Errno> {
+        let (mut ours, mut theirs) = ([0; 4096], [0; 4096]);
+        let mut done = 0;
+        loop {
+            let want = self.read_at(done, &mut ours);
+            let part = libc::iovec {
+                iov_base: theirs.as_mut_ptr().cast(),
+                iov_len: want,
+            };
+            // At most 4 GiB were done.
+            let at = offset.saturating_add(done as i64);
+            // SAFETY: the piece is `theirs`, which has at least as many bytes.
+            let have = retry(|| unsafe { libc::preadv(file.as_raw_fd(), &raw const part, 1, at) })?;
+            if ours.get(..have) != theirs.get(..have) {
+                return Ok(false);
+            }
+            done += have;
+            if have < ours.len() {
+                return Ok(true);
+            }
+        }
     }
 
     /// `readv` of one packet: the buffers first, then `rest` for what does not fit. Returns the packet's length. Pieces after

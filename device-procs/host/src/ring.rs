@@ -133,6 +133,21 @@ impl Ring {
         self.queue.size()
     }
 
+    /// Whether the request at `head` was taken by a process before this one and not given back.
+    pub fn is_replayed(&self, head: u16) -> bool {
+        self.replay.contains(&head)
+    }
+
+    pub(crate) fn call(&self) -> Option<&OwnedFd> {
+        self.call.as_ref()
+    }
+
+    /// Was broken before this process, which the front end has been told.
+    pub(crate) fn stay_broken(&mut self) {
+        self.broken = true;
+        self.due = false;
+    }
+
     /// For an error that only the device can see.
     pub fn fault(&self, kind: FaultKind) -> GuestFault {
         GuestFault {

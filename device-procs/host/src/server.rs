@@ -45,6 +45,7 @@ use crate::device::{Device, Interest};
 use crate::fault::{DeviceFault, GuestFault, HostFault};
 use crate::inflight::{InflightQueue, queue_bytes};
 use crate::memory::{GuestRam, Mapping, MemoryError, Region};
+use crate::record::{self, Record, Word};
 use crate::ring::{Ring, UserAddresses};
 
 #[cfg(fuzzing)]
@@ -58,8 +59,8 @@ const RING_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// `epoll` data: the socket, then kicks, then back ends.
-const SOCKET: u64 = 0;
-const FIRST_KICK: u64 = 1;
+pub(crate) const SOCKET: u64 = 0;
+pub(crate) const FIRST_KICK: u64 = 1;
 const FIRST_BACKEND: u64 = 1 << 32;
 
 /// Events taken from one `epoll_wait`.
@@ -130,18 +131,23 @@ enum Refusal {
     },
 }
 
-struct Server<D> {
-    device: D,
-    rings: Vec<Ring>,
-    epoll: Epoll,
+pub(crate) struct Server<D> {
+    pub(crate) device: D,
+    pub(crate) rings: Vec<Ring>,
+    pub(crate) epoll: Epoll,
     /// What each back end is polled for now.
     polled: Vec<Interest>,
-    ram: Option<Rc<GuestRam>>,
-    features: u64,
+    pub(crate) ram: Option<Rc<GuestRam>>,
+    pub(crate) features: u64,
+    pub(crate) protocol_features: u64,
+    /// Written after each message, for a process that comes after this one.
+    pub(crate) record: Option<Record>,
+    /// The in-flight region in use: where it starts, its queues and their entries.
+    pub(crate) inflight_shape: (u64, u16, u16),
     /// Handed out on `GET_INFLIGHT_FD` and back with `SET_INFLIGHT_FD`, which may bring another one as well; made before
     /// the jail was shut, since nothing can be made inside, and not duplicated either.
-    inflight_memory: Option<File>,
-    inflight_given: bool,
+    pub(crate) inflight_memory: Option<File>,
+    pub(crate) inflight_given: bool,
     /// The last refusal or host fault, for the log: the library passes only a code through.
     refused: Option<String>,
     fatal: Option<HostFault>,
@@ -149,8 +155,8 @@ struct Server<D> {
 
 /// A connected device: runs until the front end leaves.
 pub(crate) struct Connection<D: Device> {
-    server: Arc<Mutex<Server<D>>>,
-    messages: BackendReqHandler<Mutex<Server<D>>>,
+    pub(crate) server: Arc<Mutex<Server<D>>>,
+    pub(crate) messages: BackendReqHandler<Mutex<Server<D>>>,
 }
 
 /// Things that are made before the jail is shut and used inside.
@@ -199,6 +205,29 @@ impl<D: Device> Connection<D> {
         device: D,
         resources: Resources,
     ) -> Result<Self, ServeError> {
+        let connection = Self::unpolled(stream, device, resources)?;
+        connection.poll()?;
+        Ok(connection)
+    }
+
+    /// Watches the front end's socket and the back ends.
+    pub(crate) fn poll(&self) -> Result<(), ServeError> {
+        let mut server = lock(&self.server);
+        server
+            .epoll
+            .add(
+                record::look(&self.messages),
+                EpollEvent::new(EpollFlags::EPOLLIN, SOCKET),
+            )
+            .map_err(HostFault::of("epoll_ctl of the vhost-user socket"))?;
+        Ok(server.poll_backends()?)
+    }
+
+    pub(crate) fn unpolled(
+        stream: UnixStream,
+        device: D,
+        resources: Resources,
+    ) -> Result<Self, ServeError> {
         let queues = device.num_queues();
         let size = device.max_queue_size();
         let rings = (0..queues)
@@ -209,9 +238,6 @@ impl<D: Device> Connection<D> {
             epoll,
             inflight_memory,
         } = resources;
-        epoll
-            .add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, SOCKET))
-            .map_err(HostFault::of("epoll_ctl of the vhost-user socket"))?;
         let polled = vec![Interest::NONE; device.backends().len()];
         // `BackendReqHandler` wants a handler with interior mutability. One thread, so the lock is never waited for.
         #[allow(clippy::arc_with_non_send_sync)]
@@ -222,12 +248,14 @@ impl<D: Device> Connection<D> {
             polled,
             ram: None,
             features: 0,
+            protocol_features: 0,
+            record: None,
+            inflight_shape: (0, 0, 0),
             inflight_memory: Some(inflight_memory),
             inflight_given: false,
             refused: None,
             fatal: None,
         }));
-        lock(&server).poll_backends()?;
         Ok(Self {
             messages: BackendReqHandler::from_stream(stream, server.clone()),
             server,
@@ -255,7 +283,19 @@ impl<D: Device> Connection<D> {
     }
 
     /// One message; `false` when the front end has left.
-    fn message(&mut self) -> Result<bool, ServeError> {
+    pub(crate) fn message(&mut self) -> Result<bool, ServeError> {
+        let record = lock(&self.server).record;
+        let Some(record) = record else {
+            return self.obey();
+        };
+        record.store(Word::Busy, 1);
+        let result = self.obey();
+        lock(&self.server).save(record);
+        record.store(Word::Busy, 0);
+        result
+    }
+
+    fn obey(&mut self) -> Result<bool, ServeError> {
         if self.early_enable() {
             return Ok(true);
         }
@@ -327,7 +367,7 @@ impl<D: Device> Connection<D> {
     }
 }
 
-fn lock<D>(server: &Mutex<Server<D>>) -> MutexGuard<'_, Server<D>> {
+pub(crate) fn lock<D>(server: &Mutex<Server<D>>) -> MutexGuard<'_, Server<D>> {
     // A panic ends the process, so nobody sees a poisoned lock.
     server.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -517,7 +557,11 @@ impl<D: Device> Server<D> {
         self.rings.get_mut(index).map_or(0, Ring::stop)
     }
 
-    fn set_regions(&mut self, message: &'static str, regions: Vec<Region>) -> VhostResult<()> {
+    pub(crate) fn set_regions(
+        &mut self,
+        message: &'static str,
+        regions: Vec<Region>,
+    ) -> VhostResult<()> {
         let ram = match GuestRam::new(regions) {
             Ok(ram) => Rc::new(ram),
             Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
@@ -535,7 +579,11 @@ impl<D: Device> Server<D> {
         Ok(())
     }
 
-    fn use_inflight(&mut self, region: &VhostUserInflight, file: &File) -> VhostResult<()> {
+    pub(crate) fn use_inflight(
+        &mut self,
+        region: &VhostUserInflight,
+        file: &File,
+    ) -> VhostResult<()> {
         let message = "SET_INFLIGHT_FD";
         if self.rings.iter().any(Ring::is_started) {
             return Err(self.refuse(&Refusal::Running { message }));
@@ -557,7 +605,43 @@ impl<D: Device> Server<D> {
                 .then(|| InflightQueue::new(mapping.clone(), index, region.queue_size));
             ring.set_inflight(part);
         }
+        self.inflight_shape = (region.mmap_offset, region.num_queues, region.queue_size);
         Ok(())
+    }
+
+    /// Without a front end that tracks requests in flight they are tracked for this program's own sake.
+    pub(crate) fn track_by_default(&mut self) -> Result<(), ServeError> {
+        let (queues, size) = (self.device.num_queues(), self.device.max_queue_size());
+        let Some(file) = self.inflight_memory.take() else {
+            return Ok(());
+        };
+        // Who asks for it gets it emptied.
+        self.inflight_given = true;
+        let bytes = u64::from(queues) * queue_bytes(size) as u64;
+        let region = VhostUserInflight::new(bytes, 0, queues, size);
+        let used = self.use_inflight(&region, &file);
+        self.inflight_memory = Some(file);
+        used.map_err(|source| self.refused_record(source))
+    }
+
+    /// What was recorded, or made here, is not usable.
+    pub(crate) fn refused_record(&mut self, source: VhostError) -> ServeError {
+        let what = self.refused.take().unwrap_or_else(|| "record".to_owned());
+        ServeError::Frontend { what, source }
+    }
+
+    pub(crate) fn unusable(&mut self, error: &MemoryError) -> ServeError {
+        self.refused = Some(ipc::log::with_causes(error));
+        self.refused_record(VhostError::InvalidParam)
+    }
+
+    /// A region that came with a message; its file is kept only for a process that comes after this one.
+    fn kept(&self, region: Region, file: File) -> Region {
+        if self.record.is_some() {
+            region.with_file(file)
+        } else {
+            region
+        }
     }
 
     fn inflight_bytes(
@@ -649,15 +733,15 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     ) -> VhostResult<Option<Vec<VhostUserMemoryRegionBase>>> {
         let message = "SET_MEM_TABLE";
         let mut list = Vec::with_capacity(regions.len());
-        for (region, file) in regions.iter().zip(&files) {
+        for (region, file) in regions.iter().zip(files) {
             match Region::new(
                 region.guest_phys_addr,
                 region.memory_size,
                 region.user_addr,
-                file,
+                &file,
                 region.mmap_offset,
             ) {
-                Ok(region) => list.push(region),
+                Ok(region) => list.push(self.kept(region, file)),
                 Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
             }
         }
@@ -800,6 +884,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
                 allowed: "bits that GET_PROTOCOL_FEATURES told",
             }));
         }
+        self.protocol_features = features;
         Ok(())
     }
 
@@ -915,7 +1000,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             &fd,
             region.mmap_offset,
         ) {
-            Ok(region) => regions.push(region),
+            Ok(region) => regions.push(self.kept(region, fd)),
             Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
         }
         self.set_regions(message, regions)?;

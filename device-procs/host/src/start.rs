@@ -23,6 +23,7 @@ use thiserror::Error;
 use crate::device::Device;
 use crate::inherited::Inherited;
 use crate::jail::{self, JailError};
+use crate::record::Record;
 use crate::server::{Connection, Resources, ServeError};
 
 /// The back-end descriptors, in the order that the device's spec names them.
@@ -173,6 +174,32 @@ pub struct Jailed<D> {
 }
 
 impl<D: Device> Jailed<D> {
+    /// As [`serve`](Self::serve), and a process after this one can go on by `record`.
+    ///
+    /// # Errors
+    /// As for [`serve`](Self::serve).
+    pub fn serve_on_record(
+        self,
+        front_end: UnixStream,
+        record: Record,
+    ) -> Result<Serving<D>, ServeError> {
+        let mut serving = self.serve(front_end)?;
+        serving.connection.keep(record)?;
+        Ok(serving)
+    }
+
+    /// Goes on with the connection of `record`, which another process had. Its memory and queues are looked at by
+    /// [`Serving::run`], so that a filter can be installed before.
+    ///
+    /// # Errors
+    /// It cannot be gone on with, and is closed.
+    pub fn resume(self, record: Record) -> Result<Serving<D>, ServeError> {
+        Ok(Serving {
+            connection: Connection::resume(record, self.device, self.resources)?,
+            restore: Some(record),
+        })
+    }
+
     /// Takes a front end.
     ///
     /// # Errors
@@ -180,6 +207,7 @@ impl<D: Device> Jailed<D> {
     pub fn serve(self, front_end: UnixStream) -> Result<Serving<D>, ServeError> {
         Ok(Serving {
             connection: Connection::new(front_end, self.device, self.resources)?,
+            restore: None,
         })
     }
 }
@@ -187,6 +215,8 @@ impl<D: Device> Jailed<D> {
 /// A device that serves a front end.
 pub struct Serving<D: Device> {
     connection: Connection<D>,
+    /// What is to be gone on with.
+    restore: Option<Record>,
 }
 
 impl<D: Device> Serving<D> {
@@ -195,6 +225,9 @@ impl<D: Device> Serving<D> {
     /// # Errors
     /// The front end broke the protocol, or the host failed.
     pub fn run(mut self) -> Result<(), ServeError> {
+        if let Some(record) = self.restore.take() {
+            self.connection.restore(record)?;
+        }
         self.connection.run()
     }
 }

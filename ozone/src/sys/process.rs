@@ -56,6 +56,24 @@ pub(crate) fn fork(namespaces: c_int) -> Result<Fork, Errno> {
     Ok(Fork::Parent { pid, pidfd })
 }
 
+/// Forks with namespaces, and with one table of descriptors for both: what either opens or closes, the other has opened or
+/// closed, and what the child had open stays open when it dies. Returns the child's number to the parent and `None` to the
+/// child.
+///
+/// The caller must be the process's only thread, as for [`fork`]. No object of either side may close a descriptor that the
+/// other uses.
+pub(crate) fn fork_with_descriptors(namespaces: c_int) -> Result<Option<libc::pid_t>, Errno> {
+    let mut args = CloneArgs {
+        flags: (namespaces | libc::CLONE_FILES) as u64 | CLONE_CLEAR_SIGHAND,
+        exit_signal: libc::SIGCHLD as u64,
+        ..CloneArgs::default()
+    };
+    // SAFETY: as in `fork`.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
+    let pid = Errno::result(pid)? as libc::pid_t;
+    Ok((pid != 0).then_some(pid))
+}
+
 /// Ends the process at once, without running exit handlers (which belong to the parent's copy).
 pub(crate) fn exit_now(status: c_int) -> ! {
     // SAFETY: ends the process.
@@ -270,6 +288,12 @@ pub(crate) fn kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
             0,
         )
     })
+}
+
+/// Sends SIGKILL to a child that was not waited for, so that its number cannot be another's.
+pub(crate) fn kill_child(pid: libc::pid_t) -> Result<(), Errno> {
+    // SAFETY: no pointers.
+    check(c_long::from(unsafe { libc::kill(pid, libc::SIGKILL) }))
 }
 
 /// A copy of descriptor `source`, closed at exec, with the lowest free number from `lowest` on.

@@ -14,6 +14,10 @@ use crate::fuse::{InHeader, Name};
 
 const RENAME_FLAGS: u32 = libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT;
 
+/// What was at a name before a request that makes it.
+const ABSENT: u64 = 1;
+const PRESENT: u64 = 2;
+
 impl Passthrough {
     pub(super) fn lookup(
         &mut self,
@@ -43,7 +47,7 @@ impl Passthrough {
         // Most names are known already; then a look is enough and nothing is opened. The identity that it shows is that of a
         // file in this very folder, as nothing is followed, and a known inode's identity is pinned by its descriptor.
         let stat = sys::stat_at(folder.fd(), name)?;
-        if let Some(node) = self.inodes.find(Identity::of(&stat)) {
+        if let Some(node) = self.inodes.find(&mut self.journal, Identity::of(&stat)) {
             return Ok((node, self.entry_attr(&stat, mount)));
         }
         self.find_new(parent, name)
@@ -57,9 +61,9 @@ impl Passthrough {
         let fd = sys::open_beneath(folder.fd(), name, libc::O_PATH, 0)?;
         let stat = sys::stat(fd.as_fd())?;
         // Another name of the same file, or the file was exchanged since the first look.
-        let node = match self.inodes.find(Identity::of(&stat)) {
+        let node = match self.inodes.find(&mut self.journal, Identity::of(&stat)) {
             Some(node) => node,
-            None => self.inodes.insert(fd, &stat),
+            None => self.inodes.insert(&mut self.journal, fd, &stat)?,
         };
         Ok((node, self.entry_attr(&stat, mount)))
     }
@@ -111,6 +115,59 @@ impl Passthrough {
         AsUser::new(&header, self.config.switch_user)
     }
 
+    /// Turns "exists" into success for what the process before this one made for the same request, before it died.
+    fn unless_made(
+        &self,
+        made: Result<(), Errno>,
+        at: (u64, Name<'_>),
+        kind: u32,
+    ) -> Result<(), Errno> {
+        match made {
+            Err(Errno::EEXIST) if self.made_before(at, kind) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Before something is made: notes that nothing is there. Times alone would not tell, since file systems stamp by ticks of
+    /// some milliseconds.
+    fn note_making(&self, (parent, name): (u64, Name<'_>)) -> Result<(), Errno> {
+        if self.journal.again().is_some_and(|again| again.before != 0) {
+            return Ok(());
+        }
+        let there = sys::stat_at(self.inodes.folder(parent)?.fd(), name).map(drop);
+        self.journal.note_time();
+        self.journal.note_before(if there == Err(Errno::ENOENT) {
+            ABSENT
+        } else {
+            PRESENT
+        });
+        Ok(())
+    }
+
+    /// Whether what is there is of this type and as new as the request at hand, which may have been done already.
+    fn made_before(&self, (parent, name): (u64, Name<'_>), kind: u32) -> bool {
+        let Some(again) = self.journal.again().filter(|again| again.before == ABSENT) else {
+            return false;
+        };
+        let Ok(stat) = self
+            .inodes
+            .folder(parent)
+            .and_then(|folder| sys::stat_at(folder.fd(), name))
+        else {
+            return false;
+        };
+        // Without a time of birth, that of the last change, which nothing in the guest can have moved meanwhile.
+        let time = if stat.stx_mask & libc::STATX_BTIME != 0 {
+            stat.stx_btime
+        } else {
+            stat.stx_ctime
+        };
+        let nanos = u64::try_from(time.tv_sec)
+            .map_or(0, |seconds| seconds.saturating_mul(1_000_000_000))
+            .saturating_add(u64::from(time.tv_nsec));
+        u32::from(stat.stx_mode) & libc::S_IFMT == kind && nanos >= again.began
+    }
+
     fn put_new(&mut self, parent: u64, name: Name<'_>, out: &mut Vec<u8>) -> Result<(), Errno> {
         let (node, attr) = self.find_new(parent, name)?;
         self.put_entry(out, node, &attr);
@@ -127,8 +184,10 @@ impl Passthrough {
         self.room()?;
         let folder = self.inodes.folder(header.nodeid)?;
         let user = self.as_user(header)?;
-        sys::symlink(target, folder.fd(), name)?;
+        self.note_making((header.nodeid, name))?;
+        let made = sys::symlink(target, folder.fd(), name);
         drop(user);
+        self.unless_made(made, (header.nodeid, name), libc::S_IFLNK)?;
         self.put_new(header.nodeid, name, out)
     }
 
@@ -145,13 +204,17 @@ impl Passthrough {
         let permissions = self.masked(header.nodeid, mode)?;
         let folder = self.inodes.folder(header.nodeid)?;
         let user = self.as_user(header)?;
-        sys::make_node(
+        self.note_making((header.nodeid, name))?;
+        let made = sys::make_node(
             folder.fd(),
             name,
             kind | permissions,
             reply::unpack_dev(rdev),
-        )?;
+        );
         drop(user);
+        // No type means a regular file.
+        let kind = if kind == 0 { libc::S_IFREG } else { kind };
+        self.unless_made(made, (header.nodeid, name), kind)?;
         self.put_new(header.nodeid, name, out)
     }
 
@@ -166,8 +229,10 @@ impl Passthrough {
         let permissions = self.masked(header.nodeid, mode)?;
         let folder = self.inodes.folder(header.nodeid)?;
         let user = self.as_user(header)?;
-        sys::make_folder(folder.fd(), name, permissions)?;
+        self.note_making((header.nodeid, name))?;
+        let made = sys::make_folder(folder.fd(), name, permissions);
         drop(user);
+        self.unless_made(made, (header.nodeid, name), libc::S_IFDIR)?;
         self.put_new(header.nodeid, name, out)
     }
 
@@ -177,7 +242,11 @@ impl Passthrough {
         name: Name<'_>,
         folder_wanted: bool,
     ) -> Result<(), Errno> {
-        sys::unlink(self.inodes.folder(parent)?.fd(), name, folder_wanted)
+        match sys::unlink(self.inodes.folder(parent)?.fd(), name, folder_wanted) {
+            // It was removed, and then the process that removed it died.
+            Err(Errno::ENOENT) if self.journal.again().is_some() => Ok(()),
+            other => other,
+        }
     }
 
     pub(super) fn rename(
@@ -191,7 +260,20 @@ impl Passthrough {
         }
         let source = self.inodes.folder(from.0)?.fd();
         let target = self.inodes.folder(to.0)?.fd();
-        sys::rename((source, from.1), (target, to.1), flags)
+        let again = self.journal.again();
+        if flags & (libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT) != 0 {
+            // Afterwards both names exist as before; only what is behind them tells whether it was done.
+            let now = sys::stat_at(source, from.1)?.stx_ino;
+            match again {
+                Some(again) if again.before != 0 && again.before != now => return Ok(()),
+                _ => self.journal.note_before(now),
+            }
+        }
+        match sys::rename((source, from.1), (target, to.1), flags) {
+            // It was moved, and then the process that moved it died.
+            Err(Errno::ENOENT) if again.is_some() => sys::stat_at(target, to.1).map(drop),
+            other => other,
+        }
     }
 
     pub(super) fn link(
@@ -203,11 +285,23 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         let inode = self.inodes.get(old)?;
         let folder = self.inodes.folder(parent)?;
-        self.own.link(inode.fd(), folder.fd(), name)?;
+        let linked = self.own.link(inode.fd(), folder.fd(), name);
         let stat = sys::stat(inode.fd())?;
+        match linked {
+            Err(Errno::EEXIST) if self.journal.again().is_some() => {
+                let there = sys::stat_at(folder.fd(), name)?;
+                if Identity::of(&there) != Identity::of(&stat) {
+                    return Err(Errno::EEXIST);
+                }
+            }
+            other => other?,
+        }
         let attr = self.entry_attr(&stat, stat.stx_mnt_id);
         // One name more is one lookup more.
-        let node = self.inodes.find(Identity::of(&stat)).ok_or(Errno::ESTALE)?;
+        let node = self
+            .inodes
+            .find(&mut self.journal, Identity::of(&stat))
+            .ok_or(Errno::ESTALE)?;
         self.put_entry(out, node, &attr);
         Ok(())
     }
@@ -225,6 +319,10 @@ impl Passthrough {
         let folder = self.inodes.folder(header.nodeid)?;
         let host_flags = self.host_flags(flags)? & !libc::O_TRUNC;
         let user = self.as_user(header)?;
+        // Without it, a file that is there is opened, whoever made it.
+        if flags & libc::O_EXCL.cast_unsigned() != 0 {
+            self.note_making((header.nodeid, name))?;
+        }
         let made = sys::open_beneath(
             folder.fd(),
             name,
@@ -236,22 +334,25 @@ impl Passthrough {
             Ok(file) => {
                 let fd = self.own.reopen(file.as_fd(), libc::O_PATH)?;
                 let stat = sys::stat(fd.as_fd())?;
-                let node = match self.inodes.find(Identity::of(&stat)) {
+                let node = match self.inodes.find(&mut self.journal, Identity::of(&stat)) {
                     Some(node) => node,
-                    None => self.inodes.insert(fd, &stat),
+                    None => self.inodes.insert(&mut self.journal, fd, &stat)?,
                 };
                 self.put_entry(out, node, &self.attr_of(&stat));
-                self.put_open(file, out)
+                self.put_open(file, flags, out)
             }
             // Someone was faster; what is there may be anything, so it is looked at before it is opened.
-            Err(Errno::EEXIST) if flags & libc::O_EXCL.cast_unsigned() == 0 => {
+            Err(Errno::EEXIST)
+                if flags & libc::O_EXCL.cast_unsigned() == 0
+                    || self.made_before((header.nodeid, name), libc::S_IFREG) =>
+            {
                 let (node, attr) = self.find(header.nodeid, name)?;
                 let opened = self.open_file(node, flags, open_flags);
                 let file = opened.inspect_err(|_| self.forget(node, 1))?;
                 // An O_TRUNC may have changed it.
                 let attr = sys::stat(file.as_fd()).map_or(attr, |stat| self.attr_of(&stat));
                 self.put_entry(out, node, &attr);
-                self.put_open(file, out)
+                self.put_open(file, flags, out)
             }
             Err(errno) => Err(errno),
         }
@@ -275,9 +376,9 @@ impl Passthrough {
         drop(user);
         let fd = self.own.reopen(file.as_fd(), libc::O_PATH)?;
         let stat = sys::stat(fd.as_fd())?;
-        let node = self.inodes.insert(fd, &stat);
+        let node = self.inodes.insert(&mut self.journal, fd, &stat)?;
         // It has no name that could be kept.
         reply::entry_out(out, node, Validity::default(), &self.attr_of(&stat));
-        self.put_open(file, out)
+        self.put_open(file, flags, out)
     }
 }

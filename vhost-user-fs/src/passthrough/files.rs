@@ -12,12 +12,25 @@ use crate::fuse::wire::flag;
 /// Bytes that one request copies at most, so that other requests get their turn.
 const COPY_AT_ONCE: u64 = 64 << 20;
 
+/// Where a `WRITE` goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// To the offset that the request tells.
+    Told,
+    /// To the end of the file, wherever it is by then.
+    End,
+    /// The file grew from here on since this request was begun by a process that then died: if the data is there, the
+    /// request was done, or a part of it.
+    PerhapsAt(u64),
+}
+
 impl Passthrough {
     /// What open(2) is told for the guest's flags. Only these pass; what creates, follows, blocks, locks or bypasses the host's
     /// cache does not.
     pub(super) fn host_flags(&self, flags: u32) -> Result<i32, Errno> {
         let flags = flags.cast_signed();
-        let pass = libc::O_ACCMODE | libc::O_APPEND | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC;
+        // Where each write goes is said with the write.
+        let pass = libc::O_ACCMODE | libc::O_TRUNC | libc::O_SYNC | libc::O_DSYNC;
         let noatime = if self.config.noatime {
             libc::O_NOATIME
         } else {
@@ -37,7 +50,6 @@ impl Passthrough {
             if host & libc::O_ACCMODE == libc::O_WRONLY {
                 host = (host & !libc::O_ACCMODE) | libc::O_RDWR;
             }
-            host &= !libc::O_APPEND;
         }
         Ok(host)
     }
@@ -69,8 +81,17 @@ impl Passthrough {
     }
 
     /// Adds an open file and its `fuse_open_out`.
-    pub(super) fn put_open(&mut self, file: OwnedFd, out: &mut Vec<u8>) -> Result<(), Errno> {
-        let fh = self.handles.insert(Handle::File(file));
+    pub(super) fn put_open(
+        &mut self,
+        file: OwnedFd,
+        flags: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        // The guest's kernel knows the file's end itself if it gathers writes.
+        let append = flags.cast_signed() & libc::O_APPEND != 0
+            && !self.agreed(crate::fuse::wire::init::WRITEBACK_CACHE);
+        let handle = Handle::File { fd: file, append };
+        let fh = self.handles.insert(&mut self.journal, handle)?;
         reply::open_out(out, fh, self.open_reply_flags());
         Ok(())
     }
@@ -83,7 +104,7 @@ impl Passthrough {
         out: &mut Vec<u8>,
     ) -> Result<(), Errno> {
         let file = self.open_file(node, flags, open_flags)?;
-        self.put_open(file, out)
+        self.put_open(file, flags, out)
     }
 
     /// The file that a `READ` reads.
@@ -98,16 +119,30 @@ impl Passthrough {
     ///
     /// # Errors
     /// `EBADF`, `EROFS`, or the set-user-id bit cannot be taken away.
-    pub fn writable(&self, fh: u64, write_flags: u32) -> Result<BorrowedFd<'_>, Errno> {
+    pub fn writable(&self, fh: u64, write_flags: u32) -> Result<(BorrowedFd<'_>, Place), Errno> {
         if self.config.readonly {
             return Err(Errno::EROFS);
         }
-        let file = self.handles.file(fh)?;
+        let (file, append) = self.handles.file_to_write(fh)?;
         if write_flags & flag::WRITE_KILL_SUIDGID != 0 {
             self.kill_suidgid(file)?;
         }
         self.drop_mapped_capability(file)?;
-        Ok(file)
+        // The guest's kernel writes gathered pages to where they belong.
+        if !append || write_flags & flag::WRITE_CACHE != 0 {
+            return Ok((file, Place::Told));
+        }
+        let end = sys::stat(file)?.stx_size;
+        match self.journal.again() {
+            Some(again) if again.before != 0 && end > again.before - 1 => {
+                Ok((file, Place::PerhapsAt(again.before - 1)))
+            }
+            _ => {
+                // One added, since an empty file is not the same as no note.
+                self.journal.note_before(end.saturating_add(1));
+                Ok((file, Place::End))
+            }
+        }
     }
 
     pub(super) fn flush(&mut self, node: u64, lock_owner: u64) -> Result<(), Errno> {
@@ -135,9 +170,12 @@ impl Passthrough {
             self.locks.release(node, lock_owner);
         }
         // A flock ends with its open file.
-        match self.handles.remove(fh)? {
-            Handle::File(_) => Ok(()),
-            Handle::Folder { .. } => Err(Errno::EBADF),
+        match self.handles.remove(fh) {
+            Ok(Handle::File { .. }) => Ok(()),
+            Ok(Handle::Folder { .. }) => Err(Errno::EBADF),
+            // It was closed, and then the process that closed it died.
+            Err(_) if self.journal.again().is_some() => Ok(()),
+            Err(errno) => Err(errno),
         }
     }
 

@@ -69,7 +69,7 @@ impl ReadAhead {
         if self.fh == fh && self.offset == offset && self.at < self.end {
             return Ok(true);
         }
-        if *position != offset {
+        if position != offset {
             sys::seek(fd, offset, libc::SEEK_SET)?;
         }
         self.fh = 0;
@@ -85,7 +85,7 @@ impl ReadAhead {
             last = entry.next;
             at += entry.len;
         }
-        *position = last;
+        handles.moved(fh, last);
         Ok(self.end > 0)
     }
 }
@@ -95,7 +95,8 @@ impl Passthrough {
         self.room()?;
         let fd = self.inodes.folder(node)?.fd();
         let fd = self.own.reopen(fd, libc::O_RDONLY | libc::O_DIRECTORY)?;
-        let fh = self.handles.insert(Handle::Folder { fd, position: 0 });
+        let handle = Handle::Folder { fd, position: 0 };
+        let fh = self.handles.insert(&mut self.journal, handle)?;
         let flags = match self.config.cache {
             Cache::Never => 0,
             Cache::Auto => fopen::CACHE_DIR,
@@ -129,7 +130,7 @@ impl Passthrough {
             };
             let name = entry.name.to_bytes();
             let needed = reply::dirent_len(name.len()) + if plus { ENTRY_OUT } else { 0 };
-            if out.len() + needed > room {
+            if out.len() + needed > room || (plus && self.journal.room() == 0) {
                 // A reply without any entry would mean the end.
                 break if out.is_empty() {
                     Err(Errno::EINVAL)
@@ -178,9 +179,12 @@ impl Passthrough {
         if self.ahead.fh == fh {
             self.ahead = ReadAhead::default();
         }
-        match self.handles.remove(fh)? {
-            Handle::Folder { .. } => Ok(()),
-            Handle::File(_) => Err(Errno::EBADF),
+        match self.handles.remove(fh) {
+            Ok(Handle::Folder { .. }) => Ok(()),
+            Ok(Handle::File { .. }) => Err(Errno::EBADF),
+            // It was closed, and then the process that closed it died.
+            Err(_) if self.journal.again().is_some() => Ok(()),
+            Err(errno) => Err(errno),
         }
     }
 

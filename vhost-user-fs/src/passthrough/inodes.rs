@@ -5,17 +5,20 @@
 //! **Who is not trusted.** The guest: ids may be invented, forgotten too often or never. An id holds a generation, so that an
 //! old one does not name whatever took its place; the number of inodes is bounded by the caller's budget of descriptors.
 //! **Why this way.** A descriptor pins its inode and its mount, so while an entry lives no other file can have its identity,
-//! and a rename by anyone moves nothing under our feet.
+//! and a rename by anyone moves nothing under our feet. An entry has 24 bytes in the [`Store`], and 4 to 9 in the index that
+//! finds it again: a guest's cache decides how many there are.
 
-use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::hash::{BuildHasher, RandomState};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
+use super::journal::{Change, Journal};
+use super::store::{FD, PLACES, Store, Word, give, lend, take};
 use crate::fuse::wire::ROOT_ID;
 
 /// What makes a file the same file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Identity {
     /// Device number of the file system.
     pub(crate) dev: (u32, u32),
@@ -33,74 +36,177 @@ impl Identity {
             mount: stat.stx_mnt_id,
         }
     }
+
+    fn dev_word(self) -> u64 {
+        u64::from(self.dev.0) << 32 | u64::from(self.dev.1)
+    }
 }
 
 /// One inode.
 #[derive(Debug)]
-pub(crate) struct Inode {
-    fd: OwnedFd,
+pub(crate) struct Inode<'a> {
+    fd: BorrowedFd<'a>,
     pub(crate) identity: Identity,
     /// `S_IFMT` bits; an inode never changes them.
     pub(crate) kind: u32,
-    lookups: u64,
 }
 
-impl Inode {
-    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+impl<'a> Inode<'a> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'a> {
+        self.fd
     }
 }
 
-#[derive(Debug)]
-struct Slot {
-    generation: u32,
-    inode: Option<Inode>,
-}
+// An entry: inode number; generation and lookups; descriptor, type and place.
+const INO: usize = 0;
+const COUNT: usize = 1;
+const WHAT: usize = 2;
 
 /// All inodes.
 #[derive(Debug)]
 pub(crate) struct Inodes {
-    slots: Vec<Slot>,
+    store: Store,
+    /// Entries that are free, below `used`.
     free: Vec<u32>,
-    by_identity: HashMap<Identity, u32>,
+    /// Entries that were ever used.
+    used: u32,
+    /// Inodes that there are.
+    count: usize,
+    index: Index,
+    places: Vec<(u64, u64)>,
+    /// Entries without a lookup, which go when the request at hand is done.
+    doomed: Vec<u32>,
 }
 
-/// Node ids are a slot's number plus one, and its generation above that; the root is slot 0 of generation 0.
-fn id(slot: u32, generation: u32) -> u64 {
-    u64::from(generation) << 32 | (u64::from(slot) + 1)
+/// Node ids are an entry's number plus one, and its generation above that; the root is entry 0 of generation 0.
+fn id(entry: u32, generation: u32) -> u64 {
+    u64::from(generation) << 32 | (u64::from(entry) + 1)
+}
+
+fn lookups(count: u64) -> u32 {
+    // The low half.
+    count as u32
+}
+
+fn generation(count: u64) -> u32 {
+    (count >> 32) as u32
+}
+
+fn counted(generation: u32, lookups: u32) -> u64 {
+    u64::from(generation) << 32 | u64::from(lookups)
+}
+
+/// The low half of a `WHAT`: the type's four bits, and the number of the place.
+fn kind_and_place(kind: u32, place: u32) -> u64 {
+    u64::from(kind >> 12 | place << 4)
 }
 
 impl Inodes {
-    /// With the root only.
-    pub(crate) fn new(root: OwnedFd, stat: &libc::statx) -> Self {
-        let mut inodes = Self {
-            slots: Vec::new(),
+    /// None at all.
+    pub(crate) fn empty(store: Store) -> Self {
+        Self {
+            store,
             free: Vec::new(),
-            by_identity: HashMap::new(),
-        };
-        let id = inodes.insert(root, stat);
+            used: 0,
+            count: 0,
+            index: Index::new(),
+            places: Vec::new(),
+            doomed: Vec::new(),
+        }
+    }
+
+    /// With the root only, in a store that has none yet.
+    ///
+    /// # Errors
+    /// There is no room for even that.
+    pub(crate) fn new(store: Store, root: OwnedFd, stat: &libc::statx) -> Result<Self, Errno> {
+        let mut inodes = Self::empty(store);
+        let id = inodes.insert(&mut Journal::new(store), root, stat)?;
         debug_assert_eq!(id, ROOT_ID);
-        inodes
+        store.store(Word::Root, store.get(store.inodes, 0, WHAT) >> 32);
+        Ok(inodes)
+    }
+
+    /// With what a process before this one left; entries without a lookup are closed.
+    ///
+    /// # Errors
+    /// There is no root.
+    pub(crate) fn resume(store: Store) -> Result<Self, Errno> {
+        let mut inodes = Self {
+            // Never more than 2^22.
+            used: store.load(Word::Inodes) as u32,
+            ..Self::empty(store)
+        };
+        for place in 0..PLACES {
+            let (dev, mount) = (
+                store.get(store.places, place, 0),
+                store.get(store.places, place, 1),
+            );
+            if mount == 0 {
+                break;
+            }
+            // Stored with one added.
+            inodes.places.push((dev, mount - 1));
+        }
+        for entry in 0..inodes.used {
+            match inodes.entry(entry) {
+                Some(inode) => {
+                    let hash = inodes.index.hash(inode.identity.ino);
+                    inodes.count += 1;
+                    inodes.index_insert(hash, entry);
+                }
+                None => inodes.close(entry),
+            }
+        }
+        inodes.get(ROOT_ID)?;
+        Ok(inodes)
     }
 
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
-        self.by_identity.len()
+        self.count
     }
 
-    fn slot(&self, id: u64) -> Option<u32> {
-        let index = u32::try_from(id & 0xffff_ffff).ok()?.checked_sub(1)?;
-        let slot = self.slots.get(index as usize)?;
-        (u64::from(slot.generation) == id >> 32 && slot.inode.is_some()).then_some(index)
+    fn word(&self, entry: u32, at: usize) -> u64 {
+        self.store.get(self.store.inodes, entry as usize, at)
+    }
+
+    fn set(&self, entry: u32, at: usize, value: u64) {
+        self.store.set(self.store.inodes, entry as usize, at, value);
+    }
+
+    /// An entry that is in use.
+    fn entry(&self, entry: u32) -> Option<Inode<'_>> {
+        if lookups(self.word(entry, COUNT)) == 0 {
+            return None;
+        }
+        let what = self.word(entry, WHAT);
+        let (dev, mount) = *self.places.get((what & FD) as usize >> 4)?;
+        Some(Inode {
+            fd: lend(&self.store, what >> 32)?,
+            identity: Identity {
+                dev: ((dev >> 32) as u32, dev as u32),
+                ino: self.word(entry, INO),
+                mount,
+            },
+            kind: (what as u32 & 0xf) << 12,
+        })
+    }
+
+    fn number(&self, id: u64) -> Option<u32> {
+        let entry = u32::try_from(id & 0xffff_ffff).ok()?.checked_sub(1)?;
+        let count = self.word(entry, COUNT);
+        (entry < self.used && u64::from(generation(count)) == id >> 32 && lookups(count) > 0)
+            .then_some(entry)
     }
 
     /// The inode with this id.
     ///
     /// # Errors
     /// `ESTALE` if there is none, or not any more.
-    pub(crate) fn get(&self, id: u64) -> Result<&Inode, Errno> {
-        self.slot(id)
-            .and_then(|index| self.slots[index as usize].inode.as_ref())
+    pub(crate) fn get(&self, id: u64) -> Result<Inode<'_>, Errno> {
+        self.number(id)
+            .and_then(|entry| self.entry(entry))
             .ok_or(Errno::ESTALE)
     }
 
@@ -108,7 +214,7 @@ impl Inodes {
     ///
     /// # Errors
     /// `ESTALE` as [`get`](Self::get), `ENOTDIR` if it is something else.
-    pub(crate) fn folder(&self, id: u64) -> Result<&Inode, Errno> {
+    pub(crate) fn folder(&self, id: u64) -> Result<Inode<'_>, Errno> {
         let inode = self.get(id)?;
         if inode.kind == libc::S_IFDIR {
             Ok(inode)
@@ -117,141 +223,368 @@ impl Inodes {
         }
     }
 
+    fn place(&self, identity: Identity) -> Option<u32> {
+        let wanted = (identity.dev_word(), identity.mount);
+        // One or two in most trees.
+        let at = self.places.iter().position(|place| *place == wanted)?;
+        u32::try_from(at).ok()
+    }
+
+    fn search(&self, identity: Identity) -> Option<u32> {
+        let place = self.place(identity)?;
+        self.index.find(self.index.hash(identity.ino), |entry| {
+            self.word(entry, INO) == identity.ino
+                && (self.word(entry, WHAT) & FD) as u32 >> 4 == place
+        })
+    }
+
     /// Counts one more lookup of a file that is known already.
-    pub(crate) fn find(&mut self, identity: Identity) -> Option<u64> {
-        let index = *self.by_identity.get(&identity)?;
-        let slot = self.slots.get_mut(index as usize)?;
-        let inode = slot.inode.as_mut()?;
-        inode.lookups = inode.lookups.saturating_add(1);
-        Some(id(index, slot.generation))
+    pub(crate) fn find(&mut self, journal: &mut Journal, identity: Identity) -> Option<u64> {
+        let entry = self.search(identity)?;
+        let before = self.word(entry, COUNT);
+        journal.note(Change::Inode(entry), before)?;
+        // One that is doomed by this very request lives again.
+        let more = lookups(before).saturating_add(1);
+        self.set(entry, COUNT, counted(generation(before), more));
+        Some(id(entry, generation(before)))
     }
 
     /// Adds a file that [`find`](Self::find) did not know, as looked up once. `stat` must be the one of `fd`.
-    pub(crate) fn insert(&mut self, fd: OwnedFd, stat: &libc::statx) -> u64 {
+    ///
+    /// # Errors
+    /// `ENFILE` if there is no room, `EXDEV` for more mounts than can be told apart.
+    pub(crate) fn insert(
+        &mut self,
+        journal: &mut Journal,
+        fd: OwnedFd,
+        stat: &libc::statx,
+    ) -> Result<u64, Errno> {
         let identity = Identity::of(stat);
-        let inode = Inode {
-            fd,
-            identity,
-            kind: u32::from(stat.stx_mode) & libc::S_IFMT,
-            lookups: 1,
+        let place = match self.place(identity) {
+            Some(place) => place,
+            None if self.places.len() < PLACES => {
+                let (dev, mount) = (identity.dev_word(), identity.mount);
+                let at = self.places.len();
+                self.store.set(self.store.places, at, 0, dev);
+                self.store
+                    .set(self.store.places, at, 1, mount.wrapping_add(1));
+                self.places.push((dev, mount));
+                // Below `PLACES`.
+                at as u32
+            }
+            None => return Err(Errno::EXDEV),
         };
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot {
-                generation: 0,
-                inode: None,
-            });
-            // There are fewer slots than descriptors, whose numbers have 31 bits.
-            (self.slots.len() - 1) as u32
-        });
-        let slot = &mut self.slots[index as usize];
-        slot.inode = Some(inode);
-        self.by_identity.insert(identity, index);
-        id(index, slot.generation)
+        let entry = match self.free.last() {
+            Some(entry) => *entry,
+            None if (self.used as usize) < self.store.inodes.entries() => self.used,
+            None => return Err(Errno::ENFILE),
+        };
+        let before = self.word(entry, COUNT);
+        journal
+            .note(Change::Inode(entry), before)
+            .ok_or(Errno::ENFILE)?;
+        if self.free.pop().is_none() {
+            self.used += 1;
+            self.store.store(Word::Inodes, u64::from(self.used));
+        }
+        self.set(entry, INO, identity.ino);
+        let kind = u32::from(stat.stx_mode) & libc::S_IFMT;
+        self.set(entry, WHAT, give(fd) << 32 | kind_and_place(kind, place));
+        self.set(entry, COUNT, counted(generation(before), 1));
+        self.count += 1;
+        self.index_insert(self.index.hash(identity.ino), entry);
+        Ok(id(entry, generation(before)))
     }
 
-    /// The guest forgets `count` lookups. Returns whether the inode is gone now.
-    pub(crate) fn forget(&mut self, id: u64, count: u64) -> bool {
-        let Some(index) = self.slot(id).filter(|_| id != ROOT_ID) else {
+    /// The guest forgets `count` lookups. Returns whether the inode has none left; it goes with [`sweep`](Self::sweep).
+    pub(crate) fn forget(&mut self, journal: &mut Journal, id: u64, count: u64) -> bool {
+        let Some(entry) = self.number(id).filter(|_| id != ROOT_ID) else {
             return false;
         };
-        let slot = &mut self.slots[index as usize];
-        let Some(inode) = slot.inode.as_mut() else {
-            return false;
-        };
-        inode.lookups = inode.lookups.saturating_sub(count);
-        if inode.lookups > 0 {
+        let before = self.word(entry, COUNT);
+        // A count that has reached its end is not known any more.
+        if lookups(before) == u32::MAX || journal.note(Change::Inode(entry), before).is_none() {
             return false;
         }
-        self.by_identity.remove(&inode.identity);
-        slot.inode = None;
-        slot.generation = slot.generation.wrapping_add(1);
-        self.free.push(index);
-        true
+        let left = u64::from(lookups(before)).saturating_sub(count);
+        // Not more than before.
+        self.set(entry, COUNT, counted(generation(before), left as u32));
+        if left == 0 {
+            self.doomed.push(entry);
+        }
+        left == 0
+    }
+
+    /// Closes what has no lookups: the request that forgot it is done.
+    pub(crate) fn sweep(&mut self) {
+        while let Some(entry) = self.doomed.pop() {
+            let gone = lookups(self.word(entry, COUNT)) == 0 && self.word(entry, WHAT) != 0;
+            if gone {
+                self.index_remove(entry);
+                self.count -= 1;
+                self.close(entry);
+            }
+        }
+    }
+
+    /// Makes an entry free.
+    fn close(&mut self, entry: u32) {
+        let what = self.word(entry, WHAT);
+        let next = generation(self.word(entry, COUNT)).wrapping_add(1);
+        self.set(entry, COUNT, counted(next, 0));
+        self.set(entry, WHAT, 0);
+        drop(take(what >> 32));
+        self.free.push(entry);
     }
 
     /// Forgets all but the root: the guest starts over. Ids of before stay invalid.
     pub(crate) fn clear(&mut self) {
-        for (index, slot) in self.slots.iter_mut().enumerate().skip(1) {
-            if let Some(inode) = slot.inode.take() {
-                self.by_identity.remove(&inode.identity);
-                slot.generation = slot.generation.wrapping_add(1);
-                // As in `insert`.
-                self.free.push(index as u32);
+        for entry in 1..self.used {
+            if self.word(entry, WHAT) != 0 {
+                self.close(entry);
             }
         }
-        self.by_identity.shrink_to_fit();
+        self.doomed.clear();
+        self.index = Index::new();
+        self.count = 1;
+        self.index_insert(self.index.hash(self.word(0, INO)), 0);
+    }
+
+    fn index_insert(&mut self, hash: u32, entry: u32) {
+        let store = self.store;
+        self.index.insert(hash, entry, self.count, |entry| {
+            store.get(store.inodes, entry as usize, INO)
+        });
+    }
+
+    fn index_remove(&mut self, entry: u32) {
+        let store = self.store;
+        let hash = self.index.hash(self.word(entry, INO));
+        self.index.remove(hash, entry, |entry| {
+            store.get(store.inodes, entry as usize, INO)
+        });
+    }
+}
+
+/// Inode numbers to entries: open addressing with linear probing. Slots hold an entry's number plus one.
+#[derive(Debug)]
+struct Index {
+    slots: Vec<u32>,
+    /// Unknown to guests, who choose inode numbers on some file systems.
+    seed: u64,
+}
+
+impl Index {
+    fn new() -> Self {
+        Self {
+            slots: vec![0; 64],
+            seed: RandomState::new().hash_one(0) | 1,
+        }
+    }
+
+    fn hash(&self, ino: u64) -> u32 {
+        // Both halves of the product have something of every bit.
+        let mixed = u128::from(ino ^ self.seed) * 0x9e37_79b9_7f4a_7c15;
+        ((mixed >> 64) ^ (mixed >> 32)) as u32
+    }
+
+    fn mask(&self) -> usize {
+        self.slots.len() - 1
+    }
+
+    fn find(&self, hash: u32, is: impl Fn(u32) -> bool) -> Option<u32> {
+        let mut at = hash as usize & self.mask();
+        loop {
+            let entry = self.slots[at].checked_sub(1)?;
+            if is(entry) {
+                return Some(entry);
+            }
+            at = (at + 1) & self.mask();
+        }
+    }
+
+    /// Adds `entry` as the one that makes `count` of them.
+    fn insert(&mut self, hash: u32, entry: u32, count: usize, ino: impl Fn(u32) -> u64) {
+        if count * 8 >= self.slots.len() * 7 {
+            let more = vec![0; self.slots.len() * 2];
+            let old = std::mem::replace(&mut self.slots, more);
+            for entry in old.into_iter().filter_map(|slot| slot.checked_sub(1)) {
+                self.put(self.hash(ino(entry)), entry);
+            }
+        }
+        self.put(hash, entry);
+    }
+
+    fn put(&mut self, hash: u32, entry: u32) {
+        let mut at = hash as usize & self.mask();
+        while self.slots[at] != 0 {
+            at = (at + 1) & self.mask();
+        }
+        self.slots[at] = entry + 1;
+    }
+
+    fn remove(&mut self, hash: u32, entry: u32, ino: impl Fn(u32) -> u64) {
+        let mask = self.mask();
+        let mut hole = hash as usize & mask;
+        while self.slots[hole] != entry + 1 {
+            if self.slots[hole] == 0 {
+                return;
+            }
+            hole = (hole + 1) & mask;
+        }
+        // What was pushed on by the one that goes moves back.
+        let mut at = hole;
+        loop {
+            at = (at + 1) & mask;
+            let Some(other) = self.slots[at].checked_sub(1) else {
+                break;
+            };
+            let home = self.hash(ino(other)) as usize & mask;
+            if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
+                self.slots[hole] = self.slots[at];
+                hole = at;
+            }
+        }
+        self.slots[hole] = 0;
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::passthrough::sys;
     use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::path::Path;
 
-    fn open(path: &std::path::Path) -> (OwnedFd, libc::statx) {
+    use super::*;
+    use crate::passthrough::journal::Origin;
+    use crate::passthrough::sys;
+
+    fn open(path: &Path) -> (OwnedFd, libc::statx) {
         let fd = OwnedFd::from(File::open(path).unwrap());
         let stat = sys::stat(fd.as_fd()).unwrap();
         (fd, stat)
     }
 
-    fn table() -> (tempfile::TempDir, Inodes) {
+    struct Table {
+        dir: tempfile::TempDir,
+        store: Store,
+        journal: Journal,
+        inodes: Inodes,
+    }
+
+    fn table() -> Table {
         let dir = tempfile::tempdir().unwrap();
         let (fd, stat) = open(dir.path());
-        (dir, Inodes::new(fd, &stat))
+        let store = Store::new(2000).unwrap();
+        Table {
+            store,
+            journal: Journal::new(store),
+            inodes: Inodes::new(store, fd, &stat).unwrap(),
+            dir,
+        }
     }
+
+    impl Table {
+        fn add(&mut self, name: &str) -> u64 {
+            let path = self.dir.path().join(name);
+            if !path.exists() {
+                std::fs::write(&path, b"").unwrap();
+            }
+            let (fd, stat) = open(&path);
+            self.inodes.insert(&mut self.journal, fd, &stat).unwrap()
+        }
+
+        fn find(&mut self, name: &str) -> Option<u64> {
+            let (_fd, stat) = open(&self.dir.path().join(name));
+            self.inodes.find(&mut self.journal, Identity::of(&stat))
+        }
+
+        fn forget(&mut self, id: u64, count: u64) -> bool {
+            let gone = self.inodes.forget(&mut self.journal, id, count);
+            self.inodes.sweep();
+            gone
+        }
+    }
+
+    const ORIGIN: Origin = Origin { queue: 1, head: 0 };
 
     #[test]
     fn inodes_live_as_long_as_they_are_looked_up() {
-        let (dir, mut inodes) = table();
-        std::fs::write(dir.path().join("a"), b"").unwrap();
-        let (fd, stat) = open(&dir.path().join("a"));
-        assert_eq!(inodes.find(Identity::of(&stat)), None);
-        let id = inodes.insert(fd, &stat);
-        assert_eq!(inodes.find(Identity::of(&stat)), Some(id));
-        assert!(!inodes.forget(id, 1));
-        assert!(inodes.get(id).is_ok());
-        assert_eq!(inodes.folder(id).unwrap_err(), Errno::ENOTDIR);
-        assert!(inodes.forget(id, 1));
-        assert_eq!(inodes.get(id).unwrap_err(), Errno::ESTALE);
-        assert_eq!(inodes.len(), 1);
+        let mut table = table();
+        std::fs::write(table.dir.path().join("a"), b"").unwrap();
+        assert_eq!(table.find("a"), None);
+        let id = table.add("a");
+        assert_eq!(table.find("a"), Some(id));
+        assert!(!table.forget(id, 1));
+        assert!(table.inodes.get(id).is_ok());
+        assert_eq!(table.inodes.folder(id).unwrap_err(), Errno::ENOTDIR);
+        assert!(table.forget(id, 1));
+        assert_eq!(table.inodes.get(id).unwrap_err(), Errno::ESTALE);
+        assert_eq!(table.inodes.len(), 1);
     }
 
     #[test]
     fn an_old_id_does_not_name_what_took_its_place() {
-        let (dir, mut inodes) = table();
-        std::fs::write(dir.path().join("a"), b"").unwrap();
-        let add = |inodes: &mut Inodes| {
-            let (fd, stat) = open(&dir.path().join("a"));
-            inodes.insert(fd, &stat)
-        };
-        let first = add(&mut inodes);
-        inodes.forget(first, u64::MAX);
-        let second = add(&mut inodes);
+        let mut table = table();
+        let first = table.add("a");
+        table.forget(first, u64::MAX);
+        let second = table.add("a");
         assert_ne!(first, second);
-        assert_eq!(
-            first & 0xffff_ffff,
-            second & 0xffff_ffff,
-            "the slot is used again"
-        );
-        assert_eq!(inodes.get(first).unwrap_err(), Errno::ESTALE);
+        assert_eq!(first as u32, second as u32, "the entry is used again");
+        assert_eq!(table.inodes.get(first).unwrap_err(), Errno::ESTALE);
         assert!(
-            !inodes.forget(first, 1),
+            !table.forget(first, 1),
             "forgetting an old id does not hurt the new one"
         );
-        inodes.clear();
-        assert_eq!(inodes.get(second).unwrap_err(), Errno::ESTALE);
-        assert!(inodes.get(ROOT_ID).is_ok());
+        table.inodes.clear();
+        assert_eq!(table.inodes.get(second).unwrap_err(), Errno::ESTALE);
+        assert!(table.inodes.get(ROOT_ID).is_ok());
     }
 
     #[test]
     fn the_root_stays_and_invented_ids_are_stale() {
-        let (_dir, mut inodes) = table();
-        assert!(!inodes.forget(ROOT_ID, u64::MAX));
-        assert!(inodes.folder(ROOT_ID).is_ok());
+        let mut table = table();
+        assert!(!table.forget(ROOT_ID, u64::MAX));
+        assert!(table.inodes.folder(ROOT_ID).is_ok());
         for id in [0, 2, 3, u64::MAX, 1 << 32, (1 << 32) | 1, 0xffff_ffff] {
-            assert_eq!(inodes.get(id).unwrap_err(), Errno::ESTALE, "{id:#x}");
-            assert!(!inodes.forget(id, 1));
+            assert_eq!(table.inodes.get(id).unwrap_err(), Errno::ESTALE, "{id:#x}");
+            assert!(!table.forget(id, 1));
         }
+    }
+
+    #[test]
+    fn many_are_found_again_in_any_order_of_coming_and_going() {
+        let mut table = table();
+        let name = |n: u32| format!("f{n}");
+        let mut ids: Vec<_> = (0..600).map(|n| Some(table.add(&name(n)))).collect();
+        for n in (0..600).step_by(3) {
+            let id = ids[n as usize].take().unwrap();
+            assert!(table.forget(id, 1));
+        }
+        for n in 0..600 {
+            assert_eq!(table.find(&name(n)), ids[n as usize], "{n}");
+        }
+        let other = Inodes::resume(table.store).unwrap();
+        assert_eq!((other.len(), table.inodes.len()), (401, 401));
+        for id in ids.into_iter().flatten() {
+            assert!(other.get(id).is_ok());
+        }
+    }
+
+    #[test]
+    fn what_a_request_counted_is_taken_back_with_it() {
+        let mut table = table();
+        let old = table.add("old");
+        table.journal.begin(ORIGIN, 1, 1, false);
+        assert_eq!(table.find("old"), Some(old));
+        let new = table.add("new");
+        assert!(!table.inodes.forget(&mut table.journal, old, 1));
+        assert!(table.inodes.forget(&mut table.journal, old, 1));
+        // The process dies here.
+        table.journal = Journal::resume(table.store, |origin| origin == ORIGIN);
+        table.inodes = Inodes::resume(table.store).unwrap();
+        assert_eq!(table.inodes.get(new).unwrap_err(), Errno::ESTALE);
+        assert!(table.inodes.get(old).is_ok());
+        assert!(table.forget(old, 1), "counted once, as before");
     }
 }

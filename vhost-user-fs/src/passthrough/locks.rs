@@ -7,40 +7,106 @@
 //! that is not free is answered at once; a request that waits would need a thread of its own, so `SETLKW` says so.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
+use super::store::{LOCKS, Store, give, lend, take};
 use super::{Passthrough, sys};
 use crate::fuse::decode::Lock;
 use crate::fuse::reply::Put;
 
-/// Owners of locks that one guest may have at a time.
-const MAX_OWNERS: usize = 4096;
+/// One description per inode and owner. The descriptions are in the [`Store`], with node and owner, so that they outlive this
+/// process.
+#[derive(Debug)]
+pub(super) struct Locks {
+    store: Store,
+    /// Node and owner to an entry.
+    held: HashMap<(u64, u64), usize>,
+}
 
-/// One description per inode and owner.
-#[derive(Debug, Default)]
-pub(super) struct Locks(HashMap<(u64, u64), OwnedFd>);
+// An entry: the node, the owner, the descriptor.
+const NODE: usize = 0;
+const OWNER: usize = 1;
+const FILE: usize = 2;
 
 impl Locks {
+    /// None, in a store that has none yet.
+    pub(super) fn new(store: Store) -> Self {
+        Self {
+            store,
+            held: HashMap::new(),
+        }
+    }
+
+    /// With those that a process before this one left.
+    pub(super) fn resume(store: Store) -> Self {
+        let mut locks = Self::new(store);
+        for entry in 0..LOCKS {
+            let at = |word| store.get(store.locks, entry, word);
+            if at(FILE) != 0 {
+                locks.held.insert((at(NODE), at(OWNER)), entry);
+            }
+        }
+        locks
+    }
+
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.held.len()
+    }
+
+    fn has(&self, node: u64, owner: u64) -> bool {
+        self.held.contains_key(&(node, owner))
+    }
+
+    fn get(&self, node: u64, owner: u64) -> Option<BorrowedFd<'_>> {
+        let entry = *self.held.get(&(node, owner))?;
+        lend(&self.store, self.store.get(self.store.locks, entry, FILE))
+    }
+
+    fn insert(&mut self, node: u64, owner: u64, fd: OwnedFd) -> Result<(), Errno> {
+        let store = self.store;
+        let entry = (0..LOCKS)
+            .find(|entry| store.get(store.locks, *entry, FILE) == 0)
+            .ok_or(Errno::ENOLCK)?;
+        store.set(store.locks, entry, NODE, node);
+        store.set(store.locks, entry, OWNER, owner);
+        store.set(store.locks, entry, FILE, give(fd));
+        self.held.insert((node, owner), entry);
+        Ok(())
+    }
+
+    fn close(store: Store, entry: usize) {
+        let stored = store.get(store.locks, entry, FILE);
+        store.set(store.locks, entry, FILE, 0);
+        drop(take(stored));
     }
 
     /// Ends all locks of one owner on one inode.
     pub(super) fn release(&mut self, node: u64, owner: u64) {
-        self.0.remove(&(node, owner));
+        if let Some(entry) = self.held.remove(&(node, owner)) {
+            Self::close(self.store, entry);
+        }
     }
 
     /// Ends all locks on an inode.
     pub(super) fn forget(&mut self, node: u64) {
-        if !self.0.is_empty() {
-            self.0.retain(|(inode, _), _| *inode != node);
-        }
+        self.end(|inode| inode == node);
     }
 
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        self.end(|_| true);
+    }
+
+    fn end(&mut self, which: impl Fn(u64) -> bool) {
+        let store = self.store;
+        self.held.retain(|(inode, _), entry| {
+            let ends = which(*inode);
+            if ends {
+                Self::close(store, *entry);
+            }
+            !ends
+        });
     }
 }
 
@@ -64,9 +130,9 @@ fn host_lock(lock: &Lock) -> Result<libc::flock, Errno> {
 
 impl Passthrough {
     /// The description that holds an owner's locks on an inode.
-    fn lock_file(&mut self, node: u64, owner: u64) -> Result<&OwnedFd, Errno> {
-        if !self.locks.0.contains_key(&(node, owner)) {
-            if self.locks.len() >= MAX_OWNERS {
+    fn lock_file(&mut self, node: u64, owner: u64) -> Result<BorrowedFd<'_>, Errno> {
+        if !self.locks.has(node, owner) {
+            if self.locks.len() >= LOCKS {
                 return Err(Errno::ENOLCK);
             }
             self.room()?;
@@ -86,9 +152,9 @@ impl Passthrough {
                 }
                 other => other?,
             };
-            self.locks.0.insert((node, owner), fd);
+            self.locks.insert(node, owner, fd)?;
         }
-        self.locks.0.get(&(node, owner)).ok_or(Errno::ENOLCK)
+        self.locks.get(node, owner).ok_or(Errno::ENOLCK)
     }
 
     pub(super) fn get_lock(
@@ -102,7 +168,7 @@ impl Passthrough {
         }
         let mut host = host_lock(lock)?;
         let fd = self.lock_file(node, lock.owner)?;
-        sys::range_lock(fd.as_fd(), libc::F_OFD_GETLK, &mut host)?;
+        sys::range_lock(fd, libc::F_OFD_GETLK, &mut host)?;
         let start = host.l_start.cast_unsigned();
         let end = match host.l_len {
             0 => i64::MAX.cast_unsigned(),
@@ -136,12 +202,12 @@ impl Passthrough {
             };
             sys::flock(self.handles.file(lock.fh)?, operation)
         } else {
-            if unlock && !self.locks.0.contains_key(&(node, lock.owner)) {
+            if unlock && !self.locks.has(node, lock.owner) {
                 return Ok(());
             }
             let mut host = host_lock(lock)?;
             let fd = self.lock_file(node, lock.owner)?;
-            sys::range_lock(fd.as_fd(), libc::F_OFD_SETLK, &mut host)
+            sys::range_lock(fd, libc::F_OFD_SETLK, &mut host)
         };
         match result {
             Err(Errno::EAGAIN | Errno::EACCES) if wait => Err(Errno::EOPNOTSUPP),

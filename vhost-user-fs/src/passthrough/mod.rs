@@ -14,7 +14,9 @@ mod folders;
 mod handles;
 mod ids;
 mod inodes;
+mod journal;
 mod locks;
+mod store;
 mod sys;
 mod xattrmap;
 mod xattrs;
@@ -27,14 +29,19 @@ use nix::errno::Errno;
 use crate::fuse::decode::Layout;
 use crate::fuse::reply::{Put, Validity};
 use crate::fuse::wire::{self, fopen, init};
-use crate::fuse::{Body, Request};
+use crate::fuse::{Body, InHeader, Request};
 use folders::ReadAhead;
 use handles::Handles;
 use inodes::Inodes;
+use journal::Journal;
 use locks::Locks;
+use store::Word;
 
 pub use creds::may_switch_user;
+pub use files::Place;
 pub use ids::Translation;
+pub use journal::Origin;
+pub use store::Store;
 pub use sys::OwnFds;
 pub use xattrmap::XattrMap;
 
@@ -144,23 +151,23 @@ pub enum Outcome {
 pub struct Passthrough {
     config: Config,
     own: OwnFds,
+    store: Store,
+    journal: Journal,
     inodes: Inodes,
     handles: Handles,
     locks: Locks,
     ahead: ReadAhead,
     /// The host's name of `security.capability`, if it is another.
     mapped_capability: Option<CString>,
-    /// Flags of `INIT` that both sides have.
-    agreed: u64,
 }
 
 impl Passthrough {
-    /// Shares the folder `root` (an `O_PATH` descriptor is enough). Makes `own` the working folder of this process, and its
-    /// file mode mask empty.
+    /// Shares the folder `root` (an `O_PATH` descriptor is enough), with its tables in `store`, which has none yet. Makes
+    /// `own` the working folder of this process, and its file mode mask empty.
     ///
     /// # Errors
     /// `root` is no folder or cannot be looked at, `own` is none.
-    pub fn new(root: OwnedFd, own: OwnFds, config: Config) -> Result<Self, Errno> {
+    pub fn new(root: OwnedFd, own: OwnFds, store: Store, config: Config) -> Result<Self, Errno> {
         sys::work_in(&own)?;
         // The guest's mask was applied by its kernel, or comes with the request.
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
@@ -169,24 +176,79 @@ impl Passthrough {
             return Err(Errno::ENOTDIR);
         }
         Ok(Self {
-            mapped_capability: config
-                .xattrmap
-                .as_ref()
-                .and_then(XattrMap::mapped_capability),
+            mapped_capability: mapped_capability(&config),
             config,
             own,
-            inodes: Inodes::new(root, &stat),
-            handles: Handles::default(),
-            locks: Locks::default(),
+            store,
+            journal: Journal::new(store),
+            inodes: Inodes::new(store, root, &stat)?,
+            handles: Handles::new(store),
+            locks: Locks::new(store),
             ahead: ReadAhead::default(),
-            agreed: 0,
         })
+    }
+
+    /// Shares the folder that a process before this one shared, with what it left in `store`, as soon as
+    /// [`go_on`](Self::go_on) is called. `root` is the same folder as then, by another mount; it is compared and not used.
+    ///
+    /// # Errors
+    /// `ESTALE` if `root` is another folder by now.
+    pub fn resume(
+        root: &OwnedFd,
+        own: OwnFds,
+        store: Store,
+        config: Config,
+    ) -> Result<Self, Errno> {
+        sys::work_in(&own)?;
+        // The guest's mask was applied by its kernel, or comes with the request.
+        nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+        let then = store::lend(&store, store.load(Word::Root)).ok_or(Errno::ESTALE)?;
+        let file = |fd| sys::stat(fd).map(|s| (s.stx_dev_major, s.stx_dev_minor, s.stx_ino));
+        if file(then)? != file(root.as_fd())? {
+            return Err(Errno::ESTALE);
+        }
+        Ok(Self {
+            mapped_capability: mapped_capability(&config),
+            config,
+            own,
+            store,
+            journal: Journal::new(store),
+            inodes: Inodes::empty(store),
+            handles: Handles::new(store),
+            locks: Locks::new(store),
+            ahead: ReadAhead::default(),
+        })
+    }
+
+    /// Takes over what was left. `in_flight` tells whether the reply to a request is still owed.
+    ///
+    /// # Errors
+    /// `ESTALE` if nothing was left.
+    pub fn go_on(&mut self, in_flight: impl Fn(Origin) -> bool) -> Result<(), Errno> {
+        // First: it takes changes of the tables back.
+        self.journal = Journal::resume(self.store, in_flight);
+        self.inodes = Inodes::resume(self.store)?;
+        self.handles = Handles::resume(self.store);
+        self.locks = Locks::resume(self.store);
+        Ok(())
+    }
+
+    /// A request begins, before [`serve`](Self::serve) and the like. `replayed` says that a process before this one took it.
+    pub fn begin(&mut self, origin: Origin, header: &InHeader, replayed: bool) {
+        self.journal
+            .begin(origin, header.opcode, header.unique, replayed);
+    }
+
+    /// The reply has been published.
+    pub fn end(&mut self) {
+        self.journal.end();
+        self.inodes.sweep();
     }
 
     /// How requests of this guest are laid out.
     pub fn layout(&self) -> Layout {
         Layout {
-            setxattr_ext: self.agreed & init::SETXATTR_EXT != 0,
+            setxattr_ext: self.agreed(init::SETXATTR_EXT),
         }
     }
 
@@ -210,7 +272,7 @@ impl Passthrough {
         self.locks.clear();
         self.inodes.clear();
         self.ahead = ReadAhead::default();
-        self.agreed = 0;
+        self.store.store(Word::Agreed, 0);
     }
 
     /// Does a request, other than `READ` and `WRITE`, and puts the reply's body into `reply`, which is empty and will get at
@@ -298,10 +360,27 @@ impl Passthrough {
                 value,
                 flags,
                 setxattr_flags,
-            } => self.set_xattr(node, name, value, (flags, setxattr_flags))?,
+            } => {
+                match self.set_xattr(node, name, value, (flags, setxattr_flags)) {
+                    // It was created, and then the process that created it died.
+                    Err(Errno::EEXIST) if self.journal.again().is_some() => {
+                        let mut there = Vec::new();
+                        // Values are below the cap of a request.
+                        self.get_xattr(node, name, value.len() as u32, &mut there)?;
+                        if there != value {
+                            return Err(Errno::EEXIST);
+                        }
+                    }
+                    other => other?,
+                }
+            }
             Body::GetXattr { name, size } => self.get_xattr(node, name, size, reply)?,
             Body::ListXattr { size } => self.list_xattr(node, size, reply)?,
-            Body::RemoveXattr { name } => self.remove_xattr(node, name)?,
+            Body::RemoveXattr { name } => match self.remove_xattr(node, name) {
+                // It was removed, and then the process that removed it died.
+                Err(Errno::ENODATA) if self.journal.again().is_some() => {}
+                other => other?,
+            },
             Body::Lseek { fh, offset, whence } => self.lseek(fh, offset, whence, reply)?,
             Body::Fallocate {
                 fh,
@@ -335,7 +414,7 @@ impl Passthrough {
     }
 
     fn forget(&mut self, node: u64, count: u64) {
-        if self.inodes.forget(node, count) {
+        if self.inodes.forget(&mut self.journal, node, count) {
             self.locks.forget(node);
         }
     }
@@ -399,7 +478,7 @@ impl Passthrough {
         if agreed & init::INIT_EXT == 0 {
             agreed &= 0xffff_ffff;
         }
-        self.agreed = agreed;
+        self.store.store(Word::Agreed, agreed);
         let max_write = self.config.max_write;
         // 4096 is the smallest page of any guest.
         let pages = (max_write / 4096).clamp(1, u32::from(u16::MAX)) as u16;
@@ -419,7 +498,7 @@ impl Passthrough {
     }
 
     fn agreed(&self, flag: u64) -> bool {
-        self.agreed & flag != 0
+        self.store.load(Word::Agreed) & flag != 0
     }
 
     /// `open_flags` of an answer to `OPEN` and `CREATE`.
@@ -430,6 +509,13 @@ impl Passthrough {
             Cache::Always => fopen::KEEP_CACHE,
         }
     }
+}
+
+fn mapped_capability(config: &Config) -> Option<CString> {
+    config
+        .xattrmap
+        .as_ref()
+        .and_then(XattrMap::mapped_capability)
 }
 
 /// Requests that a read-only tree refuses before they reach the file system. `OPEN` is looked at where it is done.

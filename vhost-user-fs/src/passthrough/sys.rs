@@ -496,6 +496,18 @@ pub(crate) fn become_user(uid: u32) -> Result<(), Errno> {
     Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, u32::MAX, uid, u32::MAX) }).map(drop)
 }
 
+/// Nanoseconds since 1970 by the clock that file systems stamp with.
+pub(crate) fn coarse_time() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: one writable timespec; the clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut now) };
+    // Not negative between 1970 and 2262.
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,284 @@
+//! The serving process is killed, and the guest notices nothing: no request is lost, none is done twice, what was open stays
+//! open. The front end is one that does nothing about it.
+
+#![allow(clippy::unwrap_used)] // test code
+
+mod raw;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+
+use fs_device::fuse::wire::opcode;
+use libc::{EEXIST, ENOENT, O_APPEND, O_EXCL, O_RDWR};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use raw::{Body, Client, u64_at};
+
+/// The process inside of the jail that `outside` waits for, if there is one at this moment.
+fn serving(outside: u32) -> Option<Pid> {
+    let path = format!("/proc/{outside}/task/{outside}/children");
+    let pid = fs::read_to_string(path).ok()?.trim().parse().ok()?;
+    Some(Pid::from_raw(pid))
+}
+
+fn kill_serving(client: &Client) {
+    kill(serving(client.child.id()).unwrap(), Signal::SIGKILL).unwrap();
+}
+
+fn names(entries: &[u8]) -> (Vec<String>, u64) {
+    let (mut found, mut at, mut offset) = (Vec::new(), 0, 0);
+    while at < entries.len() {
+        offset = u64_at(entries, at + 8);
+        let len = u64_at(entries, at + 16) as u32 as usize;
+        found.push(String::from_utf8(entries[at + 24..at + 24 + len].to_vec()).unwrap());
+        at = (at + 24 + len).next_multiple_of(8);
+    }
+    (found, offset)
+}
+
+#[test]
+fn open_files_folders_and_locks_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    for n in 0..500 {
+        fs::write(dir.path().join(format!("file-{n}")), b"").unwrap();
+    }
+    let options = ["-log-level", "debug", "--flock", "--posix-lock", "--xattr"];
+    let mut client = Client::start(dir.path(), &options);
+    let (node, fh) = client.create(1, "kept", O_RDWR).unwrap();
+    assert_eq!(client.write(node, fh, 0, b"before").unwrap(), 6);
+    // Removed: only the open file is left of it.
+    let gone = client.create(1, "gone", O_RDWR).unwrap();
+    client.write(gone.0, gone.1, 0, b"still here").unwrap();
+    client
+        .call(opcode::UNLINK, 1, Body::new().name("gone"))
+        .unwrap();
+    let opened = client
+        .call(opcode::OPENDIR, 1, Body::new().zeros(8))
+        .unwrap();
+    let folder = u64_at(&opened, 0);
+    let read = |client: &mut Client, offset| {
+        let body = Body::new().u64(folder).u64(offset).u32(1000).zeros(20);
+        names(&client.call(opcode::READDIR, 1, body).unwrap())
+    };
+    let (mut seen, mut offset) = read(&mut client, 0);
+    let lock = |client: &mut Client, kind: i32, owner: u64, opcode| {
+        let body = Body::new().u64(fh).u64(owner).u64(0).u64(99);
+        client.call(opcode, node, body.u32(kind as u32).u32(1).u32(0).u32(0))
+    };
+    lock(&mut client, libc::F_WRLCK, 7, opcode::SETLK).unwrap();
+
+    kill_serving(&client);
+    assert_eq!(client.read(node, fh, 0, 100).unwrap(), b"before");
+    assert_eq!(client.read(gone.0, gone.1, 0, 100).unwrap(), b"still here");
+    client.write(node, fh, 6, b" and after").unwrap();
+    assert_eq!(client.lookup(1, "kept").unwrap(), node, "the same inode");
+    // Somebody else's lock on the same bytes is refused still, and the owner's is not in its own way.
+    let other = lock(&mut client, libc::F_WRLCK, 8, opcode::SETLK);
+    assert_eq!(other.unwrap_err(), libc::EAGAIN);
+    lock(&mut client, libc::F_WRLCK, 7, opcode::SETLK).unwrap();
+
+    loop {
+        kill_serving(&client);
+        let (more, next) = read(&mut client, offset);
+        if more.is_empty() {
+            break;
+        }
+        seen.extend(more);
+        offset = next;
+    }
+    seen.sort_unstable();
+    let count = seen.len();
+    seen.dedup();
+    assert_eq!((seen.len(), count), (503, 503), "each name once");
+    client.release(node, fh).unwrap();
+    assert!(client.release(node, fh).is_err());
+    assert!(client.finish().success());
+    assert_eq!(
+        fs::read(dir.path().join("kept")).unwrap(),
+        b"before and after"
+    );
+}
+
+/// Kills the serving process a moment after each word that comes, until the words end.
+fn killer(outside: u32, words: &Receiver<u32>, kills: &AtomicU32) {
+    while let Ok(spins) = words.recv() {
+        for _ in 0..spins {
+            std::hint::spin_loop();
+        }
+        if let Some(pid) = serving(outside)
+            && kill(pid, Signal::SIGKILL).is_ok()
+        {
+            kills.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Numbers that look random, the same in each run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// What the tree must have: name to contents, `None` for a folder.
+type Model = BTreeMap<String, Option<Vec<u8>>>;
+
+/// One request whose second execution would show, and what it does to the model.
+fn change(client: &mut Client, model: &mut Model, random: &mut Numbers, log: (u64, u64), n: u32) {
+    let name = format!("n{n}");
+    let some = |model: &Model, random: &mut Numbers| {
+        let files: Vec<_> = model
+            .iter()
+            .filter(|(name, data)| data.is_some() && name.as_str() != "log")
+            .map(|(name, _)| name.clone())
+            .collect();
+        let at = random.next() as usize % files.len().max(1);
+        files.get(at).cloned()
+    };
+    match random.next() % 8 {
+        0 => {
+            let (node, fh) = client.create(1, &name, O_RDWR | O_EXCL).unwrap();
+            client.write(node, fh, 0, name.as_bytes()).unwrap();
+            client.release(node, fh).unwrap();
+            client.forget(node, 1);
+            let again = client.create(1, &name, O_RDWR | O_EXCL);
+            assert_eq!(
+                again.unwrap_err(),
+                EEXIST,
+                "{name} was there before this request"
+            );
+            model.insert(name.clone(), Some(name.into_bytes()));
+        }
+        1 => {
+            let body = Body::new().u32(0o755).u32(0).name(&name);
+            let made = client.call(opcode::MKDIR, 1, body).unwrap();
+            client.forget(u64_at(&made, 0), 1);
+            model.insert(name, None);
+        }
+        2 => {
+            let Some(old) = some(model, random) else {
+                return;
+            };
+            client
+                .call(opcode::UNLINK, 1, Body::new().name(&old))
+                .unwrap_or_else(|e| panic!("unlink {old}: {e}"));
+            assert_eq!(client.lookup(1, &old).unwrap_err(), ENOENT);
+            model.remove(&old);
+        }
+        3 => {
+            let Some(old) = some(model, random) else {
+                return;
+            };
+            let body = Body::new().u64(1).name(&old).name(&name);
+            client
+                .call(opcode::RENAME, 1, body)
+                .unwrap_or_else(|e| panic!("rename {old}: {e}"));
+            let data = model.remove(&old).unwrap();
+            model.insert(name, data);
+        }
+        4 => {
+            let (Some(a), Some(b)) = (some(model, random), some(model, random)) else {
+                return;
+            };
+            // RENAME_EXCHANGE
+            let body = Body::new().u64(1).u32(2).u32(0).name(&a).name(&b);
+            client.call(opcode::RENAME2, 1, body).unwrap();
+            let (of_a, of_b) = (model[&a].clone(), model[&b].clone());
+            model.insert(a, of_b);
+            model.insert(b, of_a);
+        }
+        5 => {
+            let Some(old) = some(model, random) else {
+                return;
+            };
+            let node = client.lookup(1, &old).unwrap();
+            let body = Body::new().u64(node).name(&name);
+            client.call(opcode::LINK, 1, body).unwrap();
+            client.forget(node, 2);
+            let data = model[&old].clone();
+            model.insert(name, data);
+        }
+        6 => {
+            let body = Body::new().name(&name).name("target");
+            let made = client.call(opcode::SYMLINK, 1, body).unwrap();
+            client.forget(u64_at(&made, 0), 1);
+            client
+                .call(opcode::UNLINK, 1, Body::new().name(&name))
+                .unwrap();
+        }
+        _ => {
+            // The offset is a lie, as it is when two guests append to the same file.
+            let line = format!("line {n}\n").into_bytes();
+            assert_eq!(
+                client.write(log.0, log.1, 0, &line).unwrap() as usize,
+                line.len()
+            );
+            model.get_mut("log").unwrap().as_mut().unwrap().extend(line);
+        }
+    }
+}
+
+fn kill_loop(requests: u32, kill_each: u32) -> (u32, u32) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut client = Client::start(dir.path(), &["-log-level", "error"]);
+    let log = client.create(1, "log", O_RDWR | O_APPEND).unwrap();
+    let mut model = Model::from([("log".to_owned(), Some(Vec::new()))]);
+    let kills = AtomicU32::new(0);
+    let outside = client.child.id();
+    std::thread::scope(|scope| {
+        let (tell, words) = channel();
+        let count = &kills;
+        scope.spawn(move || killer(outside, &words, count));
+        let mut random = Numbers(0x5eed_1234_5678_9abc);
+        for n in 0..requests {
+            if n % kill_each == 0 {
+                tell.send(random.next() as u32 % 20_000).unwrap();
+            }
+            change(&mut client, &mut model, &mut random, log, n);
+        }
+        drop(tell);
+    });
+    // Every lookup was counted as often as the guest was told of it: forgetting that often makes the inode go.
+    let (node, fh) = log;
+    client.release(node, fh).unwrap();
+    client.forget(node, 1);
+    let stale = client.call(opcode::GETATTR, node, Body::new().zeros(16));
+    assert_eq!(stale.unwrap_err(), libc::ESTALE);
+    let open = fs::read_dir(format!("/proc/{outside}/fd")).unwrap().count();
+    assert!(client.finish().success());
+    let mut found = Model::new();
+    for entry in fs::read_dir(dir.path()).unwrap().map(Result::unwrap) {
+        let folder = entry.metadata().unwrap().mode() & libc::S_IFMT == libc::S_IFDIR;
+        let data = (!folder).then(|| fs::read(entry.path()).unwrap());
+        found.insert(entry.file_name().into_string().unwrap(), data);
+    }
+    assert_eq!(
+        found.keys().collect::<Vec<_>>(),
+        model.keys().collect::<Vec<_>>()
+    );
+    for (name, data) in &model {
+        assert!(found[name] == *data, "{name} differs");
+    }
+    (kills.into_inner(), u32::try_from(open).unwrap())
+}
+
+#[test]
+fn a_kill_loop_under_load_changes_no_byte_and_no_count() {
+    // More with SURVIVAL_REQUESTS, for a long run.
+    let requests = std::env::var("SURVIVAL_REQUESTS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(3_000);
+    let (kills, open) = kill_loop(requests, 30);
+    println!("{kills} kills in {requests} requests");
+    assert!(kills > requests / 60, "{kills} kills only");
+    assert!(open < 40, "{open} descriptors are open at the end");
+}
