@@ -1,0 +1,354 @@
+//! # A control process that its guest has taken over, against its broker
+//!
+//! **Job.** The real broker on the channel that its control process has, which now sends anything: cut, long, unknown, repeated, with
+//! descriptors, without end. It refuses or ends, opens nothing beyond its policy, and leaves nothing behind.
+//! **Who is not trusted.** The test's own side. **Why this way.** The binary in its role, with its filter on; what it holds is read
+//! from /proc, and what it made from the folder.
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use ipc::PROTOCOL_VERSION;
+use ipc::channel::{Channel, ChannelError};
+use ipc::codec::encode;
+use ipc::control::{FileGrant, Policy, Reply, Request};
+use ipc::limits::MAX_MESSAGE;
+use ipc::log::Level;
+use ipc::start::{SandboxMode, SeccompMode};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+use std::fs::File;
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+use tests::host::require_root;
+use tests::procfs;
+use tests::vm::binary;
+use tests::wait::{Deadline, Watched, readable};
+
+const LIMIT: Duration = Duration::from_secs(10);
+const WORDS: &[u8] = b"what the command line names";
+
+struct Broker {
+    child: Child,
+    channel: Channel,
+    log: std::io::PipeReader,
+    dir: PathBuf,
+}
+
+fn broker(dir: &Path) -> Broker {
+    require_root();
+    std::fs::write(dir.join("granted"), WORDS).unwrap();
+    let (ours, theirs) = Channel::pair().unwrap();
+    setsockopt(&ours, sockopt::SndBuf, &(4 * MAX_MESSAGE)).unwrap();
+    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    let (log, log_end) = std::io::pipe().unwrap();
+    let child = Command::new(binary("stratovirt").unwrap())
+        .arg0("stratovirt-broker")
+        .arg(theirs.as_fd().as_raw_fd().to_string())
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log_end)
+        .spawn()
+        .unwrap();
+    Broker {
+        child,
+        channel: ours,
+        log,
+        dir: dir.to_owned(),
+    }
+}
+
+fn policy(dir: &Path) -> Policy {
+    Policy {
+        version: PROTOCOL_VERSION,
+        files: vec![
+            FileGrant::Read {
+                option: "-kernel".into(),
+                path: dir.join("granted"),
+            },
+            FileGrant::Read {
+                option: "-initrd".into(),
+                path: dir.join("absent"),
+            },
+        ],
+        devices: Vec::new(),
+        seccomp: SeccompMode::Kill,
+        sandbox: SandboxMode::BestEffort,
+        log_level: Level::Error,
+        log_file: None,
+        pidfile: None,
+        restore_terminal: false,
+        daemonize: false,
+    }
+}
+
+impl Broker {
+    fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    /// Any packet; whether it went.
+    fn raw(&self, bytes: &[u8], fds: &[RawFd]) -> bool {
+        let rights = [ControlMessage::ScmRights(fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<()>(
+            self.channel.as_fd().as_raw_fd(),
+            &[IoSlice::new(bytes)],
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .is_ok()
+    }
+
+    fn reply(&self) -> Option<(Reply, Vec<OwnedFd>)> {
+        let ready = readable(&[self.channel.as_fd()], Deadline::after(LIMIT)).unwrap();
+        assert!(ready.is_some(), "the broker says nothing");
+        match self.channel.receive() {
+            Ok(message) => Some(message),
+            Err(ChannelError::Closed) => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn ask(&self, request: &Request) -> Option<(Reply, Vec<OwnedFd>)> {
+        self.channel.send(request, &[]).unwrap();
+        self.reply()
+    }
+
+    #[track_caller]
+    fn refuses(&self, request: &Request, words: &str) {
+        let Some((Reply::Failed { message }, fds)) = self.ask(request) else {
+            panic!("{request:?} was not refused");
+        };
+        assert!(
+            message.contains(words) && fds.is_empty(),
+            "{request:?}: {message}"
+        );
+    }
+
+    fn with_policy(dir: &Path) -> Self {
+        let broker = broker(dir);
+        let answer = broker.ask(&Request::SetPolicy(policy(dir)));
+        assert!(
+            matches!(answer, Some((Reply::PolicySet { .. }, _))),
+            "{answer:?}"
+        );
+        broker
+    }
+
+    /// What the policy grants works as before, and brings what it always brought.
+    #[track_caller]
+    fn still_serves(&self) {
+        let Some((Reply::Opened { index: 0, .. }, mut fds)) = self.ask(&Request::Open { index: 0 })
+        else {
+            panic!("the broker does not serve any more");
+        };
+        assert_eq!(fds.len(), 1);
+        let mut text = Vec::new();
+        File::from(fds.remove(0)).read_to_end(&mut text).unwrap();
+        assert_eq!(text, WORDS);
+    }
+
+    /// Descriptors of files; standard streams, sockets and pipes are none.
+    fn files(&self) -> Vec<String> {
+        let fds = procfs::fds(self.pid()).unwrap();
+        let named = fds.into_values().map(|fd| fd.target);
+        named
+            .filter(|target| target.starts_with('/') && target != "/dev/null")
+            .collect()
+    }
+
+    /// The channel closes: it ends by itself, and nothing is there that was not before.
+    #[track_caller]
+    fn ends(self) -> (ExitStatus, String) {
+        let Self {
+            mut child,
+            channel,
+            mut log,
+            dir,
+        } = self;
+        let watched = Watched::new(i32::try_from(child.id()).unwrap()).unwrap();
+        drop(channel);
+        assert!(
+            watched.ended(Deadline::after(LIMIT)).unwrap(),
+            "the broker hangs"
+        );
+        let status = child.wait().unwrap();
+        let mut text = String::new();
+        log.read_to_string(&mut text).unwrap();
+        assert_eq!(status.signal(), None, "{text}");
+        let names: Vec<_> = std::fs::read_dir(&dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["granted"], "{text}");
+        assert_eq!(std::fs::read(dir.join("granted")).unwrap(), WORDS);
+        (status, text)
+    }
+}
+
+#[test]
+fn what_is_no_policy_ends_the_broker_with_a_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = encode(&Request::SetPolicy(policy(dir.path()))).unwrap();
+    let mut trailing = good.clone();
+    trailing.push(0);
+    let mut packets = vec![
+        vec![0xff; 64],
+        vec![0; 1],
+        trailing,
+        vec![0; MAX_MESSAGE + 1],
+    ];
+    // Cut anywhere.
+    packets.extend((1..good.len()).step_by(7).map(|len| good[..len].to_vec()));
+    for packet in packets {
+        let broker = broker(dir.path());
+        assert!(
+            broker.raw(&packet, &[]),
+            "{} bytes cannot be sent",
+            packet.len()
+        );
+        assert_eq!(broker.reply().map(|(reply, _)| reply), None);
+        let (status, log) = broker.ends();
+        assert_eq!((status.code(), log.lines().count()), (Some(1), 1), "{log}");
+        assert!(log.contains("message"), "{log}");
+    }
+    // Nothing at all.
+    let (status, log) = broker(dir.path()).ends();
+    assert_eq!((status.code(), log.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn the_policy_comes_first_and_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for request in [
+        Request::Open { index: 0 },
+        Request::Start { index: 0 },
+        Request::Stop { index: 0 },
+        Request::Ready,
+    ] {
+        let broker = broker(dir.path());
+        broker.refuses(&request, "the policy must come first");
+        assert!(broker.reply().is_none());
+        broker.ends();
+    }
+    let other = broker(dir.path());
+    let version = PROTOCOL_VERSION + 1;
+    let wrong = Policy {
+        version,
+        ..policy(dir.path())
+    };
+    other.refuses(&Request::SetPolicy(wrong), "protocol version");
+    other.ends();
+
+    let broker = Broker::with_policy(dir.path());
+    let mut greedy = policy(dir.path());
+    for file in &mut greedy.files {
+        *file = FileGrant::Output {
+            option: "-kernel".into(),
+            path: dir.path().join("made"),
+        };
+    }
+    greedy.pidfile = Some(dir.path().join("pid"));
+    broker.refuses(&Request::SetPolicy(greedy), "the policy is fixed");
+    broker.still_serves();
+    // Without a pid file in the policy, none is written.
+    assert!(matches!(
+        broker.ask(&Request::Ready),
+        Some((Reply::ReadyDone, _))
+    ));
+    broker.ends();
+}
+
+#[test]
+fn numbers_that_the_policy_does_not_have_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let broker = Broker::with_policy(dir.path());
+    for index in [2, 3, 255, 65536, u32::MAX / 2, u32::MAX] {
+        broker.refuses(&Request::Open { index }, "the policy has no file");
+        broker.refuses(&Request::Start { index }, "the policy has no device");
+        broker.refuses(&Request::Stop { index }, "");
+    }
+    broker.refuses(&Request::Open { index: 1 }, "absent");
+    broker.still_serves();
+    assert_eq!(broker.files(), Vec::<String>::new());
+    broker.ends();
+}
+
+#[test]
+fn malformed_requests_end_the_broker_and_with_it_the_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = encode(&Request::Open { index: 0 }).unwrap();
+    let mut packets: Vec<Vec<u8>> = (1..good.len()).map(|len| good[..len].to_vec()).collect();
+    packets.push([&good[..], &[0]].concat());
+    packets.push(vec![0; MAX_MESSAGE + 1]);
+    // Requests that do not exist, and the length of a string that has no end.
+    packets.extend((7..20u32).map(|tag| [tag.to_le_bytes(), [0; 4]].concat()));
+    packets.push([&0u32.to_le_bytes()[..], &[0; 4], &u64::MAX.to_le_bytes()].concat());
+    // Noise that is the same each time (a linear congruence).
+    let mut noise = 1u64;
+    for len in 1..64 {
+        packets.push(
+            (0..len)
+                .map(|_| {
+                    noise = noise
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1);
+                    (noise >> 56) as u8 | 0x80
+                })
+                .collect(),
+        );
+    }
+    for packet in packets {
+        let broker = Broker::with_policy(dir.path());
+        assert!(broker.raw(&packet, &[]));
+        assert_eq!(broker.reply().map(|(reply, _)| reply), None, "{packet:x?}");
+        let (_, log) = broker.ends();
+        assert!(log.contains("control channel"), "{log}");
+    }
+}
+
+#[test]
+fn descriptors_that_nobody_asked_for_are_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let broker = Broker::with_policy(dir.path());
+    broker.still_serves();
+    let before = procfs::fds(broker.pid()).unwrap().len();
+    let secret = File::open("/etc/passwd").unwrap();
+    let good = encode(&Request::Open { index: 99 }).unwrap();
+    for count in [1, 2, 64] {
+        for _ in 0..50 {
+            assert!(broker.raw(&good, &vec![secret.as_raw_fd(); count]));
+            assert!(matches!(broker.reply(), Some((Reply::Failed { .. }, _))));
+        }
+    }
+    assert_eq!(procfs::fds(broker.pid()).unwrap().len(), before);
+    assert_eq!(broker.files(), Vec::<String>::new());
+    // More than any message has.
+    assert!(broker.raw(&good, &[secret.as_raw_fd(); 253]));
+    assert_eq!(broker.reply().map(|(reply, _)| reply), None);
+    broker.ends();
+}
+
+#[test]
+fn a_flood_that_reads_no_answer_ends_with_the_control_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let broker = Broker::with_policy(dir.path());
+    let before = procfs::fds(broker.pid()).unwrap().len();
+    let flags = nix::fcntl::OFlag::O_NONBLOCK;
+    fcntl(&broker.channel, FcntlArg::F_SETFL(flags)).unwrap();
+    let request = encode(&Request::Open { index: 0 }).unwrap();
+    let mut sent = 0;
+    while broker.raw(&request, &[]) {
+        sent += 1;
+    }
+    assert!(sent > 10, "{sent} requests are no flood");
+    // The answers wait in the channel, and the descriptors with them: the broker has at most the one on its way.
+    let after = procfs::fds(broker.pid()).unwrap().len();
+    assert!(after <= before + 2, "{before} descriptors, then {after}");
+    broker.ends();
+}
