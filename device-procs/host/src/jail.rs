@@ -61,6 +61,7 @@ pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailErr
     }
     // After the lock, which gives signals their default action, and before the filter.
     signals::prepare()?;
+    ipc::log::trace!("locked");
     let action = match start.seccomp {
         SeccompMode::Kill => Action::Kill,
         SeccompMode::Log => Action::Log,

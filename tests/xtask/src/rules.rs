@@ -18,6 +18,7 @@ pub(crate) const ALL: &[(&str, Rule)] = &[
     ),
     ("each module starts with its page", modules_have_pages),
     ("unsafe code is where the list says", unsafe_is_listed),
+    ("one build of the product", features_are_listed),
     (
         "README shows the system call policies",
         crate::policy::readme_is_right,
@@ -123,6 +124,50 @@ fn modules_have_pages() -> Result<(), String> {
             ));
         }
     }
+    none(&broken)
+}
+
+/// Crates whose code is not the product's.
+const NOT_PRODUCT: &[&str] = &["tests", "xtask"];
+/// Features that the product's crates may have: this one is a library for tests of device processes, which no program uses.
+const FEATURES: &[(&str, &str)] = &[("device-host", "test-frontend")];
+
+/// A feature is another build. One that leaves a layer of a jail out, for a test, could be shipped by mistake; layers are
+/// taken away from the shipped programs instead (`tests/src/jail/saboteur.rs`).
+fn features_are_listed() -> Result<(), String> {
+    let text = tool::output(&mut tool::cargo(&[
+        "metadata",
+        "--offline",
+        "--no-deps",
+        "--format-version",
+        "1",
+    ]))?;
+    let data: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| format!("cargo metadata: {e}"))?;
+    let packages = data["packages"]
+        .as_array()
+        .ok_or("cargo metadata names no packages")?;
+    let mut found = BTreeSet::new();
+    for package in packages {
+        let name = package["name"].as_str().unwrap_or_default();
+        if NOT_PRODUCT.contains(&name) {
+            continue;
+        }
+        let features = package["features"].as_object().into_iter().flatten();
+        found.extend(features.map(|(feature, _)| (name.to_owned(), feature.clone())));
+    }
+    let is_listed = |(name, feature): &(String, String)| FEATURES.contains(&(name, feature));
+    let mut broken: Vec<String> = found
+        .iter()
+        .filter(|one| !is_listed(one))
+        .map(|(name, feature)| format!("{name} has the feature {feature}, which is not listed"))
+        .collect();
+    broken.extend(
+        FEATURES
+            .iter()
+            .filter(|(name, feature)| !found.contains(&((*name).to_owned(), (*feature).to_owned())))
+            .map(|(name, feature)| format!("{name} has no feature {feature} any more")),
+    );
     none(&broken)
 }
 

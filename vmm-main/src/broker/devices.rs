@@ -257,17 +257,17 @@ impl Process {
         }
     }
 
-    /// Logs what is missing in the jail, and at trace level how long each step took.
+    /// Logs what is missing in the jail, and at trace level when each step was done, on the monotonic clock.
     fn tell_jail(&self, child: &Child) {
         for layer in child.layers.iter().filter(|layer| !layer.is_on()) {
             error!("device {}: jail layer not in force: {layer}", self.id);
         }
-        let mut last = None;
+        // Absolute, so that devices can be seen side by side.
         for phase in &child.phases {
-            let since = last
-                .replace(phase.at)
-                .map_or(0, |before| phase.at.saturating_sub(before) / 1000);
-            trace!("device {}: {:>6} us  {}", self.id, since, phase.step);
+            trace!(
+                "device {}: jail: {} at {} ns",
+                self.id, phase.step, phase.at
+            );
         }
     }
 

@@ -5,6 +5,7 @@
 //! same minute, it says which way we moved.
 
 mod fs;
+mod jail;
 mod meter;
 mod peers;
 mod startup;
@@ -15,6 +16,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     match arguments.split_first() {
         Some((name, rest)) if name == "startup" => startup::run(rest),
         Some((name, rest)) if name == "fs" => fs::run(rest),
-        _ => Err("the benches are: startup, fs".into()),
+        Some((name, rest)) if name == "jail" => jail::run(rest),
+        _ => Err("the benches are: startup, fs, jail".into()),
     }
 }

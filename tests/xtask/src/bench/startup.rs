@@ -90,6 +90,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     if candidates.iter().any(|c| c.name == OZONE) {
         clean(&programs.join("ozone"), &programs.join("stratovirt"))?;
     }
+    if candidates.iter().any(|c| c.name == "stratovirt") {
+        super::jail::table(&programs.join("stratovirt"), runs)?;
+    }
     Ok(if failed {
         ExitCode::FAILURE
     } else {
