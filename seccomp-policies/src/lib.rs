@@ -12,7 +12,7 @@
 pub mod heap;
 mod install;
 
-pub use install::{Error, in_force, install, install_all_threads};
+pub use install::{Error, in_force, install, install_all_threads, mark, traced};
 
 use std::fmt;
 

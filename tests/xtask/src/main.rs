@@ -9,6 +9,7 @@ mod demo;
 mod fuzz;
 mod lab;
 mod policy;
+mod policy_audit;
 mod rules;
 mod test;
 mod tool;
@@ -40,7 +41,7 @@ const COMMANDS: &[(&str, &str, Command)] = &[
     ),
     (
         "policy",
-        "print the system call policies: policy [POLICY…|--table], put the table into README: --write",
+        "print the system call policies: policy [POLICY…|--table], put the table into README: --write, run suites and look for rules that nothing uses: --audit [--run FILTER] [--keep FILE] [--with FILE] [-- COMMAND…]",
         policy::run,
     ),
     (

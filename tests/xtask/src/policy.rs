@@ -25,6 +25,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         }
         ["--table"] => print!("{}", overview()),
         ["--write"] => write_readme()?,
+        ["--audit", rest @ ..] => return crate::policy_audit::run(rest),
         names => {
             for name in names {
                 let policy = table().iter().find(|p| p.name == *name).ok_or_else(|| {

@@ -1,0 +1,511 @@
+//! # `cargo xtask policy --audit`
+//!
+//! **Job.** Run suites under the kernel's tracer, note which rule of which policy each filtered thread really used, and fail on
+//! rules, and on values of argument checks, that nothing used. A rule may say in its file why it is rare; it is then named only.
+//! **Who is not trusted.** The memory of whoever wrote a rule.
+//! **Why this way.** The tracepoint `raw_syscalls/sys_enter` sees every call of every process with its arguments, jailed and not
+//! dumpable ones too, and costs the traced ones next to nothing, where strace would make timing tests fail. Which policy a
+//! thread is under is said by the call that installs it, in an argument that the kernel does not look at.
+
+use crate::{policy::what, tool};
+use seccomp_policies::{ArgInfo, Policy, RuleInfo, traced};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+/// What is run if nothing else is asked for: suites of whole VMs, and crates whose tests start their program in its jail. Not
+/// `seccomp-policies`, whose tests make every call there is, nor what installs a policy without being the process it is for.
+const SUITES: &str = "(package(tests) & binary(/^(bare|processes|recovery|qmp|hostile|ozone|shared_folder|asleep|cmdline)$/)) \
+     | (package(/^(block|net|template|vhost-user-fs)$/) & kind(test)) \
+     | (package(ozone) & binary(outer)) \
+     | (package(vmm-main) & binary(chardev_filter))";
+
+/// Where they are.
+const PACKAGES: &[&str] = &[
+    "tests",
+    "block",
+    "net",
+    "template",
+    "vhost-user-fs",
+    "ozone",
+    "vmm-main",
+];
+
+/// Kilobytes of trace for each processor.
+const BUFFER: &str = "131072";
+
+pub(crate) fn run(arguments: &[&str]) -> Result<ExitCode, String> {
+    let mut used = Used::default();
+    let mut keep = None;
+    let mut filter = SUITES.to_owned();
+    let mut command: Option<Vec<&str>> = None;
+    let mut rest = arguments.iter();
+    while let Some(&argument) = rest.next() {
+        let mut value = |what: &str| {
+            rest.next()
+                .copied()
+                .ok_or_else(|| format!("{argument} needs {what} behind it"))
+        };
+        match argument {
+            "--keep" => keep = Some(PathBuf::from(value("a file")?)),
+            "--with" => used.read(Path::new(value("a file that --keep wrote")?))?,
+            "--run" => filter = value("a filter of cargo-nextest")?.to_owned(),
+            "--" => command = Some(rest.by_ref().copied().collect()),
+            other => {
+                return Err(format!(
+                    "--audit {other}: the options are --run FILTER, --keep FILE, --with FILE, -- COMMAND"
+                ));
+            }
+        }
+    }
+    let command = match command {
+        Some(words) => words.into_iter().map(str::to_owned).collect(),
+        None => suites(&filter)?,
+    };
+    let lost = if command.is_empty() {
+        0
+    } else {
+        trace(&command, &mut used)?
+    };
+    if let Some(file) = keep {
+        used.write(&file)?;
+    }
+    let verdict = judge(&used);
+    print!("{}", verdict.text);
+    if lost > 0 {
+        println!("{lost} events were lost, so a rule may have been used all the same");
+    }
+    if verdict.unused == 0 {
+        return Ok(ExitCode::SUCCESS);
+    }
+    Err(format!(
+        "{} rules or values were used by nothing: remove them, drive them by a test, or say why they are `rare`",
+        verdict.unused
+    ))
+}
+
+/// Builds what the suites need, so that the compiler is not traced, and gives the command that runs them.
+fn suites(filter: &str) -> Result<Vec<String>, String> {
+    if !tool::has_subcommand("nextest") {
+        return Err("needs cargo-nextest to select suites; or name a command behind `--`".into());
+    }
+    tool::run(&mut tool::cargo(&["build", "--workspace", "--bins"]))?;
+    tool::run(&mut tool::cargo(&[
+        "nextest",
+        "run",
+        "--workspace",
+        "--no-run",
+    ]))?;
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let rest = [
+        "nextest",
+        "run",
+        "--workspace",
+        "--no-fail-fast",
+        "-E",
+        filter,
+    ];
+    Ok(std::iter::once(cargo)
+        .chain(rest.into_iter().map(str::to_owned))
+        .collect())
+}
+
+/// Which rules were used, and of their argument checks which values: policy, rule, check, value, by position.
+#[derive(Debug, Default)]
+struct Used {
+    rules: BTreeSet<(usize, usize)>,
+    values: BTreeSet<(usize, usize, usize, usize)>,
+}
+
+impl Used {
+    fn note(&mut self, policy: Policy, number: i64, args: &[u64; 6]) {
+        let at = policy as usize;
+        for (r, rule) in policy.info().rules.iter().enumerate() {
+            if !rule.matches(number, args) {
+                continue;
+            }
+            self.rules.insert((at, r));
+            for (a, arg) in rule.args.iter().enumerate() {
+                for (v, (value, _)) in arg.values.iter().enumerate() {
+                    if arg.holds_for(*value, args) {
+                        self.values.insert((at, r, a, v));
+                    }
+                }
+            }
+        }
+    }
+
+    /// One line a rule or value, in words, so that a file survives a change of the policies.
+    fn write(&self, file: &Path) -> Result<(), String> {
+        let mut text = String::new();
+        for policy in Policy::ALL {
+            for (r, rule) in policy.info().rules.iter().enumerate() {
+                if self.rules.contains(&(policy as usize, r)) {
+                    text.push_str(&key(policy, rule));
+                    text.push('\n');
+                }
+                for (a, arg) in rule.args.iter().enumerate() {
+                    for (v, (_, name)) in arg.values.iter().enumerate() {
+                        if self.values.contains(&(policy as usize, r, a, v)) {
+                            text.push_str(&value_key(policy, rule, arg, name));
+                            text.push('\n');
+                        }
+                    }
+                }
+            }
+        }
+        fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))
+    }
+
+    fn read(&mut self, file: &Path) -> Result<(), String> {
+        let text = fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
+        let lines: BTreeSet<&str> = text.lines().collect();
+        for policy in Policy::ALL {
+            for (r, rule) in policy.info().rules.iter().enumerate() {
+                if lines.contains(key(policy, rule).as_str()) {
+                    self.rules.insert((policy as usize, r));
+                }
+                for (a, arg) in rule.args.iter().enumerate() {
+                    for (v, (_, name)) in arg.values.iter().enumerate() {
+                        if lines.contains(value_key(policy, rule, arg, name).as_str()) {
+                            self.values.insert((policy as usize, r, a, v));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn key(policy: Policy, rule: &RuleInfo) -> String {
+    format!("{policy} {} {}", rule.call, what(rule))
+}
+
+fn value_key(policy: Policy, rule: &RuleInfo, arg: &ArgInfo, name: &str) -> String {
+    format!("{}: arg{} {name}", key(policy, rule), arg.index)
+}
+
+struct Verdict {
+    text: String,
+    unused: usize,
+}
+
+fn judge(used: &Used) -> Verdict {
+    let mut text = String::new();
+    let mut unused = 0;
+    // A piece that several policies share is judged for each of them: a rule that one needs may be one too many in another.
+    for policy in Policy::ALL {
+        let at = policy as usize;
+        let mut lines: BTreeMap<bool, Vec<String>> = BTreeMap::new();
+        for (r, rule) in policy.info().rules.iter().enumerate() {
+            // What a child needs is judged in the child's own policy.
+            if rule.child.is_some() {
+                continue;
+            }
+            let rare = rule.rare.is_some();
+            let note = rule
+                .rare
+                .map_or(String::new(), |why| format!("; rare: {why}"));
+            if !used.rules.contains(&(at, r)) {
+                let line = format!("{} ({}) [{}]{note}", rule.call, what(rule), rule.from);
+                lines.entry(rare).or_default().push(line);
+                continue;
+            }
+            for (a, arg) in rule.args.iter().enumerate() {
+                let missing: Vec<_> = (arg.values.iter().enumerate())
+                    .filter(|(v, _)| !used.values.contains(&(at, r, a, *v)))
+                    .map(|(_, (_, name))| *name)
+                    .collect();
+                if !missing.is_empty() {
+                    let values = missing.join(", ");
+                    let line = format!(
+                        "{} arg{} == {values} [{}]{note}",
+                        rule.call, arg.index, rule.from
+                    );
+                    lines.entry(rare).or_default().push(line);
+                }
+            }
+        }
+        for (rare, lines) in lines {
+            if !rare {
+                unused += lines.len();
+            }
+            let head = if rare { "rare, not used" } else { "NOT USED" };
+            for line in lines {
+                text.push_str(&format!("{policy}: {head}: {line}\n"));
+            }
+        }
+    }
+    Verdict { text, unused }
+}
+
+/// Runs `command` and everything that it starts under the tracer. Gives the number of events that were lost.
+fn trace(command: &[String], used: &mut Used) -> Result<u64, String> {
+    let instance = Instance::new()?;
+    let pipe = OpenOptions::new()
+        .read(true)
+        .open(instance.file("trace_pipe"))
+        .map_err(|e| format!("trace_pipe: {e}"))?;
+    // The shell puts itself on the list of traced processes, before it becomes the command. This process is not on it: it
+    // would trace its own reading.
+    let script = "echo $$ >\"$0\" && exec \"$@\"";
+    let mut child = Command::new("sh")
+        .args(["-c", script])
+        .arg(instance.file("set_event_pid"))
+        .args(command)
+        .current_dir(tool::root())
+        .spawn()
+        .map_err(|e| format!("cannot start {}: {e}", command.join(" ")))?;
+    let mut reader = Reader::default();
+    let (status, reader) = std::thread::scope(|scope| {
+        let running = scope.spawn(|| reader.read(pipe, used).map(|()| reader));
+        let status = child.wait();
+        // Ends the reader: a pipe of a tracer that is off and empty is at its end.
+        instance.set("tracing_on", "0");
+        (status, running.join())
+    });
+    let status = status.map_err(|e| format!("{}: {e}", command.join(" ")))?;
+    let mut reader = reader
+        .map_err(|_| "the reader of the trace panicked".to_owned())?
+        .map_err(|e| format!("trace_pipe: {e}"))?;
+    // What the blocking pipe kept for itself.
+    let rest = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(instance.file("trace_pipe"))
+        .map_err(|e| format!("trace_pipe: {e}"))?;
+    reader
+        .read(rest, used)
+        .map_err(|e| format!("trace_pipe: {e}"))?;
+    eprintln!(
+        "policy: {} calls of {} filtered threads seen; the suites ended with {status}",
+        reader.calls, reader.installed
+    );
+    if reader.installed == 0 {
+        return Err("no thread installed a filter: nothing was audited".into());
+    }
+    Ok(reader.lost)
+}
+
+/// Follows who is under which policy, from the tracer's text.
+#[derive(Debug, Default)]
+struct Reader {
+    /// The innermost policy of each thread that has one.
+    policies: HashMap<u32, Policy>,
+    installed: u64,
+    calls: u64,
+    lost: u64,
+}
+
+impl Reader {
+    fn read(&mut self, pipe: File, used: &mut Used) -> std::io::Result<()> {
+        self.lines(BufReader::with_capacity(1 << 20, pipe), used)
+    }
+
+    fn lines(&mut self, mut pipe: impl BufRead, used: &mut Used) -> std::io::Result<()> {
+        let mut line = String::new();
+        loop {
+            match pipe.read_line(&mut line) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {
+                    self.line(&line, used);
+                    line.clear();
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::InvalidData => line.clear(),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// `  block-1234  [001] .....  12.3: sys_enter: NR 1 (2, 7ff0, …)` and the like.
+    fn line(&mut self, line: &str, used: &mut Used) {
+        if let Some((_, rest)) = line.split_once("[LOST ") {
+            self.lost += rest
+                .split(' ')
+                .next()
+                .and_then(|n| n.parse::<u64>().ok())
+                .unwrap_or(1);
+            return;
+        }
+        let Some((pid, rest)) = thread_of(line) else {
+            return;
+        };
+        if let Some((_, call)) = rest.split_once("sys_enter: NR ") {
+            self.call(pid, call, used);
+        } else if let Some((_, child)) = rest.split_once("task_newtask: pid=") {
+            let number = child.split(' ').next().and_then(|n| n.parse::<u32>().ok());
+            if let Some(child) = number {
+                // A number may have been somebody else's before.
+                match self.policies.get(&pid).copied() {
+                    Some(policy) => self.policies.insert(child, policy),
+                    None => self.policies.remove(&child),
+                };
+            }
+        }
+    }
+
+    fn call(&mut self, pid: u32, call: &str, used: &mut Used) {
+        let Some((number, args)) = parse_call(call) else {
+            return;
+        };
+        // Installing a second one is a call of whom the first one is for.
+        if let Some(policy) = self.policies.get(&pid) {
+            self.calls += 1;
+            used.note(*policy, number, &args);
+        }
+        if let Some(policy) = traced(number, &args) {
+            self.installed += 1;
+            self.policies.insert(pid, policy);
+        }
+    }
+}
+
+/// The thread and what stands behind it. Names of threads may have dashes and blanks in them.
+fn thread_of(line: &str) -> Option<(u32, &str)> {
+    let (head, rest) = line.split_once(" [")?;
+    let (_, pid) = head.trim_end().rsplit_once('-')?;
+    Some((pid.parse().ok()?, rest))
+}
+
+/// `1 (2, 7ff0, 0, 0, 0, 0)`: the number in decimal, the arguments in hexadecimal digits.
+fn parse_call(text: &str) -> Option<(i64, [u64; 6])> {
+    let (number, rest) = text.split_once(" (")?;
+    let mut args = [0; 6];
+    let mut words = rest.trim_end().trim_end_matches(')').split(", ");
+    for arg in &mut args {
+        *arg = u64::from_str_radix(words.next()?, 16).ok()?;
+    }
+    Some((number.parse().ok()?, args))
+}
+
+/// A tracer of our own, which nobody else's tracing disturbs and which is gone afterwards.
+struct Instance(PathBuf);
+
+impl Instance {
+    fn new() -> Result<Self, String> {
+        let root = Path::new("/sys/kernel/tracing/instances");
+        if !root.exists() {
+            let mounted = Command::new("mount")
+                .args(["-t", "tracefs", "tracefs", "/sys/kernel/tracing"])
+                .status();
+            if !mounted.is_ok_and(|s| s.success()) || !root.exists() {
+                return Err("needs root and a kernel with tracefs (CONFIG_FTRACE_SYSCALLS)".into());
+            }
+        }
+        let path = root.join(format!("policy-audit-{}", std::process::id()));
+        fs::create_dir(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let instance = Self(path);
+        for (file, value) in [
+            ("buffer_size_kb", BUFFER),
+            ("options/event-fork", "1"),
+            // The emulator of a guest's processor makes more calls than everybody else together.
+            (
+                "events/raw_syscalls/sys_enter/filter",
+                "comm != \"qemu-system-x86\" && !(comm ~ \"CPU *\")",
+            ),
+            // Written first, so that nobody else is traced.
+            ("set_event_pid", "0"),
+            ("events/raw_syscalls/sys_enter/enable", "1"),
+            ("events/task/task_newtask/enable", "1"),
+        ] {
+            let path = instance.file(file);
+            fs::write(&path, value).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
+        Ok(instance)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Best effort, for the way out.
+    fn set(&self, name: &str, value: &str) {
+        let _ = fs::write(self.file(name), value);
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        self.set("tracing_on", "0");
+        self.set("events/enable", "0");
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn follow(text: &str) -> (Reader, Used) {
+        let (mut reader, mut used) = (Reader::default(), Used::default());
+        reader.lines(text.as_bytes(), &mut used).unwrap();
+        (reader, used)
+    }
+
+    fn rule(policy: Policy, call: &str) -> (usize, usize) {
+        let rules = policy.info().rules;
+        (
+            policy as usize,
+            rules.iter().position(|r| r.call == call).unwrap(),
+        )
+    }
+
+    /// What a thread did before its filter does not count; what its children do, does.
+    #[test]
+    fn calls_count_from_the_filter_on() {
+        let [op, flags, program, mark] = [1, 0, 0xbeef, seccomp_policies::mark(Policy::Block)];
+        let text = format!(
+            "a b-c-7 [000] ..... 1.0: sys_enter: NR 74 (3, 0, 0, 0, 0, 0)\n\
+             CPU:1 [LOST 12 EVENTS]\n\
+             a b-c-7 [000] ..... 1.1: sys_enter: NR 317 ({op:x}, {flags:x}, {program:x}, {mark:x}, 0, 0)\n\
+             a b-c-7 [000] ..... 1.2: sys_enter: NR 75 (3, 0, 0, 0, 0, 0)\n\
+             a b-c-7 [000] ..... 1.3: task_newtask: pid=8 comm=x clone_flags=0 oom_score_adj=0\n\
+             x-8 [001] ..... 1.4: sys_enter: NR 8 (3, 0, 2, 0, 0, 0)\n\
+             y-9 [001] ..... 1.5: sys_enter: NR 1 (3, 0, 2, 0, 0, 0)\n"
+        );
+        let (reader, used) = follow(&text);
+        assert_eq!((reader.installed, reader.calls, reader.lost), (1, 2, 12));
+        assert!(used.rules.contains(&rule(Policy::Block, "fdatasync")));
+        assert!(used.rules.contains(&rule(Policy::Block, "lseek")));
+        assert!(!used.rules.contains(&rule(Policy::Block, "write")));
+        assert_eq!(used.values.len(), 1, "SEEK_END");
+    }
+
+    #[test]
+    fn what_was_used_is_not_reported_and_what_was_not_is() {
+        let mut used = Used::default();
+        let before = judge(&used);
+        assert!(before.text.contains("block: NOT USED: fdatasync"));
+        used.note(Policy::Block, nix::libc::SYS_fdatasync, &[0; 6]);
+        let after = judge(&used);
+        assert!(!after.text.contains("block: NOT USED: fdatasync"));
+        assert_eq!(after.unused + 1, before.unused);
+        // One of several values.
+        let run = [3, 0xae80, 0, 0, 0, 0];
+        used.note(Policy::ControlVcpu, nix::libc::SYS_ioctl, &run);
+        let text = judge(&used).text;
+        assert!(text.contains("control-vcpu: NOT USED: ioctl arg1 == KVM_GET_REGS"));
+        assert!(!text.contains("KVM_RUN,"));
+    }
+
+    #[test]
+    fn a_kept_file_says_the_same() {
+        let mut used = Used::default();
+        used.note(
+            Policy::ControlVcpu,
+            nix::libc::SYS_ioctl,
+            &[3, 0xae80, 0, 0, 0, 0],
+        );
+        used.note(Policy::Net, nix::libc::SYS_readv, &[0; 6]);
+        let dir = tempfile::tempdir().unwrap();
+        used.write(&dir.path().join("kept")).unwrap();
+        let mut again = Used::default();
+        again.read(&dir.path().join("kept")).unwrap();
+        assert_eq!((again.rules, again.values), (used.rules, used.values));
+    }
+}
