@@ -20,7 +20,7 @@ use std::time::Duration;
 
 /// What is run if nothing else is asked for: suites of whole VMs, and crates whose tests start their program in its jail. Not
 /// `seccomp-policies`, whose tests make every call there is, nor what installs a policy without being the process it is for.
-const SUITES: &str = "(package(tests) & binary(/^(bare|processes|recovery|qmp|hostile|ozone|asleep|cmdline)$/)) \
+const SUITES: &str = "(package(tests) & binary(/^(bare|processes|rare_calls|recovery|qmp|hostile|ozone|asleep|cmdline)$/)) \
      | (package(/^(block|net|template|vhost-user-fs)$/) & kind(test)) \
      | (package(ozone) & binary(outer)) \
      | (package(vmm-main) & binary(chardev_filter))";
@@ -191,58 +191,88 @@ struct Verdict {
 }
 
 const UNUSED: &str = "NOT USED";
+const RARE: &str = "rare, not used";
 
+/// A piece that several policies share is judged for each of them: a rule that one needs may be one too many in another.
 fn judge(used: &Used) -> Verdict {
     let mut text = String::new();
     let mut unused = 0;
-    // A piece that several policies share is judged for each of them: a rule that one needs may be one too many in another.
     for policy in Policy::ALL {
-        let at = policy as usize;
         let mut lines: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-        for (r, rule) in policy.info().rules.iter().enumerate() {
-            // What a child needs is judged in the child's own policy.
-            if rule.child.is_some() {
+        for rule in policy.info().rules {
+            // What a child needs is judged in the child's own policy. A call that is answered is not made, so the tracer does
+            // not see it; an answer gives nobody a right.
+            if rule.child.is_some() || rule.error.is_some() {
                 continue;
             }
-            // An answer gives nobody a right.
-            let kind = match (rule.error, rule.rare) {
-                (Some(_), _) => "answer, not needed",
-                (None, Some(_)) => "rare, not used",
-                (None, None) => UNUSED,
+            let what = match missing(used, policy, rule) {
+                Missing::Nothing => continue,
+                Missing::Values(values) => values,
+                Missing::All => what(rule),
             };
-            let note = rule
-                .rare
-                .map_or(String::new(), |why| format!("; rare: {why}"));
-            if !used.rules.contains(&(at, r)) {
-                let line = format!("{} ({}) [{}]{note}", rule.call, what(rule), rule.from);
-                lines.entry(kind).or_default().push(line);
-                continue;
+            let mut line = format!("{} ({what}) [{}]", rule.call, rule.from);
+            if let Some(why) = rule.rare {
+                line += "; rare: ";
+                line += why;
             }
-            for (a, arg) in rule.args.iter().enumerate() {
-                let missing: Vec<_> = (arg.values.iter().enumerate())
-                    .filter(|(v, _)| !used.values.contains(&(at, r, a, *v)))
-                    .map(|(_, (_, name))| *name)
-                    .collect();
-                if !missing.is_empty() {
-                    let values = missing.join(", ");
-                    let line = format!(
-                        "{} arg{} == {values} [{}]{note}",
-                        rule.call, arg.index, rule.from
-                    );
-                    lines.entry(kind).or_default().push(line);
-                }
-            }
+            let kind = if rule.rare.is_some() { RARE } else { UNUSED };
+            lines.entry(kind).or_default().push(line);
         }
+        unused += lines.get(UNUSED).map_or(0, Vec::len);
         for (kind, lines) in lines {
-            if kind == UNUSED {
-                unused += lines.len();
-            }
             for line in lines {
                 text.push_str(&format!("{policy}: {kind}: {line}\n"));
             }
         }
     }
     Verdict { text, unused }
+}
+
+enum Missing {
+    Nothing,
+    /// Of some argument checks, in words.
+    Values(String),
+    All,
+}
+
+fn missing(used: &Used, policy: Policy, rule: &RuleInfo) -> Missing {
+    // A process that comes with one policy or another needs what both have in one of its lives.
+    let lives = twins(policy, rule);
+    if !lives.iter().any(|life| used.rules.contains(life)) {
+        return Missing::All;
+    }
+    let mut texts = Vec::new();
+    for (a, arg) in rule.args.iter().enumerate() {
+        let seen = |v| {
+            let mut lives = lives.iter();
+            lives.any(|(p, r)| used.values.contains(&(*p, *r, a, v)))
+        };
+        let names = arg.values.iter().enumerate();
+        let unseen: Vec<_> = names.filter(|(v, _)| !seen(*v)).map(|(_, n)| n.1).collect();
+        if !unseen.is_empty() {
+            texts.push(format!("arg{} == {}", arg.index, unseen.join(", ")));
+        }
+    }
+    if texts.is_empty() {
+        Missing::Nothing
+    } else {
+        Missing::Values(texts.join("; "))
+    }
+}
+
+/// The rule in each policy of the same process and thread that has it, by position.
+fn twins(policy: Policy, rule: &RuleInfo) -> Vec<(usize, usize)> {
+    let own = policy.info();
+    let same = |p: &Policy| (p.info().process, p.info().thread) == (own.process, own.thread);
+    let mut found = Vec::new();
+    for other in Policy::ALL.into_iter().filter(same) {
+        for (r, twin) in other.info().rules.iter().enumerate() {
+            if (twin.call, what(twin), twin.from) == (rule.call, what(rule), rule.from) {
+                found.push((other as usize, r));
+            }
+        }
+    }
+    found
 }
 
 /// Runs `command` and everything that it starts under the tracer. Gives the number of events that were lost.
@@ -483,7 +513,7 @@ mod tests {
         let run = [3, 0xae80, 0, 0, 0, 0];
         used.note(Policy::ControlVcpu, nix::libc::SYS_ioctl, &run);
         let text = judge(&used).text;
-        assert!(text.contains("control-vcpu: NOT USED: ioctl arg1 == KVM_GET_REGS"));
+        assert!(text.contains("control-vcpu: NOT USED: ioctl (arg1 == KVM_GET_REGS"));
         assert!(!text.contains("KVM_RUN,"));
     }
 
