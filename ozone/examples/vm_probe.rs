@@ -4,7 +4,8 @@
 //! `-status` prints what `/proc` says of it; `-list DIR` a folder; `-fds` its descriptors; `-read
 //! FILE`, `-write FILE` and `-append-to FILE` try that; `-env` prints its environment; `-device-jail`
 //! starts `/block` as a device process and prints its layers; `-orphan FILE` leaves a child that writes
-//! the file once this process has ended; `-ready` prints a line; `-wait` waits for SIGTERM; `-hang`
+//! the file once this process has ended; `-churn PATH` makes folders, files and links to the path in the current folder and moves
+//! them about until it is killed; `-ready` prints a line; `-wait` waits for SIGTERM; `-hang`
 //! waits for nothing; `-session` prints terminal and session keyring; `-exit N` ends; `-abort` too; `-daemonize` goes to the background.
 
 #![allow(unsafe_code)] // fork, inherited descriptors
@@ -68,6 +69,15 @@ fn main() -> ExitCode {
             }
             "-device-jail" => device_jail(),
             "-orphan" => orphan(value),
+            "-churn" => loop {
+                // Each fails now and then, when somebody else was faster.
+                let _ = fs::create_dir_all("a/b/c");
+                let _ = fs::write("a/b/file", "");
+                let _ = fs::rename("a/b", "a/x");
+                let _ = std::os::unix::fs::symlink(value, "a/b");
+                let _ = fs::remove_file("a/b");
+                let _ = fs::rename("a/x", "a/b");
+            },
             "-ready" => {
                 println!("ready {}", std::process::id());
                 Ok(())

@@ -129,6 +129,13 @@ impl Host {
         finish(command)
     }
 
+    /// Whether all of it could be removed.
+    fn try_clean(&self, name: &str) -> bool {
+        let mut command = self.ozone(name);
+        command.arg("-clean-resource");
+        finish(command).status.success()
+    }
+
     #[track_caller]
     fn clean(&self, name: &str) {
         let mut command = self.ozone(name);
@@ -991,4 +998,284 @@ fn the_callers_terminal_and_keys_stay_outside() {
     assert_ne!(inside[1], outside[1]);
     host.clean("vm");
     host.leaves_nothing();
+}
+
+/// A tenant who owns a folder above and changes it as fast as it goes: whatever is there when ozone looks, it makes nothing through a
+/// link, gives nothing away, and uses no folder of the tenant's.
+#[test]
+fn a_folder_that_turns_into_a_link_during_set_up_leads_nowhere() {
+    if !is_root("a_folder_that_turns_into_a_link_during_set_up_leads_nowhere") {
+        return;
+    }
+    let host = Host::new("swap");
+    fs::create_dir_all(BASE).expect("base");
+    let above = Path::new(BASE).join(&host.program);
+    let own = Path::new(BASE).join(format!("{}-tenants", host.program));
+    let victim = host.path("victim");
+    fs::create_dir(&victim).expect("folder");
+    // What a launcher that follows would change: a program's place, a device folder, a file of root's.
+    fs::create_dir(victim.join("vm")).expect("folder");
+    fs::write(victim.join("vm").join(&host.program), "root's").expect("file");
+    let owner = |path: &Path| {
+        fs::metadata(path)
+            .map(|m| (m.uid(), m.gid(), m.mode()))
+            .expect("there")
+    };
+    let before = [owner(&victim), owner(&victim.join("vm"))];
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let (mut refused, mut started) = (0, 0);
+    std::thread::scope(|scope| {
+        let swapper = scope.spawn(|| {
+            let mut rounds = 0u32;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                // All of it fails now and then, when ozone has something there.
+                let _ = fs::create_dir(&own);
+                let _ = std::os::unix::fs::chown(&own, Some(UID), Some(GID));
+                let _ = fs::rename(&own, &above);
+                let _ = fs::remove_dir(&above);
+                let _ = symlink(&victim, &above);
+                let _ = fs::remove_file(&above);
+                rounds += 1;
+            }
+            rounds
+        });
+        for _ in 0..150 {
+            let outcome = host.run::<&str>("vm", &[], &["-exit", "0"]);
+            if outcome.status.success() {
+                started += 1;
+                let cleaned = (0..100).any(|_| host.try_clean("vm"));
+                assert!(cleaned, "it is never clean");
+            } else {
+                refused += 1;
+                assert!(outcome.err.starts_with("ozone: "), "{}", outcome.err);
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(swapper.join().expect("the tenant") > 150);
+    });
+    println!("{refused} refused, {started} started");
+    assert!(refused > 0, "the tenant was never in the way");
+    assert_eq!(before, [owner(&victim), owner(&victim.join("vm"))]);
+    let names = |path: &Path| {
+        fs::read_dir(path)
+            .expect("folder")
+            .flatten()
+            .map(|e| e.file_name())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(names(&victim), ["vm"]);
+    assert_eq!(names(&victim.join("vm")), [host.program.as_str()]);
+    assert_eq!(
+        fs::read_to_string(victim.join("vm").join(&host.program)).expect("file"),
+        "root's"
+    );
+    let _ = fs::remove_file(&above);
+    let _ = fs::remove_dir(&own);
+    host.clean("vm");
+    host.leaves_nothing();
+}
+
+/// Files that wait in a folder of the jail's name, hard links to root's among them, are neither used nor changed.
+#[test]
+fn a_folder_that_waits_with_hard_links_is_refused() {
+    if !is_root("a_folder_that_waits_with_hard_links_is_refused") {
+        return;
+    }
+    let host = Host::new("hard");
+    let jail = host.jail("vm");
+    let secret = host.file("secret", 0o600);
+    // On the file system of the jail, so that a hard link is possible.
+    let there = Path::new(BASE).join(format!("secret-{}", std::process::id()));
+    fs::create_dir_all(&jail).expect("folder");
+    fs::copy(&secret, &there).expect("file");
+    for name in [host.program.as_str(), "block", "disk"] {
+        fs::hard_link(&there, jail.join(name)).expect("link");
+    }
+    std::os::unix::fs::chown(&jail, Some(UID), Some(GID)).expect("owner");
+    let before = fs::metadata(&there).expect("file");
+    let disk = host.file("disk", 0o666).display().to_string();
+    let refused = host.run("vm", &["-source", &disk], &["-exit", "0"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(refused.err.contains("exists already"), "{}", refused.err);
+    let same = |path: &Path| {
+        let now = fs::metadata(path).expect("file");
+        assert_eq!(
+            (now.uid(), now.gid(), now.mode()),
+            (before.uid(), before.gid(), before.mode())
+        );
+        assert_eq!(fs::read_to_string(path).expect("file"), "content");
+    };
+    same(&there);
+    // Cleaning takes the names, and nothing of the file.
+    host.clean("vm");
+    same(&there);
+    fs::remove_file(&there).expect("file");
+    host.leaves_nothing();
+}
+
+/// A process of the VM's user, outside of the jail, that works in the folder while root removes it.
+#[test]
+fn cleaning_is_not_led_astray_by_who_still_works_there() {
+    if !is_root("cleaning_is_not_led_astray_by_who_still_works_there") {
+        return;
+    }
+    let host = Host::new("astray");
+    let victim = host.path("victim");
+    fs::create_dir(&victim).expect("folder");
+    fs::write(victim.join("kept"), "").expect("file");
+    for _ in 0..20 {
+        assert!(
+            host.run::<&str>("vm", &[], &["-exit", "0"])
+                .status
+                .success()
+        );
+        let jail = host.jail("vm");
+        let mut worker = Command::new(host.path(&host.program))
+            .args(["-ready", "-churn"])
+            .arg(&victim)
+            .uid(UID)
+            .gid(GID)
+            .current_dir(&jail)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a process of the tenant's");
+        let mut line = String::new();
+        let mut out = BufReader::new(worker.stdout.take().expect("a pipe"));
+        out.read_line(&mut line).expect("a word");
+        assert!(line.starts_with("ready"), "{line}");
+        let mut tries = 0;
+        while !host.try_clean("vm") {
+            tries += 1;
+            assert!(tries < 100, "it is never clean");
+        }
+        worker
+            .kill()
+            .and_then(|()| worker.wait())
+            .expect("a living worker");
+        assert!(!jail.exists());
+        assert!(victim.join("kept").exists());
+    }
+    assert_eq!(fs::read_dir(&victim).expect("folder").count(), 1);
+    host.leaves_nothing();
+}
+
+/// Failures that only the kernel's exec can tell, after everything else was done.
+#[test]
+fn nothing_is_left_when_the_program_cannot_be_executed() {
+    if !is_root("nothing_is_left_when_the_program_cannot_be_executed") {
+        return;
+    }
+    let host = Host::new("exec");
+    let mut program = fs::read(host.path(&host.program)).expect("the program");
+    // No program headers (System V ABI, chapter 4: `e_phnum`): nothing asks for a loader, and there is nothing to load.
+    program[56..58].fill(0);
+    fs::write(host.path(&host.program), program).expect("a broken program");
+    for limits in ["", "-cgroup memory.limit_in_bytes=64M"] {
+        if !limits.is_empty() && cgroup_with("memory").is_none() {
+            println!("with limits: not run: no cgroup hierarchy has the memory controller");
+            continue;
+        }
+        let own: Vec<_> = limits.split_whitespace().collect();
+        let failed = host.run("vm", &own, &["-exit", "0"]);
+        assert_eq!(failed.status.code(), Some(1));
+        let wanted = format!(
+            "ozone: -exec_file {}: cannot be executed: Exec format error\n",
+            host.program
+        );
+        assert_eq!(failed.err, wanted);
+        host.leaves_nothing();
+    }
+}
+
+/// One wrong value of each argument, and the whole message.
+#[test]
+fn wrong_values_have_exact_messages() {
+    let known = "-name, -exec_file, -gid, -uid, -capability, -netns, -source, -numa, -cgroup, -clean-resource";
+    let after = "what is for stratovirt comes after --";
+    let ids = "not a number in the allowed range, 1 to 4294967294";
+    let bytes = format!(
+        "not a number of bytes; allowed: 1 to {}, also with K, M or G",
+        i64::MAX
+    );
+    let cases: &[(&str, &str)] = &[
+        (
+            "-name a/b",
+            "-name a/b: must be a plain name: no '/', no control character, not '.' or '..'",
+        ),
+        ("-uid x", &format!("-uid x: {ids}")),
+        (
+            "-uid -1",
+            &format!("-1: no such argument; allowed are {known}; {after}"),
+        ),
+        (
+            "-uid 0",
+            "-uid 0: a VM never runs as root; allowed: 1 to 4294967294",
+        ),
+        ("-gid 4294967295", &format!("-gid 4294967295: {ids}")),
+        (
+            "-capability CAP_X",
+            "-capability CAP_X: no such capability; allowed are the names of capabilities(7), from CAP_CHOWN to CAP_CHECKPOINT_RESTORE",
+        ),
+        ("-netns", "-netns: needs a value"),
+        (
+            "-netns /a /b",
+            &format!("-netns /b: takes one value; {after}"),
+        ),
+        ("-source /", "-source /: does not end with a file name"),
+        (
+            "-source /x/dev",
+            "-source /x/dev: the name dev is taken in the jail: by dev, proc, a program or another source",
+        ),
+        (
+            "-numa 0",
+            "-numa 0: has no effect without -cgroup cpuset.cpus=LIST",
+        ),
+        (
+            "-numa x -cgroup cpuset.cpus=0",
+            "-numa x: not a list of numbers from 0 to 65535; allowed is a memory node, or a list like 0-1",
+        ),
+        (
+            "-cgroup cpuset.cpus=0",
+            "-cgroup cpuset.cpus=0: also needs -numa NODE, the memory node that belongs to these processors",
+        ),
+        (
+            "-cgroup cpuset.cpus=1-0 -numa 0",
+            "-cgroup cpuset.cpus=1-0: a range goes upwards; allowed is a list of processors, like 0-1,4",
+        ),
+        (
+            "-cgroup memory.limit_in_bytes=1T",
+            &format!("-cgroup memory.limit_in_bytes=1T: {bytes}"),
+        ),
+        (
+            "-cgroup pids.max=3",
+            "-cgroup pids.max=3: no such controller; allowed: cpuset.cpus, memory.limit_in_bytes",
+        ),
+        (
+            "-clean-resource now",
+            &format!("-clean-resource now: takes no value; {after}"),
+        ),
+        (
+            "-color red",
+            &format!("-color: no such argument; allowed are {known}; {after}"),
+        ),
+    ];
+    for (words, wanted) in cases {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ozone"));
+        // The least that is needed, but for what the case gives itself.
+        for (option, value) in [
+            ("-name", "vm"),
+            ("-exec_file", "/x/stratovirt"),
+            ("-uid", "1"),
+            ("-gid", "1"),
+        ] {
+            if !words.split(' ').any(|w| w == option) {
+                command.args([option, value]);
+            }
+        }
+        command.args(words.split(' '));
+        let outcome = finish(command);
+        assert_eq!(outcome.err, format!("ozone: {wanted}\n"), "{words}");
+        assert_eq!(outcome.status.code(), Some(1), "{words}");
+        assert_eq!(outcome.out, "", "{words}");
+    }
 }

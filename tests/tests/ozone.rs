@@ -140,15 +140,20 @@ impl Tenant {
 
     /// A bare guest, which runs on any `/dev/kvm`; every layer of every device's jail is wanted.
     fn start_bare(&self) -> Vm {
-        let kernel = Payload::NetTx.path();
-        let builder = self
-            .builder(&[&kernel])
-            .args(["-sandbox", "strict", "-m", "128"])
-            .kernel(&inside(&kernel), "end=halt");
-        let mut vm = Self::devices(builder).start().unwrap();
+        let mut vm = self.start_bare_with(&["-sandbox", "strict"]);
         vm.wait_for("NET-TX OK", LIMIT)
             .unwrap_or_else(|e| panic!("{e}"));
         vm
+    }
+
+    fn start_bare_with(&self, words: &[&str]) -> Vm {
+        let kernel = Payload::NetTx.path();
+        let builder = self
+            .builder(&[&kernel])
+            .args(words)
+            .args(["-m", "128"])
+            .kernel(&inside(&kernel), "end=halt");
+        Self::devices(builder).start().unwrap()
     }
 
     /// Debian's kernel, which writes its disk, reads it back, and talks to the tenant's network, and then stays.
@@ -690,4 +695,72 @@ fn nothing_stands_in_the_way_after_everything_was_killed() {
     // The name is free again.
     let vm = tenant.start_bare();
     tenant.end(vm);
+}
+
+/// A host that keeps user namespaces from ordinary users, in either of the two ways that Debian's kernel knows: the VM's own user
+/// cannot make namespaces then, and says so.
+#[test]
+fn without_user_namespaces_the_other_layers_stay_and_strict_refuses() {
+    in_a_nested_machine(&machine(), test_path!(), || {
+        for (file, normal) in [
+            ("user/max_user_namespaces", "10000"),
+            ("kernel/unprivileged_userns_clone", "1"),
+        ] {
+            let file = Path::new("/proc/sys").join(file);
+            fs::write(&file, "0").unwrap();
+            without_user_namespaces();
+            fs::write(&file, normal).unwrap();
+        }
+    });
+}
+
+fn without_user_namespaces() {
+    let tenant = Tenant::new('u', 64_304, "0", "0");
+    let mut vm = tenant.start_bare_with(&[]);
+    vm.wait_for("NET-TX OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let told = vm.messages();
+    for layer in [
+        "user namespace",
+        "pid namespace",
+        "mount namespace",
+        "network namespace",
+        "empty root",
+    ] {
+        for device in ["dev-d0", "dev-n0"] {
+            let named = |l: &str| l.contains(device) && l.contains(&format!("{layer}: missing"));
+            assert!(told.lines().any(named), "{device}: {layer}: {told}");
+        }
+    }
+    let mut devices = 0;
+    for pid in jailed(&mut vm) {
+        let jail = Jail::of(pid).unwrap();
+        // The outer jail, and all that a process can do for itself.
+        assert_eq!(jail.uid, tenant.uid, "{}", jail.name);
+        assert_eq!(jail.capabilities, [0; 5], "{}", jail.name);
+        assert!(jail.no_new_privs, "{}", jail.name);
+        assert!(
+            jail.threads.iter().all(|(_, mode)| *mode == 2),
+            "{}: {:?}",
+            jail.name,
+            jail.threads
+        );
+        for kind in ["mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+            assert!(jail.own_namespaces.contains(&kind), "{}: {kind}", jail.name);
+        }
+        devices += usize::from(["block", "net"].contains(&jail.name.as_str()));
+    }
+    assert_eq!(devices, 2);
+    tenant.end(vm);
+
+    let mut vm = tenant.start_bare_with(&["-sandbox", "strict"]);
+    let status = vm.wait(LIMIT).unwrap();
+    assert_eq!(status.code(), Some(1), "{}", vm.messages());
+    let told = vm.messages();
+    assert!(
+        told.contains("strict") && told.contains("user namespace: missing"),
+        "{told}"
+    );
+    tenant.clean();
+    tenant.leaves_no_trace();
 }

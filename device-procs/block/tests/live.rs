@@ -602,6 +602,123 @@ fn random_rings_neither_end_the_process_nor_change_its_size() {
     disk.finish();
 }
 
+/// What a check has seen must be what is used afterwards: the table and the header are rewritten all the time.
+#[test]
+fn a_driver_that_rewrites_requests_while_they_are_read_gains_nothing() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use vhost::VhostBackend;
+    use vhost::vhost_user::VhostUserFrontend;
+
+    const CANARY: u64 = DATA + 0x10_0000;
+    let mut disk = disk(Options {
+        features: F_FLUSH | INDIRECT_DESC | EVENT_IDX,
+        ..PLAIN
+    });
+    let before = disk.image();
+    disk.front.memory.write(CANARY, &[0xc5; 4096]);
+    let (mut broken, mut answered) = (0, 0);
+    for round in 0..300u64 {
+        disk.header(OUT, 0);
+        // A header, 512 bytes of data, a status: right at first.
+        for index in 0..20 {
+            let at = index * 3;
+            for (offset, raw) in [
+                (0, (HEADER, 16, 1)),
+                (1, (DATA, 512, 1)),
+                (2, (STATUS, 1, 2)),
+            ] {
+                let (address, len, flags) = raw;
+                let raw = (address, len, flags, at + offset + 1);
+                DriverQueue::describe(&disk.front.memory, disk.queues[0].table, at + offset, raw);
+            }
+        }
+        let done = AtomicBool::new(false);
+        let table = disk.queues[0].table;
+        std::thread::scope(|scope| {
+            let memory = &disk.front.memory;
+            let (done, mut random) = (&done, Xorshift(0x5eed_0002 + round));
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    let at = (random.next() % 20) as u16 * 3;
+                    let address = random.one_of(&[DATA, DATA, 0x3f_ff00, 0xbf_ff00, u64::MAX - 7]);
+                    let len = random.one_of(&[512, 512, 1024, u64::from(u32::MAX)]) as u32;
+                    let flags = random.one_of(&[1, 1, 1, 3, 4]) as u16;
+                    DriverQueue::describe(memory, table, at + 1, (address, len, flags, at + 2));
+                    // Two sectors of the image, and those around its end.
+                    let sector = random.one_of(&[0, 1, SIZE / 512 - 1, SIZE / 512, u64::MAX]);
+                    memory.write(HEADER + 8, &sector.to_le_bytes());
+                }
+            });
+            let queue = &mut disk.queues[0];
+            for index in 0..20 {
+                queue.offer(memory, index * 3);
+                queue.kick();
+            }
+            // Answered only after the queue's turn, and only by a living process.
+            disk.front.vhost.get_queue_num().unwrap();
+            done.store(true, Ordering::Relaxed);
+        });
+        disk.front.config(0, 8);
+        answered += u32::from(disk.queues[0].used_index(&disk.front.memory));
+        broken += u32::from(disk.queues[0].is_broken());
+        disk.front.vhost.reset_device().unwrap();
+        let accepted = disk.front.accepted;
+        disk.front.vhost.set_features(accepted).unwrap();
+        disk.front.memory.write(0, &vec![0; 0x2_0000]);
+        disk.queues[0] = DriverQueue::new(0, 64, 0);
+        disk.front.start(&disk.queues[0]);
+    }
+    assert!(
+        broken > 0 && answered > 300,
+        "{broken} broke, {answered} answered"
+    );
+    assert_eq!(disk.front.memory.read(CANARY, 4096), [0xc5; 4096]);
+    // Requests may have written the first sectors, as many as their data was long, and the last one.
+    let after = disk.image();
+    assert_eq!(after.len(), before.len());
+    let last = before.len() - 512;
+    assert!(
+        after[4096..last] == before[4096..last],
+        "other sectors changed"
+    );
+    let (status, _) = disk.request(IN, 0, &[Buffer::writable(DATA, 512)]);
+    assert_eq!(status, OK);
+    disk.finish();
+}
+
+/// A guest that writes the header of another format, with a backing file of the host, gets back what it wrote: nobody looks.
+#[test]
+fn an_image_that_looks_like_another_format_stays_raw() {
+    // QCOW2, version 3: magic, version, offset and length of the backing file's name.
+    let mut header = [0u8; 512];
+    header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    header[8..16].copy_from_slice(&112u64.to_be_bytes());
+    header[16..20].copy_from_slice(&11u32.to_be_bytes());
+    header[24..32].copy_from_slice(&(1u64 << 40).to_be_bytes());
+    header[112..123].copy_from_slice(b"/etc/passwd");
+    let mut disk = disk(PLAIN);
+    disk.front.memory.write(DATA, &header);
+    assert_eq!(
+        disk.request(OUT, 0, &[Buffer::readable(DATA, 512)]),
+        (OK, 1)
+    );
+    let Disk {
+        process,
+        front,
+        file,
+        ..
+    } = disk;
+    drop(front);
+    process.finish_well();
+    // The next process, on the same image: the size and the bytes are the file's.
+    let mut disk = disk_on(file, PLAIN);
+    assert_eq!(disk.front.config(0, 8), (SIZE / 512).to_le_bytes());
+    let (status, _) = disk.request(IN, 0, &[Buffer::writable(DATA, 512)]);
+    assert_eq!(status, OK);
+    assert_eq!(disk.front.memory.read(DATA, 512), header);
+    disk.finish();
+}
+
 #[test]
 fn wrong_specs_are_refused_with_their_reason() {
     let file = NamedTempFile::new().unwrap();

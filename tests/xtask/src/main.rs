@@ -8,6 +8,7 @@ mod check;
 mod demo;
 mod fuzz;
 mod lab;
+mod named_tests;
 mod policy;
 mod policy_audit;
 mod rules;

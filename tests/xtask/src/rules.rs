@@ -3,7 +3,7 @@
 //! **Job.** What no linter knows: which crates may meet in one process, that each module has its page, where `unsafe`
 //! lives. **Who is not trusted.** Habit. **Why this way.** A rule that is a program cannot be forgotten.
 
-use crate::tool;
+use crate::{named_tests, tool};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ pub(crate) const ALL: &[(&str, Rule)] = &[
     ("each module starts with its page", modules_have_pages),
     ("unsafe code is where the list says", unsafe_is_listed),
     ("one build of the product", features_are_listed),
+    ("tests that SECURITY.md names exist", named_tests::exist),
     (
         "README shows the system call policies",
         crate::policy::readme_is_right,
@@ -201,7 +202,7 @@ fn unsafe_is_listed() -> Result<(), String> {
     none(&broken)
 }
 
-fn sources() -> Result<Vec<PathBuf>, String> {
+pub(crate) fn sources() -> Result<Vec<PathBuf>, String> {
     let text = tool::output(
         std::process::Command::new("git")
             .args(["ls-files", "-co", "--exclude-standard", "*.rs"])
@@ -251,7 +252,7 @@ fn relative(file: &Path) -> String {
         .to_string()
 }
 
-fn none(broken: &[String]) -> Result<(), String> {
+pub(crate) fn none(broken: &[String]) -> Result<(), String> {
     if broken.is_empty() {
         Ok(())
     } else {
