@@ -20,8 +20,12 @@ const PACKAGES: &[&str] = &[
 
 /// How many operations the hostile guest does.
 const OPERATIONS: &str = "HOSTILE_OPERATIONS";
-/// Flags of the hostile guest's suite, and what that reads.
-const SETTINGS: &[(&str, &str)] = &[("--operations", OPERATIONS), ("--seed", "HOSTILE_SEED")];
+/// Flags of the hostile guest's suite and of the shared folder's long one, and what those read.
+const SETTINGS: &[(&str, &str)] = &[
+    ("--operations", OPERATIONS),
+    ("--seed", "HOSTILE_SEED"),
+    ("--suites", "FS_SUITES"),
+];
 
 /// Suites that are two halves of one question, the second of which comes along.
 const TOGETHER: &[(&str, &str)] = &[("jail", "escape")];
