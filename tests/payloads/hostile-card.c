@@ -298,6 +298,20 @@ void card_cases(void)
     for (u16 good = 1; good < 4; good++)
         broken_in_the_middle(good);
 
+    case_begin("the other queue of a card whose receive queue is broken");
+    victim_start(FEATURE_VERSION_1);
+    offer(receive, small_buffer(receive, 0));
+    kick(receive);
+    wait_needs_reset("a broken receive buffer and no reset asked for, used ");
+    send(packet(1, 60));
+    u64 start = tsc();
+    while (used_index(transmit) != 1) {
+        spin();
+        if (tsc() - start > 80000000000ull)
+            fail("the card does not send any more", 0);
+    }
+    case_end();
+
     case_begin("headers that promise what is not there");
     victim_start(FEATURE_VERSION_1 | (victim.features & 0xffffff));
     for (u64 i = 0; i < 20000; i++)

@@ -4,7 +4,7 @@
  * itself: its interrupt controllers could stop this processor for good. */
 #include "hostile.h"
 
-enum { STRING = 0x4000 };
+enum { STRING = 0x2000 };
 
 static inline void outw(u16 port, u16 value) { __asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port)); }
 static inline void outl(u16 port, u32 value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port)); }

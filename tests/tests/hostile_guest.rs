@@ -272,7 +272,7 @@ fn all_done(numbers: &BTreeMap<String, u64>, wanted: u64) {
 
 #[test]
 fn chains_by_chance_do_no_harm_from_a_disk() {
-    let wanted = share(60);
+    let wanted = share(62);
     let (numbers, _) = attack("disk", "rings", wanted).run();
     all_done(&numbers, wanted);
     assert!(numbers["needs_reset"] > 0 && numbers["answered"] > wanted / 2);
@@ -300,6 +300,7 @@ fn registers_by_chance_do_no_harm_to_a_card() {
 
 #[test]
 fn the_board_takes_any_access() {
-    let wanted = share(2);
+    // Slower than all the others: one access may be a string of thousands, and each of them leaves the guest.
+    let wanted = share(1).clamp(1, 20_000);
     all_done(&attack("disk", "platform", wanted).run().0, wanted);
 }
