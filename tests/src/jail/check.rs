@@ -259,6 +259,8 @@ impl Process {
                 file: inode != Some("0")
                     && name != program
                     && !name.starts_with("/memfd:")
+                    // What the kernel calls anonymous memory that is shared: with a fork, or an heir.
+                    && name != "/dev/zero (deleted)"
                     && !name.starts_with("anon_inode:kvm-vcpu"),
             }
         };
