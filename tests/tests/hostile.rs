@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 use tests::host::{require_kvm, require_root};
 use tests::payload::Payload;
-use tests::vm::{Vm, binary};
+use tests::vm::{Vm, VmBuilder, binary};
 use tests::wait::{Deadline, Watched, readable};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -36,6 +36,10 @@ fn fifo(dir: &Path) -> (PathBuf, File) {
 
 /// A VM whose disk is served by `lying-device`, in the way that `how` names.
 fn with_device(dir: &Path, how: &str, log: &Path) -> Vm {
+    builder(dir, how, log, Payload::Hello).start().unwrap()
+}
+
+fn builder(dir: &Path, how: &str, log: &Path, payload: Payload) -> VmBuilder {
     require_kvm();
     require_root();
     let program = dir.join("stratovirt");
@@ -46,15 +50,15 @@ fn with_device(dir: &Path, how: &str, log: &Path) -> Vm {
     Vm::builder()
         .program(program)
         .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::Hello.path(), "")
+        .kernel(&payload.path(), "end=halt")
         .arg("-drive")
         .arg(format!("id=d0,file={},direct=off", disk.display()))
         .arg("-device")
-        .arg(format!("virtio-blk-device,drive=d0,id={how}"))
+        .arg(format!(
+            "virtio-blk-device,drive=d0,id={how},max-restarts=1"
+        ))
         .arg("-D")
         .arg(log)
-        .start()
-        .unwrap()
 }
 
 #[test]
@@ -68,6 +72,74 @@ fn a_lie_is_the_reason_that_is_told() {
         messages.contains("malformed answer to GET_FEATURES"),
         "{messages}"
     );
+}
+
+/// Each lie in the handshake is the end of the start, with its reason.
+#[test]
+fn every_lie_of_the_handshake_is_told() {
+    for (how, words) in [
+        ("no-version-1", "offers virtio features"),
+        ("no-config", "offers vhost-user features"),
+        ("many-queues", "claims 99 queues"),
+        ("all-queues", "claims 18446744073709551615 queues"),
+        ("short-config", "bytes of configuration space"),
+        ("long-config", "bytes of configuration space"),
+        (
+            "short-number",
+            "malformed answer to GET_FEATURES: it is too short",
+        ),
+        ("huge", "it is larger than any message"),
+        ("no-reply-flag", "it has flags that no reply has"),
+        ("descriptor", "it brings descriptors"),
+        ("descriptors", "it brings several descriptors"),
+        ("twice", "it is for another request"),
+        ("flood", "it is for another request"),
+        ("half", "did not answer GET_CONFIG"),
+        ("leaves", "ended with status 0"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vm = with_device(dir.path(), how, &dir.path().join("log"));
+        let status = vm.wait(LIMIT).unwrap();
+        let messages = vm.messages();
+        assert_eq!(status.code(), Some(1), "{how}: {messages}");
+        assert!(messages.contains(words), "{how}: {messages}");
+        assert!(vm.survivors(Deadline::after(AT_ONCE)).is_empty(), "{how}");
+    }
+}
+
+/// A device that lies when its guest uses it is started again, lies again, and is given up; the VM goes on.
+#[test]
+fn a_device_that_lies_at_work_fails_and_the_vm_goes_on() {
+    for how in [
+        "no-memory",
+        "no-inflight",
+        "two-inflights",
+        "empty-inflight",
+        "leaves-at-kick",
+        "wrong-ack",
+        "silent-at-enable",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vm = builder(dir.path(), how, &dir.path().join("log"), Payload::BlkRw)
+            .with_qmp()
+            .start()
+            .unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        let failed = qmp
+            .wait_event("DEVICE_FAILED", LIMIT)
+            .unwrap_or_else(|e| panic!("{how}: {e}: {}", vm.messages()));
+        assert_eq!(failed["data"]["device"], how);
+        let status = qmp.execute("query-status", serde_json::json!({})).unwrap();
+        assert_eq!(status["running"], true, "{how}: {status}");
+        assert_eq!(vm.process("block").unwrap(), None, "{how}");
+        qmp.execute("quit", serde_json::json!({})).unwrap();
+        assert_eq!(
+            vm.wait(LIMIT).unwrap().code(),
+            Some(0),
+            "{how}: {}",
+            vm.messages()
+        );
+    }
 }
 
 #[test]

@@ -45,7 +45,10 @@ pub enum LinkError {
     #[error("device process closed its vhost-user socket")]
     Closed,
     /// No answer in time.
-    #[error("device process did not answer {request:?} within {DEVICE_REPLY_MS} ms")]
+    #[error(
+        "device process did not answer {} within {DEVICE_REPLY_MS} ms",
+        .request.map_or_else(|| "a message".to_owned(), |request| format!("{request:?}"))
+    )]
     Timeout {
         /// What it was asked.
         request: Option<FrontendReq>,
