@@ -8,16 +8,17 @@
 //! so every attempt has a VM of its own.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
+#[path = "escape/bait.rs"]
+mod bait;
 #[path = "escape/control.rs"]
 mod control;
 #[path = "escape/waste.rs"]
 mod waste;
 
+use bait::Bait;
 use std::cell::RefCell;
 use std::fs::File;
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests::console::Console;
@@ -189,9 +190,7 @@ fn judge(before: &str, how: &str, last: &str) -> Result<Outcome, String> {
 
 /// Makes all attempts in `jail` and returns how many there were. Fails with every one that did not end as it must.
 fn all_attempts(jail: Jail, tap: &str) -> usize {
-    // What must not be reached is there.
-    let address = SocketAddr::from_abstract_name("stratovirt-escape").unwrap();
-    let listener = UnixListener::bind_addr(&address);
+    let bait = Bait::lay();
     let place = Place::new(jail, tap);
     let (mut wrong, mut count, mut allowed, mut layers) = (Vec::new(), 0, 0, [0; 3]);
     for attempt in attempts::all() {
@@ -227,10 +226,10 @@ fn all_attempts(jail: Jail, tap: &str) -> usize {
         }
         println!("{jail:6} {:32} {both}", attempt.name);
     }
-    drop(listener);
+    drop(bait);
     assert!(
         wrong.is_empty(),
-        "{} of {count} attempts in {jail} did not end as they must:\n{}",
+        "{} outcomes of {count} attempts in {jail} are not as they must be:\n{}",
         wrong.len(),
         wrong.join("\n")
     );
