@@ -172,7 +172,8 @@ pub fn run(data: &[u8]) {
                 few => u32::from(few) * 12,
             };
             submit(bench, count as u16, &request, room);
-            assert!(bench.turns(2), "a guest ended the process");
+            // On a busy machine a turn may end before it has begun.
+            assert!(bench.turns(64), "a guest ended the process");
             let mut reply = [0; 16 + 136];
             bench.read(REPLY, &mut reply);
             let word = |at: usize| {
