@@ -32,7 +32,7 @@ use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
 use crate::cli::{LogTo, Options, Seccomp, Socket};
-use crate::inherited;
+use crate::{inherited, resident};
 
 /// Descriptors that are not for the guest's files: the socket, queues, memory while it is mapped, the log.
 const RESERVED: u64 = 128;
@@ -178,6 +178,7 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
             }
             Side::Outside(outside) => outside,
         };
+        resident::give_code_back();
         let ended = outside.wait()?;
         match ended {
             Ended::Killed(signal) if outside.is_repeatable() && restarts.allowed(signal) => {
@@ -329,6 +330,8 @@ fn serve(
     if action != Some(Action::Kill) {
         ipc::log::warn!("-seccomp: unexpected system calls do not end this process");
     }
+    // Before the filter, which has no call for it.
+    resident::give_code_back();
     if let Some(action) = action {
         seccomp_policies::install(Policy::VhostUserFs, action)?;
     }

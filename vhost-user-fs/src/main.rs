@@ -4,6 +4,7 @@ mod cli;
 mod daemon;
 mod inherited;
 mod managed;
+mod resident;
 
 use std::process::ExitCode;
 
