@@ -134,14 +134,22 @@ fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) {
         }
         let mut rounds = Vec::new();
         let mut floors = Vec::new();
-        for _ in 0..options.rounds {
+        for round in 0..options.rounds {
             if let Some(floor) = &load.floor {
                 floors.push(floor.measure(source));
             }
-            let samples: Vec<_> = daemons
-                .iter()
-                .map(|d| one(d, &load, source, cache))
-                .collect();
+            // Whoever comes first finds the host's cache as the load before left it, so each is first in turn.
+            let mut samples = vec![
+                Sample {
+                    rate: 0.0,
+                    cpu: 0.0
+                };
+                daemons.len()
+            ];
+            for turn in 0..daemons.len() {
+                let at = (round + turn) % daemons.len();
+                samples[at] = one(&daemons[at], &load, source, cache);
+            }
             if let (Some(floor), Some(ours)) = (floors.last_mut(), samples.first()) {
                 *floor = ours.rate / *floor;
             }

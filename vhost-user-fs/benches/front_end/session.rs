@@ -67,7 +67,12 @@ impl Session {
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let child = Command::new("sh")
-            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null 2>/dev/null"])
+            // In a session of its own, as a manager starts it: the scheduler groups processes by sessions, and one that makes
+            // its own session would be in another group than one that does not.
+            .args([
+                "-c",
+                "exec setsid \"$0\" \"$@\" 3<&0 </dev/null 2>/dev/null",
+            ])
             .arg(&daemon.program)
             .args((daemon.arguments)(source, cache))
             .stdin(Stdio::from(OwnedFd::from(listener)))
