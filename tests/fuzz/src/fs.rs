@@ -12,7 +12,7 @@ use crate::{once, planted};
 use device_host::fuzzing::{Bench, QueueShape};
 use fs_device::FsDevice;
 use fs_device::fuse::wire::opcode;
-use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough};
+use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, Store};
 use std::fs::{self, File};
 use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::path::PathBuf;
@@ -20,6 +20,8 @@ use std::path::PathBuf;
 const QUEUE: u16 = 1;
 const REPLY: u64 = REGIONS[1].0;
 const SECRET: &[u8] = b"nobody writes here";
+/// What a guest may hold.
+const DESCRIPTORS: usize = 256;
 /// Requests of one session.
 const MAX_REQUESTS: usize = 24;
 
@@ -51,11 +53,13 @@ fn folder() -> Folder {
         posix_lock: true,
         flock: true,
         announce_submounts: true,
-        descriptors: 256,
+        descriptors: DESCRIPTORS,
         ..Config::default()
     };
+    let store = Store::new(DESCRIPTORS).expect("memory");
     let own = OwnFds::new(open(std::path::Path::new("/proc/self/fd")).into());
-    let passthrough = Passthrough::new(open(&tree).into(), own, config).expect("a shared folder");
+    let passthrough =
+        Passthrough::new(open(&tree).into(), own, store, config).expect("a shared folder");
     let device = FsDevice::new(passthrough, "fuzz").expect("a tag");
     Folder {
         bench: Bench::new(device, &REGIONS),
