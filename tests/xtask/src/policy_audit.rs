@@ -22,7 +22,7 @@ use std::time::Duration;
 /// `seccomp-policies`, whose tests make every call there is, nor what installs a policy without being the process it is for.
 const SUITES: &str = "(package(tests) & binary(/^(bare|processes|rare_calls|recovery|qmp|hostile|ozone|asleep|cmdline)$/)) \
      | (package(/^(block|net|template|vhost-user-fs)$/) & kind(test)) \
-     | (package(ozone) & binary(outer)) \
+     | (package(tests) & binary(jail) & test(every_process)) | (package(ozone) & binary(outer)) \
      | (package(vmm-main) & binary(chardev_filter))";
 
 /// Where they are.
@@ -419,6 +419,14 @@ impl Instance {
                 .status();
             if !mounted.is_ok_and(|s| s.success()) || !root.exists() {
                 return Err("needs root and a kernel with tracefs (CONFIG_FTRACE_SYSCALLS)".into());
+            }
+        }
+        // Of audits that were killed.
+        for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let owner = name.strip_prefix("policy-audit-");
+            if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                let _ = fs::remove_dir(entry.path());
             }
         }
         let path = root.join(format!("policy-audit-{}", std::process::id()));
