@@ -205,7 +205,7 @@ fn fuzz(
         .arg(format!("-artifact_prefix={}/", artifacts.display()))
         .args(["-print_final_stats=1", "-detect_leaks=0"])
         // Where the target may write, if it locks itself in.
-        .env("FUZZ_FOLDER", folder)
+        .env("FUZZ_FOLDER", root)
         .env("RUST_BACKTRACE", "1")
         .stdin(Stdio::null());
     // Inputs that were found once stay in the repository.
