@@ -129,3 +129,15 @@ pub const MAX_PROC_FILE: u64 = 1 << 20;
 /// Inodes, open files and locks together that one guest may hold of a shared folder: 100 MiB of tables. The limit of open
 /// descriptors is lower on most hosts (`fs.nr_open` is 2^20) and counts first.
 pub const MAX_FS_HELD: usize = 1 << 22;
+/// Microseconds that a device process may look for work before it sleeps (`poll-us`): longer than any sleep and wake-up takes.
+pub const MAX_POLL_US: u32 = 200;
+/// `poll-us` when it is not given: about what a sleep and the wake-up from it cost both sides.
+pub const DEFAULT_POLL_US: u32 = 20;
+/// Ranges of one discard or write-zeroes request (virtio 1.3, 5.2.4: `max_discard_seg`).
+pub const MAX_RANGES: usize = 32;
+/// Sectors of one such range (`max_discard_sectors`): 1 GiB, which no file system takes long for.
+pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
+/// I/Os a second that a limit may name (VM configuration page, "Disk QoS").
+pub const MAX_IOPS: u32 = 1_000_000;
+/// Requests of one disk in the kernel at once: what the fastest disks have use for. The rest waits in the rings.
+pub const MAX_DISK_DEPTH: u16 = 128;

@@ -152,6 +152,7 @@ fn qemu_drives_block_and_net() {
             serial: "foreign".into(),
             num_queues: 2,
             queue_size: 128,
+            io: Default::default(),
         }),
         vec![open.into()],
         accept(&listeners[0]),

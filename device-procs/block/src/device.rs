@@ -1,37 +1,87 @@
 //! The device: takes requests off the rings and answers them.
+//!
+//! **Job.** One [`Pending`] for each request from the time it is taken until its status is written. **Who is not trusted.** The
+//! guest. **Why this way.** Requests of all queues go to the engine in one batch, after the queues have had their turns, and come back in
+//! any order; none is forgotten when a queue is stopped, since the harness drains the device first.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use device_host::{
-    BackendFds, Chain, Device, DeviceFault, FaultKind, GuestBuffers, HostFault, Ring,
+    Access, BackendFds, Chain, Device, DeviceFault, FaultKind, FileIo, GuestBuffers, HeldByte,
+    HostFault, Interest, Ring, Token,
 };
-use ipc::limits::{BLOCK_ID_BYTES, MAX_BLOCK_QUEUES, MAX_CHAIN_SEGMENTS, MAX_QUEUE_SIZE};
+use ipc::limits::{
+    BLOCK_ID_BYTES, MAX_BLOCK_QUEUES, MAX_CHAIN_SEGMENTS, MAX_DISK_DEPTH, MAX_IOPS, MAX_POLL_US,
+    MAX_QUEUE_SIZE, MAX_RANGES,
+};
 use ipc::spec::DeviceSpec;
+use ipc::spec::block::{Aio, BlockIo, DetectZeroes};
 use ipc::start::StartMessage;
 use nix::errno::Errno;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
 use crate::backend::raw::RawImage;
-use crate::config_space::ConfigSpace;
-use crate::engine::Engine;
+use crate::config_space::{ConfigSpace, Geometry};
+use crate::engine::{Engine, Started};
 use crate::error::BuildError;
-use crate::request::{HEADER, Request, Status, place};
+use crate::request::{Extent, HEADER, RANGE, Request, Status, place};
+use crate::throttle::Throttle;
 
 /// Smallest ring: header, one buffer, status, and a power of two.
 const MIN_QUEUE_SIZE: u16 = 4;
 
+/// Names of requests in the log.
+const DISCARD: &str = "discard";
+const WRITE_ZEROES: &str = "write-zeroes";
+
 /// A disk.
 #[derive(Debug)]
 pub struct Block {
-    engine: Engine,
+    engine: Engine<Pending>,
     config: ConfigSpace,
     serial: [u8; BLOCK_ID_BYTES],
     readonly: bool,
     num_queues: u16,
     queue_size: u16,
-    /// The driver cannot flush, so each write is durable before it is acknowledged (virtio 1.3, 5.2.6.2).
-    write_through: bool,
+    io: BlockIo,
+    throttle: Option<Throttle>,
+    /// Requests are in the rings, and this is when the throttle lets the next one through.
+    throttled_until: Option<Instant>,
+    /// Requests are in the rings because the engine had no room for them.
+    starved: bool,
+    /// The driver can flush. If not, each write is durable before it is acknowledged (virtio 1.3, 5.2.6.2).
+    flushes: bool,
+    /// The driver can switch the write cache.
+    switches_cache: bool,
+}
+
+/// A request that is on its way.
+#[derive(Debug)]
+struct Pending {
+    queue: u16,
+    token: Token,
+    status: HeldByte,
+    /// Bytes for the driver if all goes well.
+    data: usize,
+    /// Bytes that there is room for.
+    room: usize,
+    what: &'static str,
+    sector: u64,
+    /// The range on its way first, then those that follow.
+    extents: Vec<Extent>,
+}
+
+/// What a request comes to at once.
+enum Answer {
+    /// Its status, and the bytes of data written to the guest.
+    Now(Status, usize),
+    /// Ranges, one after the other.
+    Extents(&'static str, Vec<Extent>),
 }
 
 impl Block {
@@ -66,6 +116,19 @@ impl Block {
             size.is_power_of_two() && (MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&size),
             "a power of two from 4 to 4096",
         )?;
+        let io = spec.io;
+        check(
+            "poll-us",
+            u64::from(io.poll_us),
+            io.poll_us <= MAX_POLL_US,
+            "0 to 200",
+        )?;
+        check(
+            "throttling.iops-total",
+            u64::from(io.iops_total),
+            io.iops_total <= MAX_IOPS,
+            "0 to 1000000",
+        )?;
         let id = spec.serial.as_bytes();
         check(
             "length of serial",
@@ -80,107 +143,317 @@ impl Block {
         let image = RawImage::new(image, spec.readonly, spec.direct)?;
         // A request is a header, its data, and a status; all descriptors of a queue may be one request.
         let seg_max = usize::from(size).min(MAX_CHAIN_SEGMENTS) - 2;
+        let config = ConfigSpace::new(Geometry {
+            bytes: image.size,
+            seg_max: seg_max as u32, // below MAX_CHAIN_SEGMENTS
+            num_queues: queues,
+            physical_block: image.physical_block,
+            may_unmap: io.discard,
+        });
+        let depth = usize::from(queues) * usize::from(size);
+        let depth = depth.min(usize::from(MAX_DISK_DEPTH)) as u16;
         Ok(Self {
-            config: ConfigSpace::new(image.size, seg_max as u32, queues),
-            engine: Engine::new(image),
+            engine: choose_engine(image, spec.readonly, io.aio, depth)?,
+            config,
             serial,
             readonly: spec.readonly,
             num_queues: queues,
             queue_size: size,
-            write_through: true,
+            io,
+            throttle: Throttle::new(io.iops_total),
+            throttled_until: None,
+            starved: false,
+            flushes: false,
+            switches_cache: false,
         })
     }
 
-    /// Serves one request; returns the bytes written from the front of its writable buffers.
+    /// Serves one request; returns the bytes written from the front of its writable buffers, or nothing if it is on its way.
     fn serve(
         &mut self,
+        queue: u16,
+        token: Token,
         mut readable: GuestBuffers<'_>,
         mut writable: GuestBuffers<'_>,
-    ) -> Result<u32, FaultKind> {
-        let Some(status_byte) = writable.take_last_byte() else {
+    ) -> Result<Option<(Token, u32)>, FaultKind> {
+        let Some(status) = writable.take_last_byte() else {
             return Err(FaultKind::Request("no room for a status"));
         };
-        let room = writable.len();
-        let mut header = [0; HEADER];
-        let (status, data) = if readable.read(&mut header) < HEADER {
-            ipc::guest_warn!("request with a header of less than {HEADER} bytes");
-            (Status::IoError, 0)
-        } else {
-            self.execute(Request::parse(header), readable, writable)
+        let mut pending = Pending {
+            queue,
+            token,
+            status: status.hold(),
+            data: 0,
+            room: writable.len(),
+            what: "request",
+            sector: 0,
+            extents: Vec::new(),
         };
-        status_byte.set(status.byte());
-        // The status is behind the data, so it counts only if all of that was written (virtio 1.3, 2.7.8.2).
-        let written = if data == room { data + 1 } else { data };
-        // A chain has at most 2^32 - 1 bytes.
-        Ok(written as u32)
-    }
-
-    /// Does it; returns the status and the bytes of data written to the guest.
-    fn execute(
-        &mut self,
-        request: Request,
-        readable: GuestBuffers<'_>,
-        mut writable: GuestBuffers<'_>,
-    ) -> (Status, usize) {
+        let mut header = [0; HEADER];
+        if readable.read(&mut header) < HEADER {
+            return Ok(refused(pending, "has a header of less than 16 bytes"));
+        }
+        let request = Request::parse(header);
         let size = self.engine.size();
-        match request {
+        let started = match request {
             Request::In { sector } => {
-                let len = writable.len();
-                let Some(at) = place(sector, len, size) else {
-                    return out_of_range("read", sector, len);
+                (pending.what, pending.sector) = ("read", sector);
+                let Some(at) = place(sector, pending.room, size) else {
+                    return Ok(refused(pending, "is not inside of the disk"));
                 };
-                match self.engine.read(writable, at) {
-                    Ok(()) => (Status::Ok, len),
-                    Err(errno) => failed("read", sector, errno),
-                }
+                pending.data = pending.room;
+                self.engine.read(writable, at, pending)
             }
             Request::Out { sector } => {
-                let len = readable.len();
+                (pending.what, pending.sector) = ("write", sector);
                 if self.readonly {
-                    ipc::guest_warn!("write to a read-only disk");
-                    return (Status::IoError, 0);
+                    return Ok(refused(pending, "on a read-only disk"));
                 }
-                let Some(at) = place(sector, len, size) else {
-                    return out_of_range("write", sector, len);
+                let Some(at) = place(sector, readable.len(), size) else {
+                    return Ok(refused(pending, "is not inside of the disk"));
                 };
-                match self.engine.write(readable, at).and_then(|()| {
-                    if self.write_through {
-                        self.engine.flush()
-                    } else {
-                        Ok(())
-                    }
-                }) {
-                    Ok(()) => (Status::Ok, 0),
-                    Err(errno) => failed("write", sector, errno),
+                self.write(readable, at, pending)
+            }
+            Request::Flush => {
+                pending.what = "flush";
+                if self.readonly {
+                    Started::Done(pending, Ok(()))
+                } else {
+                    self.engine.flush(pending)
                 }
             }
-            Request::Flush if self.readonly => (Status::Ok, 0),
-            Request::Flush => match self.engine.flush() {
-                Ok(()) => (Status::Ok, 0),
-                Err(errno) => failed("flush", 0, errno),
-            },
-            Request::GetId => (Status::Ok, writable.write(&self.serial)),
-            Request::Unsupported => (Status::Unsupported, 0),
+            Request::Discard | Request::WriteZeroes | Request::GetId | Request::Unsupported => {
+                match self.answer(request, readable, writable) {
+                    Answer::Now(status, data) => return Ok(Some(conclude(pending, status, data))),
+                    Answer::Extents(what, extents) => {
+                        (pending.what, pending.extents) = (what, extents);
+                        match pending.extents.last() {
+                            Some(extent) => self.engine.zero(*extent, pending),
+                            None => Started::Done(pending, Ok(())),
+                        }
+                    }
+                }
+            }
+        };
+        Ok(match started {
+            Started::InFlight => None,
+            Started::Done(pending, result) => self.settle(pending, result),
+        })
+    }
+
+    fn write(
+        &mut self,
+        readable: GuestBuffers<'_>,
+        at: u64,
+        mut pending: Pending,
+    ) -> Started<Pending> {
+        let detect = self.io.detect_zeroes;
+        let durable = self.is_write_through();
+        if detect == DetectZeroes::Off || durable || readable.is_empty() || !readable.is_zero() {
+            return self.engine.write(readable, at, durable, pending);
+        }
+        let extent = Extent {
+            at,
+            len: readable.len() as u64,
+            unmap: self.io.discard && detect == DetectZeroes::Unmap,
+        };
+        pending.extents.push(extent);
+        self.engine.zero(extent, pending)
+    }
+
+    /// Requests that move no data of the disk.
+    fn answer(
+        &mut self,
+        request: Request,
+        mut readable: GuestBuffers<'_>,
+        mut writable: GuestBuffers<'_>,
+    ) -> Answer {
+        let (what, offered) = match request {
+            Request::GetId => return Answer::Now(Status::Ok, writable.write(&self.serial)),
+            Request::Discard => (DISCARD, self.io.discard),
+            Request::WriteZeroes => (WRITE_ZEROES, true),
+            _ => ("request", false),
+        };
+        if !offered {
+            return Answer::Now(Status::Unsupported, 0);
+        }
+        if self.readonly {
+            ipc::guest_warn!("{what} on a read-only disk");
+            return Answer::Now(Status::IoError, 0);
+        }
+        if readable.is_empty()
+            || !readable.len().is_multiple_of(RANGE)
+            || readable.len() / RANGE > MAX_RANGES
+        {
+            ipc::guest_warn!("{what} with {} bytes of ranges", readable.len());
+            return Answer::Now(Status::IoError, 0);
+        }
+        let mut extents = Vec::with_capacity(readable.len() / RANGE);
+        let mut range = [0; RANGE];
+        while readable.read(&mut range) == RANGE {
+            match Extent::parse(range, request, self.engine.size()) {
+                Ok(None) => {}
+                Ok(Some(extent)) => extents.push(Extent {
+                    unmap: extent.unmap && self.io.discard,
+                    ..extent
+                }),
+                Err(status) => {
+                    ipc::guest_warn!(
+                        "{what} of a range that is not inside of the disk, or has unknown flags"
+                    );
+                    return Answer::Now(status, 0);
+                }
+            }
+        }
+        extents.reverse();
+        Answer::Extents(what, extents)
+    }
+
+    /// The engine is done with a request, or with a part of it. Returns what the ring is to be given, or nothing if the rest
+    /// is on its way.
+    fn settle(
+        &mut self,
+        mut pending: Pending,
+        mut result: Result<(), Errno>,
+    ) -> Option<(Token, u32)> {
+        loop {
+            if let Some(extent) = pending.extents.pop() {
+                if result == Err(Errno::EOPNOTSUPP) {
+                    result = self.engine.zero_otherwise(extent);
+                }
+                if result == Err(Errno::EOPNOTSUPP) && pending.what == DISCARD {
+                    // A hint that cannot be followed.
+                    result = Ok(());
+                }
+                if let (Ok(()), Some(next)) = (result, pending.extents.last()) {
+                    match self.engine.zero(*next, pending) {
+                        Started::InFlight => return None,
+                        Started::Done(back, then) => (pending, result) = (back, then),
+                    }
+                    continue;
+                }
+                if result.is_ok() && self.is_write_through() {
+                    result = self.engine.flush_now();
+                }
+            }
+            let (status, data) = outcome(&pending, result);
+            return Some(conclude(pending, status, data));
+        }
+    }
+
+    fn is_write_through(&self) -> bool {
+        if self.switches_cache {
+            !self.config.writeback()
+        } else {
+            !self.flushes
+        }
+    }
+
+    /// Gives the rings what the engine has done.
+    fn reap(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        let mut fault = None;
+        let mut any = false;
+        while let Some((pending, result)) = self.engine.finished() {
+            any = true;
+            let queue = usize::from(pending.queue);
+            if let Some((token, written)) = self.settle(pending, result)
+                && let Some(ring) = rings.get_mut(queue)
+            {
+                // The other rings' requests must not suffer.
+                fault = fault.or(ring.complete(token, written).err());
+            }
+        }
+        if any && std::mem::take(&mut self.starved) {
+            rings.iter_mut().for_each(Ring::want_turn);
+        }
+        fault.map_or(Ok(()), |fault| Err(fault.into()))
+    }
+
+    /// Tells the kernel of what was started and takes what is done, until it has to be waited for.
+    fn advance(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        self.engine
+            .submit()
+            .map_err(HostFault::of("io_uring_enter"))?;
+        self.reap(rings)?;
+        // Ranges that follow others.
+        self.engine
+            .submit()
+            .map_err(HostFault::of("io_uring_enter"))?;
+        Ok(())
+    }
+}
+
+fn choose_engine(
+    image: RawImage,
+    readonly: bool,
+    aio: Aio,
+    depth: u16,
+) -> Result<Engine<Pending>, BuildError> {
+    let access = if readonly {
+        Access::Read
+    } else {
+        Access::Write
+    };
+    let io = match aio {
+        Aio::Off => None,
+        Aio::Native | Aio::IoUring => match FileIo::new(image.fd.as_fd(), depth, access) {
+            Ok(io) => Some(io),
+            Err(source) if aio == Aio::IoUring => return Err(BuildError::Engine { source }),
+            Err(errno) => {
+                ipc::log::info!("no io_uring here ({errno}): one request after the other");
+                None
+            }
+        },
+    };
+    Ok(Engine::new(image, io))
+}
+
+/// Bytes that the driver may look at.
+fn used(data: usize, room: usize) -> u32 {
+    // The status is behind the data, so it counts only if all of that was written (virtio 1.3, 2.7.8.2).
+    let written = if data == room { data + 1 } else { data };
+    // A chain has at most 2^32 - 1 bytes.
+    written as u32
+}
+
+/// Writes the status; returns what the ring is to be given.
+fn conclude(pending: Pending, status: Status, data: usize) -> (Token, u32) {
+    pending.status.set(status.byte());
+    (pending.token, used(data, pending.room))
+}
+
+/// The status that a result comes to.
+fn outcome(pending: &Pending, result: Result<(), Errno>) -> (Status, usize) {
+    let Pending { what, sector, .. } = pending;
+    match result {
+        Ok(()) => (Status::Ok, pending.data),
+        // The driver will write zeroes itself.
+        Err(Errno::EOPNOTSUPP) if *what == WRITE_ZEROES => (Status::Unsupported, 0),
+        Err(errno) => {
+            ipc::guest_warn!("{what} at sector {sector} failed: {errno}");
+            (Status::IoError, 0)
         }
     }
 }
 
-fn out_of_range(what: &str, sector: u64, len: usize) -> (Status, usize) {
-    ipc::guest_warn!("{what} of {len} bytes at sector {sector} is not inside of the disk");
-    (Status::IoError, 0)
-}
-
-fn failed(what: &str, sector: u64, errno: Errno) -> (Status, usize) {
-    ipc::guest_warn!("{what} at sector {sector} failed: {errno}");
-    (Status::IoError, 0)
+fn refused(pending: Pending, why: &str) -> Option<(Token, u32)> {
+    ipc::guest_warn!("{} at sector {} {why}", pending.what, pending.sector);
+    Some(conclude(pending, Status::IoError, 0))
 }
 
 impl Device for Block {
     fn features(&self) -> u64 {
-        let mut bits =
-            1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH;
+        let mut bits = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_TOPOLOGY;
         if self.readonly {
             bits |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            bits |= 1 << VIRTIO_BLK_F_CONFIG_WCE | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+            if self.io.discard {
+                bits |= 1 << VIRTIO_BLK_F_DISCARD;
+            }
         }
         if self.num_queues > 1 {
             bits |= 1 << VIRTIO_BLK_F_MQ;
@@ -197,7 +470,8 @@ impl Device for Block {
     }
 
     fn accept(&mut self, features: u64) -> Result<(), HostFault> {
-        self.write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        self.flushes = features & (1 << VIRTIO_BLK_F_FLUSH) != 0;
+        self.switches_cache = features & (1 << VIRTIO_BLK_F_CONFIG_WCE) != 0;
         Ok(())
     }
 
@@ -205,22 +479,101 @@ impl Device for Block {
         self.config.read(offset, out);
     }
 
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        if self.switches_cache {
+            self.config.write(offset, data);
+        }
+    }
+
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
-        while let Some(Chain {
-            token,
-            readable,
-            writable,
-        }) = ring.pop()?
-        {
-            match self.serve(readable, writable) {
-                Ok(written) => ring.complete(token, written)?,
+        let queue = ring.index();
+        loop {
+            if !self.engine.has_room() {
+                self.starved = true;
+                return Ok(());
+            }
+            if self.throttled_until.is_some() {
+                return Ok(());
+            }
+            let Some(Chain {
+                token,
+                readable,
+                writable,
+            }) = ring.pop()?
+            else {
+                return Ok(());
+            };
+            if let Some(throttle) = &mut self.throttle
+                && let Err(free) = throttle.take(Instant::now())
+            {
+                self.throttled_until = Some(free);
+                ring.put_back(token)?;
+                return Ok(());
+            }
+            match self.serve(queue, token, readable, writable) {
+                Ok(None) => {}
+                Ok(Some((token, written))) => ring.complete(token, written)?,
                 Err(kind) => return Err(ring.fault(kind).into()),
             }
         }
-        Ok(())
+    }
+
+    fn after_turns(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        if self
+            .throttled_until
+            .is_some_and(|free| free <= Instant::now())
+        {
+            self.throttled_until = None;
+            rings.iter_mut().for_each(Ring::want_turn);
+        }
+        self.advance(rings)
+    }
+
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        self.engine.event().into_iter().collect()
+    }
+
+    fn interest(&self, _index: usize) -> Interest {
+        Interest::READ
+    }
+
+    fn backend_ready(
+        &mut self,
+        _index: usize,
+        _ready: Interest,
+        rings: &mut [Ring],
+    ) -> Result<(), DeviceFault> {
+        self.advance(rings)
+    }
+
+    fn drain(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        loop {
+            self.engine
+                .submit()
+                .and_then(|()| self.engine.settle())
+                .map_err(HostFault::of("io_uring_enter"))?;
+            if !self.engine.is_ready() {
+                return Ok(());
+            }
+            self.reap(rings)?;
+        }
+    }
+
+    fn poll_limit(&self) -> Duration {
+        Duration::from_micros(u64::from(self.io.poll_us))
+    }
+
+    fn has_finished(&mut self) -> bool {
+        self.engine.is_ready()
+    }
+
+    fn wake_at(&self) -> Option<Instant> {
+        self.throttled_until
     }
 
     fn reset(&mut self) {
-        self.write_through = true;
+        self.flushes = false;
+        self.switches_cache = false;
+        self.config.reset();
     }
 }

@@ -1,37 +1,68 @@
 //! How bytes move between guest memory and the image.
 //!
-//! **Job.** Reads, writes and flushes that either do all of their bytes or fail.
+//! **Job.** Reads, writes, flushes and zeroed ranges that either do all of their bytes or fail; several at once if the host has
+//! io_uring, otherwise one after the other.
 //! **Who is not trusted.** The image may shrink under us, and the host's disk may fail: both are an error status for the guest.
-//! **Why this way.** One request at a time with `preadv` and `pwritev` on guest memory itself, no copy. With `O_DIRECT`, buffers
-//! or places that the file system does not take go through one bounce buffer piece by piece; a piece that covers its first
-//! or last block in part reads that block first. This module is all that an asynchronous engine has to replace.
+//! **Why this way.** Guest memory itself is what the kernel reads and writes, no copy. What can be done without waiting is done
+//! at once: a write to the page cache is a copy, and handing it to a worker of the kernel costs more than the copy; when such
+//! a write did wait, for the disk, the next ones go to the workers, so that the other queues are served. With `O_DIRECT`,
+//! buffers or places that the file system does not take go through one bounce buffer piece by piece; a piece that covers its
+//! first or last block in part reads that block first, and nothing else may be on its way to the disk meanwhile.
 
-use std::os::fd::AsFd;
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
-use device_host::{BounceBuffer, GuestBuffers};
+use device_host::{BounceBuffer, FileIo, GuestBuffers, Range};
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::{pread, pwrite};
 
 use crate::backend::raw::{Alignment, RawImage};
+use crate::request::Extent;
 
 /// Bytes of the bounce buffer: a multiple of every alignment in use, small enough to stay in a cache.
 const BOUNCE: usize = 64 * 1024;
+/// A write that took longer has waited for the disk.
+const SLOW: Duration = Duration::from_micros(500);
+/// Writes after a slow one that are left to the kernel's workers.
+const CAREFUL: u32 = 64;
 
-/// An image with its way of I/O.
+/// An image with its way of I/O. A request that cannot be finished at once has a `T` to remember.
 #[derive(Debug)]
-pub(crate) struct Engine {
+pub(crate) struct Engine<T> {
     image: RawImage,
+    io: Option<FileIo<T>>,
+    /// Finished while nobody asked.
+    done: VecDeque<(T, Result<(), Errno>)>,
     /// There if the image is open with `O_DIRECT`. Its pages are touched when it is first needed.
     bounce: Option<(Alignment, BounceBuffer)>,
+    /// Writes that are not to be tried at once.
+    careful: u32,
 }
 
-impl Engine {
-    pub(crate) fn new(image: RawImage) -> Self {
+/// What became of a request that was started.
+pub(crate) enum Started<T> {
+    /// It is done, and here is what was to be remembered.
+    Done(T, Result<(), Errno>),
+    /// [`Engine::finished`] will give it.
+    InFlight,
+}
+
+impl<T> Engine<T> {
+    /// Without `io`, one request after the other.
+    pub(crate) fn new(image: RawImage, io: Option<FileIo<T>>) -> Self {
         let bounce = image.direct.map(|alignment| {
             let align = alignment.memory.max(alignment.offset);
             (alignment, BounceBuffer::new(BOUNCE.max(2 * align), align))
         });
-        Self { image, bounce }
+        Self {
+            image,
+            io,
+            done: VecDeque::new(),
+            bounce,
+            careful: 0,
+        }
     }
 
     /// Bytes that requests may reach.
@@ -39,12 +70,142 @@ impl Engine {
         self.image.size
     }
 
+    /// Readable when something is finished; none if everything is done at once.
+    pub(crate) fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.io.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether one more request can be started.
+    pub(crate) fn has_room(&mut self) -> bool {
+        self.io.as_mut().is_none_or(|io| io.room().is_some())
+    }
+
+    /// Tells the kernel of everything that was started.
+    pub(crate) fn submit(&mut self) -> Result<(), Errno> {
+        self.io.as_mut().map_or(Ok(()), FileIo::submit)
+    }
+
+    /// Whether [`finished`](Self::finished) may have something, without a system call.
+    pub(crate) fn is_ready(&mut self) -> bool {
+        !self.done.is_empty() || self.io.as_mut().is_some_and(FileIo::is_ready)
+    }
+
+    /// A request that is done.
+    pub(crate) fn finished(&mut self) -> Option<(T, Result<(), Errno>)> {
+        self.done
+            .pop_front()
+            .or_else(|| self.io.as_mut().and_then(FileIo::finished))
+    }
+
+    /// Waits until everything that was started is finished.
+    pub(crate) fn settle(&mut self) -> Result<(), Errno> {
+        if let Some(io) = &mut self.io {
+            while io.in_flight() > 0 {
+                io.wait()?;
+                while let Some(one) = io.finished() {
+                    self.done.push_back(one);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Fills all of `buffers` from `offset` on. The caller has checked the range.
-    pub(crate) fn read(
+    pub(crate) fn read(&mut self, buffers: GuestBuffers<'_>, offset: u64, then: T) -> Started<T> {
+        if !buffers.is_empty()
+            && self.fits(&buffers, offset)
+            && let Some(room) = self.io.as_mut().and_then(FileIo::room)
+        {
+            room.read(&buffers, offset, then);
+            return Started::InFlight;
+        }
+        Started::Done(then, self.read_now(buffers, offset))
+    }
+
+    /// Writes all of `buffers` from `offset` on; `durable`: they are on the disk when it is done. The caller has checked the
+    /// range.
+    pub(crate) fn write(
         &mut self,
-        mut buffers: GuestBuffers<'_>,
-        mut offset: u64,
-    ) -> Result<(), Errno> {
+        buffers: GuestBuffers<'_>,
+        offset: u64,
+        durable: bool,
+        then: T,
+    ) -> Started<T> {
+        let cached = self.bounce.is_none() && !durable && self.careful == 0;
+        if !buffers.is_empty()
+            && !cached
+            && self.fits(&buffers, offset)
+            && let Some(room) = self.io.as_mut().and_then(FileIo::room)
+        {
+            self.careful = self.careful.saturating_sub(1);
+            room.write(&buffers, offset, durable, then);
+            return Started::InFlight;
+        }
+        let start = (cached && self.io.is_some()).then(Instant::now);
+        let mut result = self.write_now(buffers, offset);
+        if start.is_some_and(|start| start.elapsed() > SLOW) {
+            self.careful = CAREFUL;
+        }
+        if durable {
+            result = result.and_then(|()| self.flush_now());
+        }
+        Started::Done(then, result)
+    }
+
+    /// Makes all completed writes durable.
+    pub(crate) fn flush(&mut self, then: T) -> Started<T> {
+        if let Some(room) = self.io.as_mut().and_then(FileIo::room) {
+            room.sync(then);
+            return Started::InFlight;
+        }
+        Started::Done(then, self.flush_now())
+    }
+
+    /// Makes a range read as zeroes. The caller has checked it.
+    pub(crate) fn zero(&mut self, extent: Extent, then: T) -> Started<T> {
+        let kind = if extent.unmap {
+            Range::Punch
+        } else {
+            Range::Zero
+        };
+        if let Some(room) = self.io.as_mut().and_then(FileIo::room) {
+            room.range(kind, extent.at, extent.len, then);
+            return Started::InFlight;
+        }
+        Started::Done(then, self.zero_now(extent, kind))
+    }
+
+    /// What the file system does not have, it may have in another way: the range reads as zeroes all the same.
+    pub(crate) fn zero_otherwise(&mut self, extent: Extent) -> Result<(), Errno> {
+        let other = if extent.unmap {
+            Range::Zero
+        } else {
+            Range::Punch
+        };
+        self.zero_now(extent, other)
+    }
+
+    fn zero_now(&self, extent: Extent, kind: Range) -> Result<(), Errno> {
+        let how = match kind {
+            Range::Punch => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            Range::Zero => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        };
+        let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&self.image.fd, how, place(extent.at)?, place(extent.len)?)
+    }
+
+    /// The same, and waits for it.
+    pub(crate) fn flush_now(&self) -> Result<(), Errno> {
+        nix::unistd::fdatasync(&self.image.fd)
+    }
+
+    fn fits(&self, buffers: &GuestBuffers<'_>, offset: u64) -> bool {
+        self.bounce
+            .as_ref()
+            .is_none_or(|(alignment, _)| fits(buffers, offset, *alignment))
+    }
+
+    fn read_now(&mut self, mut buffers: GuestBuffers<'_>, mut offset: u64) -> Result<(), Errno> {
         while !buffers.is_empty() {
             let done = match &mut self.bounce {
                 Some((alignment, bounce)) if !fits(&buffers, offset, *alignment) => {
@@ -63,12 +224,11 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes all of `buffers` from `offset` on. The caller has checked the range.
-    pub(crate) fn write(
-        &mut self,
-        mut buffers: GuestBuffers<'_>,
-        mut offset: u64,
-    ) -> Result<(), Errno> {
+    fn write_now(&mut self, mut buffers: GuestBuffers<'_>, mut offset: u64) -> Result<(), Errno> {
+        if self.bounce.is_some() {
+            // Blocks that are read to be written back must not change in between.
+            self.settle()?;
+        }
         while !buffers.is_empty() {
             let done = match &mut self.bounce {
                 Some((alignment, bounce)) if !fits(&buffers, offset, *alignment) => {
@@ -90,13 +250,7 @@ impl Engine {
         }
         Ok(())
     }
-
-    /// Makes all completed writes durable.
-    pub(crate) fn flush(&self) -> Result<(), Errno> {
-        nix::unistd::fdatasync(&self.image.fd)
-    }
 }
-
 fn fits(buffers: &GuestBuffers<'_>, offset: u64, alignment: Alignment) -> bool {
     offset.is_multiple_of(alignment.offset as u64)
         && buffers.is_aligned(alignment.memory, alignment.offset)

@@ -36,6 +36,14 @@ pub enum BuildError {
         /// `st_mode`.
         mode: u32,
     },
+    /// `aio=io_uring` on a host that does not give it.
+    #[error(
+        "io_uring cannot be had (Linux 5.15 or newer and kernel.io_uring_disabled=0 are needed); aio=off does without"
+    )]
+    Engine {
+        /// What the kernel said.
+        source: Errno,
+    },
     /// A call on the image failed.
     #[error("{call} on the image failed")]
     Image {

@@ -1,14 +1,18 @@
 //! The wire format of a request (virtio 1.3, 5.2.6): 16 bytes of header, data, one byte of status.
 
+use ipc::limits::MAX_RANGE_SECTORS;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 /// Unit of `sector`, whatever the block size.
 pub(crate) const SECTOR: u64 = 512;
 /// `type` le32, `reserved` le32, `sector` le64.
 pub(crate) const HEADER: usize = 16;
+/// `sector` le64, `num_sectors` le32, `flags` le32 (`struct virtio_blk_discard_write_zeroes`).
+pub(crate) const RANGE: usize = 16;
 
 /// What the driver wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +25,10 @@ pub(crate) enum Request {
     Flush,
     /// Tell the serial number.
     GetId,
+    /// The contents of some ranges are of no use any more.
+    Discard,
+    /// Some ranges shall read as zeroes.
+    WriteZeroes,
     /// Something that was not offered.
     Unsupported,
 }
@@ -34,6 +42,8 @@ impl Request {
             VIRTIO_BLK_T_OUT => Self::Out { sector },
             VIRTIO_BLK_T_FLUSH => Self::Flush,
             VIRTIO_BLK_T_GET_ID => Self::GetId,
+            VIRTIO_BLK_T_DISCARD => Self::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Self::WriteZeroes,
             _ => Self::Unsupported,
         }
     }
@@ -67,6 +77,49 @@ pub(crate) fn place(sector: u64, len: usize, size: u64) -> Option<u64> {
     (end <= size && len.is_multiple_of(SECTOR)).then_some(start)
 }
 
+/// One range of a discard or write-zeroes request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// Its first byte.
+    pub(crate) at: u64,
+    /// Bytes, at least one sector.
+    pub(crate) len: u64,
+    /// Its space may be freed.
+    pub(crate) unmap: bool,
+}
+
+impl Extent {
+    /// `Ok(None)` for a range without sectors.
+    pub(crate) fn parse(
+        range: [u8; RANGE],
+        request: Request,
+        size: u64,
+    ) -> Result<Option<Self>, Status> {
+        let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = range;
+        let sector = u64::from_le_bytes(sector);
+        let count = u32::from_le_bytes([c0, c1, c2, c3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        // The one flag is for write zeroes; everything else is reserved (virtio 1.3, 5.2.6.2).
+        let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0
+            || (unmap && request == Request::Discard)
+        {
+            return Err(Status::Unsupported);
+        }
+        if count > MAX_RANGE_SECTORS {
+            return Err(Status::IoError);
+        }
+        let len = u64::from(count) * SECTOR;
+        // At most 1 GiB.
+        let at = place(sector, len as usize, size).ok_or(Status::IoError)?;
+        Ok((len > 0).then_some(Self {
+            at,
+            len,
+            unmap: unmap || request == Request::Discard,
+        }))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,7 +140,9 @@ mod tests {
         );
         assert_eq!(Request::parse(header(4, 0)), Request::Flush);
         assert_eq!(Request::parse(header(8, 0)), Request::GetId);
-        for kind in [2, 3, 5, 11, 13, u32::MAX] {
+        assert_eq!(Request::parse(header(11, 0)), Request::Discard);
+        assert_eq!(Request::parse(header(13, 0)), Request::WriteZeroes);
+        for kind in [2, 3, 5, 12, 14, u32::MAX] {
             assert_eq!(Request::parse(header(kind, 0)), Request::Unsupported);
         }
     }
@@ -106,6 +161,38 @@ mod tests {
             place(u64::MAX / 512, 512, u64::MAX),
             None,
             "start + len wraps"
+        );
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let size = 100 * SECTOR;
+        let parse = |sector: u64, count: u32, flags: u32, request| {
+            let mut range = [0; RANGE];
+            range[..8].copy_from_slice(&sector.to_le_bytes());
+            range[8..12].copy_from_slice(&count.to_le_bytes());
+            range[12..].copy_from_slice(&flags.to_le_bytes());
+            Extent::parse(range, request, size)
+        };
+        let (discard, zero) = (Request::Discard, Request::WriteZeroes);
+        let extent = |at: u64, len: u64, unmap| {
+            Ok(Some(Extent {
+                at: at * SECTOR,
+                len: len * SECTOR,
+                unmap,
+            }))
+        };
+        assert_eq!(parse(1, 99, 0, discard), extent(1, 99, true));
+        assert_eq!(parse(1, 2, 0, zero), extent(1, 2, false));
+        assert_eq!(parse(1, 2, 1, zero), extent(1, 2, true));
+        assert_eq!(parse(100, 0, 0, zero), Ok(None));
+        assert_eq!(parse(1, 2, 1, discard), Err(Status::Unsupported));
+        assert_eq!(parse(1, 2, 2, zero), Err(Status::Unsupported));
+        assert_eq!(parse(1, 100, 0, discard), Err(Status::IoError));
+        assert_eq!(parse(u64::MAX, 1, 0, zero), Err(Status::IoError));
+        assert_eq!(
+            parse(0, MAX_RANGE_SECTORS + 1, 0, zero),
+            Err(Status::IoError)
         );
     }
 }

@@ -60,6 +60,7 @@ impl Guest {
             serial: "serial".into(),
             num_queues: QUEUES,
             queue_size: 64,
+            io: Default::default(),
         });
         let backends = vec![OwnedFd::from(image.try_clone().unwrap())];
         let mut process = DeviceProcess::start(BINARY, spec.clone(), backends);

@@ -2,10 +2,11 @@
 //!
 //! **Job.** The one trait that each device crate implements.
 //! **Who is not trusted.** What arrives through [`Ring::pop`] and [`Device::write_config`] was written by a guest.
-//! **Why this way.** A device is called from one thread only, so it needs no locks; what it does between two calls is
-//! nothing, so a stopped queue is really stopped.
+//! **Why this way.** A device is called from one thread only, so it needs no locks. What it has the kernel do between two
+//! calls it ends in [`Device::drain`], so a stopped queue is really stopped.
 
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use crate::fault::{DeviceFault, HostFault};
 use crate::ring::Ring;
@@ -95,6 +96,38 @@ pub trait Device {
     /// The device cannot go on.
     fn resumed(&mut self, _rings: &[Ring]) -> Result<(), HostFault> {
         Ok(())
+    }
+
+    /// All queues that were due have had their [`process_queue`](Self::process_queue): the place to start what they asked for
+    /// in one go, and to complete what is done at once.
+    ///
+    /// # Errors
+    /// As for [`process_queue`](Self::process_queue).
+    fn after_turns(&mut self, _rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        Ok(())
+    }
+
+    /// Completes every request that was taken from a ring, and waits for it: a ring is about to be stopped.
+    ///
+    /// # Errors
+    /// As for [`process_queue`](Self::process_queue).
+    fn drain(&mut self, _rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        Ok(())
+    }
+
+    /// How long the process may look for more work, awake, after it had some. Only done as far as it has paid lately.
+    fn poll_limit(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// While the process looks for more work: whether [`after_turns`](Self::after_turns) has something to complete.
+    fn has_finished(&mut self) -> bool {
+        false
+    }
+
+    /// When [`after_turns`](Self::after_turns) is to be called even if nothing happens.
+    fn wake_at(&self) -> Option<Instant> {
+        None
     }
 
     /// The driver resets the device: forget everything that it told.

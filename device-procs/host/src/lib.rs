@@ -11,12 +11,14 @@
 mod chain;
 mod device;
 mod fault;
+mod file_io;
 mod inflight;
 mod inherited;
 mod jail;
 mod memory;
 mod record;
 mod resume;
+mod patience;
 mod ring;
 mod server;
 mod signals;
@@ -28,10 +30,11 @@ pub mod test_frontend;
 pub use chain::{Chain, Token};
 pub use device::{Device, Interest, copy_config};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
+pub use file_io::{Access, FileIo, Range, Room};
 pub use jail::JailError;
 pub use memory::{
-    BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, MemoryError, PACKET_SEGMENTS,
-    direct_io_alignment,
+    BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, HeldByte, MemoryError,
+    PACKET_SEGMENTS, direct_io_alignment,
 };
 pub use record::Record;
 pub use ring::Ring;

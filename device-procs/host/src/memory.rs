@@ -331,12 +331,12 @@ impl SegmentList {
 
     /// Lends the pieces to a device. The list must have been filled from `ram` since it was last cleared, which
     /// [`walk`](crate::chain::walk) does for each chain; nothing outside of this crate can call it.
-    pub(crate) fn buffers<'m>(&'m mut self, _ram: &'m GuestRam) -> GuestBuffers<'m> {
+    pub(crate) fn buffers<'m>(&'m mut self, ram: &'m Rc<GuestRam>) -> GuestBuffers<'m> {
         let len = self.0.iter().map(|s| s.iov_len).sum();
         GuestBuffers {
             segments: &mut self.0,
             len,
-            _ram: PhantomData,
+            ram,
         }
     }
 }
@@ -346,14 +346,68 @@ impl SegmentList {
 pub struct GuestBuffers<'m> {
     segments: &'m mut [libc::iovec],
     len: usize,
-    _ram: PhantomData<&'m GuestRam>,
+    ram: &'m Rc<GuestRam>,
 }
 
 /// The last byte of a request's buffers, where many devices put a status.
 #[derive(Debug)]
 pub struct GuestByte<'m> {
     address: *mut u8,
-    _ram: PhantomData<&'m GuestRam>,
+    ram: &'m Rc<GuestRam>,
+}
+
+/// A [`GuestByte`] that outlives the call in which its request was taken.
+#[derive(Debug)]
+pub struct HeldByte {
+    address: *mut u8,
+    _ram: Rc<GuestRam>,
+}
+
+/// Some buffers of a request that outlive the call in which it was taken, for I/O that the kernel does meanwhile.
+#[derive(Debug, Default)]
+pub(crate) struct HeldBuffers {
+    segments: Vec<libc::iovec>,
+    /// Pieces before this one are done.
+    first: usize,
+    /// Keeps the mappings that the pieces are in, whatever the front end does to its memory table.
+    ram: Option<Rc<GuestRam>>,
+}
+
+impl HeldBuffers {
+    /// Takes over the pieces of `buffers`. The storage of an earlier request is used again.
+    pub(crate) fn hold(&mut self, buffers: &GuestBuffers<'_>) {
+        self.segments.clear();
+        self.segments.extend_from_slice(buffers.segments);
+        self.first = 0;
+        self.ram = Some(buffers.ram.clone());
+    }
+
+    /// Lets go of the memory.
+    pub(crate) fn release(&mut self) {
+        self.segments.clear();
+        self.first = 0;
+        self.ram = None;
+    }
+
+    /// What is left, for the kernel: valid until the next call of a method that takes `&mut self`.
+    pub(crate) fn pieces(&self) -> &[libc::iovec] {
+        self.segments.get(self.first..).unwrap_or_default()
+    }
+
+    /// Takes `count` bytes off the front; returns whether any are left.
+    pub(crate) fn advance(&mut self, mut count: usize) -> bool {
+        while let Some(piece) = self.segments.get_mut(self.first) {
+            if count < piece.iov_len {
+                // Inside of the piece.
+                piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(count).cast();
+                piece.iov_len -= count;
+                return true;
+            }
+            count -= piece.iov_len;
+            self.first += 1;
+        }
+        false
+    }
 }
 
 /// The first bytes of a request's buffers, where some devices put the header of a reply once they know its length.
@@ -378,7 +432,23 @@ impl<const N: usize> GuestHead<'_, N> {
     }
 }
 
+impl HeldByte {
+    /// Writes the byte.
+    pub fn set(self, value: u8) {
+        // SAFETY: the address is inside of a region that `_ram` keeps mapped; a byte has no alignment.
+        unsafe { self.address.write_volatile(value) };
+    }
+}
+
 impl GuestByte<'_> {
+    /// Keeps it beyond this call.
+    pub fn hold(self) -> HeldByte {
+        HeldByte {
+            address: self.address,
+            _ram: self.ram.clone(),
+        }
+    }
+
     /// Writes the byte.
     pub fn set(self, value: u8) {
         // SAFETY: the address is inside of a region that the lifetime keeps mapped; a byte has no alignment.
@@ -407,6 +477,19 @@ impl<'m> GuestBuffers<'m> {
         self.segments.iter().all(|s| {
             (s.iov_base as usize).is_multiple_of(memory) && s.iov_len.is_multiple_of(length)
         })
+    }
+
+    /// Whether all bytes are zero, at the time each was looked at.
+    pub fn is_zero(&self) -> bool {
+        let mut chunk = [0; 4096];
+        let mut offset = 0;
+        loop {
+            match self.read_at(offset, &mut chunk) {
+                0 => return true,
+                n if chunk[..n].iter().all(|byte| *byte == 0) => offset += n,
+                _ => return false,
+            }
+        }
     }
 
     /// Copies the next bytes to `out` and takes them off the front. Returns how many there were: less than `out.len()` only
@@ -539,7 +622,7 @@ impl<'m> GuestBuffers<'m> {
         }
         Some(GuestByte {
             address,
-            _ram: PhantomData,
+            ram: self.ram,
         })
     }
 
@@ -785,13 +868,15 @@ mod tests {
         file
     }
 
-    fn ram() -> GuestRam {
+    fn ram() -> Rc<GuestRam> {
         let file = memfd(0x4000);
-        GuestRam::new(vec![
-            Region::new(0x2000, 0x2000, 0x7000_2000, &file, 0x2000).unwrap(),
-            Region::new(0, 0x2000, 0x7000_0000, &file, 0).unwrap(),
-        ])
-        .unwrap()
+        Rc::new(
+            GuestRam::new(vec![
+                Region::new(0x2000, 0x2000, 0x7000_2000, &file, 0x2000).unwrap(),
+                Region::new(0, 0x2000, 0x7000_0000, &file, 0).unwrap(),
+            ])
+            .unwrap(),
+        )
     }
 
     #[test]

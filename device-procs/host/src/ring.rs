@@ -78,6 +78,8 @@ pub struct Ring {
     owes_interrupt: bool,
     /// The device's turn is due whether or not a kick comes.
     pub(crate) due: bool,
+    /// The driver was told not to kick, since someone looks.
+    quiet: bool,
 }
 
 impl Ring {
@@ -107,6 +109,7 @@ impl Ring {
             signalled: 0,
             owes_interrupt: false,
             due: false,
+            quiet: false,
         })
     }
 
@@ -118,6 +121,11 @@ impl Ring {
     /// Whether the device may take chains.
     pub fn is_running(&self) -> bool {
         self.started && self.enabled && !self.broken
+    }
+
+    /// The device wants another turn, kick or not: it left chains here that it now has room for.
+    pub fn want_turn(&mut self) {
+        self.due = self.is_running();
     }
 
     pub(crate) fn is_started(&self) -> bool {
@@ -265,6 +273,10 @@ impl Ring {
     /// The queue's memory is gone, or the in-flight region is not consistent.
     #[allow(clippy::needless_pass_by_value)] // a token is used up: no request is given back twice
     pub fn complete(&mut self, token: Token, written: u32) -> Result<(), GuestFault> {
+        if self.broken {
+            // Nobody looks at it until the driver has reset the device.
+            return Ok(());
+        }
         self.publish(std::iter::once((token.head, written)))
             .map_err(|kind| self.fault(kind))
     }
@@ -390,6 +402,7 @@ impl Ring {
         self.due = true;
         self.indirect = indirect;
         self.drained = None;
+        self.quiet = false;
         self.replay.clear();
         self.queue.set_event_idx(event_idx);
         self.place(ram)
@@ -513,6 +526,7 @@ impl Ring {
     /// Before the device's turn on this queue: no kicks meanwhile.
     pub(crate) fn begin_turn(&mut self) -> Result<(), FaultKind> {
         self.due = false;
+        self.drained = None;
         self.refill_budget();
         match &self.ram {
             Some(ram) => self
@@ -529,26 +543,46 @@ impl Ring {
         self.until = None;
         self.unclocked = 0;
         self.exhausted = false;
-        self.drained = None;
     }
 
     /// After the device's turn: interrupts the driver if it wants that, and decides what wakes the device next.
     pub(crate) fn end_turn(&mut self) -> Result<(), FaultKind> {
         self.signal_driver()?;
-        let Some(ram) = &self.ram else {
-            return Ok(());
-        };
-        if let Some(end) = self.drained.take() {
-            // A kick is wanted for what comes after the place where nothing was left, even if the device has put back
-            // chains that are before it because they were not enough.
-            let next = self.queue.next_avail();
-            self.queue.set_next_avail(end);
-            let more = self.queue.enable_notification(ram.map());
-            self.queue.set_next_avail(next);
-            self.due |= more.map_err(|_| FaultKind::QueueMemory)?;
+        if self.drained.is_some() {
+            self.quiet = true;
         } else if self.exhausted || self.budget == 0 {
             self.due = true;
         }
+        Ok(())
+    }
+
+    /// Whether the driver has made more available since the device found nothing more: for someone who looks again and again.
+    pub(crate) fn has_more(&self) -> bool {
+        let (Some(ram), Some(end)) = (&self.ram, self.drained) else {
+            return false;
+        };
+        self.is_running()
+            && self
+                .queue
+                .avail_idx(ram.map(), Ordering::Acquire)
+                .is_ok_and(|index| index.0 != end)
+    }
+
+    /// From here on a kick wakes the device, and nothing else. A turn is due if the driver was faster.
+    pub(crate) fn listen(&mut self) -> Result<(), FaultKind> {
+        if !std::mem::take(&mut self.quiet) || !self.is_running() {
+            return Ok(());
+        }
+        let (Some(ram), Some(end)) = (&self.ram, self.drained.take()) else {
+            return Ok(());
+        };
+        // A kick is wanted for what comes after the place where nothing was left, even if the device has put back
+        // chains that are before it because they were not enough.
+        let next = self.queue.next_avail();
+        self.queue.set_next_avail(end);
+        let more = self.queue.enable_notification(ram.map());
+        self.queue.set_next_avail(next);
+        self.due |= more.map_err(|_| FaultKind::QueueMemory)?;
         Ok(())
     }
 

@@ -19,6 +19,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
 use nix::errno::Errno;
@@ -46,6 +47,7 @@ use crate::fault::{DeviceFault, GuestFault, HostFault};
 use crate::inflight::{InflightQueue, queue_bytes};
 use crate::memory::{GuestRam, Mapping, MemoryError, Region};
 use crate::record::{self, Record, Word};
+use crate::patience::Patience;
 use crate::ring::{Ring, UserAddresses};
 
 #[cfg(fuzzing)]
@@ -65,6 +67,9 @@ const FIRST_BACKEND: u64 = 1 << 32;
 
 /// Events taken from one `epoll_wait`.
 const EVENTS: usize = 16;
+
+/// Looks at the rings between two looks at the clock.
+const LOOKS: usize = 16;
 
 /// Why serving ended.
 #[derive(Debug, Error)]
@@ -148,6 +153,10 @@ pub(crate) struct Server<D> {
     /// the jail was shut, since nothing can be made inside, and not duplicated either.
     pub(crate) inflight_memory: Option<File>,
     pub(crate) inflight_given: bool,
+    /// How long to look for work before sleeping.
+    patience: Patience,
+    /// The device has finished something while it was looked for.
+    finished: bool,
     /// The last refusal or host fault, for the log: the library passes only a code through.
     refused: Option<String>,
     fatal: Option<HostFault>,
@@ -253,6 +262,8 @@ impl<D: Device> Connection<D> {
             inflight_shape: (0, 0, 0),
             inflight_memory: Some(inflight_memory),
             inflight_given: false,
+            patience: Patience::default(),
+            finished: false,
             refused: None,
             fatal: None,
         }));
@@ -384,16 +395,68 @@ fn flags(interest: Interest) -> EpollFlags {
 }
 
 impl<D: Device> Server<D> {
-    fn wait(&self, events: &mut [EpollEvent]) -> Result<usize, HostFault> {
-        let timeout = if self.rings.iter().any(|ring| ring.due) {
+    fn wait(&mut self, events: &mut [EpollEvent]) -> Result<usize, HostFault> {
+        if !self.is_due() && !self.look_for_work() {
+            for ring in &mut self.rings {
+                if let Err(kind) = ring.listen() {
+                    ring.break_with(kind);
+                }
+            }
+        }
+        let now = self.is_due();
+        let timeout = if now {
             EpollTimeout::ZERO
         } else {
-            EpollTimeout::NONE
+            self.device.wake_at().map_or(EpollTimeout::NONE, until)
         };
+        let asleep = (!now && !self.device.poll_limit().is_zero()).then(Instant::now);
         loop {
             match self.epoll.wait(events, timeout) {
                 Err(Errno::EINTR) => {}
-                other => return other.map_err(HostFault::of("epoll_wait")),
+                other => {
+                    if let Some(since) = asleep {
+                        self.patience
+                            .slept(since.elapsed(), self.device.poll_limit());
+                    }
+                    return other.map_err(HostFault::of("epoll_wait"));
+                }
+            }
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        self.rings.iter().any(|ring| ring.due)
+    }
+
+    /// Stays awake for a while, if that has paid lately, and looks at the rings and the back end without any system call.
+    /// Messages of the front end wait meanwhile, for less than [`Device::poll_limit`].
+    fn look_for_work(&mut self) -> bool {
+        let limit = self.device.poll_limit();
+        if limit.is_zero() {
+            return false;
+        }
+        let window = self.patience.window(limit);
+        if window.is_zero() {
+            return false;
+        }
+        let start = Instant::now();
+        loop {
+            for _ in 0..LOOKS {
+                let mut found = self.device.has_finished();
+                self.finished |= found;
+                for ring in &mut self.rings {
+                    if ring.has_more() {
+                        ring.want_turn();
+                        found = true;
+                    }
+                }
+                if found {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= window {
+                return false;
             }
         }
     }
@@ -421,16 +484,13 @@ impl<D: Device> Server<D> {
         self.rings.iter_mut().for_each(Ring::refill_budget);
         let result = self.device.backend_ready(index, ready, &mut self.rings);
         self.after_device(result)?;
-        for ring in self.rings.iter_mut().filter(|r| r.is_running()) {
-            if let Err(kind) = ring.end_turn() {
-                ring.break_with(kind);
-            }
-        }
+        self.end_turns();
         Ok(())
     }
 
     /// One turn for each queue that is due.
     fn take_turns(&mut self) -> Result<(), HostFault> {
+        let mut any = std::mem::take(&mut self.finished);
         for index in 0..self.rings.len() {
             let Some(ring) = self.rings.get_mut(index) else {
                 break;
@@ -446,15 +506,31 @@ impl<D: Device> Server<D> {
                 ring.break_with(kind);
                 continue;
             }
+            any = true;
             let result = self.device.process_queue(ring);
             self.after_device(result)?;
-            let Some(ring) = self.rings.get_mut(index).filter(|r| r.is_running()) else {
-                continue;
-            };
+        }
+        if any || self.device.wake_at().is_some_and(|at| at <= Instant::now()) {
+            let result = self.device.after_turns(&mut self.rings);
+            self.after_device(result)?;
+            self.end_turns();
+        }
+        Ok(())
+    }
+
+    fn end_turns(&mut self) {
+        for ring in self.rings.iter_mut().filter(|r| r.is_running()) {
             if let Err(kind) = ring.end_turn() {
                 ring.break_with(kind);
             }
         }
+    }
+
+    /// Nothing is in flight afterwards, so queues may be stopped.
+    fn drain(&mut self) -> Result<(), HostFault> {
+        let result = self.device.drain(&mut self.rings);
+        self.after_device(result)?;
+        self.end_turns();
         Ok(())
     }
 
@@ -543,6 +619,13 @@ impl<D: Device> Server<D> {
             return Err(self.refuse(&Refusal::Host { message, source }));
         }
         Ok(Some(fd.into()))
+    }
+
+    fn drained(&mut self) -> VhostResult<()> {
+        self.drain().map_err(|fault| {
+            self.fatal = Some(fault);
+            VhostError::BackendInternalError
+        })
     }
 
     fn unpoll_kick(&mut self, index: usize) {
@@ -667,6 +750,13 @@ impl<D: Device> Server<D> {
     }
 }
 
+/// The time until `at` in `epoll_wait`'s milliseconds: rounded up, so that it is over afterwards.
+fn until(at: Instant) -> EpollTimeout {
+    let left = at.saturating_duration_since(Instant::now());
+    let millis = left.as_nanos().div_ceil(1_000_000);
+    EpollTimeout::try_from(millis.min(60_000) as i32).unwrap_or(EpollTimeout::ZERO)
+}
+
 /// Zeroes the first `size` bytes of the region, for a front end that asks for a fresh one again.
 fn clear(file: &File, size: u64) -> Result<(), MemoryError> {
     let mapping = Mapping::new(file, 0, size)?;
@@ -692,6 +782,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     }
 
     fn reset_device(&mut self) -> VhostResult<()> {
+        self.drained()?;
         for index in 0..self.rings.len() {
             self.unpoll_kick(index);
             self.rings[index].reset();
@@ -803,6 +894,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         self.ring("GET_VRING_BASE", index)?;
+        self.drained()?;
         let base = self.stop_ring(index as usize);
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
@@ -893,6 +985,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
+        self.ring("SET_VRING_ENABLE", index)?;
+        if !enable {
+            self.drained()?;
+        }
         let ring = self.ring("SET_VRING_ENABLE", index)?;
         ring.enabled = enable;
         ipc::log::debug!("queue {index}: enabled {enable}");

@@ -456,6 +456,7 @@ fn wrong_starts_are_refused() {
         serial: String::new(),
         num_queues: 1,
         queue_size: 16,
+        io: Default::default(),
     });
     let log = run(start_message(block, 0), Vec::new());
     assert!(log.contains("is for block, this is template"), "{log}");

@@ -19,4 +19,56 @@ pub struct BlockSpec {
     pub num_queues: u16,
     /// Entries of a queue: a power of two, 4 to 1024.
     pub queue_size: u16,
+    /// How requests become I/O.
+    pub io: BlockIo,
+}
+
+/// How requests become I/O on the image. The default is what a `-drive` without these properties has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockIo {
+    /// Who waits for the host's file system.
+    pub aio: Aio,
+    /// A discard of the guest frees the space of its range.
+    pub discard: bool,
+    /// What becomes of a write of nothing but zeroes.
+    pub detect_zeroes: DetectZeroes,
+    /// Requests a second on average, over all queues; 0 for no limit.
+    pub iops_total: u32,
+    /// Microseconds at most that the process looks for more work before it sleeps: 0 to 200.
+    pub poll_us: u32,
+}
+
+/// `aio=`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Aio {
+    /// One request after the other, by the device process itself.
+    Off,
+    /// Several at once, if the host can do that.
+    Native,
+    /// Several at once by io_uring; a host without it is an error.
+    IoUring,
+}
+
+/// `detect-zeroes=`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DetectZeroes {
+    /// It is a write.
+    Off,
+    /// The range is marked as zeroes, its space stays reserved.
+    On,
+    /// The range's space is freed, if discards do that too.
+    Unmap,
+}
+
+impl Default for BlockIo {
+    fn default() -> Self {
+        Self {
+            aio: Aio::Native,
+            discard: false,
+            detect_zeroes: DetectZeroes::Off,
+            iops_total: 0,
+            poll_us: crate::limits::DEFAULT_POLL_US,
+        }
+    }
 }

@@ -163,6 +163,8 @@ pub struct DriveSpec {
     pub readonly: bool,
     /// `direct=`, default on.
     pub direct: bool,
+    /// `aio=`, `discard=`, `detect-zeroes=`, `throttling.iops-total=`, `poll-us=`
+    pub io: super::block::BlockIo,
 }
 
 /// `-netdev`

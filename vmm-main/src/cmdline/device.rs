@@ -1,6 +1,7 @@
 //! `-drive`, `-netdev`, `-fsdev`, `-device`, `-object`.
 
 use ipc::limits;
+use ipc::spec::block::{Aio, BlockIo, DetectZeroes};
 use ipc::spec::fs::FsCache;
 use ipc::spec::vm::{DriveSpec, FsSource, FsdevSpec, NetBackend, NetdevSpec, RestartPolicy};
 
@@ -46,6 +47,28 @@ pub(super) enum DraftKind {
     },
 }
 
+/// How a `-drive` does its I/O.
+fn block_io(props: &Props<'_>) -> BlockIo {
+    let default = BlockIo::default();
+    BlockIo {
+        aio: match props.text("aio") {
+            Some("off") => Aio::Off,
+            Some("io_uring") => Aio::IoUring,
+            _ => Aio::Native,
+        },
+        discard: props.text("discard") == Some("unmap"),
+        detect_zeroes: match props.text("detect-zeroes") {
+            Some("on") => DetectZeroes::On,
+            Some("unmap") => DetectZeroes::Unmap,
+            _ => DetectZeroes::Off,
+        },
+        iops_total: props
+            .small("throttling.iops-total")
+            .unwrap_or(default.iops_total),
+        poll_us: props.small("poll-us").unwrap_or(default.poll_us),
+    }
+}
+
 impl super::Draft {
     /// `-drive`
     pub(super) fn drive(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
@@ -54,9 +77,12 @@ impl super::Draft {
             file: props.required("file")?.into(),
             readonly: props.bool("readonly").unwrap_or(false),
             direct: props.bool("direct").unwrap_or(true),
+            io: block_io(props),
         };
         if props.text("aio") == Some("native") && !drive.direct {
-            return Err(props.error("aio=native contradicts direct=off; allowed with it: aio=off"));
+            return Err(props.error(
+                "aio=native contradicts direct=off; allowed with it: aio=io_uring, aio=off",
+            ));
         }
         if self.spec.drives.iter().any(|other| other.id == drive.id) {
             return Err(props.error(format!("id {} is used by another -drive", drive.id)));

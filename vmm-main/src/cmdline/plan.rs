@@ -236,6 +236,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     serial: serial.clone().unwrap_or_default(),
                     num_queues: *num_queues,
                     queue_size: *queue_size,
+                    io: drive.io,
                 }),
                 backend: BackendGrant::Image {
                     path: drive.file.clone(),

@@ -127,6 +127,7 @@ pub(super) fn spec() -> DeviceSpec {
         serial: String::new(),
         num_queues: 2,
         queue_size: 128,
+        io: Default::default(),
     })
 }
 

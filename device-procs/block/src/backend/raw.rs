@@ -19,6 +19,9 @@ use crate::request::SECTOR;
 /// What `O_DIRECT` wants when the file system does not say (`statx`, `STATX_DIOALIGN`): the largest that is in use.
 const CAREFUL_ALIGNMENT: usize = 4096;
 
+/// Bytes of a page.
+const PAGE: usize = 4096;
+
 /// Multiples that `O_DIRECT` demands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Alignment {
@@ -37,6 +40,8 @@ pub(crate) struct RawImage {
     pub(crate) size: u64,
     /// What requests must look like; `None` goes through the page cache.
     pub(crate) direct: Option<Alignment>,
+    /// Bytes that the host reads and writes at once: a page, if it goes through the page cache.
+    pub(crate) physical_block: u32,
 }
 
 impl RawImage {
@@ -75,7 +80,14 @@ impl RawImage {
         } else {
             None
         };
-        Ok(Self { fd, size, direct })
+        let physical_block = direct.map_or(PAGE, |alignment| alignment.offset.max(SECTOR as usize));
+        Ok(Self {
+            fd,
+            size,
+            direct,
+            // A power of two far below 4 GiB.
+            physical_block: physical_block as u32,
+        })
     }
 }
 
