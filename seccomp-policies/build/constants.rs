@@ -53,6 +53,11 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("F_DUPFD_CLOEXEC", 1030),
     ("F_ADD_SEALS", 1033),
     ("F_GET_SEALS", 1034),
+    // io_uring_register(2)
+    ("IORING_REGISTER_FILES", 2),
+    ("IORING_REGISTER_RESTRICTIONS", 11),
+    ("IORING_REGISTER_ENABLE_RINGS", 12),
+    ("IORING_REGISTER_IOWQ_MAX_WORKERS", 19),
     // fallocate(2)
     ("FALLOC_FL_KEEP_SIZE", 1),
     ("FALLOC_FL_PUNCH_HOLE", 2),
