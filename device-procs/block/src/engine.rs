@@ -10,13 +10,14 @@
 //! first or last block in part reads that block first, and nothing else may be on its way to the disk meanwhile.
 
 use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use device_host::{BounceBuffer, FileIo, GuestBuffers, Range};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::uio::{pread, pwrite};
+use nix::sys::uio::{preadv, pwritev};
 
 use crate::backend::raw::{Alignment, RawImage};
 use crate::request::Extent;
@@ -309,7 +310,8 @@ impl Window {
         let mut done = 0;
         while done < self.len {
             let at = place(self.start + done as u64)?;
-            match pread(&image.fd, &mut bounce[done..self.len], at) {
+            let mut rest = [IoSliceMut::new(&mut bounce[done..self.len])];
+            match preadv(&image.fd, &mut rest, at) {
                 Ok(0) => return Err(Errno::EIO),
                 Ok(n) => done += n,
                 Err(Errno::EINTR) => {}
@@ -323,7 +325,7 @@ impl Window {
         let mut done = 0;
         while done < self.len {
             let at = place(self.start + done as u64)?;
-            match pwrite(&image.fd, &bounce[done..self.len], at) {
+            match pwritev(&image.fd, &[IoSlice::new(&bounce[done..self.len])], at) {
                 Ok(0) => return Err(Errno::EIO),
                 Ok(n) => done += n,
                 Err(Errno::EINTR) => {}

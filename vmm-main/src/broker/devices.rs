@@ -317,6 +317,10 @@ fn limits(spec: &DeviceSpec, longest_file: Option<u64>) -> Limits {
             _ => MAX_DEVICE_MEMORY,
         },
         file_size: longest_file,
+        locked_memory: match spec {
+            DeviceSpec::Block(_) => ipc::limits::MAX_RING_MEMORY,
+            _ => 0,
+        },
         ..Limits::default()
     }
 }
