@@ -54,7 +54,6 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("F_ADD_SEALS", 1033),
     ("F_GET_SEALS", 1034),
     // io_uring_register(2)
-    ("IORING_REGISTER_FILES", 2),
     ("IORING_REGISTER_RESTRICTIONS", 11),
     ("IORING_REGISTER_ENABLE_RINGS", 12),
     ("IORING_REGISTER_IOWQ_MAX_WORKERS", 19),

@@ -427,7 +427,7 @@ fn plain_work_goes_on() {
     }
     let pwrite = [-1, 0, 0, 0, 0, 0];
     assert_eq!(
-        kill(Policy::Block, libc::SYS_pwrite64, pwrite),
+        kill(Policy::Block, libc::SYS_pwritev, pwrite),
         errno(libc::EBADF)
     );
     assert_eq!(kill(Policy::Net, libc::SYS_pwrite64, pwrite), KILLED);

@@ -32,8 +32,9 @@ const CAREFUL: u32 = 64;
 /// An image with its way of I/O. A request that cannot be finished at once has a `T` to remember.
 #[derive(Debug)]
 pub(crate) struct Engine<T> {
-    image: RawImage,
+    // Before the image, which it knows by number only, so that it is dropped first.
     io: Option<FileIo<T>>,
+    image: RawImage,
     /// Finished while nobody asked.
     done: VecDeque<(T, Result<(), Errno>)>,
     /// There if the image is open with `O_DIRECT`. Its pages are touched when it is first needed.

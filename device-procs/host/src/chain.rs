@@ -153,15 +153,16 @@ mod tests {
     use crate::memory::Region;
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::fs::File;
+    use std::rc::Rc;
 
     const NEXT: u16 = 1;
     const INDIRECT: u16 = 4;
     const TABLE: u64 = 0x1000;
 
-    fn ram() -> GuestRam {
+    fn ram() -> Rc<GuestRam> {
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(1 << 20).unwrap();
-        GuestRam::new(vec![Region::new(0, 1 << 20, 0, &file, 0).unwrap()]).unwrap()
+        Rc::new(GuestRam::new(vec![Region::new(0, 1 << 20, 0, &file, 0).unwrap()]).unwrap())
     }
 
     fn describe(ram: &GuestRam, table: u64, index: u64, raw: (u64, u32, u16, u16)) {
@@ -171,7 +172,7 @@ mod tests {
         ram.map().write_obj(descriptor, at).unwrap();
     }
 
-    fn walked(ram: &GuestRam, head: u16) -> Result<(usize, usize), FaultKind> {
+    fn walked(ram: &Rc<GuestRam>, head: u16) -> Result<(usize, usize), FaultKind> {
         let (mut readable, mut writable) = (SegmentList::default(), SegmentList::default());
         let table = Table {
             address: GuestAddress(0),

@@ -1,28 +1,27 @@
-//! I/O on one file that goes on while the device does something else: io_uring, with nothing in it but that file.
+//! I/O on one file that goes on while the device does something else, by io_uring.
 //!
 //! **Job.** Starts reads, writes, syncs and allocations on guest memory itself, holds what they need until the kernel is done,
 //! and gives back what the device wanted to remember. A request is done whole or has failed: short transfers go on by themselves.
 //!
 //! **Who is not trusted.** Guest buffers may be unmapped by the front end meanwhile, so each request keeps its memory alive.
 //! This process, once jailed: io_uring passes by the system call filter, so the kernel is told before the jail is shut which
-//! operations it may ever do here, and on which file (`IORING_REGISTER_RESTRICTIONS`, once, never undone). There is no
-//! operation that opens, connects, sends or polls, and the restrictions let nothing be registered later.
+//! operations it may ever do here (`IORING_REGISTER_RESTRICTIONS`, once, never undone). There is none that opens, connects,
+//! sends, polls or takes a path, and the restrictions let nothing be registered later.
 //!
 //! **Why this way.** One call starts a whole batch and one more byte of shared memory tells that it is done. Slots are made once: no
-//! request allocates, and a guest that has thousands in its rings has no more than the slots in the kernel.
+//! request allocates, and a guest that has thousands in its rings has no more than the slots in the kernel. The file is not
+//! registered with the ring: Linux lets go of a registered file some milliseconds after its process has ended, and the next
+//! process would find the image's lock still held.
 
 #![allow(unsafe_code)] // io_uring: the kernel reads and writes memory that no Rust reference may point to
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use io_uring::register::Restriction;
-use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
+use io_uring::{EnterFlags, IoUring, opcode, types};
 use nix::errno::Errno;
 
 use crate::memory::{GuestBuffers, HeldBuffers};
-
-/// The only registered file.
-const FILE: types::Fixed = types::Fixed(0);
 
 /// Kernel threads for what cannot be done without waiting: on a file at most this many, so that they fit into the limit that
 /// the jail has (`RLIMIT_NPROC`).
@@ -50,6 +49,8 @@ pub enum Range {
 #[derive(Debug)]
 pub struct FileIo<T> {
     ring: Ring,
+    /// The caller keeps it open as long as this value.
+    file: types::Fd,
     slots: Vec<Slot<T>>,
     free: Vec<u16>,
     /// Operations that the kernel has not been told of.
@@ -88,7 +89,8 @@ pub struct Room<'a, T> {
 }
 
 impl<T> FileIo<T> {
-    /// For at most `depth` operations on `file` at once. To be made before the jail is shut.
+    /// For at most `depth` operations at once on `file`, which must stay open as long as the result: its number is all that is
+    /// kept. To be made before the jail is shut.
     ///
     /// # Errors
     /// The host has no io_uring, or forbids it (`kernel.io_uring_disabled`, a filter), or cannot restrict it (Linux 5.10).
@@ -96,14 +98,11 @@ impl<T> FileIo<T> {
         let ring = build(u32::from(depth.max(1)))?;
         let io = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
         let submitter = ring.submitter();
-        submitter.register_files(&[file.as_raw_fd()]).map_err(io)?;
         let mut workers = WORKERS;
         submitter
             .register_iowq_max_workers(&mut workers)
             .map_err(io)?;
         let mut allowed = vec![
-            Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
-            Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()),
             Restriction::sqe_op(opcode::Read::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),
         ];
@@ -121,6 +120,7 @@ impl<T> FileIo<T> {
         submitter.register_enable_rings().map_err(io)?;
         Ok(Self {
             ring: Ring(ring),
+            file: types::Fd(file.as_raw_fd()),
             slots: (0..depth.max(1))
                 .map(|_| Slot {
                     then: None,
@@ -255,34 +255,34 @@ impl<T> FileIo<T> {
         let Some(slot) = self.slots.get(index) else {
             return;
         };
-        let pieces = slot.buffers.pieces();
+        let (file, pieces) = (self.file, slot.buffers.pieces());
         // At most MAX_CHAIN_SEGMENTS; a piece is at most 4 GiB - 1, and the kernel moves 2 GiB at most at a time.
         let count = pieces.len() as u32;
         let entry = match (slot.operation, pieces) {
             (Operation::Read { at }, [one]) => {
-                opcode::Read::new(FILE, one.iov_base.cast(), one.iov_len as u32)
+                opcode::Read::new(file, one.iov_base.cast(), one.iov_len as u32)
                     .offset(at)
                     .build()
             }
-            (Operation::Read { at }, _) => opcode::Readv::new(FILE, pieces.as_ptr(), count)
+            (Operation::Read { at }, _) => opcode::Readv::new(file, pieces.as_ptr(), count)
                 .offset(at)
                 .build(),
             (Operation::Write { at, durable }, [one]) => {
-                opcode::Write::new(FILE, one.iov_base.cast_const().cast(), one.iov_len as u32)
+                opcode::Write::new(file, one.iov_base.cast_const().cast(), one.iov_len as u32)
                     .offset(at)
                     .rw_flags(sync_flag(durable))
                     .build()
             }
             (Operation::Write { at, durable }, _) => {
-                opcode::Writev::new(FILE, pieces.as_ptr(), count)
+                opcode::Writev::new(file, pieces.as_ptr(), count)
                     .offset(at)
                     .rw_flags(sync_flag(durable))
                     .build()
             }
-            (Operation::Sync, _) => opcode::Fsync::new(FILE)
+            (Operation::Sync, _) => opcode::Fsync::new(file)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
-            (Operation::Range { at, len, kind }, _) => opcode::Fallocate::new(FILE, len)
+            (Operation::Range { at, len, kind }, _) => opcode::Fallocate::new(file, len)
                 .offset(at)
                 .mode(mode(kind))
                 .build(),
