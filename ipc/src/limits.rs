@@ -142,5 +142,5 @@ pub const MAX_IOPS: u32 = 1_000_000;
 /// Requests of one disk in the kernel at once: what the fastest disks have use for. The rest waits in the rings.
 pub const MAX_DISK_DEPTH: u16 = 128;
 /// Bytes of io_uring rings of all disks of one host user: Linux counts them together against each process's limit. A disk takes
-/// some 20 KiB; one that finds no room goes without io_uring.
-pub const MAX_RING_MEMORY: u64 = 16 << 20;
+/// some 20 KiB; one that finds no room goes without io_uring. Linux's own default is the same.
+pub const MAX_RING_MEMORY: u64 = 8 << 20;

@@ -27,6 +27,10 @@ use crate::memory::{GuestBuffers, HeldBuffers};
 /// the jail has (`RLIMIT_NPROC`).
 const WORKERS: [u32; 2] = [4, 4];
 
+/// Bytes in flight, beyond which nothing more is started: whoever wants the queue stopped waits for these, and more does not
+/// make any disk faster.
+const MAX_BYTES: usize = 16 << 20;
+
 /// What may be done to the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
@@ -55,6 +59,8 @@ pub struct FileIo<T> {
     free: Vec<u16>,
     /// Operations that the kernel has not been told of.
     queued: usize,
+    /// Bytes that operations in flight move.
+    bytes: usize,
 }
 
 /// `IoUring` has no `Debug`.
@@ -71,6 +77,8 @@ struct Slot<T> {
     then: Option<T>,
     operation: Operation,
     buffers: HeldBuffers,
+    /// Bytes of the buffers at the start.
+    bytes: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -126,15 +134,20 @@ impl<T> FileIo<T> {
                     then: None,
                     operation: Operation::Sync,
                     buffers: HeldBuffers::default(),
+                    bytes: 0,
                 })
                 .collect(),
             free: (0..depth.max(1)).rev().collect(),
             queued: 0,
+            bytes: 0,
         })
     }
 
-    /// Room for one more operation, if there is any.
+    /// Room for one more operation, if there is any: few large ones fill it as many small ones do.
     pub fn room(&mut self) -> Option<Room<'_, T>> {
+        if self.bytes >= MAX_BYTES {
+            return None;
+        }
         let slot = *self.free.last()?;
         Some(Room { io: self, slot })
     }
@@ -193,6 +206,7 @@ impl<T> FileIo<T> {
                 }
                 Some(outcome) => {
                     entry.buffers.release();
+                    self.bytes -= std::mem::take(&mut entry.bytes);
                     if let Some(then) = entry.then.take() {
                         // A slot's number, which is below the depth.
                         self.free.push(index as u16);
@@ -333,6 +347,8 @@ impl<T> Room<'_, T> {
             slot.operation = operation;
             if let Some(buffers) = buffers {
                 slot.buffers.hold(buffers);
+                slot.bytes = buffers.len();
+                self.io.bytes += slot.bytes;
             }
         }
         self.io.push(index);

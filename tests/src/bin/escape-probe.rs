@@ -8,11 +8,12 @@
 //! answered here, because the harness drops guest RAM's descriptor as soon as it is mapped and an attacker would not.
 #![allow(unsafe_code)] // descriptors that exec left open are known by their numbers only
 
-use device_host::{Device, DeviceFault, HostFault, Prepared, Ring};
+use device_host::{Access, Device, DeviceFault, FileIo, HostFault, Prepared, Ring};
+use ipc::spec::DeviceSpec;
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use std::io::{IoSliceMut, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use tests::escape::local::Local;
 use tests::escape::{Held, Outcome, attempts, exhaust};
@@ -72,6 +73,20 @@ fn run(what: &str) -> Result<(), Box<dyn std::error::Error>> {
     ipc::log::init("escape-probe", start.log_level, log);
     let (queues, size) = (start.device.num_queues(), start.device.queue_size());
     let backends = start.backend_fds;
+    // As a disk's process has it.
+    let ring = match &start.device {
+        DeviceSpec::Block(disk) => {
+            // SAFETY: the broker opened it, and nothing in this program closes it.
+            let image = unsafe { BorrowedFd::borrow_raw(FD_BACKEND) };
+            let access = if disk.readonly {
+                Access::Read
+            } else {
+                Access::Write
+            };
+            Some(FileIo::<()>::new(image, 8, access)?)
+        }
+        _ => None,
+    };
     let jailed = Prepared::new(Idle { queues, size }, start)?.enter_jail()?;
     // A guest may never start a device that wastes.
     let last = if exhaust::is_waste(what) {
@@ -79,7 +94,8 @@ fn run(what: &str) -> Result<(), Box<dyn std::error::Error>> {
     } else {
         queues.checked_sub(1)
     };
-    let held = answer_until_ready(queues, backends, last)?;
+    let mut held = answer_until_ready(queues, backends, last)?;
+    held.ring = ring.as_ref().map_or(-1, |ring| ring.as_fd().as_raw_fd());
     say("ready\n");
     if let Some(attempt) = attempts::all().into_iter().find(|a| a.name == what) {
         let outcome = Outcome::of(attempt.make(&mut Local::default(), &held));
@@ -126,6 +142,7 @@ fn answer_until_ready(
         ram: -1,
         kick: -1,
         call: -1,
+        ring: -1,
     };
     let mut buffer = vec![0; 1 << 16];
     let mut length = 0;

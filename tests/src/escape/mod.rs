@@ -119,6 +119,8 @@ pub struct Held {
     pub kick: i32,
     /// A queue's interrupt.
     pub call: i32,
+    /// A disk's own io_uring, as its process makes it.
+    pub ring: i32,
 }
 
 impl Held {
@@ -131,8 +133,9 @@ impl Held {
             ram,
             kick,
             call,
+            ring,
         } = *self;
-        [log, socket, backend, ram, kick, call]
+        [log, socket, backend, ram, kick, call, ring]
             .into_iter()
             .filter(|fd| *fd >= 0)
     }
@@ -147,6 +150,7 @@ pub enum Which {
     Backend,
     Ram,
     Kick,
+    Ring,
 }
 
 impl Which {
@@ -157,6 +161,7 @@ impl Which {
             Self::Backend => held.backend,
             Self::Ram => held.ram,
             Self::Kick => held.kick,
+            Self::Ring => held.ring,
         }
     }
 }

@@ -5,7 +5,7 @@
 //! **Who is not trusted.** The VM. **Why this way.** Deviations are values, so that a test of a whole VM asserts that there
 //! are none, and a test of a VM with a removed layer asserts that the check for that layer is the one that speaks.
 
-use super::expect::{BackEnd, CONTROL_THREADS, Device, KVM_WORKER, Setting, Want};
+use super::expect::{BackEnd, CONTROL_THREADS, Device, KVM_WORKER, RING_WORKER, Setting, Want};
 use super::{NAMESPACES, probe};
 use crate::procfs::{self, Fd, Status};
 use crate::trace::Tracee;
@@ -154,6 +154,7 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
     let mut process = Process::read("broker", broker)?;
     process.filters = each(&process, &[setting.broker_policy()]);
     report.one_thread(&process);
+    report.ring_workers(&process, None);
     report.every(&process)?;
     let kept = setting.broker_capabilities();
     report.capabilities(&process, [0, kept, kept, kept, 0]);
@@ -173,6 +174,7 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
         }
         process.filters = each(&process, &[setting.broker_policy(), kind.policy]);
         report.one_thread(&process);
+        report.ring_workers(&process, device.has_ring().then_some(2));
         report.every(&process)?;
         let kept = match device.back_end {
             BackEnd::Folder { capabilities, .. } => capabilities,
@@ -215,8 +217,8 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
 
 /// The same filters on each thread.
 fn each(process: &Process, policies: &[Policy]) -> BTreeMap<i32, Vec<Policy>> {
-    let threads = process.threads.keys();
-    threads.map(|tid| (*tid, policies.to_vec())).collect()
+    let threads = process.own_threads();
+    threads.map(|(tid, _)| (*tid, policies.to_vec())).collect()
 }
 
 /// One process, read once.
@@ -261,7 +263,8 @@ impl Process {
                     && !name.starts_with("/memfd:")
                     // What the kernel calls anonymous memory that is shared: with a fork, or an heir.
                     && name != "/dev/zero (deleted)"
-                    && !name.starts_with("anon_inode:kvm-vcpu"),
+                    && !name.starts_with("anon_inode:kvm-vcpu")
+                    && name != "anon_inode:[io_uring]",
             }
         };
         Ok(Self {
@@ -275,6 +278,13 @@ impl Process {
             filters: BTreeMap::new(),
             folder: false,
         })
+    }
+
+    /// Those that run the program's instructions.
+    fn own_threads(&self) -> impl Iterator<Item = (&i32, &Status)> {
+        self.threads
+            .iter()
+            .filter(|(_, status)| !is_ring_worker(status))
     }
 
     fn pipes(&self) -> Vec<String> {
@@ -305,9 +315,24 @@ impl Report {
     }
 
     fn one_thread(&mut self, process: &Process) {
-        if process.threads.len() != 1 {
-            let found = format!("{} instead of 1", process.threads.len());
-            self.add(&process.label, Check::Threads, found);
+        let count = process.own_threads().count();
+        if count != 1 {
+            self.add(
+                &process.label,
+                Check::Threads,
+                format!("{count} instead of 1"),
+            );
+        }
+    }
+
+    /// The kernel's workers for io_uring have the filters of the thread that they work for, and are only where there is a ring.
+    fn ring_workers(&mut self, process: &Process, wanted: Option<usize>) {
+        for status in process.threads.values().filter(|s| is_ring_worker(s)) {
+            let filters = status.field("Seccomp_filters");
+            if wanted.is_none_or(|wanted| filters != wanted.to_string()) {
+                let found = format!("{} with {filters} filters", status.name());
+                self.add(&process.label, Check::Threads, found);
+            }
         }
     }
 
@@ -671,6 +696,14 @@ impl Report {
     }
 }
 
+fn is_ring_worker(status: &Status) -> bool {
+    is_ring_workers_name(status.name())
+}
+
+fn is_ring_workers_name(name: &str) -> bool {
+    name.starts_with(RING_WORKER)
+}
+
 fn access(fd: &Fd) -> &'static str {
     match fd.flags & libc::O_ACCMODE {
         _ if fd.flags & libc::O_PATH != 0 => "",
@@ -687,8 +720,7 @@ fn facts(process: &Process) -> Vec<(&'static str, Value)> {
         words.filter_map(|w| w.parse::<u32>().ok()).collect()
     };
     let threads: Value = process
-        .threads
-        .iter()
+        .own_threads()
         .map(|(tid, status)| {
             let sets = status.capabilities();
             json!({
@@ -775,6 +807,11 @@ fn picked(member: &str, said: &Value) -> Value {
             said["writable-executable"],
             said["foreign-files"]
         ]),
+        // Workers may have come or gone between the two looks.
+        "threads" => list(said)
+            .into_iter()
+            .filter(|one| !one["name"].as_str().is_some_and(is_ring_workers_name))
+            .collect(),
         _ => said.clone(),
     }
 }

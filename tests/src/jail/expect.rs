@@ -69,6 +69,8 @@ pub struct Kind {
     pub binary: &'static str,
     /// Its filter. It comes on top of the broker's.
     pub policy: Policy,
+    /// Whether it has an io_uring, for which the kernel makes worker threads.
+    pub ring: bool,
 }
 
 /// Every kind of device process.
@@ -76,14 +78,17 @@ pub const KINDS: &[Kind] = &[
     Kind {
         binary: "block",
         policy: Policy::Block,
+        ring: true,
     },
     Kind {
         binary: "net",
         policy: Policy::Net,
+        ring: false,
     },
     Kind {
         binary: "fs",
         policy: Policy::VhostUserFs,
+        ring: false,
     },
 ];
 
@@ -92,6 +97,12 @@ impl Device {
     #[must_use]
     pub fn kind(&self) -> Option<&'static Kind> {
         KINDS.iter().find(|kind| kind.binary == self.binary)
+    }
+
+    /// Whether it has an io_uring.
+    #[must_use]
+    pub fn has_ring(&self) -> bool {
+        self.kind().is_some_and(|kind| kind.ring)
     }
 
     /// Whether it ends with its parent. The kernel forgets that wish when a process changes its user, as one that makes
@@ -130,13 +141,18 @@ impl Device {
                 (64 + 6 * self.queues + MAX_MEMORY_REGIONS) as u64,
             ),
         };
+        let locked = if self.has_ring() {
+            ipc::limits::MAX_RING_MEMORY
+        } else {
+            0
+        };
         vec![
             ("Max core file size", 0),
             ("Max msgqueue size", 0),
             ("Max realtime priority", 0),
             ("Max file size", file_size),
             ("Max data size", memory),
-            ("Max locked memory", 0),
+            ("Max locked memory", locked),
             ("Max processes", 16),
             ("Max open files", descriptors),
         ]
@@ -150,7 +166,6 @@ impl Device {
             Want::at(1, "pipe", "w"),
             Want::at(2, "pipe", "w"),
             Want::at(3, "socket", "rw"),
-            Want::at(4, "eventpoll", "rw"),
         ];
         match &self.back_end {
             BackEnd::Image { path, writes, .. } => {
@@ -162,6 +177,13 @@ impl Device {
                 all.push(Want::at(5, "/", ""));
                 all.push(Want::at(6, "/", ""));
             }
+        }
+        // What it makes itself takes the place of the start message, then those behind the back ends.
+        let made = ["io_uring", "eventpoll"];
+        let made = &made[usize::from(!self.has_ring())..];
+        // Only a disk has two, and one back end.
+        for (target, number) in made.iter().zip([4, 6]) {
+            all.push(Want::at(number, target, "rw"));
         }
         all.push(Want::some("memfd:inflight", "rw"));
         // Kick, call and error.
@@ -301,3 +323,7 @@ const CONTROL_EVENTFDS: usize = 8;
 /// A thread that KVM makes in the process that first runs a vCPU. It is the kernel's: it runs no instruction of the process,
 /// and there is none where KVM splits no huge pages.
 pub const KVM_WORKER: &str = "kvm-nx-lpage-re";
+
+/// How the names begin of threads that the kernel makes for io_uring: they run no instruction of the process, have its filter,
+/// and come and go.
+pub const RING_WORKER: &str = "iou-wrk-";

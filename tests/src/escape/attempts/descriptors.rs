@@ -172,6 +172,7 @@ pub(super) const LIST: &[Attempt] = &[
         &[Arg::Fd(Which::Backend), n(3), n(0), n(4096)],
     )
     .refused(&[EBADF])
+    .passes()
     .on_readonly(),
     one(
         "cut-read-only-image",

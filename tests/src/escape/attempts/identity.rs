@@ -102,7 +102,7 @@ pub(super) const LIST: &[Attempt] = &[
     one(
         "raise-lock-limit",
         SYS_setrlimit,
-        &[n(RLIMIT_MEMLOCK as i32), Arg::Bytes(MILLION)],
+        &[n(RLIMIT_MEMLOCK as i32), Arg::Bytes(GIBI)],
     ),
     one(
         "raise-real-time-limit",
@@ -128,6 +128,8 @@ pub(super) const LIST: &[Attempt] = &[
 ];
 
 /// Both limits are a million.
+/// Soft and hard limit: 2^30.
+const GIBI: &[u8] = &[0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0];
 const MILLION: &[u8] = &[
     0x40, 0x42, 0x0f, 0, 0, 0, 0, 0, 0x40, 0x42, 0x0f, 0, 0, 0, 0, 0,
 ];

@@ -1,7 +1,7 @@
 //! The host itself: modules, clocks, tracing, ports, and the large interfaces of the kernel.
 
 use super::*;
-use crate::escape::{Held, Which};
+use crate::escape::{Expect, Held, Jail, Which};
 use libc::*;
 
 pub(super) const LIST: &[Attempt] = &[
@@ -37,7 +37,38 @@ pub(super) const LIST: &[Attempt] = &[
         SYS_io_uring_enter,
         &[Arg::Fd(Which::Socket), n(1), n(0), n(0), NULL, n(0)],
     )
-    .refused(&[EOPNOTSUPP, EBADF]),
+    .refused(&[EOPNOTSUPP, EBADF])
+    .but(
+        Jail::Block,
+        Expect::KilledOr(&[EOPNOTSUPP]),
+        Expect::Refused(&[EOPNOTSUPP]),
+    ),
+    // A disk's own ring: what it may do was said before the jail was shut.
+    own_ring("own-ring-open", own_ring_open),
+    own_ring("own-ring-socket", own_ring_socket),
+    own_ring("own-ring-send", own_ring_send),
+    own_ring("own-ring-poll", own_ring_poll),
+    own_ring("own-ring-close", own_ring_close),
+    own_ring("own-ring-unlink", own_ring_unlink),
+    own_ring("own-ring-splice", own_ring_splice),
+    own_ring("own-ring-command", own_ring_command),
+    own_ring("own-ring-message", own_ring_message),
+    own_ring("own-ring-timeout", own_ring_timeout),
+    own_ring("own-ring-fixed-file", own_ring_fixed_file),
+    one(
+        "own-ring-register-files",
+        SYS_io_uring_register,
+        &[Arg::Fd(Which::Ring), n(2), Arg::Bytes(&[3, 0, 0, 0]), n(1)],
+    )
+    .refused(&[EACCES])
+    .only(&[Jail::Block]),
+    one(
+        "own-ring-lift-restrictions",
+        SYS_io_uring_register,
+        &[Arg::Fd(Which::Ring), n(11), Arg::Room(16), n(1)],
+    )
+    .refused(&[EACCES, EBADFD])
+    .only(&[Jail::Block]),
     one(
         "io-uring-register",
         SYS_io_uring_register,
@@ -238,4 +269,109 @@ fn io_uring_connect(m: &mut dyn Machine, _: &Held) -> Result<Verdict, Stop> {
     entry[8..16].copy_from_slice(&16u64.to_ne_bytes());
     entry[16..24].copy_from_slice(&at.to_ne_bytes());
     through_ring(m, &entry).map(Verdict::Through)
+}
+
+const fn own_ring(
+    name: &'static str,
+    make: fn(&mut dyn Machine, &Held) -> Result<Verdict, Stop>,
+) -> Attempt {
+    steps(name, make)
+        .refused(&[EACCES])
+        .passes()
+        .only(&[Jail::Block])
+}
+
+/// One entry through the ring that the process has, which nothing else uses; the result of that.
+fn through_own_ring(m: &mut dyn Machine, held: &Held, entry: &[u8; 64]) -> Result<Verdict, Stop> {
+    let ring = held.ring as u64;
+    let protection = (PROT_READ | PROT_WRITE) as u64;
+    let map = |m: &mut dyn Machine, offset: u64| {
+        m.call(
+            SYS_mmap,
+            &[0, 4096, protection, MAP_SHARED as u64, ring, offset],
+        )
+    };
+    let rings = map(m, 0)?;
+    let entries = map(m, 0x1000_0000)?;
+    let page = m.get(rings, 64)?;
+    let word = |at: usize| u32::from_ne_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]);
+    // Where Linux 5.4 and later put them: head and tail of the entries, of the completions, the masks, the sizes; then the
+    // completions, and behind them the entries' numbers.
+    let (tail, done, completions) = (word(4), word(12), word(28));
+    let array = 64 + 16 * completions;
+    m.set(entries, entry)?;
+    let slot = u64::from(tail & word(16));
+    m.set(rings + u64::from(array) + 4 * slot, &0u32.to_ne_bytes())?;
+    m.set(rings + 4, &tail.wrapping_add(1).to_ne_bytes())?;
+    m.call(SYS_io_uring_enter, &[ring, 1, 1, 1, 0, 0])?;
+    let at = rings + 64 + 16 * u64::from(done & word(20));
+    let completion = m.get(at, 16)?;
+    match i32::from_ne_bytes([completion[8], completion[9], completion[10], completion[11]]) {
+        error @ ..0 => Err(Stop::Errno(-error)),
+        value => Ok(Verdict::Through(value as u64)),
+    }
+}
+
+/// `struct io_uring_sqe`: operation, flags, descriptor, offset or second address, address, length.
+fn entry(operation: u8, flags: u8, fd: i32, offset: u64, address: u64, length: u32) -> [u8; 64] {
+    let mut entry = [0; 64];
+    entry[0] = operation;
+    entry[1] = flags;
+    entry[4..8].copy_from_slice(&fd.to_ne_bytes());
+    entry[8..16].copy_from_slice(&offset.to_ne_bytes());
+    entry[16..24].copy_from_slice(&address.to_ne_bytes());
+    entry[24..28].copy_from_slice(&length.to_ne_bytes());
+    entry
+}
+
+fn own_ring_open(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    let path = m.put(b"/\0")?;
+    through_own_ring(m, held, &entry(18, 0, AT_FDCWD, 0, path, 0))
+}
+
+fn own_ring_socket(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    through_own_ring(m, held, &entry(45, 0, AF_UNIX, SOCK_STREAM as u64, 0, 0))
+}
+
+fn own_ring_send(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    let bytes = m.put(b"out")?;
+    through_own_ring(m, held, &entry(26, 0, held.socket, 0, bytes, 3))
+}
+
+fn own_ring_poll(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    through_own_ring(m, held, &entry(6, 0, held.kick, 0, 0, 0))
+}
+
+fn own_ring_close(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    through_own_ring(m, held, &entry(19, 0, held.log, 0, 0, 0))
+}
+
+fn own_ring_unlink(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    let path = m.put(b"/x\0")?;
+    through_own_ring(m, held, &entry(36, 0, AT_FDCWD, 0, path, 0))
+}
+
+fn own_ring_splice(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    through_own_ring(m, held, &entry(30, 0, held.log, 0, 0, 1))
+}
+
+/// `IORING_OP_URING_CMD`: a driver's own commands, of a block device for one.
+fn own_ring_command(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    through_own_ring(m, held, &entry(46, 0, held.backend, 0, 0, 0))
+}
+
+/// `IORING_OP_MSG_RING`: descriptors pass between rings.
+fn own_ring_message(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    through_own_ring(m, held, &entry(40, 0, held.ring, 0, 0, 0))
+}
+
+fn own_ring_timeout(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    let time = m.put(&[0; 16])?;
+    through_own_ring(m, held, &entry(11, 0, -1, 0, time, 1))
+}
+
+/// A read, with a flag that the device never gives (`IOSQE_FIXED_FILE`).
+fn own_ring_fixed_file(m: &mut dyn Machine, held: &Held) -> Result<Verdict, Stop> {
+    let room = m.put(&[0; 16])?;
+    through_own_ring(m, held, &entry(22, 1, 0, 0, room, 16))
 }

@@ -1,12 +1,17 @@
 //! Executable memory, guest RAM, and memory that a process should not get.
 
 use super::*;
-use crate::escape::{Held, Which};
+use crate::escape::{Expect, Held, Jail, Which};
 use libc::*;
 
 const OWN_CODE: &str = "code of its own runs in the same jail";
 /// By the seal, or before that by the limit of file sizes.
 const TOO_LARGE: &[i32] = &[EPERM, EFBIG];
+/// io_uring's own memory counts as locked.
+const FOR_ITS_RING: Expect = Expect::Either(
+    &[EPERM, ENOMEM, EAGAIN],
+    "a disk's process may lock 8 MiB, for its ring",
+);
 const PAGE: Arg = Arg::N(4096);
 
 pub(super) const LIST: &[Attempt] = &[
@@ -128,9 +133,14 @@ pub(super) const LIST: &[Attempt] = &[
         ],
     )
     .refused(&[EPERM, EAGAIN])
-    .passes(),
-    one("mlockall", SYS_mlockall, &[n(MCL_CURRENT | MCL_FUTURE)]).refused(&[EPERM, ENOMEM]),
-    steps("mlock", mlock).refused(&[EPERM, ENOMEM]),
+    .passes()
+    .but(Jail::Block, Expect::KilledOr(&[EPERM]), FOR_ITS_RING),
+    one("mlockall", SYS_mlockall, &[n(MCL_CURRENT | MCL_FUTURE)])
+        .refused(&[EPERM, ENOMEM])
+        .but(Jail::Block, Expect::Killed, FOR_ITS_RING),
+    steps("mlock", mlock)
+        .refused(&[EPERM, ENOMEM])
+        .but(Jail::Block, Expect::Killed, FOR_ITS_RING),
     one("memfd-secret", SYS_memfd_secret, &[n(0)]).either(
         &[ENOSYS],
         "mapping it counts as locked memory, of which there is none",
