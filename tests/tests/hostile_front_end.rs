@@ -109,6 +109,7 @@ impl Place {
                     serial: String::new(),
                     num_queues: 2,
                     queue_size: 256,
+                    io: Default::default(),
                 });
                 device("block", spec, vec![disk.into()])
             }

@@ -46,8 +46,8 @@ use crate::device::{Device, Interest};
 use crate::fault::{DeviceFault, GuestFault, HostFault};
 use crate::inflight::{InflightQueue, queue_bytes};
 use crate::memory::{GuestRam, Mapping, MemoryError, Region};
-use crate::record::{self, Record, Word};
 use crate::patience::Patience;
+use crate::record::{self, Record, Word};
 use crate::ring::{Ring, UserAddresses};
 
 #[cfg(fuzzing)]

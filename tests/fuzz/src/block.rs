@@ -43,6 +43,7 @@ fn disk(readonly: bool) -> Disk {
         serial: "fuzz".into(),
         num_queues: 2,
         queue_size: 256,
+        io: Default::default(),
     }));
     let mut fds = backend_fds(vec![fd.into()]);
     let device = Block::build(&start, &mut fds).expect("a disk");

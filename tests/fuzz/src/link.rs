@@ -171,6 +171,7 @@ pub fn run(data: &[u8]) {
         serial: String::new(),
         num_queues: QUEUES as u16,
         queue_size: 128,
+        io: Default::default(),
     });
     once!(Fixture, fixture(), |fixture: &mut Fixture| {
         let (ours, theirs) = UnixStream::pair().expect("socketpair");

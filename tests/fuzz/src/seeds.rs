@@ -500,6 +500,7 @@ fn devices() -> [DeviceSpec; 2] {
             serial: "serial".into(),
             num_queues: 2,
             queue_size: 256,
+            io: Default::default(),
         }),
         DeviceSpec::Net(NetSpec {
             id: "net0".into(),

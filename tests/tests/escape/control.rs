@@ -61,6 +61,7 @@ fn held(fds: &BTreeMap<i32, Fd>) -> Held {
         ram: first("memfd"),
         kick: first("eventfd"),
         call: first("kvm-vcpu"),
+        ring: -1,
     }
 }
 
