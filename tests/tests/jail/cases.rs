@@ -636,8 +636,8 @@ pub(crate) const CASES: &[Case] = &[
         &[change(Who::Child(0), libc::SYS_setsid, any, SKIP)]),
     case("a disk has the caller's keys", ("d0", Check::Keys), &[],
         &[change(MAIN, libc::SYS_socketpair, any, Act::Before(join_keys)), change(Who::Child(0), libc::SYS_keyctl, any, SKIP)]),
-    case("a disk may make user namespaces", ("d0", Check::NestedUsers), &[],
-        &[change(Who::Child(0), libc::SYS_write, to_nested_users, Act::Skip(1))]),
+    case("a network card may make user namespaces", ("n0", Check::NestedUsers), &[],
+        &[change(Who::Child(2), libc::SYS_write, to_nested_users, Act::Skip(1))]),
     case("a disk outlives its broker", ("d0", Check::ParentDeath), &[],
         &[change(Who::Child(0), libc::SYS_prctl, set_parent_death, SKIP)]),
 
