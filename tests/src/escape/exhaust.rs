@@ -112,14 +112,22 @@ fn log(m: &mut dyn Machine, held: &Held) {
     while m.call(SYS_write, &[held.log as u64, at, line.len() as u64]) != Err(Stop::Gone) {}
 }
 
+/// `struct iovec` of `length` bytes of the letter `Z`, for the call that a disk's process has for writes.
+fn piece(m: &mut dyn Machine, length: usize) -> Result<u64, Stop> {
+    let bytes = m.put(&vec![0x5a; length])?;
+    let words = [bytes, length as u64];
+    let words: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    m.put(&words)
+}
+
 /// The image, far behind the size that it had.
 fn disk(m: &mut dyn Machine, held: &Held, say: fn(&str)) {
-    let Ok(at) = m.put(&vec![0x5a; 1 << 20]) else {
+    let Ok(piece) = piece(m, 1 << 20) else {
         return;
     };
     let mut end = 0u64;
     let refusal = loop {
-        match m.call(SYS_pwrite64, &[held.backend as u64, at, 1 << 20, end]) {
+        match m.call(SYS_pwritev, &[held.backend as u64, piece, 1, end, 0]) {
             Ok(0) => break 0,
             Ok(length) => {
                 end += length;
@@ -136,10 +144,10 @@ fn disk(m: &mut dyn Machine, held: &Held, say: fn(&str)) {
 
 /// A write and a flush, without a pause.
 fn flushes(m: &mut dyn Machine, held: &Held) {
-    let Ok(at) = m.put(&[0x5a; 4096]) else { return };
+    let Ok(piece) = piece(m, 4096) else { return };
     loop {
         for (number, args) in [
-            (SYS_pwrite64, &[held.backend as u64, at, 4096, 0][..]),
+            (SYS_pwritev, &[held.backend as u64, piece, 1, 0, 0][..]),
             (SYS_fdatasync, &[held.backend as u64][..]),
         ] {
             if m.call(number, args) == Err(Stop::Gone) {
