@@ -1,7 +1,7 @@
 /* Misuse of a disk (virtio 1.3, section 5.2), and round trips that show that one works. */
 #include "hostile.h"
 
-enum { SECTOR = 512, IN = 0, OUT = 1, FLUSH = 4, GET_ID = 8 };
+enum { SECTOR = 512, IN = 0, OUT = 1, FLUSH = 4, GET_ID = 8, WRITE_ZEROES = 13 };
 enum { S_OK = 0, S_IOERR = 1, S_UNSUPP = 2, S_NONE = 0xee };
 enum { R = 0, W = DESC_WRITE, N = DESC_NEXT };
 
@@ -174,7 +174,7 @@ static u16 tame_chain(u16 slot, u8 *want)
     case 5: /* types that were not offered */
         do
             type = below(2) ? (u32)below(64) : (u32)rnd();
-        while (type == IN || type == OUT || type == FLUSH || type == GET_ID);
+        while (type == IN || type == OUT || type == FLUSH || type == GET_ID || type == WRITE_ZEROES);
         *want = S_UNSUPP;
         head = request(slot, type, rnd(), data, (u32)below(0x4000));
         if (below(2))
@@ -357,7 +357,8 @@ void disk_cases(void)
         {S_OK, IN, 0, 0}, {S_IOERR, IN, 0, 511}, {S_IOERR, OUT, 0, 513}, {S_IOERR, IN, ~0ull, 512}, {S_IOERR, OUT, 1ull << 55, 512},
         {S_IOERR, IN, (1ull << 55) - 1, 512}, {S_IOERR, OUT, 1ull << 63, 0}, {S_OK, GET_ID, ~0ull, 0}, {S_OK, GET_ID, 0, 1},
         {S_OK, GET_ID, 0, 19}, {S_OK, GET_ID, 0, 4096}, {S_OK, FLUSH, ~0ull, 0}, {S_UNSUPP, 2, 0, 512}, {S_UNSUPP, 11, 0, 512},
-        {S_UNSUPP, 13, 0, 512}, {S_UNSUPP, 0x80000001, 0, 512}, {S_UNSUPP, ~0u, 0, 512},
+        {S_IOERR, WRITE_ZEROES, 0, 0}, {S_IOERR, WRITE_ZEROES, 0, 15}, {S_IOERR, WRITE_ZEROES, 0, 33 * 16},
+        {S_UNSUPP, 12, 0, 512}, {S_UNSUPP, 0x80000001, 0, 512}, {S_UNSUPP, ~0u, 0, 512},
     };
     for (u64 i = 0; i < sizeof answers / sizeof *answers; i++) {
         case_begin("a request that gets an answer");
