@@ -15,6 +15,7 @@ use ipc::log::Level;
 use ipc::start::{SandboxMode, SeccompMode};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -153,10 +154,16 @@ impl Broker {
         assert_eq!(text, WORDS);
     }
 
+    /// What it holds between two requests. Requests are served one after the other, and what one of them brought or got is closed
+    /// before the next is read, but after the answer has gone: so a request that brings and gets nothing comes first.
+    fn fds(&self) -> BTreeMap<i32, procfs::Fd> {
+        self.refuses(&Request::Open { index: u32::MAX }, "the policy has no file");
+        procfs::fds(self.pid()).unwrap()
+    }
+
     /// Descriptors of files; standard streams, sockets and pipes are none.
     fn files(&self) -> Vec<String> {
-        let fds = procfs::fds(self.pid()).unwrap();
-        let named = fds.into_values().map(|fd| fd.target);
+        let named = self.fds().into_values().map(|fd| fd.target);
         named
             .filter(|target| target.starts_with('/') && target != "/dev/null")
             .collect()
@@ -317,7 +324,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
     let dir = tempfile::tempdir().unwrap();
     let broker = Broker::with_policy(dir.path());
     broker.still_serves();
-    let before = procfs::fds(broker.pid()).unwrap().len();
+    let before = broker.fds().len();
     let secret = File::open("/etc/passwd").unwrap();
     let good = encode(&Request::Open { index: 99 }).unwrap();
     for count in [1, 2, 64] {
@@ -326,7 +333,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
             assert!(matches!(broker.reply(), Some((Reply::Failed { .. }, _))));
         }
     }
-    assert_eq!(procfs::fds(broker.pid()).unwrap().len(), before);
+    assert_eq!(broker.fds().len(), before);
     assert_eq!(broker.files(), Vec::<String>::new());
     // More than any message has.
     assert!(broker.raw(&good, &[secret.as_raw_fd(); 253]));
@@ -338,7 +345,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
 fn a_flood_that_reads_no_answer_ends_with_the_control_process() {
     let dir = tempfile::tempdir().unwrap();
     let broker = Broker::with_policy(dir.path());
-    let before = procfs::fds(broker.pid()).unwrap().len();
+    let before = broker.fds().len();
     let flags = nix::fcntl::OFlag::O_NONBLOCK;
     fcntl(&broker.channel, FcntlArg::F_SETFL(flags)).unwrap();
     let request = encode(&Request::Open { index: 0 }).unwrap();
