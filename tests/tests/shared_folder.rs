@@ -350,7 +350,6 @@ fn a_linux_guest_cannot_change_a_readonly_folder() {
 }
 
 #[test]
-#[ignore = "known fault: after a reboot of the guest, its first append to a file of the folder is lost"]
 fn a_reboot_mounts_the_folder_again() {
     where_linux_boots(test_path!(), || {
         let (_dir, tree) = tree();

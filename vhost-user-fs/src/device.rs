@@ -178,17 +178,21 @@ impl FsDevice {
             return Err(Errno::EIO);
         }
         data.truncate(size as usize);
-        let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
         let (file, place) = self.tree.writable(fh, flags)?;
-        let place = match place {
-            Place::Told => Some(offset),
-            Place::PerhapsAt(start) => {
-                let start = i64::try_from(start).map_err(|_| Errno::EINVAL)?;
-                data.begin_like_file(file, start)?.then_some(start)
+        let (offset, append) = match place {
+            Place::Told => (offset, false),
+            Place::End(end) => (end, true),
+            Place::PerhapsAt { start, end } => {
+                let at = i64::try_from(start).map_err(|_| Errno::EINVAL)?;
+                if data.begin_like_file(file, at)? {
+                    (start, false)
+                } else {
+                    (end, true)
+                }
             }
-            Place::End => None,
         };
-        let written = data.put_into_file(file, place)?;
+        let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
+        let written = data.put_into_file(file, offset, append)?;
         // At most `size`.
         self.reply.u32(written as u32).u32(0);
         Ok(())

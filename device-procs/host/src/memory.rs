@@ -656,14 +656,15 @@ impl<'m> GuestBuffers<'m> {
         })
     }
 
-    /// As [`send_to_file`](Self::send_to_file), by `pwritev2`; without an offset the buffers go to the file's end, wherever it
-    /// is by then (`RWF_APPEND`).
-    pub fn put_into_file(&self, file: BorrowedFd<'_>, offset: Option<i64>) -> Result<usize, Errno> {
-        let flags = if offset.is_none() {
-            libc::RWF_APPEND
-        } else {
-            0
-        };
+    /// As [`send_to_file`](Self::send_to_file), by `pwritev2`; to `append` is to write to the file's end, wherever it is by
+    /// then (`RWF_APPEND`). `offset` is the end as far as it is known then: the overlayfs of Linux 6.1 forgets the flag.
+    pub fn put_into_file(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: i64,
+        append: bool,
+    ) -> Result<usize, Errno> {
+        let flags = if append { libc::RWF_APPEND } else { 0 };
         retry(|| {
             // SAFETY: the pieces are in mapped RAM that the lifetime keeps; the kernel only reads them.
             unsafe {
@@ -671,7 +672,7 @@ impl<'m> GuestBuffers<'m> {
                     file.as_raw_fd(),
                     self.segments.as_ptr(),
                     self.count(),
-                    offset.unwrap_or(0),
+                    offset,
                     flags,
                 )
             }

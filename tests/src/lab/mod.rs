@@ -67,6 +67,8 @@ fn run_nested(nested: &Nested, test: &str) {
         binary.display().to_string(),
         "--exact".into(),
         test.into(),
+        // Who runs it here has decided already.
+        "--include-ignored".into(),
         "--nocapture".into(),
         "--test-threads=1".into(),
     ];

@@ -17,11 +17,16 @@ const COPY_AT_ONCE: u64 = 64 << 20;
 pub enum Place {
     /// To the offset that the request tells.
     Told,
-    /// To the end of the file, wherever it is by then.
-    End,
-    /// The file grew from here on since this request was begun by a process that then died: if the data is there, the
-    /// request was done, or a part of it.
-    PerhapsAt(u64),
+    /// To the end of the file, wherever it is by then; it was here.
+    End(u64),
+    /// The file grew from `start` to `end` since this request was begun by a process that then died: if the data is there, the
+    /// request was done, or a part of it. If not, it goes to the end.
+    PerhapsAt {
+        /// The end of the file when the request was begun.
+        start: u64,
+        /// The end of the file now.
+        end: u64,
+    },
 }
 
 impl Passthrough {
@@ -135,12 +140,13 @@ impl Passthrough {
         let end = sys::stat(file)?.stx_size;
         match self.journal.again() {
             Some(again) if again.before != 0 && end > again.before - 1 => {
-                Ok((file, Place::PerhapsAt(again.before - 1)))
+                let start = again.before - 1;
+                Ok((file, Place::PerhapsAt { start, end }))
             }
             _ => {
                 // One added, since an empty file is not the same as no note.
                 self.journal.note_before(end.saturating_add(1));
-                Ok((file, Place::End))
+                Ok((file, Place::End(end)))
             }
         }
     }
