@@ -11,7 +11,7 @@ use ipc::spec::block::BlockSpec;
 use ipc::spec::net::NetSpec;
 use ipc::start::{SandboxMode, SeccompMode};
 use vmm_main::cmdline::table::{Arg, OPTIONS};
-use vmm_main::qmp::schema::COMMANDS;
+use vmm_main::qmp::schema::commands;
 
 type Inputs = Vec<Vec<u8>>;
 
@@ -60,7 +60,7 @@ pub fn words() -> Vec<(&'static str, Vec<String>)> {
     ]
     .map(str::to_owned)
     .to_vec();
-    for command in COMMANDS {
+    for command in commands() {
         qmp.push(command.name.to_owned());
         qmp.extend(
             command
@@ -615,8 +615,7 @@ fn cmdline() -> Inputs {
 
 fn qmp() -> Inputs {
     let hello = r#"{"execute":"qmp_capabilities"}"#;
-    let mut inputs: Inputs = COMMANDS
-        .iter()
+    let mut inputs: Inputs = commands()
         .map(|command| {
             format!(
                 "\u{40}{hello}{{\"execute\":\"{}\",\"id\":[1]}}",

@@ -35,6 +35,18 @@ pub(crate) fn run(_arguments: &[String]) -> Result<ExitCode, String> {
         "warnings",
     ];
     step("lints", tool::run(&mut tool::cargo(&clippy)));
+    // Both pages come from tables of the product, which only the product's own tests can read.
+    let pages = [
+        "test",
+        "--quiet",
+        "--package",
+        "vmm-main",
+        "--lib",
+        "--",
+        "the_page_in_docs_is_the_generated_one",
+        "the_manual_page_is_that_of_the_table",
+    ];
+    step("generated pages", tool::run(&mut tool::cargo(&pages)));
     if tool::has_subcommand("deny") {
         step(
             "licences and sources",

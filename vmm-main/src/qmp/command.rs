@@ -8,6 +8,7 @@ use nix::sys::eventfd::EventFd;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
+use super::schema::{self, Command};
 use super::session::Info;
 
 /// Class of a QMP error (QAPI `QapiErrorClass`).
@@ -126,8 +127,9 @@ pub(super) fn wake(eventfd: &EventFd) {
 
 /// The way back to one request, before it is known what the answer is made of.
 #[derive(Debug)]
-pub(super) struct Ticket {
+pub(crate) struct Ticket {
     pub(super) client: u64,
+    pub(super) command: &'static Command,
     pub(super) id: Option<Value>,
     pub(super) info: Arc<Info>,
     pub(super) outbox: Outbox,
@@ -154,6 +156,9 @@ impl<T> Reply<T> {
         if let Some(ticket) = self.ticket.take() {
             let shape = self.shape;
             let result = result.map(|value| shape(&ticket.info, value));
+            if let Ok(value) = &result {
+                schema::assert_conforms(ticket.command.name, ticket.command.returns, value);
+            }
             ticket.send(result);
         }
     }
@@ -197,15 +202,25 @@ pub enum RunState {
 }
 
 impl RunState {
+    /// All names, for the schema.
+    pub(super) const NAMES: [&str; 6] = [
+        "prelaunch",
+        "running",
+        "paused",
+        "shutdown",
+        "guest-panicked",
+        "internal-error",
+    ];
+
     /// Its name on the wire.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Prelaunch => "prelaunch",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Shutdown => "shutdown",
-            Self::GuestPanicked => "guest-panicked",
-            Self::InternalError => "internal-error",
+            Self::Prelaunch => Self::NAMES[0],
+            Self::Running => Self::NAMES[1],
+            Self::Paused => Self::NAMES[2],
+            Self::Shutdown => Self::NAMES[3],
+            Self::GuestPanicked => Self::NAMES[4],
+            Self::InternalError => Self::NAMES[5],
         }
     }
 }

@@ -6,6 +6,8 @@ use ipc::control::Exit;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
+use super::schema;
+
 /// Why the VM went down or was reset (QAPI `ShutdownCause`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
@@ -88,30 +90,18 @@ pub enum Event {
     },
 }
 
-/// Names of all events, for `query-events`.
-pub(super) const NAMES: [&str; 8] = [
-    "SHUTDOWN",
-    "RESET",
-    "STOP",
-    "RESUME",
-    "POWERDOWN",
-    "DEVICE_CRASHED",
-    "DEVICE_RECOVERED",
-    "DEVICE_FAILED",
-];
-
 impl Event {
     /// Its name on the wire.
     pub const fn name(&self) -> &'static str {
         match self {
-            Self::Shutdown(_) => NAMES[0],
-            Self::Reset(_) => NAMES[1],
-            Self::Stop => NAMES[2],
-            Self::Resume => NAMES[3],
-            Self::Powerdown => NAMES[4],
-            Self::DeviceCrashed { .. } => NAMES[5],
-            Self::DeviceRecovered { .. } => NAMES[6],
-            Self::DeviceFailed { .. } => NAMES[7],
+            Self::Shutdown(_) => "SHUTDOWN",
+            Self::Reset(_) => "RESET",
+            Self::Stop => "STOP",
+            Self::Resume => "RESUME",
+            Self::Powerdown => "POWERDOWN",
+            Self::DeviceCrashed { .. } => "DEVICE_CRASHED",
+            Self::DeviceRecovered { .. } => "DEVICE_RECOVERED",
+            Self::DeviceFailed { .. } => "DEVICE_FAILED",
         }
     }
 
@@ -123,40 +113,36 @@ impl Event {
             "event": self.name(),
             "timestamp": { "seconds": seconds, "microseconds": micros },
         });
-        let data = match self {
+        let data = self.data();
+        schema::assert_event(self.name(), data.as_ref());
+        if let Some(data) = data {
+            message["data"] = data;
+        }
+        message
+    }
+
+    /// Its data; `None` for an event that has none.
+    fn data(&self) -> Option<Value> {
+        Some(match self {
             Self::Shutdown(cause) | Self::Reset(cause) => {
                 json!({ "guest": cause.is_guest(), "reason": cause.name() })
             }
-            Self::Stop | Self::Resume | Self::Powerdown => return message,
-            Self::DeviceCrashed {
-                device,
-                pid,
-                how: Some(Exit::Signal(signal)),
-            } => {
-                json!({ "device": device, "pid": pid, "signal": signal })
-            }
-            Self::DeviceCrashed {
-                device,
-                pid,
-                how: Some(Exit::Code(status)),
-            } => {
-                json!({ "device": device, "pid": pid, "status": status })
-            }
-            Self::DeviceCrashed {
-                device,
-                pid,
-                how: None,
-            } => {
-                json!({ "device": device, "pid": pid, "unresponsive": true })
-            }
+            Self::Stop | Self::Resume | Self::Powerdown => return None,
+            Self::DeviceCrashed { device, pid, how } => match how {
+                Some(Exit::Signal(signal)) => {
+                    json!({ "device": device, "pid": pid, "signal": signal })
+                }
+                Some(Exit::Code(status)) => {
+                    json!({ "device": device, "pid": pid, "status": status })
+                }
+                None => json!({ "device": device, "pid": pid, "unresponsive": true }),
+            },
             Self::DeviceRecovered { device, pid, stall } => {
                 // Milliseconds with three digits behind the point.
                 let stall = stall.as_micros() as f64 / 1000.0;
                 json!({ "device": device, "pid": pid, "stall-ms": stall })
             }
             Self::DeviceFailed { device, reason } => json!({ "device": device, "reason": reason }),
-        };
-        message["data"] = data;
-        message
+        })
     }
 }

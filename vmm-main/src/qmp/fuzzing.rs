@@ -10,7 +10,7 @@ use std::sync::mpsc::channel;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::Value;
 
-use super::command::{Inbox, Outbox, Ticket};
+use super::command::{Inbox, Outbox};
 use super::session::{Info, Session, Step};
 
 /// Answers to `pieces`, as they would be sent. `forwarded` is shown each command that is for main.
@@ -38,13 +38,8 @@ pub fn converse<'a>(
                     answers.push(value);
                     return answers;
                 }
-                Step::Forward(build, id) => {
-                    let command = build(Ticket {
-                        client: 0,
-                        id,
-                        info: Arc::clone(info),
-                        outbox: outbox.clone(),
-                    });
+                Step::Forward(forward) => {
+                    let command = forward.build(0, info, &outbox);
                     forwarded(&command);
                     // A reply that is dropped answers with an error.
                     drop(command);

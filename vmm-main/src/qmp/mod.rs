@@ -1,7 +1,7 @@
 //! QMP: the socket through which a manager drives the VM.
 //!
 //! **Job.** A thread of its own serves the sockets: it greets, negotiates, splits the byte stream into JSON objects, checks
-//! each command against one table ([`schema::COMMANDS`]), answers what it knows itself and hands the rest to the main
+//! each command against its table ([`schema`]), answers what it knows itself and hands the rest to the main
 //! thread as a typed [`VmCommand`] with a one-shot [`Reply`]. Main sends events back through [`ServerHandle::emit`].
 //!
 //! ```text

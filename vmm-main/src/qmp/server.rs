@@ -18,7 +18,7 @@ use nix::sys::socket::{MsgFlags, SockFlag, accept4, recv, send};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::command::{Inbox, Outbox, QmpError, Ticket, VmCommand, answer, wake};
+use super::command::{Inbox, Outbox, QmpError, VmCommand, answer, wake};
 use super::event::Event;
 use super::session::{Info, Session, Step, greeting};
 
@@ -493,15 +493,10 @@ impl Worker {
                     client.flush();
                     client.closed = true;
                 }
-                Some(Step::Forward(build, request)) => {
-                    let ticket = Ticket {
-                        client: id,
-                        id: request,
-                        info: Arc::clone(&self.info),
-                        outbox: self.outbox.clone(),
-                    };
+                Some(Step::Forward(forward)) => {
                     client.busy = true;
-                    match self.commands.try_send(build(ticket)) {
+                    let command = forward.build(id, &self.info, &self.outbox);
+                    match self.commands.try_send(command) {
                         Ok(()) => wake(&self.command_wake),
                         // The reply that is dropped with it answers.
                         Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}

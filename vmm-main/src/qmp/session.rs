@@ -1,13 +1,16 @@
 //! One client's side of the protocol, without its socket: bytes in, steps out.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value, json};
 
 use ipc::limits::MAX_QMP_REQUEST;
 use ipc::spec::vm::{CpuSpec, MachineKind, VmSpec};
 
-use super::command::{QmpError, answer};
+use super::command::{Outbox, QmpError, Ticket, VmCommand, answer};
 use super::json::{Broken, Splitter};
-use super::schema::{self, Command, Run};
+use super::schema::check::shown;
+use super::schema::{self, Arguments, Command, Run};
 
 /// What queries answer that never changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,12 +42,33 @@ pub(super) enum Step {
     /// Send this.
     Answer(Value),
     /// Have main execute this, and take nothing more until it has answered.
-    Forward(
-        fn(super::command::Ticket) -> super::VmCommand,
-        Option<Value>,
-    ),
+    Forward(Forward),
     /// Send this and hang up.
     HangUp(Value),
+}
+
+/// A command for main, until it is known whose it is.
+#[derive(Debug)]
+pub(super) struct Forward {
+    pub(super) command: &'static Command,
+    arguments: Arguments,
+    build: fn(Ticket, Arguments) -> VmCommand,
+    /// The request's id.
+    pub(super) id: Option<Value>,
+}
+
+impl Forward {
+    /// The command, with the way back.
+    pub(super) fn build(self, client: u64, info: &Arc<Info>, outbox: &Outbox) -> VmCommand {
+        let ticket = Ticket {
+            client,
+            command: self.command,
+            id: self.id,
+            info: Arc::clone(info),
+            outbox: outbox.clone(),
+        };
+        (self.build)(ticket, self.arguments)
+    }
 }
 
 /// A client.
@@ -93,7 +117,12 @@ impl Session {
                 let id = request.remove("id");
                 match self.execute(info, request) {
                     Ok(Executed::Done(value)) => Step::Answer(answer(id, Ok(value))),
-                    Ok(Executed::Forward(build)) => Step::Forward(build, id),
+                    Ok(Executed::Forward(command, arguments, build)) => Step::Forward(Forward {
+                        command,
+                        arguments,
+                        build,
+                        id,
+                    }),
                     Err(error) => Step::Answer(answer(id, Err(error))),
                 }
             }
@@ -134,9 +163,9 @@ impl Session {
             None => Map::new(),
         };
         if let Some((other, _)) = request.into_iter().next() {
-            let shown: String = other.chars().take(64).collect();
             return Err(QmpError::generic(format!(
-                "QMP input member '{shown}' is unexpected"
+                "QMP input member '{}' is unexpected",
+                shown(&other)
             )));
         }
         let negotiating = name == "qmp_capabilities";
@@ -150,33 +179,37 @@ impl Session {
                 "Capabilities negotiation is already complete, command ignored",
             ));
         }
-        let command: &Command = schema::find(&name)?;
-        schema::check(command, &arguments)?;
+        let command = schema::find(&name)?;
+        let mut arguments = schema::arguments(command, arguments)?;
         match command.run {
             Run::Capabilities => {
                 // None is offered, so none can be enabled.
-                let enable = arguments
-                    .get("enable")
-                    .and_then(Value::as_array)
-                    .and_then(|list| list.first());
-                if let Some(capability) = enable.and_then(Value::as_str) {
-                    let shown: String = capability.chars().take(64).collect();
+                if let Some(capability) = arguments.texts("enable").first() {
                     return Err(QmpError::generic(format!(
-                        "Capability '{shown}' is not available; allowed: none"
+                        "Capability '{}' is not available; allowed: none",
+                        shown(capability)
                     )));
                 }
                 self.negotiated = true;
                 Ok(Executed::Done(json!({})))
             }
-            Run::Here(run) => Ok(Executed::Done(run(info))),
-            Run::Main(build) => Ok(Executed::Forward(build)),
+            Run::Here(run) => {
+                let value = run(info, arguments)?;
+                schema::assert_conforms(command.name, command.returns, &value);
+                Ok(Executed::Done(value))
+            }
+            Run::Main(build) => Ok(Executed::Forward(command, arguments, build)),
         }
     }
 }
 
 enum Executed {
     Done(Value),
-    Forward(fn(super::command::Ticket) -> super::VmCommand),
+    Forward(
+        &'static Command,
+        Arguments,
+        fn(Ticket, Arguments) -> VmCommand,
+    ),
 }
 
 #[cfg(test)]

@@ -254,7 +254,7 @@ fn arguments_of_a_wrong_type_are_told() {
         error_of(&answer),
         (
             "GenericError",
-            "Invalid parameter type for 'enable', expected: array of strings"
+            "Invalid parameter type for 'enable', expected: array"
         )
     );
 }
@@ -331,7 +331,7 @@ fn queries_have_the_shapes_that_clients_read() {
         .iter()
         .map(|one| one["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names.len(), schema::COMMANDS.len());
+    assert_eq!(names.len(), schema::commands().count());
     assert!(names.contains(&"qmp_capabilities") && names.contains(&"system_powerdown"));
     let kvm = client.ask("{\"execute\":\"query-kvm\"}");
     assert_eq!(kvm["return"], json!({ "enabled": true, "present": true }));

@@ -1,0 +1,42 @@
+//! The commands, in groups: the chapters of the manual page, one file each.
+
+mod devices;
+mod machine;
+mod protocol;
+mod sandbox;
+mod vm;
+
+use super::types::Command;
+
+/// Commands that belong together.
+#[derive(Debug)]
+pub struct Group {
+    /// The chapter's heading.
+    pub title: &'static str,
+    /// The commands.
+    pub commands: &'static [Command],
+}
+
+/// All of them.
+pub static GROUPS: &[Group] = &[
+    Group {
+        title: "Protocol",
+        commands: protocol::COMMANDS,
+    },
+    Group {
+        title: "The VM",
+        commands: vm::COMMANDS,
+    },
+    Group {
+        title: "The machine",
+        commands: machine::COMMANDS,
+    },
+    Group {
+        title: "Devices",
+        commands: devices::COMMANDS,
+    },
+    Group {
+        title: "Sandbox",
+        commands: sandbox::COMMANDS,
+    },
+];

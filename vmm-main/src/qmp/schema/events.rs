@@ -1,0 +1,79 @@
+//! Every event with its data.
+
+use super::types::{Enum, EventDef, Type, event, may, must};
+
+/// Why the VM went down or was reset (QAPI `ShutdownCause`, those that occur here).
+const CAUSE: Type = Type::Enum(&Enum {
+    name: "ShutdownCause",
+    values: &[
+        "host-error",
+        "host-qmp-quit",
+        "host-qmp-system-reset",
+        "host-signal",
+        "guest-shutdown",
+        "guest-reset",
+        "guest-panic",
+    ],
+});
+
+const DEVICE: super::types::Member = must("device", Type::ID, "id of the device");
+
+/// All events.
+pub static EVENTS: &[EventDef] = &[
+    event(
+        "SHUTDOWN",
+        &[
+            must("guest", Type::Bool, "whether it came from inside the guest"),
+            must("reason", CAUSE, "why"),
+        ],
+        "The VM has shut down; with `-no-shutdown` it is still there and can be reset",
+    ),
+    event(
+        "RESET",
+        &[
+            must("guest", Type::Bool, "whether it came from inside the guest"),
+            must("reason", CAUSE, "why"),
+        ],
+        "The VM was reset",
+    ),
+    event("STOP", &[], "The vCPUs have stopped"),
+    event("RESUME", &[], "The vCPUs run again"),
+    event("POWERDOWN", &[], "The guest was asked to power off"),
+    event(
+        "DEVICE_CRASHED",
+        &[
+            DEVICE,
+            must("pid", Type::INT, "id that the process had"),
+            may("signal", Type::INT, "the signal that ended it"),
+            may(
+                "status",
+                Type::INT,
+                "its exit status, if it ended by itself",
+            ),
+            may(
+                "unresponsive",
+                Type::Bool,
+                "true if it was ended because it did not answer as it should",
+            ),
+        ],
+        "A device's process has ended; unless DEVICE_FAILED follows, another one takes its place",
+    ),
+    event(
+        "DEVICE_RECOVERED",
+        &[
+            DEVICE,
+            must("pid", Type::INT, "id of the new process"),
+            must(
+                "stall-ms",
+                Type::Number,
+                "milliseconds for which nobody served, as far as the control process knows",
+            ),
+        ],
+        "Another process does the work of one that ended, with what had been in flight",
+    ),
+    event(
+        "DEVICE_FAILED",
+        &[DEVICE, must("reason", Type::TEXT, "why, for people")],
+        "A device is given up: the guest sees one that needs a reset, for good; the VM goes on",
+    ),
+];
