@@ -1,7 +1,7 @@
 //! Suites that nobody here wrote, in a guest on the shared tree and on the host's own file system, with one outcome.
 //!
 //! The guest is the nested machine: Debian's kernel in QEMU with this host's programs, and a mount of the tree. The short run
-//! has `basics.py`, `dbench` and some of `stress-ng`; `cargo xtask test vhost-user-fs posix --suites 1` has other caches, `pjdfstest`, `fsx`
+//! has `basics.py`, `dbench` and some of `stress-ng`; `cargo xtask test vhost-user-fs posix --long` has other caches, `pjdfstest`, `fsx`
 //! and more stressors of `stress-ng` as well.
 
 #![allow(clippy::unwrap_used)] // test code
@@ -232,29 +232,20 @@ fn posix_basics_are_those_of_the_hosts_file_system() {
 }
 
 #[test]
+#[ignore = "takes minutes: cargo xtask test vhost-user-fs posix --long"]
 fn posix_basics_hold_with_writes_that_the_guest_gathers() {
-    if !long() {
-        return;
-    }
     ready();
     let options = ["-xattr", "-posix-acl", "-cache", "always", "-writeback"];
     same(BASICS, &options, LIMIT, 150);
 }
 
 #[test]
+#[ignore = "takes minutes: cargo xtask test vhost-user-fs posix --long"]
 fn posix_basics_hold_without_any_cache() {
-    if !long() {
-        return;
-    }
     ready();
     // A file that is not cached can be mapped shared with this.
     let options = ["-xattr", "-posix-acl", "-cache", "never", "-allow-mmap"];
     same(BASICS, &options, LIMIT, 150);
-}
-
-/// Whether the long run was asked for.
-fn long() -> bool {
-    std::env::var_os("FS_SUITES").is_some()
 }
 
 /// Programs of crates.io, built once into the lab's cache.
@@ -284,11 +275,8 @@ fn tool(name: &str) -> PathBuf {
 }
 
 #[test]
+#[ignore = "takes minutes: cargo xtask test vhost-user-fs posix --long"]
 fn posix_tests_of_others_pass_as_on_the_host() {
-    if !long() {
-        // `cargo xtask test vhost-user-fs posix --suites 1`: building the suites alone takes minutes.
-        return;
-    }
     ready();
     let (pjdfstest, fsx) = (tool("pjdfstest"), tool("fsx"));
     let config = cache_dir().join("suites/pjdfstest.toml");
@@ -311,10 +299,8 @@ fn posix_tests_of_others_pass_as_on_the_host() {
 }
 
 #[test]
+#[ignore = "takes minutes: cargo xtask test vhost-user-fs posix --long"]
 fn posix_stressors_all_run_as_on_the_host() {
-    if !long() {
-        return;
-    }
     ready();
     let script = format!("{LOADS}{LONG_STRESSORS}").replace("SECONDS", "3");
     same(&script, &WITH_LISTS, Duration::from_secs(3600), 30);

@@ -27,7 +27,7 @@ const COMMANDS: &[(&str, &str, Command)] = &[
     ),
     (
         "test",
-        "run all tests, or those of a suite or a crate: test [SUITE|CRATE] [FILTER…] [--operations N] [--seed N]",
+        "run all tests, or those of a suite or a crate: test [SUITE|CRATE] [FILTER…] [--long] [--operations N] [--seed N]",
         test::run,
     ),
     (

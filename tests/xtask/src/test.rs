@@ -20,12 +20,11 @@ const PACKAGES: &[&str] = &[
 
 /// How many operations the hostile guest does.
 const OPERATIONS: &str = "HOSTILE_OPERATIONS";
-/// Flags of the hostile guest's suite and of the shared folder's long one, and what those read.
-const SETTINGS: &[(&str, &str)] = &[
-    ("--operations", OPERATIONS),
-    ("--seed", "HOSTILE_SEED"),
-    ("--suites", "FS_SUITES"),
-];
+/// Flags of the hostile guest's suite, and what it reads.
+const SETTINGS: &[(&str, &str)] = &[("--operations", OPERATIONS), ("--seed", "HOSTILE_SEED")];
+
+/// Runs the tests of the selection that take too long for every day, and says so of themselves by `#[ignore]`.
+const LONG: &str = "--long";
 
 /// Suites that are two halves of one question, the second of which comes along.
 const TOGETHER: &[(&str, &str)] = &[("jail", "escape")];
@@ -38,12 +37,17 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     let mut select: Vec<String> = Vec::new();
     let mut filters: Vec<String> = Vec::new();
     let mut settings: Vec<(&str, String)> = Vec::new();
+    let mut ignored = false;
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
         if let Some((_, variable)) = SETTINGS.iter().find(|(flag, _)| flag == argument) {
             let value = arguments.next().and_then(|text| text.parse::<u64>().ok());
             let value = value.ok_or_else(|| format!("{argument} takes a number"))?;
             settings.push((variable, value.to_string()));
+            continue;
+        }
+        if argument == LONG {
+            ignored = true;
             continue;
         }
         let root = tool::root();
@@ -62,27 +66,30 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         select.push("--workspace".into());
     }
     // A run that was asked for by its length may take long, tells its figures, and is one of what ships.
-    let long = settings.iter().any(|(name, _)| *name == OPERATIONS);
-    if long {
+    let counted = settings.iter().any(|(name, _)| *name == OPERATIONS);
+    if counted {
         let programs = tool::build_release()?.display().to_string();
         settings.push(("STRATOVIRT_BIN_DIR", programs));
     } else {
         tool::run(&mut tool::cargo(&["build", "--workspace", "--bins"]))?;
     }
-    let runner: &[&str] = match (tool::has_subcommand("nextest"), long) {
-        (true, false) => &["nextest", "run"],
-        (true, true) => &[
-            "nextest",
-            "run",
-            "--profile",
-            "long",
-            "--success-output",
-            "final",
-        ],
-        (false, _) => &["test", "--no-fail-fast"],
-    };
+    let mut runner = Vec::new();
+    if tool::has_subcommand("nextest") {
+        runner.extend(["nextest", "run"]);
+        if counted || ignored {
+            runner.extend(["--profile", "long", "--success-output", "final"]);
+        }
+        if ignored {
+            runner.extend(["--run-ignored", "only"]);
+        }
+    } else {
+        runner.extend(["test", "--no-fail-fast"]);
+        if ignored {
+            filters.extend(["--".into(), "--ignored".into()]);
+        }
+    }
     tool::run(
-        tool::cargo(runner)
+        tool::cargo(&runner)
             .args(&select)
             .args(&filters)
             .envs(settings),
