@@ -77,6 +77,11 @@ pub const MAX_QMP_CLIENTS: usize = 8;
 pub const MAX_QMP_BACKLOG: usize = 8 << 20;
 /// Bytes that wait for a QMP client, beyond which no further command of it is taken.
 pub const QMP_PAUSE_BACKLOG: usize = 64 * 1024;
+/// Commands that a QMP client may send at once before it is slowed down: libvirt's longest probe is a few hundred.
+pub const QMP_COMMANDS_AT_ONCE: u32 = 1024;
+/// Commands a second that are taken from a QMP client that has sent more than that; the others wait. Each takes main some
+/// 20 microseconds, so one client that never stops costs it two percent of its time.
+pub const QMP_COMMANDS_PER_SECOND: u32 = 1000;
 /// Milliseconds that QMP clients have at the end of the VM to take what waits for them.
 pub const QMP_FLUSH_MS: u64 = 200;
 /// Bytes of serial output kept for a reader that is slow or absent; beyond it the oldest are dropped and counted.

@@ -23,16 +23,16 @@ pub fn run(data: &[u8]) {
         forwarded += 1;
         crate::planted!(format!("{command:?}").contains("SystemReset"));
     });
-    for answer in &answers {
-        assert!(
-            answer.get("return").is_some() != answer.get("error").is_some(),
-            "{answer}"
-        );
-        let text = answer.to_string();
+    for text in &answers {
         assert!(!text.contains('\n'));
-        assert_eq!(
-            &serde_json::from_str::<Value>(&text).expect("valid JSON"),
-            answer
+        let answer: Value = serde_json::from_str(text).unwrap_or_else(|why| match text {
+            // An id may be a number that no float holds.
+            _ if why.to_string().contains("number out of range") => Value::Null,
+            _ => panic!("{why}: {text}"),
+        });
+        assert!(
+            answer.is_null() || answer.get("return").is_some() != answer.get("error").is_some(),
+            "{answer}"
         );
     }
     assert!(forwarded <= answers.len());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use nix::sys::eventfd::EventFd;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::schema::{self, Command};
@@ -73,20 +73,20 @@ impl QmpError {
     }
 }
 
-/// The answer to a request with this `id`.
-pub(super) fn answer(id: Option<Value>, result: Result<Value, QmpError>) -> Value {
-    let mut message = Map::new();
-    match result {
-        Ok(value) => message.insert("return".into(), value),
-        Err(error) => message.insert(
-            "error".into(),
-            json!({ "class": error.class.name(), "desc": error.desc }),
-        ),
-    };
-    if let Some(id) = id {
-        message.insert("id".into(), id);
+/// The answer to the request with this `id`, which is JSON already.
+pub(super) fn answer(id: Option<&str>, result: &Result<Value, QmpError>) -> String {
+    let mut line = match result {
+        Ok(value) => json!({ "return": value }),
+        Err(error) => json!({ "error": { "class": error.class.name(), "desc": error.desc } }),
     }
-    Value::Object(message)
+    .to_string();
+    if let Some(id) = id {
+        line.pop();
+        line.push_str(",\"id\":");
+        line.push_str(id);
+        line.push('}');
+    }
+    line
 }
 
 /// What the QMP thread takes from the others.
@@ -97,10 +97,10 @@ pub(super) enum Inbox {
         /// The client.
         client: u64,
         /// The message.
-        message: Value,
+        message: String,
     },
     /// An event for all.
-    Event(Value),
+    Event(String),
     /// Send what is waiting and end.
     Finish,
 }
@@ -130,7 +130,8 @@ pub(super) fn wake(eventfd: &EventFd) {
 pub(crate) struct Ticket {
     pub(super) client: u64,
     pub(super) command: &'static Command,
-    pub(super) id: Option<Value>,
+    /// The request's id as JSON.
+    pub(super) id: Option<String>,
     pub(super) info: Arc<Info>,
     pub(super) outbox: Outbox,
 }
@@ -176,7 +177,7 @@ impl<T> Drop for Reply<T> {
 
 impl Ticket {
     fn send(self, result: Result<Value, QmpError>) {
-        let message = answer(self.id, result);
+        let message = answer(self.id.as_deref(), &result);
         self.outbox.send(Inbox::Answer {
             client: self.client,
             message,

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use serde_json::Value;
 
 use super::command::{Inbox, Outbox};
 use super::session::{Info, Session, Step};
@@ -18,7 +17,7 @@ pub fn converse<'a>(
     info: &Arc<Info>,
     pieces: impl Iterator<Item = &'a [u8]>,
     mut forwarded: impl FnMut(&super::VmCommand),
-) -> Vec<Value> {
+) -> Vec<String> {
     let mut session = Session::default();
     let mut answers = Vec::new();
     let (sender, inbox) = channel();

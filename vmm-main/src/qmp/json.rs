@@ -1,7 +1,7 @@
 //! Cuts a byte stream into JSON objects, however it arrives: in pieces, several at once, with rubbish between.
 //!
 //! Only brackets and strings are understood here, as much as it takes to find where a value ends; what is between them is
-//! `serde_json`'s business. After rubbish the stream is taken up again at the next bracket or line.
+//! [`super::parse`]'s business. After rubbish the stream is taken up again at the next bracket or line.
 
 use ipc::limits::{MAX_QMP_NESTING, MAX_QMP_REQUEST};
 
@@ -30,7 +30,8 @@ pub(super) struct Splitter {
     at: usize,
     /// Brackets that are open.
     open: Vec<u8>,
-    in_string: bool,
+    /// The quote that ends the string that is being scanned.
+    quote: Option<u8>,
     escaped: bool,
     /// Rubbish is being skipped.
     skipping: bool,
@@ -64,17 +65,17 @@ impl Splitter {
                     }
                 }
                 self.start = self.at;
-            } else if self.in_string {
+            } else if let Some(quote) = self.quote {
                 match byte {
                     _ if self.escaped => self.escaped = false,
                     b'\\' => self.escaped = true,
-                    b'"' => self.in_string = false,
+                    _ if byte == quote => self.quote = None,
                     0..0x20 => return Some(Err(self.give_up(Broken::Control, byte))),
                     _ => {}
                 }
             } else {
                 match byte {
-                    b'"' => self.in_string = true,
+                    b'"' | b'\'' => self.quote = Some(byte),
                     b'{' | b'[' if self.open.len() == MAX_QMP_NESTING => {
                         return Some(Err(self.give_up(Broken::Nesting, byte)));
                     }
@@ -104,7 +105,7 @@ impl Splitter {
     /// Forgets the value that is being scanned.
     fn give_up(&mut self, why: Broken, byte: u8) -> Broken {
         self.open.clear();
-        self.in_string = false;
+        self.quote = None;
         self.escaped = false;
         self.skipping = byte != b'\n';
         self.start = self.at;
@@ -131,8 +132,10 @@ mod tests {
         values.iter().map(|value| Ok((*value).to_owned())).collect()
     }
 
-    const STREAM: &str = "{\"a\":\"}\\\"{\"}{\"b\":[1,{}]}\r\n\n  [2]\n{\n \"c\" :\n 1 }";
-    const VALUES: [&str; 4] = [
+    const STREAM: &str =
+        "{'a\"':'\\'}'}{\"a\":\"}\\\"{\"}{\"b\":[1,{}]}\r\n\n  [2]\n{\n \"c\" :\n 1 }";
+    const VALUES: [&str; 5] = [
+        "{'a\"':'\\'}'}",
         "{\"a\":\"}\\\"{\"}",
         "{\"b\":[1,{}]}",
         "[2]",

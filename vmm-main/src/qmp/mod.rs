@@ -23,6 +23,8 @@ mod event;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod json;
+mod pace;
+mod parse;
 mod sandbox;
 pub mod schema;
 mod server;

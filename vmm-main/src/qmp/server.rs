@@ -15,11 +15,11 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, SockFlag, accept4, recv, send};
-use serde_json::Value;
 use thiserror::Error;
 
 use super::command::{Inbox, Outbox, QmpError, VmCommand, answer, wake};
 use super::event::Event;
+use super::pace::Pace;
 use super::session::{Info, Session, Step, greeting};
 
 /// Bytes read from a client at once.
@@ -247,7 +247,7 @@ impl ServerHandle {
     /// Tells every client that has negotiated. Events and answers arrive in the order in which main sends them.
     pub fn emit(&self, event: &Event) {
         if let Some(outbox) = &self.outbox {
-            outbox.send(Inbox::Event(event.message()));
+            outbox.send(Inbox::Event(event.message().to_string()));
         }
     }
 
@@ -298,6 +298,9 @@ struct Client {
     sent: usize,
     /// Main executes its command.
     busy: bool,
+    pace: Pace,
+    /// Until then it waits, because it is too fast.
+    held: Option<Instant>,
     /// Nothing more comes from it.
     eof: bool,
     /// It takes nothing any more. What it has sent still counts: it may have been told to start something and leave.
@@ -328,7 +331,14 @@ impl Worker {
         self.check_waited();
         let mut events = [EpollEvent::empty(); 16];
         loop {
-            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            let held = self.clients.values().filter_map(|client| client.held).min();
+            let timeout = held.map_or(EpollTimeout::NONE, |until| {
+                let left = until.saturating_duration_since(Instant::now());
+                // Rounded up: waking too early would only lead back here.
+                EpollTimeout::try_from(left + Duration::from_millis(1))
+                    .unwrap_or(EpollTimeout::ZERO)
+            });
+            let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => {
@@ -350,6 +360,23 @@ impl Worker {
                     id => self.client_event(id, event.events()),
                 }
             }
+            if held.is_some() {
+                self.go_on_with_held();
+            }
+        }
+    }
+
+    /// Goes on with clients that have waited long enough.
+    fn go_on_with_held(&mut self) {
+        let now = Instant::now();
+        let ids: Vec<u64> = self
+            .clients
+            .iter()
+            .filter(|(_, client)| client.held.is_some_and(|until| until <= now))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in ids {
+            self.service(id);
         }
     }
 
@@ -407,7 +434,7 @@ impl Worker {
             if listener.clients == MAX_QMP_CLIENTS {
                 let error =
                     QmpError::generic(format!("Too many clients; allowed: {MAX_QMP_CLIENTS}"));
-                let mut line = answer(None, Err(error)).to_string();
+                let mut line = answer(None, &Err(error));
                 line.push_str("\r\n");
                 let _ = send(
                     fd.as_raw_fd(),
@@ -443,6 +470,8 @@ impl Worker {
             out: Vec::new(),
             sent: 0,
             busy: false,
+            pace: Pace::new(Instant::now()),
+            held: None,
             eof: false,
             deaf: false,
             gone: false,
@@ -481,7 +510,13 @@ impl Worker {
         };
         client.flush();
         while !client.busy && !client.closed && client.backlog() < QMP_PAUSE_BACKLOG {
-            match client.session.step(&self.info) {
+            let now = Instant::now();
+            if client.held.is_some_and(|until| now < until) {
+                break;
+            }
+            let step = client.session.step(&self.info);
+            client.held = step.as_ref().and_then(|_| client.pace.take(now).err());
+            match step {
                 None => {
                     // All that has come is done with, and nothing more will.
                     client.closed |= client.eof && client.backlog() == 0;
@@ -509,7 +544,10 @@ impl Worker {
             self.close(id);
         } else if !client.gone {
             let mut wanted = EpollFlags::empty();
-            let takes_input = !client.busy && !client.eof && client.backlog() < QMP_PAUSE_BACKLOG;
+            let takes_input = !client.busy
+                && !client.eof
+                && client.held.is_none()
+                && client.backlog() < QMP_PAUSE_BACKLOG;
             wanted.set(EpollFlags::EPOLLIN, takes_input);
             wanted.set(EpollFlags::EPOLLOUT, client.backlog() > 0);
             if wanted != client.interest {
@@ -593,13 +631,12 @@ impl Client {
     }
 
     /// Adds one line for it, or drops it if too much is waiting.
-    fn push(&mut self, message: &Value) {
+    fn push(&mut self, line: &str) {
         if self.deaf || self.closed {
             return;
         }
         self.out.drain(..self.sent);
         self.sent = 0;
-        let line = message.to_string();
         if self.out.len() + line.len() > MAX_QMP_BACKLOG {
             log::warn!("a QMP client that does not read is dropped");
             self.closed = true;

@@ -600,6 +600,26 @@ fn a_flood_of_requests_from_a_client_that_does_not_read_is_held_back() {
 }
 
 #[test]
+fn a_probe_is_free_and_a_client_without_end_is_slowed_down() {
+    let (mut client, _handle, _commands) = pair();
+    client.negotiate();
+    let most = limits::QMP_COMMANDS_AT_ONCE as usize;
+    let mut writer = client.write.try_clone().unwrap();
+    let start = std::time::Instant::now();
+    let sending = std::thread::spawn(move || {
+        let request = b"{\"execute\":\"query-name\"}".repeat(3 * most);
+        writer.write_all(&request).unwrap();
+    });
+    for _ in 0..3 * most {
+        assert_eq!(client.line(), json!({ "return": { "name": "vm" } }));
+    }
+    // However fast the machine is, what is not free comes at its rate; what was earned before the first answer is little.
+    let slow = (2 * most - 1) as u64 * 1000 / u64::from(limits::QMP_COMMANDS_PER_SECOND);
+    assert!(start.elapsed() + Duration::from_millis(50) >= Duration::from_millis(slow));
+    sending.join().unwrap();
+}
+
+#[test]
 fn a_lock_down_that_fails_is_told() {
     let (_ours, theirs) = UnixStream::pair().unwrap();
     let hook: StartHook = Box::new(|| Err("no filter".into()));
