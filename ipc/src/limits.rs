@@ -138,6 +138,9 @@ pub const MAX_FS_HELD: usize = 1 << 22;
 pub const MAX_POLL_US: u32 = 200;
 /// `poll-us` when it is not given: about what a sleep and the wake-up from it cost both sides.
 pub const DEFAULT_POLL_US: u32 = 20;
+/// The same for a shared folder, whose requests come one after the other from a process of the guest that each of them wakes:
+/// about what an interrupt into the guest and the way back cost.
+pub const FS_POLL_US: u32 = 50;
 /// Ranges of one discard or write-zeroes request (virtio 1.3, 5.2.4: `max_discard_seg`).
 pub const MAX_RANGES: usize = 32;
 /// Sectors of one such range (`max_discard_sectors`): 1 GiB, which no file system takes long for.

@@ -9,8 +9,10 @@
 //! business.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use device_host::{Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring};
+use ipc::limits::FS_POLL_US;
 use nix::errno::Errno;
 
 use crate::fuse::decode::MAX_BODY;
@@ -271,8 +273,14 @@ impl Device for FsDevice {
             let written = self.serve((origin, token.is_replayed()), readable, writable);
             ring.complete(token, written)?;
             self.tree.end();
+            // A driver that waits wakes up while the next request is done.
+            ring.interrupt()?;
         }
         Ok(())
+    }
+
+    fn poll_limit(&self) -> Duration {
+        Duration::from_micros(u64::from(FS_POLL_US))
     }
 
     fn backends(&self) -> Vec<BorrowedFd<'_>> {

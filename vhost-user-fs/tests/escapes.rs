@@ -923,10 +923,13 @@ fn a_million_lookups_opens_and_files_take_no_more_than_a_few() {
     for n in 0..1000 {
         round(&mut client, n);
     }
+    client.assert_alive();
     let before = (resident(inside), open_files(inside));
     for n in 0..many() {
         round(&mut client, n);
     }
+    // What was forgotten goes after the reply and before the next request.
+    client.assert_alive();
     let after = (resident(inside), open_files(inside));
     assert!(after.0 <= before.0 + 256, "KiB: {before:?} {after:?}");
     assert_eq!(after.1, before.1, "descriptors");
@@ -969,6 +972,8 @@ fn what_is_read_of_a_folder_is_forgotten_when_it_does_not_fit() {
     for node in given.iter().filter(|node| **node != 0) {
         client.forget(*node, 1);
     }
+    // What was forgotten goes after the reply and before the next request.
+    client.assert_alive();
     assert_eq!(open_files(inside), before);
     place.survives(client);
 }

@@ -281,6 +281,18 @@ impl Ring {
             .map_err(|kind| self.fault(kind))
     }
 
+    /// Interrupts the driver now for what was completed in this turn, if it wants that, and not only when the turn is over: for
+    /// requests that take long enough that the driver has something to do meanwhile.
+    ///
+    /// # Errors
+    /// The queue's memory is gone.
+    pub fn interrupt(&mut self) -> Result<(), GuestFault> {
+        if self.broken {
+            return Ok(());
+        }
+        self.signal_driver().map_err(|kind| self.fault(kind))
+    }
+
     /// Gives several requests back at once: the driver sees all of them or none.
     ///
     /// # Errors

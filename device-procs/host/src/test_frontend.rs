@@ -533,6 +533,14 @@ impl DriverQueue {
         let _ = self.call.read();
     }
 
+    /// Whether an interrupt comes within `time`; it is not taken.
+    pub fn wait_interrupt_for(&self, time: Duration) -> bool {
+        // SAFETY: the descriptor is open as long as `self` is borrowed.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
+        let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+        ppoll(&mut fds, Some(time.into()), None).unwrap() > 0
+    }
+
     /// Interrupts since the last time that this was asked.
     pub fn interrupts(&self) -> u64 {
         self.call.read().unwrap_or(0)

@@ -21,8 +21,9 @@ pub(crate) enum Cache {
     Auto,
 }
 
-/// Ours first, then those that are there: Debian's at its place, the crate's at `rust` or on the path.
-pub(crate) fn all(rust: Option<&Path>) -> Vec<Daemon> {
+/// Ours first, then those that are there and whose name has one of the `wanted` texts, if there are any: Debian's at its place,
+/// the crate's at `rust` or on the path.
+pub(crate) fn all(rust: Option<&Path>, wanted: &[String]) -> Vec<Daemon> {
     let ours = Daemon {
         name: "vhost_user_fs",
         program: env!("CARGO_BIN_EXE_vhost_user_fs").into(),
@@ -75,6 +76,9 @@ pub(crate) fn all(rust: Option<&Path>) -> Vec<Daemon> {
     };
     let mut found = vec![ours];
     for peer in [c, rust] {
+        if !wanted.is_empty() && !wanted.iter().any(|text| peer.name.contains(text)) {
+            continue;
+        }
         if peer.program.exists() {
             found.push(peer);
         } else {

@@ -6,19 +6,24 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use fs_device::fuse::wire::opcode;
 
 use crate::daemons::{Cache, Daemon};
-use crate::session::{Body, Session, u64_at};
+use crate::session::{Body, Request, Session, u64_at};
 
 /// Files in one folder.
 const PER_FOLDER: usize = 1000;
+
+/// How long a daemon has had nothing to do when its memory is looked at.
+const REST: Duration = Duration::from_secs(3);
 
 /// Proportional memory of each daemon that has a session and no request.
 pub(crate) fn idle(daemons: &[Daemon], source: &Path) {
     for daemon in daemons {
         let session = Session::start(daemon, source, Cache::Auto);
+        session.rest(REST);
         let (pss, count) = (
             session.memory("smaps_rollup", "Pss"),
             session.processes().len(),
@@ -47,7 +52,10 @@ pub(crate) fn inodes(daemons: &[Daemon], source: &Path, count: usize) {
         let mut session = Session::start(daemon, source, Cache::Auto);
         let mut known = 0;
         'all: for folder in 0..folders {
-            let lookup = |node, n| (opcode::LOOKUP, node, Body::default().name(&name(n)), 0, 144);
+            let lookup = |node, n| {
+                let body = Body::default().name(&name(n));
+                Request::new(opcode::LOOKUP, node, body, 0, 144)
+            };
             let Ok(entry) = session.try_call(lookup(1, folder)) else {
                 break;
             };

@@ -11,6 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
 use device_host::test_frontend::{
     BASE_FEATURES, Buffer, DriverQueue, EVENT_IDX, GuestMemory, INDIRECT_DESC, TestFrontend,
@@ -39,27 +40,65 @@ pub(crate) struct Session {
     seen: u16,
 }
 
-#[derive(Default, Clone)]
-pub(crate) struct Body(pub(crate) Vec<u8>);
+/// Bytes after a request's header, in place: the generator must not be what is measured.
+#[derive(Clone, Copy)]
+pub(crate) struct Body {
+    bytes: [u8; 256],
+    len: usize,
+}
 
-impl Body {
-    pub(crate) fn u32(mut self, value: u32) -> Self {
-        self.0.extend_from_slice(&value.to_ne_bytes());
-        self
-    }
-    pub(crate) fn u64(mut self, value: u64) -> Self {
-        self.0.extend_from_slice(&value.to_ne_bytes());
-        self
-    }
-    pub(crate) fn name(mut self, name: &str) -> Self {
-        self.0.extend_from_slice(name.as_bytes());
-        self.0.push(0);
-        self
+impl Default for Body {
+    fn default() -> Self {
+        Self {
+            bytes: [0; 256],
+            len: 0,
+        }
     }
 }
 
-/// One request: opcode, node, body, bytes of data behind the body, bytes for the reply.
-pub(crate) type Request = (u32, u64, Body, u32, u32);
+impl Body {
+    fn put(mut self, bytes: &[u8]) -> Self {
+        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+        self
+    }
+    pub(crate) fn u32(self, value: u32) -> Self {
+        self.put(&value.to_ne_bytes())
+    }
+    pub(crate) fn u64(self, value: u64) -> Self {
+        self.put(&value.to_ne_bytes())
+    }
+    pub(crate) fn name(self, name: &str) -> Self {
+        self.put(name.as_bytes()).put(&[0])
+    }
+    pub(crate) fn add(self, other: &Self) -> Self {
+        self.put(&other.bytes[..other.len])
+    }
+}
+
+/// One request.
+#[derive(Clone, Copy)]
+pub(crate) struct Request {
+    opcode: u32,
+    node: u64,
+    body: Body,
+    /// Bytes of data behind the body.
+    data: u32,
+    /// Bytes for the reply; none is expected without.
+    room: u32,
+}
+
+impl Request {
+    pub(crate) fn new(opcode: u32, node: u64, body: Body, data: u32, room: u32) -> Self {
+        Self {
+            opcode,
+            node,
+            body,
+            data,
+            room,
+        }
+    }
+}
 
 impl Session {
     pub(crate) fn start(daemon: &Daemon, source: &Path, cache: Cache) -> Self {
@@ -96,36 +135,39 @@ impl Session {
             .u32(31)
             .u32(1 << 17)
             .u32(flags as u32);
-        session.call((opcode::INIT, 0, body, 0, 4096));
+        session.call(Request::new(opcode::INIT, 0, body, 0, 4096));
         session
     }
 
     fn submit(&mut self, slot: usize, request: &Request) -> u16 {
-        let (opcode, node, body, data, room) = request;
         self.unique += 1;
-        let len = 40 + body.0.len() as u32;
-        let header = Body::default()
-            .u32(len + data)
-            .u32(*opcode)
-            .u64(self.unique)
-            .u64(*node);
-        let mut bytes = header.u64(0).u64(0).0;
-        bytes.extend_from_slice(&body.0);
+        let len = 40 + request.body.len;
+        let mut bytes = [0; 40 + 256];
+        bytes[..4].copy_from_slice(&(len as u32 + request.data).to_ne_bytes());
+        bytes[4..8].copy_from_slice(&request.opcode.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&self.unique.to_ne_bytes());
+        bytes[16..24].copy_from_slice(&request.node.to_ne_bytes());
+        bytes[40..len].copy_from_slice(&request.body.bytes[..request.body.len]);
         let slot = slot as u64;
         let at = REQUEST + slot * 0x1000;
-        self.front.memory.write(at, &bytes);
-        let mut buffers = vec![Buffer::readable(at, len)];
-        if *data > 0 {
-            buffers.push(Buffer::readable(DATA + slot * 0x10_0000, *data));
+        self.front.memory.write(at, &bytes[..len]);
+        let mut buffers = [Buffer::readable(at, len as u32); 4];
+        let mut count = 1;
+        if request.data > 0 {
+            buffers[count] = Buffer::readable(DATA + slot * 0x10_0000, request.data);
+            count += 1;
         }
-        if *room > 0 {
+        if request.room > 0 {
             // As Linux lays it out: the header, then the rest.
-            buffers.push(Buffer::writable(REPLY + slot * 0x1000, 16));
-            if *room > 16 {
-                buffers.push(Buffer::writable(DATA + slot * 0x10_0000, room - 16));
+            buffers[count] = Buffer::writable(REPLY + slot * 0x1000, 16);
+            count += 1;
+            if request.room > 16 {
+                buffers[count] = Buffer::writable(DATA + slot * 0x10_0000, request.room - 16);
+                count += 1;
             }
         }
-        let head = self.queue.chain(&self.front.memory, &buffers);
+        let buffers = &buffers[..count];
+        let head = self.queue.chain(&self.front.memory, buffers);
         self.queue.offer(&self.front.memory, head);
         self.offered = self.offered.wrapping_add(1);
         // As Linux: only when the device sleeps (virtio 1.3, 2.7.10).
@@ -138,6 +180,13 @@ impl Session {
 
     fn event_idx(&self) -> bool {
         self.front.accepted & EVENT_IDX != 0
+    }
+
+    /// Nothing happens for a while.
+    pub(crate) fn rest(&self, time: Duration) {
+        // A reply that was seen before its interrupt came has left that behind.
+        self.queue.interrupts();
+        self.queue.wait_interrupt_for(time);
     }
 
     /// The next reply, by an interrupt if it is not there yet.
@@ -157,66 +206,90 @@ impl Session {
         used
     }
 
-    fn check(&self, slot: usize, used: u32, request: &Request) {
-        let error = self.error(slot);
-        assert_eq!(error, 0, "request {} of {used} bytes failed", request.0);
+    fn check(&self, slot: usize, request: &Request) {
+        let error = self.error(slot, request);
+        assert_eq!(error, 0, "request {} failed", request.opcode);
     }
 
-    fn error(&self, slot: usize) -> i32 {
-        let header = self.front.memory.read(REPLY + slot as u64 * 0x1000, 16);
-        i32::from_ne_bytes(header[4..8].try_into().unwrap())
+    fn error(&self, slot: usize, request: &Request) -> i32 {
+        if request.room == 0 {
+            return 0;
+        }
+        let field = self.front.memory.read(REPLY + slot as u64 * 0x1000 + 4, 4);
+        i32::from_ne_bytes(field.try_into().unwrap())
+    }
+
+    /// The body of the reply to the one request that was sent.
+    fn reply(&self, used: u32) -> Vec<u8> {
+        let len = (used as usize).saturating_sub(16);
+        self.front.memory.read(DATA, len)
     }
 
     /// One request that may fail.
     pub(crate) fn try_call(&mut self, request: Request) -> Result<Vec<u8>, i32> {
         self.submit(0, &request);
         let (_, used) = self.wait();
-        match self.error(0) {
-            0 => Ok(self
-                .front
-                .memory
-                .read(DATA, (used as usize).saturating_sub(16))),
+        match self.error(0, &request) {
+            0 => Ok(self.reply(used)),
             error => Err(error),
         }
     }
 
     pub(crate) fn call(&mut self, request: Request) -> Vec<u8> {
-        self.submit(0, &request);
-        let (_, used) = self.wait();
-        self.check(0, used, &request);
-        self.front
-            .memory
-            .read(DATA, (used as usize).saturating_sub(16))
+        let used = self.send(&request);
+        self.reply(used)
     }
 
-    /// `count` requests, `depth` of them at a time.
+    /// One request whose reply's body nobody looks at.
+    pub(crate) fn send(&mut self, request: &Request) -> u32 {
+        self.submit(0, request);
+        let (_, used) = self.wait();
+        self.check(0, request);
+        used
+    }
+
+    pub(crate) fn lookup(&mut self, folder: u64, name: &str) -> u64 {
+        let body = Body::default().name(name);
+        u64_at(
+            &self.call(Request::new(opcode::LOOKUP, folder, body, 0, 144)),
+            0,
+        )
+    }
+
+    /// Has `jobs` requests at a time, the next ones of each job from `next`, as long as `go_on` says so of the number sent.
+    /// Returns how many there were.
     pub(crate) fn run(
         &mut self,
-        count: usize,
-        depth: usize,
+        jobs: usize,
         mut next: impl FnMut(usize) -> Request,
-    ) {
-        assert!(depth <= SLOTS);
-        let mut running: Vec<Option<(u16, Request)>> = vec![None; depth];
+        go_on: impl Fn(usize) -> bool,
+    ) -> usize {
+        assert!(jobs <= SLOTS);
+        let mut running: [Option<(u16, Request)>; SLOTS] = [None; SLOTS];
         let (mut sent, mut done) = (0, 0);
-        while done < count {
-            for (slot, place) in running.iter_mut().enumerate() {
-                if place.is_none() && sent < count {
-                    let request = next(sent);
-                    let head = self.submit(slot, &request);
-                    *place = Some((head, request));
-                    sent += 1;
-                }
-            }
-            let (head, used) = self.wait();
+        for (slot, place) in running.iter_mut().enumerate().take(jobs) {
+            let request = next(slot);
+            *place = Some((self.submit(slot, &request), request));
+            sent += 1;
+        }
+        while done < sent {
+            let (head, _) = self.wait();
             let slot = running
                 .iter()
                 .position(|r| r.as_ref().is_some_and(|(h, _)| *h == head))
                 .unwrap();
-            let (_, request) = running[slot].take().unwrap();
-            self.check(slot, used, &request);
+            let place = &mut running[slot];
+            if let Some((_, request)) = place.take() {
+                self.check(slot, &request);
+            }
             done += 1;
+            if go_on(sent) {
+                let request = next(slot);
+                *place = Some((self.submit(slot, &request), request));
+                sent += 1;
+            }
         }
+        done
     }
 
     /// The daemon's processes.
