@@ -17,6 +17,7 @@ pub fn run(data: &[u8]) {
         uuid: Some([7; 16]),
         machine: MachineKind::Microvm,
         cpus: CpuSpec::default(),
+        memory: 256 << 20,
     });
     let mut forwarded = 0;
     let answers = fuzzing::converse(&info, input.0.chunks(piece), |command| {

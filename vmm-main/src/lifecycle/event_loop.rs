@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signalfd::SignalFd;
 use seccomp_policies::Policy;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::daemon::Ready;
@@ -31,7 +32,7 @@ use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
 use crate::qmp::{
     Cause, Commands, CpuThread, Event, IothreadInfo, QmpError, Reply, RunState, SandboxReport,
-    ServerHandle, VmCommand,
+    ServerHandle, VmCommand, VmFacts,
 };
 
 /// Everything a VM is made of.
@@ -336,6 +337,9 @@ impl Vm {
             VmCommand::Cpus(reply) => reply.send(self.cpus()),
             VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
             VmCommand::Chardevs(reply) => reply.send(Ok(self.parts.chardevs.info())),
+            VmCommand::Facts(reply) => reply.send(self.facts()),
+            VmCommand::Workloads(reply) => reply.send(Ok(self.supervisor.workloads())),
+            VmCommand::Memory(reply, address) => reply.send(self.memory(&address)),
             VmCommand::Sandbox(reply) => {
                 self.inspections.push_back(reply);
                 self.parts
@@ -420,6 +424,31 @@ impl Vm {
                 thread_id: id.as_raw(),
             })
             .collect())
+    }
+
+    fn facts(&self) -> Result<VmFacts, QmpError> {
+        Ok(VmFacts {
+            spec: self.parts.spec.clone(),
+            cpus: self.cpus()?,
+        })
+    }
+
+    /// What the guest would read there. The guest may run, and write to it meanwhile.
+    fn memory(&self, address: &str) -> Result<u32, QmpError> {
+        let Some(machine) = &self.parts.machine else {
+            return Err(QmpError::generic("Machine 'none' has no memory"));
+        };
+        let digits = address.strip_prefix("0x").unwrap_or(address);
+        let word = u64::from_str_radix(digits, 16)
+            .ok()
+            .and_then(|gpa| machine.ram().memory().read_obj(GuestAddress(gpa)).ok());
+        word.ok_or_else(|| {
+            QmpError::generic(format!(
+                "Parameter 'gpa' is '{address}'; allowed: the address of four bytes of guest memory, of which there are {} \
+                 MiB, in hexadecimal digits",
+                self.parts.spec.memory.size >> 20
+            ))
+        })
     }
 
     /// An iothread is no thread here: the device processes that name it do its work, and the first one stands for it.

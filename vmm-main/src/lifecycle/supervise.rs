@@ -35,7 +35,7 @@ use super::poller::Poller;
 use super::start::SharedTransport;
 use super::with_causes;
 use crate::broker::{Client, ClientError, Notice};
-use crate::qmp::{Event, ServerHandle};
+use crate::qmp::{Event, ServerHandle, Workload};
 use crate::virtio::attention::Attention;
 use crate::virtio::remote::{Handshake, RemoteError};
 
@@ -178,6 +178,24 @@ impl Supervisor {
             attentions,
             sockets,
         })
+    }
+
+    /// What each device's process does, in the devices' order.
+    pub(super) fn workloads(&self) -> Vec<Workload> {
+        self.devices
+            .iter()
+            .map(|device| Workload {
+                device: device.spec.id().to_owned(),
+                state: match device.process {
+                    Process::Serving { .. } => "serving",
+                    Process::Stopping { .. } => "stopping",
+                    Process::Starting | Process::Handshaking { .. } => "starting",
+                    Process::Foreign => "foreign",
+                    Process::Failed => "failed",
+                },
+                pid: device.process.pid(),
+            })
+            .collect()
     }
 
     /// An event of one of the own tokens.

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use ipc::spec::vm::VmSpec;
 use nix::sys::eventfd::EventFd;
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -62,6 +63,14 @@ impl QmpError {
         Self {
             class: ErrorClass::DeviceNotFound,
             desc: format!("Device '{id}' not found"),
+        }
+    }
+
+    /// There is no device that this could be done to.
+    pub fn device_not_active(desc: impl Into<String>) -> Self {
+        Self {
+            class: ErrorClass::DeviceNotActive,
+            desc: desc.into(),
         }
     }
 
@@ -138,29 +147,46 @@ pub(crate) struct Ticket {
 
 /// The way back to one request; each is answered once. One that is dropped answers with an error, so that the client
 /// does not wait for ever.
-#[derive(Debug)]
 pub struct Reply<T> {
     ticket: Option<Ticket>,
-    shape: fn(&Info, T) -> Value,
+    shape: Option<Shape<T>>,
 }
 
-impl<T> Reply<T> {
+/// Gives an answer its form.
+type Shape<T> = Box<dyn FnOnce(&Info, T) -> Result<Value, QmpError> + Send>;
+
+impl<T> std::fmt::Debug for Reply<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reply")
+            .field("ticket", &self.ticket)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: 'static> Reply<T> {
     pub(super) fn new(ticket: Ticket, shape: fn(&Info, T) -> Value) -> Self {
+        Self::with(ticket, move |info, value| Ok(shape(info, value)))
+    }
+
+    /// One whose answer depends on more than the command's name, or may still be an error.
+    pub(super) fn with(
+        ticket: Ticket,
+        shape: impl FnOnce(&Info, T) -> Result<Value, QmpError> + Send + 'static,
+    ) -> Self {
         Self {
             ticket: Some(ticket),
-            shape,
+            shape: Some(Box::new(shape)),
         }
     }
 
     /// Answers.
     pub fn send(mut self, result: Result<T, QmpError>) {
-        if let Some(ticket) = self.ticket.take() {
-            let shape = self.shape;
-            let result = result.map(|value| shape(&ticket.info, value));
+        if let (Some(ticket), Some(shape)) = (self.ticket.take(), self.shape.take()) {
+            let result = result.and_then(|value| shape(&ticket.info, value));
             if let Ok(value) = &result {
                 schema::assert_conforms(ticket.command.name, ticket.command.returns, value);
             }
-            ticket.send(result);
+            ticket.send(&result);
         }
     }
 }
@@ -168,7 +194,7 @@ impl<T> Reply<T> {
 impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
-            ticket.send(Err(QmpError::generic(
+            ticket.send(&Err(QmpError::generic(
                 "The command was given up: the VM is going down",
             )));
         }
@@ -176,8 +202,8 @@ impl<T> Drop for Reply<T> {
 }
 
 impl Ticket {
-    fn send(self, result: Result<Value, QmpError>) {
-        let message = answer(self.id.as_deref(), &result);
+    fn send(self, result: &Result<Value, QmpError>) {
+        let message = answer(self.id.as_deref(), result);
         self.outbox.send(Inbox::Answer {
             client: self.client,
             message,
@@ -255,6 +281,26 @@ pub struct ChardevInfo {
     pub frontend_open: bool,
 }
 
+/// What the VM is made of right now.
+#[derive(Debug, Clone)]
+pub struct VmFacts {
+    /// The command line, and what came and went since.
+    pub spec: VmSpec,
+    /// The vCPUs.
+    pub cpus: Vec<CpuThread>,
+}
+
+/// What one device's process does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload {
+    /// Id of the device.
+    pub device: String,
+    /// `serving`, `starting`, `stopping`, `foreign` or `failed`.
+    pub state: &'static str,
+    /// Its process, if there is one.
+    pub pid: Option<i32>,
+}
+
 /// A command that the main thread executes. It answers through the reply that comes along, now or later.
 #[derive(Debug)]
 pub enum VmCommand {
@@ -266,6 +312,12 @@ pub enum VmCommand {
     Iothreads(Reply<Vec<IothreadInfo>>),
     /// `query-chardev`
     Chardevs(Reply<Vec<ChardevInfo>>),
+    /// `query-block`, `qom-list` and others that tell what the VM is made of
+    Facts(Reply<VmFacts>),
+    /// `query-workloads`
+    Workloads(Reply<Vec<Workload>>),
+    /// `query-mem-gpa`: the four bytes at this guest physical address, which is in hexadecimal, as the guest reads them
+    Memory(Reply<u32>, String),
     /// `query-sandbox`
     Sandbox(Reply<super::SandboxReport>),
     /// `stop`: pauses the vCPUs; emits STOP before it answers.

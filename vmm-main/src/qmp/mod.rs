@@ -23,6 +23,7 @@ mod event;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod json;
+mod objects;
 mod pace;
 mod parse;
 mod sandbox;
@@ -32,6 +33,7 @@ mod session;
 
 pub use command::{
     ChardevInfo, CpuThread, ErrorClass, IothreadInfo, QmpError, Reply, RunState, VmCommand,
+    VmFacts, Workload,
 };
 pub use event::{Cause, Event};
 pub use sandbox::{SandboxDevice, SandboxReport, SandboxTree};

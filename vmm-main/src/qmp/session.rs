@@ -24,6 +24,8 @@ pub struct Info {
     pub machine: MachineKind,
     /// The topology.
     pub cpus: CpuSpec,
+    /// Guest RAM in bytes.
+    pub memory: u64,
 }
 
 impl From<&VmSpec> for Info {
@@ -33,6 +35,7 @@ impl From<&VmSpec> for Info {
             uuid: spec.uuid,
             machine: spec.machine.kind,
             cpus: spec.cpus,
+            memory: spec.memory.size,
         }
     }
 }
@@ -228,6 +231,7 @@ mod tests {
             uuid: None,
             machine: MachineKind::Microvm,
             cpus: CpuSpec::default(),
+            memory: 0,
         };
         for id in [
             "3e91",

@@ -27,6 +27,7 @@ fn info() -> Info {
             threads: 2,
             ..CpuSpec::default()
         },
+        memory: 512 << 20,
     }
 }
 

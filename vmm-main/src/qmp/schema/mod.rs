@@ -19,6 +19,7 @@ mod page;
 mod types;
 
 pub use arguments::Arguments;
+pub(super) use commands::topology;
 pub use commands::{GROUPS, Group};
 pub use events::EVENTS;
 pub use page::page;

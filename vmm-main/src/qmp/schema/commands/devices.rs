@@ -2,8 +2,9 @@
 
 use serde_json::json;
 
-use crate::qmp::command::{ChardevInfo, IothreadInfo, Reply, VmCommand};
-use crate::qmp::schema::types::{Command, Object, Type, main, must, object};
+use crate::qmp::command::{ChardevInfo, IothreadInfo, QmpError, Reply, VmCommand, Workload};
+use crate::qmp::objects;
+use crate::qmp::schema::types::{Command, Enum, Object, Type, here, main, may, must, object};
 
 const IOTHREAD: Object = object(
     "IOThreadInfo",
@@ -34,7 +35,173 @@ const CHARDEV: Object = object(
     ],
 );
 
+const CACHE: Object = object(
+    "BlockdevCacheInfo",
+    &[
+        must(
+            "writeback",
+            Type::Bool,
+            "whether the guest may choose to write without waiting for the disk",
+        ),
+        must(
+            "direct",
+            Type::Bool,
+            "whether the host's page cache is left out",
+        ),
+        must("no-flush", Type::Bool, "always false: flushes are done"),
+    ],
+);
+
+const INSERTED: Object = object(
+    "BlockDeviceInfo",
+    &[
+        must("file", Type::TEXT, "the image's path"),
+        may("node-name", Type::ID, "id of the `-drive`"),
+        must("ro", Type::Bool, "whether the guest cannot write"),
+        must("drv", Type::TEXT, "format of the image"),
+        must("encrypted", Type::Bool, "always false"),
+        must(
+            "detect_zeroes",
+            Type::Enum(&Enum {
+                name: "BlockdevDetectZeroesOptions",
+                values: &["off", "on", "unmap"],
+            }),
+            "`detect-zeroes`",
+        ),
+        must("bps", Type::UINT, "limit in bytes a second, 0 for none"),
+        must("bps_rd", Type::UINT, "the same for reads"),
+        must("bps_wr", Type::UINT, "the same for writes"),
+        must("iops", Type::UINT, "limit in requests a second, 0 for none"),
+        must("iops_rd", Type::UINT, "the same for reads"),
+        must("iops_wr", Type::UINT, "the same for writes"),
+        must("cache", Type::Object(&CACHE), "caching"),
+        must("write_threshold", Type::UINT, "always 0"),
+    ],
+);
+
+const BLOCK: Object = object(
+    "BlockInfo",
+    &[
+        must("device", Type::ID, "id of the `-drive`"),
+        may("qdev", Type::ID, "id of the `-device`"),
+        must("type", Type::TEXT, "always `unknown`"),
+        must("removable", Type::Bool, "always false"),
+        must("locked", Type::Bool, "always false"),
+        may("inserted", Type::Object(&INSERTED), "the image"),
+    ],
+);
+
+const WORKLOAD: Object = object(
+    "WorkloadInfo",
+    &[
+        must("module", Type::ID, "id of the device"),
+        must(
+            "state",
+            Type::Enum(&Enum {
+                name: "WorkloadState",
+                values: &["serving", "starting", "stopping", "foreign", "failed"],
+            }),
+            "what its process does; `foreign` is a daemon of somebody else's",
+        ),
+        may("pid", Type::INT, "id of the process, if there is one"),
+    ],
+);
+
+const NO_BALLOON: &str = "No balloon device has been activated";
+
 pub(super) static COMMANDS: &[Command] = &[
+    main("query-block", "Lists the guest's disks", |ticket, _| {
+        VmCommand::Facts(Reply::new(ticket, |_, facts| objects::disks(&facts.spec)))
+    })
+    .returns(Type::List(&Type::Object(&BLOCK))),
+    main(
+        "query-named-block-nodes",
+        "Lists the drives, with or without a device",
+        |ticket, _| VmCommand::Facts(Reply::new(ticket, |_, facts| objects::nodes(&facts.spec))),
+    )
+    .takes(&[may(
+        "flat",
+        Type::Bool,
+        "accepted; no drive consists of others",
+    )])
+    .returns(Type::List(&Type::Object(&INSERTED))),
+    here(
+        "query-block-jobs",
+        "Lists jobs on disks, of which there are none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Any)),
+    here(
+        "query-jobs",
+        "Lists jobs, of which there are none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Any)),
+    main(
+        "query-workloads",
+        "Tells what each device's process does",
+        |ticket, _| {
+            VmCommand::Workloads(Reply::new(ticket, |_, workloads| {
+                let one = |workload: Workload| {
+                    let mut entry = json!({ "module": workload.device, "state": workload.state });
+                    if let Some(pid) = workload.pid {
+                        entry["pid"] = pid.into();
+                    }
+                    entry
+                };
+                workloads.into_iter().map(one).collect()
+            }))
+        },
+    )
+    .returns(Type::List(&Type::Object(&WORKLOAD))),
+    here(
+        "balloon",
+        "Asks the guest to leave memory to the host; there is no balloon device yet",
+        |_, _| Err(QmpError::device_not_active(NO_BALLOON)),
+    )
+    .takes(&[must("value", Type::UINT, "bytes that the guest keeps")]),
+    here(
+        "query-balloon",
+        "Tells how much memory the guest keeps; there is no balloon device yet",
+        |_, _| Err(QmpError::device_not_active(NO_BALLOON)),
+    )
+    .returns(Type::Object(&object(
+        "BalloonInfo",
+        &[must("actual", Type::UINT, "bytes that the guest keeps")],
+    ))),
+    here(
+        "query-tpm-models",
+        "Lists TPMs, of which there are none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::TEXTS),
+    here(
+        "query-tpm-types",
+        "Lists kinds of TPMs, of which there are none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::TEXTS),
+    here(
+        "query-tpm",
+        "Lists the VM's TPMs, of which there are none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Any)),
+    here(
+        "query-pci",
+        "Lists PCI buses, of which these boards have none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Any)),
+    here(
+        "query-vnc",
+        "Tells about VNC, which there is not",
+        |_, _| Ok(json!({ "enabled": false })),
+    )
+    .returns(Type::Object(&object(
+        "VncInfo",
+        &[must("enabled", Type::Bool, "always false")],
+    ))),
     main(
         "query-chardev",
         "Lists the character devices",

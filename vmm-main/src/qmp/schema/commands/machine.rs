@@ -5,7 +5,9 @@ use serde_json::{Value, json};
 use ipc::limits;
 use ipc::spec::vm::MachineKind;
 
-use crate::qmp::command::{CpuThread, Reply, VmCommand};
+use crate::qmp::command::{CpuThread, QmpError, Reply, VmCommand};
+use crate::qmp::objects::{CPU_TYPE, cpu_path};
+use crate::qmp::schema::check::shown;
 use crate::qmp::schema::types::{
     Command, Enum, Member, Object, Type, here, main, may, must, object,
 };
@@ -25,7 +27,9 @@ const MACHINE: Object = object(
     "MachineInfo",
     &[
         must("name", Type::TEXT, "for `-machine`"),
+        may("alias", Type::TEXT, "another name"),
         may("is-default", Type::Bool, "whether it needs no `-machine`"),
+        may("default-cpu-type", Type::TEXT, "type of its processors"),
         must("cpu-max", Type::UINT, "vCPUs at most"),
         must(
             "hotpluggable-cpus",
@@ -89,7 +93,192 @@ const CPU_SLOW: Object = object(
     ],
 );
 
+const HOTPLUGGABLE: Object = object(
+    "HotpluggableCPU",
+    &[
+        must("type", Type::TEXT, "type of the processor"),
+        must("vcpus-count", Type::UINT, "vCPUs that it has"),
+        must("props", Type::Object(&PROPS), "where it is in the topology"),
+        may("qom-path", Type::TEXT, "its path, as it is there"),
+    ],
+);
+
+const CPU_DEFINITION: Object = object(
+    "CpuDefinitionInfo",
+    &[
+        must("name", Type::TEXT, "for `-cpu`"),
+        must(
+            "migration-safe",
+            Type::Bool,
+            "whether it is the same on every host",
+        ),
+        must("static", Type::Bool, "whether it never changes"),
+        must("typename", Type::TEXT, "its type"),
+        must("deprecated", Type::Bool, "whether it will go away"),
+        must(
+            "unavailable-features",
+            Type::TEXTS,
+            "what the host lacks for it",
+        ),
+    ],
+);
+
+const EXPANSION: Type = Type::Enum(&Enum {
+    name: "CpuModelExpansionType",
+    values: &["static", "full"],
+});
+
+const MODEL: Object = object(
+    "CpuModelInfo",
+    &[
+        must("name", Type::TEXT, "for `-cpu`"),
+        may("props", Type::Any, "its features by their names"),
+    ],
+);
+
 pub(super) static COMMANDS: &[Command] = &[
+    main(
+        "query-hotpluggable-cpus",
+        "Lists the places for vCPUs; all are taken from the start, and none can be added",
+        |ticket, _| {
+            VmCommand::Cpus(Reply::with(ticket, |info, cpus: Vec<CpuThread>| {
+                if info.machine == MachineKind::None {
+                    return Err(QmpError::generic(
+                        "The current machine does not support hot-plugging CPUs",
+                    ));
+                }
+                Ok(cpus
+                    .iter()
+                    .map(|cpu| {
+                        json!({
+                            "type": CPU_TYPE,
+                            "vcpus-count": 1,
+                            "props": topology(info, cpu.index),
+                            "qom-path": cpu_path(cpu.index),
+                        })
+                    })
+                    .collect())
+            }))
+        },
+    )
+    .returns(Type::List(&Type::Object(&HOTPLUGGABLE))),
+    here(
+        "query-cpu-definitions",
+        "Lists the processor models: the host's",
+        |_, _| {
+            Ok(json!([{
+                "name": "host",
+                "migration-safe": false,
+                "static": false,
+                "typename": CPU_TYPE,
+                "deprecated": false,
+                "unavailable-features": [],
+            }]))
+        },
+    )
+    .returns(Type::List(&Type::Object(&CPU_DEFINITION))),
+    here(
+        "query-cpu-model-expansion",
+        "Refuses, because what a guest sees is what this host's KVM offers, and there is no name for each of its features",
+        |_, mut arguments| {
+            let name = arguments.object("model").required_text("name");
+            Err(QmpError::generic(if name == "host" {
+                "CPU model 'host' is the processor of this host, and is not described by features".to_owned()
+            } else {
+                format!(
+                    "Parameter 'model.name' is '{}', which is no CPU model; allowed: host",
+                    shown(&name)
+                )
+            }))
+        },
+    )
+    .takes(&[
+        must("type", EXPANSION, "how far to expand"),
+        must("model", Type::Object(&MODEL), "what to expand"),
+    ])
+    .returns(Type::Object(&object(
+        "CpuModelExpansionInfo",
+        &[must("model", Type::Object(&MODEL), "the model")],
+    ))),
+    here(
+        "query-memory-size-summary",
+        "Tells how much memory the guest has",
+        |info, _| {
+            Ok(json!({
+                "base-memory": if info.machine == MachineKind::None { 0 } else { info.memory },
+                "plugged-memory": 0,
+            }))
+        },
+    )
+    .returns(Type::Object(&object(
+        "MemoryInfo",
+        &[
+            must("base-memory", Type::UINT, "bytes that it started with"),
+            may("plugged-memory", Type::UINT, "bytes that were added: none"),
+        ],
+    ))),
+    here(
+        "query-memory-devices",
+        "Lists memory that was added, of which there is none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Any)),
+    here(
+        "query-memdev",
+        "Lists memory back ends with an id, of which there are none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Any)),
+    main(
+        "query-mem-gpa",
+        "Tells the four bytes of guest memory at an address, as a hexadecimal number in the guest's byte order",
+        |ticket, mut arguments| {
+            let address = arguments.required_text("gpa");
+            let reply = Reply::new(ticket, |_, word: u32| json!(format!("{word:X}")));
+            VmCommand::Memory(reply, address)
+        },
+    )
+    .takes(&[must("gpa", Type::Text(32), "the address, in hexadecimal digits")])
+    .returns(Type::TEXT),
+    here(
+        "query-vcpu-reg",
+        "Refuses, because nothing in this process may read a vCPU's registers once the guest runs",
+        |_, _| {
+            Err(QmpError::generic(
+                "Registers of vCPUs are not shown: the system call filters of a running VM do not allow to read them",
+            ))
+        },
+    )
+    .takes(&[
+        must("addr", Type::Text(32), "number of the register"),
+        must("vcpu", Type::Int(0, limits::MAX_VCPUS as u64 - 1), "number of the vCPU"),
+    ])
+    .returns(Type::TEXT),
+    here(
+        "query-current-machine",
+        "Tells what the running board can do",
+        |_, _| Ok(json!({ "wakeup-suspend-support": false })),
+    )
+    .returns(Type::Object(&object(
+        "CurrentMachineParams",
+        &[must(
+            "wakeup-suspend-support",
+            Type::Bool,
+            "whether a guest that sleeps can be woken",
+        )],
+    ))),
+    here(
+        "query-sev-capabilities",
+        "Refuses, because guest memory is not encrypted",
+        |_, _| Err(QmpError::generic("SEV is not supported by this program")),
+    )
+    .returns(Type::Any),
+    here(
+        "query-gic-capabilities",
+        "Lists the interrupt controllers of ARM boards, of which there are none",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Any)),
     here(
         "query-kvm",
         "Tells whether KVM is used; it always is",
@@ -165,21 +354,17 @@ fn machines(_: &Info) -> Value {
             "acpi": kind == MachineKind::Microvm,
         })
     };
-    json!([
-        machine("microvm", limits::MAX_VCPUS, MachineKind::Microvm),
-        machine("none", 1, MachineKind::None),
-    ])
-}
-
-fn qom_path(cpu: &CpuThread) -> String {
-    format!("/machine/unattached/device[{}]", cpu.index)
+    let mut microvm = machine("microvm", limits::MAX_VCPUS, MachineKind::Microvm);
+    microvm["alias"] = "MicroVm".into();
+    microvm["default-cpu-type"] = CPU_TYPE.into();
+    json!([microvm, machine("none", 1, MachineKind::None)])
 }
 
 /// Where a vCPU is in the topology of `-smp`.
-fn props(info: &Info, cpu: &CpuThread) -> Value {
+pub(in crate::qmp) fn topology(info: &Info, index: u8) -> Value {
     let spec = &info.cpus;
     let of = |count: u8| u32::from(count.max(1));
-    let index = u32::from(cpu.index);
+    let index = u32::from(index);
     let (threads, cores, dies) = (
         of(spec.threads),
         of(spec.cores) * of(spec.clusters),
@@ -196,9 +381,9 @@ fn props(info: &Info, cpu: &CpuThread) -> Value {
 fn cpu_fast(info: &Info, cpu: &CpuThread) -> Value {
     json!({
         "cpu-index": cpu.index,
-        "qom-path": qom_path(cpu),
+        "qom-path": cpu_path(cpu.index),
         "thread-id": cpu.thread_id,
-        "props": props(info, cpu),
+        "props": topology(info, cpu.index),
         "target": std::env::consts::ARCH,
     })
 }
@@ -213,9 +398,9 @@ fn cpu_slow(info: &Info, cpu: &CpuThread) -> Value {
         "CPU": cpu.index,
         "current": cpu.index == 0,
         "halted": false,
-        "qom_path": qom_path(cpu),
+        "qom_path": cpu_path(cpu.index),
         "thread_id": cpu.thread_id,
-        "props": props(info, cpu),
+        "props": topology(info, cpu.index),
         "arch": arch,
     })
 }

@@ -2,9 +2,12 @@
 
 mod devices;
 mod machine;
+mod objects;
 mod protocol;
 mod sandbox;
 mod vm;
+
+pub(in crate::qmp) use machine::topology;
 
 use super::types::Command;
 
@@ -34,6 +37,10 @@ pub static GROUPS: &[Group] = &[
     Group {
         title: "Devices",
         commands: devices::COMMANDS,
+    },
+    Group {
+        title: "Objects and options",
+        commands: objects::COMMANDS,
     },
     Group {
         title: "Sandbox",
