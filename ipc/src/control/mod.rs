@@ -80,6 +80,15 @@ pub enum FileGrant {
         /// Path.
         path: PathBuf,
     },
+    /// A unix stream socket that came with the start of the VM, and listens or is connected.
+    InheritedSocket {
+        /// Option on the command line, for errors.
+        option: String,
+        /// Its number.
+        fd: i32,
+        /// Whether it has to listen.
+        listens: bool,
+    },
     /// A listening TCP socket.
     ListenTcp {
         /// Option on the command line, for errors.

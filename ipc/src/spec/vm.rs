@@ -229,6 +229,15 @@ pub enum ChardevBackend {
         /// `nowait`: the guest starts without a client.
         nowait: bool,
     },
+    /// An inherited unix socket.
+    Inherited {
+        /// `fd=`
+        fd: i32,
+        /// `server`: it listens; otherwise it is connected.
+        server: bool,
+        /// `nowait`: the guest starts without a client.
+        nowait: bool,
+    },
     /// A file that takes the output.
     File {
         /// `path=`
@@ -317,6 +326,8 @@ pub struct MonitorSpec {
 pub enum MonitorAddress {
     /// `unix:PATH`
     Unix(PathBuf),
+    /// An inherited unix socket, of `-chardev socket,fd=`.
+    Inherited(i32),
     /// `tcp:HOST:PORT`
     Tcp {
         /// Host name or address.

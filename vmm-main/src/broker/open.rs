@@ -33,7 +33,11 @@ impl From<OwnedFd> for Opened {
 }
 
 /// Opens one entry of the policy's files.
-pub(super) fn file(grant: &FileGrant, cleanup: &mut Cleanup) -> Result<Opened, String> {
+pub(super) fn file(
+    grant: &FileGrant,
+    inherited: &super::process::Inherited,
+    cleanup: &mut Cleanup,
+) -> Result<Opened, String> {
     match grant {
         FileGrant::Read { option, path } => {
             let file = open(File::options().read(true), path).map_err(|e| {
@@ -69,6 +73,9 @@ pub(super) fn file(grant: &FileGrant, cleanup: &mut Cleanup) -> Result<Opened, S
                 .map(|socket| OwnedFd::from(socket).into())
                 .map_err(|e| format!("{option} tcp:{host}:{port}: cannot connect: {e}"))
         }
+        FileGrant::InheritedSocket { option, fd, .. } => inherited_socket(inherited, *fd)
+            .map(Into::into)
+            .map_err(|what| format!("{option} fd={fd}: {what}")),
         FileGrant::Pty => pty(),
         FileGrant::Memory { path, size } => memory(path, *size).map(Into::into),
     }
@@ -96,6 +103,19 @@ fn connect_unix(path: &Path) -> std::io::Result<UnixStream> {
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false)?;
     Ok(stream)
+}
+
+/// A socket that was there at the start. Whether it listens is looked up by the control process.
+fn inherited_socket(inherited: &super::process::Inherited, number: i32) -> Result<OwnedFd, String> {
+    let fd = inherited
+        .duplicate(number)
+        .ok_or("no such open descriptor was inherited")?;
+    let file = File::from(fd);
+    match file.metadata() {
+        Ok(meta) if meta.file_type().is_socket() => Ok(file.into()),
+        Ok(_) => Err("not a socket".into()),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 fn listen_unix(option: &str, path: &Path, cleanup: &mut Cleanup) -> Result<Opened, String> {

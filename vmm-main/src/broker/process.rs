@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
-use ipc::control::{BackendGrant, Policy, Reply, Request};
+use ipc::control::{BackendGrant, FileGrant, Policy, Reply, Request};
 use ipc::log::{debug, error};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -37,7 +37,7 @@ pub fn is_broker(args: &[std::ffi::OsString]) -> Option<RawFd> {
         .flatten()
 }
 
-/// Descriptors that the VM was started with, for `-netdev fd=`.
+/// Descriptors that the VM was started with, for `-netdev fd=` and `-chardev socket,fd=`.
 #[derive(Debug, Default)]
 pub(super) struct Inherited {
     fds: Vec<OwnedFd>,
@@ -147,6 +147,10 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         })
         .flatten()
         .copied()
+        .chain(policy.files.iter().filter_map(|file| match file {
+            FileGrant::InheritedSocket { fd, .. } => Some(*fd),
+            _ => None,
+        }))
         .collect();
     let inherited = Inherited::keep(&wanted, channel.as_fd().as_raw_fd());
     let mut cleanup = Cleanup::default();
@@ -302,7 +306,7 @@ impl Broker {
             .files
             .get(index as usize)
             .ok_or_else(|| format!("the policy has no file {index}"))?;
-        let opened = open::file(grant, &mut self.cleanup)?;
+        let opened = open::file(grant, &self.inherited, &mut self.cleanup)?;
         Ok((
             Reply::Opened {
                 index,

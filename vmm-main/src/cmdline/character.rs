@@ -80,10 +80,19 @@ impl super::Draft {
             "pty" => ChardevBackend::Pty,
             "socket" => {
                 let (server, nowait) = server_nowait(props)?;
-                ChardevBackend::Socket {
-                    path: socket_path(props, &props.required("path")?)?,
-                    server,
-                    nowait,
+                match (props.text("path"), props.fds("fd")) {
+                    (Some(path), None) => ChardevBackend::Socket {
+                        path: socket_path(props, path)?,
+                        server,
+                        nowait,
+                    },
+                    (None, Some(&[fd])) => ChardevBackend::Inherited { fd, server, nowait },
+                    (Some(_), Some(_)) => {
+                        return Err(props.error("path and fd contradict each other"));
+                    }
+                    (None, _) => {
+                        return Err(props.error("path= is missing; allowed: path=PATH or fd=FD"));
+                    }
                 }
             }
             "file" => ChardevBackend::File {

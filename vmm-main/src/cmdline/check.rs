@@ -20,6 +20,7 @@ const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 /// Completes the spec.
 pub(super) fn finish(mut draft: Draft) -> Result<VmSpec, CmdlineError> {
     machine(&draft)?;
+    memory(&mut draft)?;
     devices(&mut draft)?;
     character_devices(&mut draft)?;
     process(&draft)?;
@@ -47,6 +48,40 @@ fn machine(draft: &Draft) -> Result<(), CmdlineError> {
         )),
         _ => Ok(()),
     }
+}
+
+/// Guest memory is what `-machine memory-backend=` names, if that is given.
+fn memory(draft: &mut Draft) -> Result<(), CmdlineError> {
+    let Some((arg, id)) = &draft.memory_backend else {
+        let notes = draft.memory_backends.iter();
+        let notes = notes.map(|backend| format!("-object {}: nothing uses it", backend.arg));
+        draft.spec.ignored.extend(notes);
+        return Ok(());
+    };
+    let ids = draft
+        .memory_backends
+        .iter()
+        .map(|backend| backend.id.as_str());
+    let at = lookup(("-machine", arg), ("memory-backend", id), ids)?;
+    let backend = &draft.memory_backends[at];
+    let memory = &mut draft.spec.memory;
+    let fail = |text: String| CmdlineError::new("-object", &backend.arg, text);
+    if draft.memory_option && memory.size != backend.size {
+        return Err(fail(format!(
+            "size is {} MiB, but -m says {} MiB",
+            backend.size >> 20,
+            memory.size >> 20
+        )));
+    }
+    if memory.path.is_some() {
+        return Err(fail("contradicts -mem-path".into()));
+    }
+    memory.size = backend.size;
+    memory.path.clone_from(&backend.path);
+    memory.share |= backend.share;
+    memory.prealloc |= backend.prealloc;
+    memory.dump_guest_core &= backend.dump;
+    Ok(())
 }
 
 /// The position of `id` among `ids`, or an error that says which there are.
@@ -239,7 +274,7 @@ fn fs_source(
             let at = lookup(("-device", arg), ("chardev", id), ids)?;
             if !matches!(spec.chardevs[at].backend, ChardevBackend::Socket { .. }) {
                 return Err(fail(format!(
-                    "chardev {id} is not of a kind that a vhost-user daemon has; allowed: socket"
+                    "chardev {id} is not of a kind that a vhost-user daemon has; allowed: socket with path="
                 )));
             }
             if spec.serial.as_ref() == Some(id) {
@@ -286,6 +321,8 @@ fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
     if let Some(serial) = &draft.spec.serial {
         lookup(("-serial", &draft.serial_arg), ("chardev", serial), ids())?;
     }
+    // Those of -mon are added behind them.
+    let of_qmp = draft.spec.monitors.len();
     let mut used: Vec<String> = draft.spec.serial.iter().cloned().collect();
     used.extend(daemons(&draft.spec).map(str::to_owned));
     for (arg, id) in std::mem::take(&mut draft.mon_args) {
@@ -298,17 +335,21 @@ fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
         if used.contains(&id) {
             return Err(fail(format!("chardev {id} is used already")));
         }
-        let ChardevBackend::Socket {
-            path,
-            server,
-            nowait,
-        } = &draft.spec.chardevs[at].backend
-        else {
-            return Err(fail(format!(
-                "chardev {id} is not of a kind that QMP takes; allowed: socket"
-            )));
+        let (address, server, nowait) = match &draft.spec.chardevs[at].backend {
+            ChardevBackend::Socket {
+                path,
+                server,
+                nowait,
+            } => (MonitorAddress::Unix(path.clone()), server, nowait),
+            ChardevBackend::Inherited { fd, server, nowait } => {
+                (MonitorAddress::Inherited(*fd), server, nowait)
+            }
+            _ => {
+                return Err(fail(format!(
+                    "chardev {id} is not of a kind that QMP takes; allowed: socket"
+                )));
+            }
         };
-        let address = MonitorAddress::Unix(path.clone());
         if draft
             .spec
             .monitors
@@ -325,7 +366,7 @@ fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
         draft.spec.monitors.push(monitor);
         used.push(id);
     }
-    same_socket(&draft.spec, &draft.chardev_args)
+    same_socket(&draft.spec, &draft.chardev_args, of_qmp)
 }
 
 /// Ids of the chardevs behind which vhost-user daemons are.
@@ -339,28 +380,48 @@ fn daemons(spec: &VmSpec) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Two chardevs cannot share a path.
-fn same_socket(spec: &VmSpec, args: &[String]) -> Result<(), CmdlineError> {
+/// Two chardevs cannot share a path or a descriptor, nor one with one of the first `qmp` monitors, which are those of
+/// `-qmp`.
+fn same_socket(spec: &VmSpec, args: &[String], qmp: usize) -> Result<(), CmdlineError> {
     let path_of = |at: usize| -> Option<&Path> {
         match &spec.chardevs[at].backend {
             ChardevBackend::Socket { path, .. } | ChardevBackend::File { path } => Some(path),
-            ChardevBackend::Stdio | ChardevBackend::Pty => None,
+            ChardevBackend::Stdio | ChardevBackend::Pty | ChardevBackend::Inherited { .. } => None,
         }
+    };
+    let fd_of = |at: usize| match &spec.chardevs[at].backend {
+        ChardevBackend::Inherited { fd, .. } => Some(*fd),
+        _ => None,
+    };
+    let fail = |at: usize, text: String| {
+        CmdlineError::new("-chardev", args.get(at).map_or("", String::as_str), text)
+    };
+    let of_qmp = |path: &Path| {
+        spec.monitors[..qmp].iter().any(
+            |monitor| matches!(&monitor.address, MonitorAddress::Unix(theirs) if theirs == path),
+        )
     };
     for at in 0..spec.chardevs.len() {
         if let Some(path) = path_of(at)
             && let Some(other) = (0..at).find(|&other| path_of(other) == Some(path))
         {
-            let text = format!(
-                "path {} is also that of chardev {}",
-                path.display(),
-                spec.chardevs[other].id
-            );
-            return Err(CmdlineError::new(
-                "-chardev",
-                args.get(at).map_or("", String::as_str),
-                text,
+            let other = &spec.chardevs[other].id;
+            return Err(fail(
+                at,
+                format!("path {} is also that of chardev {other}", path.display()),
             ));
+        }
+        if let Some(path) = path_of(at).filter(|path| of_qmp(path)) {
+            return Err(fail(
+                at,
+                format!("path {} is also that of a -qmp", path.display()),
+            ));
+        }
+        if let Some(fd) = fd_of(at)
+            && let Some(other) = (0..at).find(|&other| fd_of(other) == Some(fd))
+        {
+            let other = &spec.chardevs[other].id;
+            return Err(fail(at, format!("fd {fd} is also that of chardev {other}")));
         }
     }
     Ok(())
@@ -425,8 +486,14 @@ fn unused(draft: &mut Draft) {
         }
     }
     let monitor = |backend: &ChardevBackend| {
-        matches!(backend, ChardevBackend::Socket { path, .. }
-            if spec.monitors.iter().any(|monitor| monitor.address == MonitorAddress::Unix(path.clone())))
+        let address = match backend {
+            ChardevBackend::Socket { path, .. } => MonitorAddress::Unix(path.clone()),
+            ChardevBackend::Inherited { fd, .. } => MonitorAddress::Inherited(*fd),
+            _ => return false,
+        };
+        spec.monitors
+            .iter()
+            .any(|monitor| monitor.address == address)
     };
     for (chardev, arg) in spec.chardevs.iter().zip(&draft.chardev_args) {
         let used = spec.serial.as_ref() == Some(&chardev.id)

@@ -82,6 +82,12 @@ struct Draft {
     chardev_args: Vec<String>,
     /// Devices, whose defaults need the whole command line.
     devices: Vec<device::Draft>,
+    /// `-object memory-backend-…`
+    memory_backends: Vec<device::MemoryBackend>,
+    /// Argument of `-machine`, and its `memory-backend=`.
+    memory_backend: Option<(String, String)>,
+    /// Whether there was a `-m`.
+    memory_option: bool,
     /// Argument of `-serial`.
     serial_arg: String,
     /// Arguments of `-mon` with the chardev each names.
@@ -281,6 +287,9 @@ impl Draft {
             fsdev_args: Vec::new(),
             chardev_args: Vec::new(),
             devices: Vec::new(),
+            memory_backends: Vec::new(),
+            memory_backend: None,
+            memory_option: false,
             serial_arg: String::new(),
             mon_args: Vec::new(),
             log_option: false,
@@ -297,11 +306,20 @@ impl Draft {
         }
         let spec = &mut self.spec;
         match given.option.name {
-            "machine" => machine::machine(spec, &given.props()?)?,
+            "machine" => {
+                let props = given.props()?;
+                machine::machine(spec, &props)?;
+                self.memory_backend = props
+                    .text("memory-backend")
+                    .map(|id| (given.value.clone(), id.to_owned()));
+            }
             // Their tables allow one value only.
             "accel" | "cpu" => drop(given.props()?),
             "smp" => spec.cpus = machine::smp(&given.props()?)?,
-            "m" => spec.memory.size = given.props()?.int("size").unwrap_or(limits::DEFAULT_MEMORY),
+            "m" => {
+                self.memory_option = true;
+                spec.memory.size = given.props()?.int("size").unwrap_or(limits::DEFAULT_MEMORY);
+            }
             "mem-prealloc" => spec.memory.prealloc = true,
             "mem-path" => {
                 let path = given.path()?;

@@ -154,6 +154,11 @@ impl Files {
     fn monitor(&mut self, monitor: &MonitorSpec) -> MonitorPlan {
         let option = "-qmp".to_owned();
         let grant = match (&monitor.address, monitor.server) {
+            (MonitorAddress::Inherited(fd), listens) => FileGrant::InheritedSocket {
+                option: "-chardev".to_owned(),
+                fd: *fd,
+                listens,
+            },
             (MonitorAddress::Unix(path), true) => FileGrant::ListenUnix {
                 option,
                 path: path.clone(),
@@ -208,6 +213,21 @@ impl Files {
                     path: path.clone(),
                 }),
             },
+            ChardevBackend::Inherited { fd, server, nowait } => {
+                let file = self.add(FileGrant::InheritedSocket {
+                    option,
+                    fd: *fd,
+                    listens: *server,
+                });
+                if *server {
+                    ChardevPlan::Listener {
+                        file,
+                        wait: !nowait,
+                    }
+                } else {
+                    ChardevPlan::Connected { file }
+                }
+            }
             ChardevBackend::File { path } => ChardevPlan::Output {
                 file: self.add(FileGrant::Output {
                     option,

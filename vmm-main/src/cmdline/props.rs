@@ -31,6 +31,8 @@ pub enum Kind {
     Later,
     /// Memory size: a number with `m`, `M`, `g`, `G` (or libvirt's `k`), default unit MiB.
     Size,
+    /// Memory size, in which a number without unit is in bytes.
+    Bytes,
     /// MAC address, `52:54:00:12:34:56`.
     Mac,
     /// Inherited descriptors, separated by `:`; at most so many.
@@ -50,6 +52,9 @@ impl Kind {
             Self::Choice(words) | Self::Fixed(words) => list(words.iter().copied()),
             Self::Later => "nothing yet".into(),
             Self::Size => "an integer number of MiB from 128M to 512G, as in 256, 256m, 1G".into(),
+            Self::Bytes => {
+                "bytes, or a number with m, M, g or G; whole MiB from 128M to 512G".into()
+            }
             Self::Mac => {
                 "six hexadecimal bytes, as in 52:54:00:12:34:56, the first one even".into()
             }
@@ -70,7 +75,7 @@ impl Kind {
             Self::Path => "PATH".into(),
             Self::Int(..) | Self::PowerOfTwo(..) => "N".into(),
             Self::Later => "…".into(),
-            Self::Size => "SIZE".into(),
+            Self::Size | Self::Bytes => "SIZE".into(),
             Self::Mac => "MAC".into(),
             Self::Fds(1) => "FD".into(),
             Self::Fds(_) => "FD:FD:…".into(),
@@ -112,7 +117,8 @@ impl Kind {
                 Value::Text((*word).to_owned())
             }
             Self::Later => return Err("not supported yet".into()),
-            Self::Size => Value::Int(read_size(text).ok_or_else(wrong)?),
+            Self::Size => Value::Int(read_size(text, 20).ok_or_else(wrong)?),
+            Self::Bytes => Value::Int(read_size(text, 0).ok_or_else(wrong)?),
             Self::Mac => Value::Mac(read_mac(text).ok_or_else(wrong)?),
             Self::Fds(max) => {
                 let fds: Option<Vec<i32>> = text.split(':').map(read_fd).collect();
@@ -183,12 +189,11 @@ impl<'a> Props<'a> {
         else {
             return Err(fail("takes no properties".into()));
         };
-        if raw.trim_start().starts_with('{') {
-            return Err(fail(
-                "JSON is not supported here; write key=value,key=value".into(),
-            ));
-        }
-        let mut items = split(raw);
+        let mut items = if raw.trim_start().starts_with('{') {
+            json_items(raw).map_err(fail)?
+        } else {
+            split(raw)
+        };
         let shape = if selector.is_empty() {
             &shapes[0]
         } else {
@@ -392,6 +397,49 @@ fn split(raw: &str) -> Vec<String> {
     items
 }
 
+/// The members of a JSON object as items. What is inside another object gets its name in front: `file.filename`.
+fn json_items(raw: &str) -> Result<Vec<String>, String> {
+    fn add(
+        items: &mut Vec<String>,
+        prefix: &str,
+        name: &str,
+        value: &serde_json::Value,
+    ) -> Result<(), String> {
+        use serde_json::Value;
+        let key = format!("{prefix}{name}");
+        if !is_key(&key) {
+            return Err(format!("unknown property {key}"));
+        }
+        items.push(match value {
+            Value::Bool(on) => format!("{key}={}", if *on { "on" } else { "off" }),
+            Value::Number(number) => format!("{key}={number}"),
+            Value::String(text) => format!("{key}={text}"),
+            Value::Object(inner) => {
+                let prefix = format!("{key}.");
+                return inner
+                    .iter()
+                    .try_for_each(|(name, value)| add(items, &prefix, name, value));
+            }
+            Value::Null | Value::Array(_) => {
+                return Err(format!(
+                    "{key} is {value}; allowed: text, a number, true, false"
+                ));
+            }
+        });
+        Ok(())
+    }
+    match crate::qmp::json_object(raw)? {
+        serde_json::Value::Object(members) => {
+            let mut items = Vec::new();
+            for (name, value) in &members {
+                add(&mut items, "", name, value)?;
+            }
+            Ok(items)
+        }
+        _ => Err("is no JSON object".into()),
+    }
+}
+
 fn is_key(text: &str) -> bool {
     text.chars()
         .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
@@ -423,13 +471,13 @@ pub(super) fn read_int(text: &str) -> Option<u64> {
     u64::from_str_radix(digits, radix).ok()
 }
 
-/// Bytes; a whole number of MiB within the manual's range.
-fn read_size(text: &str) -> Option<u64> {
+/// Bytes; a whole number of MiB within the manual's range. `shift` is the unit of a number that has none.
+fn read_size(text: &str, shift: u32) -> Option<u64> {
     let (digits, shift) = match text.as_bytes().last()? {
         b'k' | b'K' => (&text[..text.len() - 1], 10),
         b'm' | b'M' => (&text[..text.len() - 1], 20),
         b'g' | b'G' => (&text[..text.len() - 1], 30),
-        _ => (text, 20),
+        _ => (text, shift),
     };
     if !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
@@ -495,7 +543,7 @@ mod tests {
             ("+256", None),
             ("18446744073709551615G", None),
         ] {
-            assert_eq!(read_size(text), want, "{text}");
+            assert_eq!(read_size(text, 20), want, "{text}");
         }
     }
 

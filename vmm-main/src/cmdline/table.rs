@@ -207,6 +207,12 @@ const MACHINE: &[Shape] = &[one(
             "on",
             "the board describes itself by ACPI",
         ),
+        key(
+            "memory-backend",
+            Kind::Id,
+            "",
+            "id of the -object memory-backend-… that is guest memory",
+        ),
     ],
 )];
 
@@ -643,17 +649,90 @@ const LATER_DEVICES: &[&str] = &[
     "ivshmem-scream",
 ];
 
+const BACKEND_ID: Key = must(
+    "id",
+    Kind::Id,
+    "name that -machine memory-backend= refers to",
+);
+const BACKEND_SIZE: Key = must(
+    "size",
+    Kind::Bytes,
+    "guest memory, the same as that of -m if that is given",
+);
+const BACKEND_SHARE: Key = key(
+    "share",
+    Kind::Bool,
+    "off",
+    "as mem-share= of -machine; device processes share guest memory in either case",
+);
+const BACKEND_PREALLOC: Key = key("prealloc", Kind::Bool, "off", "as -mem-prealloc");
+const BACKEND_DUMP: Key = key("dump", Kind::Bool, "on", "as dump-guest-core= of -machine");
+
 /// `-object`
-const OBJECT: &[Shape] = &[form(
-    "iothread",
-    "A thread for devices",
-    &[must("id", Kind::Id, "name that a device refers to")],
-)];
+const OBJECT: &[Shape] = &[
+    form(
+        "iothread",
+        "A thread for devices",
+        &[must("id", Kind::Id, "name that a device refers to")],
+    ),
+    form(
+        "memory-backend-ram",
+        "Guest memory without a file",
+        &[
+            BACKEND_ID,
+            BACKEND_SIZE,
+            BACKEND_SHARE,
+            BACKEND_PREALLOC,
+            BACKEND_DUMP,
+        ],
+    ),
+    form(
+        "memory-backend-memfd",
+        "The same: guest memory without a file always is a memfd",
+        &[
+            BACKEND_ID,
+            BACKEND_SIZE,
+            BACKEND_SHARE,
+            BACKEND_PREALLOC,
+            BACKEND_DUMP,
+            key(
+                "hugetlb",
+                Kind::Fixed(&["off"]),
+                "off",
+                "huge pages; give mem-path= a hugetlbfs instead",
+            ),
+            key("seal", Kind::Fixed(&["on"]), "on", "its size never changes"),
+        ],
+    ),
+    form(
+        "memory-backend-file",
+        "Guest memory in a file, as -mem-path",
+        &[
+            BACKEND_ID,
+            BACKEND_SIZE,
+            must(
+                "mem-path",
+                Kind::Path,
+                "a file, or a directory to make one in; absolute",
+            ),
+            BACKEND_SHARE,
+            BACKEND_PREALLOC,
+            BACKEND_DUMP,
+        ],
+    ),
+];
 
 const SERVER: Key = key("server", Kind::Bool, "off", "listens; otherwise connects");
 const NOWAIT: Key = key("nowait", Kind::Bool, "off", "does not wait for a client");
 const WAIT: Key = key("wait", Kind::Bool, "on", "the opposite of nowait");
 const SOCKET_PATH: Key = must("path", Kind::Path, "unix socket");
+const CHARDEV_PATH: Key = key("path", Kind::Path, "", "unix socket; this or fd is needed");
+const CHARDEV_FD: Key = key(
+    "fd",
+    Kind::Fds(1),
+    "",
+    "inherited unix socket, which listens with server",
+);
 const FILE_PATH: Key = must("path", Kind::Path, "file that takes the output");
 const CHARDEV_ID: Key = must("id", Kind::Id, "name that others refer to");
 const MUX: Key = key("mux", Kind::Fixed(&["off"]), "off", "one user only");
@@ -685,12 +764,12 @@ const CHARDEV: &[Shape] = &[
         SOCKET_HELP,
         &[
             CHARDEV_ID,
-            SOCKET_PATH,
+            CHARDEV_PATH,
+            CHARDEV_FD,
             SERVER,
             NOWAIT,
             WAIT,
             MUX,
-            key("fd", Kind::Later, "", "inherited socket"),
         ],
     ),
     form(
@@ -957,14 +1036,7 @@ pub static OPTIONS: &[OptionDef] = &[
             selector: "qom-type",
             noun: "object",
             shapes: OBJECT,
-            later: &[
-                "rng-random",
-                "memory-backend-ram",
-                "memory-backend-file",
-                "memory-backend-memfd",
-                "tls-creds-x509",
-                "authz-simple",
-            ],
+            later: &["rng-random", "tls-creds-x509", "authz-simple"],
         },
         "A thing that devices refer to. At most 8 iothreads.",
     ),

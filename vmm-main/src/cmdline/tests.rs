@@ -383,3 +383,71 @@ fn the_manual_page_is_that_of_the_table() {
         file.display()
     );
 }
+
+#[test]
+fn properties_may_be_json_as_libvirt_writes_them() {
+    let json = run("-machine microvm,memory-backend=pc.ram -kernel k \
+         -object '{\"qom-type\":\"memory-backend-file\",\"id\":\"pc.ram\",\"size\":536870912,\"mem-path\":\"/a,b\",\"share\":true,\"prealloc\":true}' \
+         -object '{\"qom-type\":\"iothread\",\"id\":\"io\"}' -drive file=d,id=d,direct=off \
+         -device '{\"driver\":\"virtio-blk-device\",\"drive\":\"d\",\"id\":\"disk\",\"num-queues\":2,\"iothread\":\"io\",\"restart\":false}' \
+         -netdev '{\"type\":\"tap\",\"ifname\":\"tap0\",\"id\":\"n\"}' -device '{\"driver\":\"virtio-net-device\",\"netdev\":\"n\",\"mac\":\"52:54:00:00:00:01\"}'");
+    let text = run("-machine microvm,memory-backend=pc.ram -kernel k -m 512 \
+         -object memory-backend-file,id=pc.ram,size=536870912,mem-path=/a,,b,share=on,prealloc=on \
+         -object iothread,id=io -drive file=d,id=d,direct=off \
+         -device virtio-blk-device,drive=d,id=disk,num-queues=2,iothread=io,restart=off \
+         -netdev tap,ifname=tap0,id=n -device virtio-net-device,netdev=n,mac=52:54:00:00:00:01");
+    assert_eq!(json, text);
+    let memory = &json.memory;
+    assert_eq!(memory.path.as_deref(), Some(Path::new("/a,b")));
+    assert_eq!(memory.size, 512 << 20);
+    assert!(memory.share && memory.prealloc && memory.dump_guest_core);
+}
+
+#[test]
+fn guest_memory_without_a_file_is_an_object_like_any() {
+    let spec = run(
+        "-kernel k -machine microvm,memory-backend=m -object memory-backend-memfd,id=m,size=1G,dump=off",
+    );
+    assert_eq!((spec.memory.size, &spec.memory.path), (1 << 30, &None));
+    assert!(!spec.memory.dump_guest_core);
+    let unused = run("-kernel k -object memory-backend-ram,id=m,size=1G");
+    assert_eq!(unused.memory.size, 256 << 20);
+    assert_eq!(
+        unused.ignored,
+        ["-object memory-backend-ram,id=m,size=1G: nothing uses it"]
+    );
+}
+
+#[test]
+fn a_chardev_may_be_an_inherited_socket() {
+    let spec = run(
+        "-machine none -chardev socket,id=m,fd=20,server=on,wait=off -mon chardev=m,id=monitor,mode=control",
+    );
+    assert_eq!(
+        spec.chardevs[0].backend,
+        ChardevBackend::Inherited {
+            fd: 20,
+            server: true,
+            nowait: true
+        }
+    );
+    assert_eq!(spec.monitors[0].address, MonitorAddress::Inherited(20));
+    assert!(spec.ignored.is_empty(), "{:?}", spec.ignored);
+    let plan = plan(&spec, false);
+    assert!(matches!(
+        &plan.policy.files[..],
+        [ipc::control::FileGrant::InheritedSocket {
+            fd: 20,
+            listens: true,
+            ..
+        }]
+    ));
+}
+
+#[test]
+fn without_a_guest_any_accelerator_will_do() {
+    assert_eq!(
+        run("-machine none,accel=tcg").machine.kind,
+        MachineKind::None
+    );
+}

@@ -166,6 +166,9 @@ fn filename(backend: Option<&ChardevBackend>, pty: Option<&str>) -> String {
                 if *server { ",server=on" } else { "" }
             )
         }
+        Some(ChardevBackend::Inherited { fd, server, .. }) => {
+            format!("fd:{fd}{}", if *server { ",server=on" } else { "" })
+        }
         Some(ChardevBackend::File { .. }) => "file".into(),
         None => "null".into(),
     }

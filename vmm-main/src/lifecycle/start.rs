@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use ipc::channel::ChannelError;
-use ipc::control::{DeviceGrant, Exit, Request};
+use ipc::control::{DeviceGrant, Exit, FileGrant, Request};
 use ipc::log::{info, warn};
 use ipc::spec::vm::{BootSpec, MachineKind, VmSpec};
 use nix::errno::Errno;
@@ -89,6 +89,16 @@ pub(super) enum StartError {
     /// The serial port's other end.
     #[error(transparent)]
     Chardev(#[from] crate::chardev::ChardevError),
+    /// An inherited socket is not what the command line says.
+    #[error("{option} fd={fd}: {what}")]
+    Inherited {
+        /// The option.
+        option: String,
+        /// Its descriptor.
+        fd: i32,
+        /// What is wrong.
+        what: &'static str,
+    },
     /// Lock-down.
     #[error(transparent)]
     Lock(#[from] ozone::SelfLockError),
@@ -369,13 +379,40 @@ fn take(broker: &mut Client, plan: &Plan) -> Result<Given, StartError> {
     }
     let mut files = Vec::with_capacity(plan.policy.files.len());
     for index in 0..plan.policy.files.len() as u32 {
-        files.push(Some(broker.opened(index)?));
+        let opened = broker.opened(index)?;
+        if let FileGrant::InheritedSocket {
+            option,
+            fd,
+            listens,
+        } = &plan.policy.files[index as usize]
+        {
+            inherited_socket(&opened.0, *listens).map_err(|what| StartError::Inherited {
+                option: option.clone(),
+                fd: *fd,
+                what,
+            })?;
+        }
+        files.push(Some(opened));
     }
     Ok(Given {
         log,
         devices,
         files: Files(files),
     })
+}
+
+/// Whether an inherited socket is what the command line says.
+fn inherited_socket(socket: &OwnedFd, listens: bool) -> Result<(), &'static str> {
+    use nix::sys::socket::{SockType, getsockopt, sockopt};
+    if getsockopt(socket, sockopt::SockType) != Ok(SockType::Stream) {
+        return Err("not a stream socket");
+    }
+    match getsockopt(socket, sockopt::AcceptConn) {
+        Ok(now) if now == listens => Ok(()),
+        Ok(true) => Err("it listens; add server=on"),
+        Ok(false) => Err("it does not listen; leave server=on out"),
+        Err(_) => Err("cannot be asked whether it listens"),
+    }
 }
 
 /// The board with its RAM and vCPUs, before anything is plugged.

@@ -36,6 +36,7 @@ pub use command::{
     VmFacts, Workload,
 };
 pub use event::{Cause, Event};
+pub(crate) use parse::json_object;
 pub use sandbox::{SandboxDevice, SandboxReport, SandboxTree};
 pub use server::{Commands, Server, ServerError, ServerHandle, Source, StartHook};
 pub use session::Info;

@@ -125,7 +125,7 @@ const fn type_name(kind: Kind) -> &'static str {
         Kind::Bool => "bool",
         Kind::Int(..) => "uint64",
         Kind::PowerOfTwo(..) => "uint16",
-        Kind::Size => "size",
+        Kind::Size | Kind::Bytes => "size",
         Kind::Text(_)
         | Kind::Id
         | Kind::Path
@@ -188,7 +188,7 @@ pub(super) fn options(wanted: Option<&str>) -> Result<Value, QmpError> {
                     "type": match key.kind {
                         Kind::Bool => "boolean",
                         Kind::Int(..) | Kind::PowerOfTwo(..) => "number",
-                        Kind::Size => "size",
+                        Kind::Size | Kind::Bytes => "size",
                         _ => "string",
                     },
                     "help": key.help,
@@ -280,7 +280,9 @@ fn tree(info: &Info, facts: &VmFacts) -> Vec<Object> {
             kind: match chardev.backend {
                 ChardevBackend::Stdio => "chardev-stdio",
                 ChardevBackend::Pty => "chardev-pty",
-                ChardevBackend::Socket { .. } => "chardev-socket",
+                ChardevBackend::Socket { .. } | ChardevBackend::Inherited { .. } => {
+                    "chardev-socket"
+                }
                 ChardevBackend::File { .. } => "chardev-file",
             }
             .into(),

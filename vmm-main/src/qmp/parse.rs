@@ -42,6 +42,22 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, String> {
     }
 }
 
+/// A JSON object outside QMP: an option's argument on the command line.
+///
+/// # Errors
+/// What is wrong.
+pub(crate) fn json_object(text: &str) -> Result<Value, String> {
+    let told = |why| format!("JSON parse error, {why}");
+    let parsed = parse(text.as_bytes()).map_err(told)?;
+    let mut value = parsed.value;
+    if let (Some(id), Some(members)) = (parsed.id, value.as_object_mut()) {
+        // Kept aside as it was written, for requests; here it is a member like others.
+        let id = serde_json::from_str(&id).map_err(|why| told(why.to_string()))?;
+        members.insert("id".into(), id);
+    }
+    Ok(value)
+}
+
 struct Parser<'a> {
     rest: &'a str,
     depth: usize,

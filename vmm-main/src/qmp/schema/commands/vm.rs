@@ -3,14 +3,23 @@
 use serde_json::{Value, json};
 
 use crate::qmp::RunState;
-use crate::qmp::command::{Reply, Ticket, VmCommand};
-use crate::qmp::schema::types::{Command, Enum, Type, here, main, may, must, object};
+use crate::qmp::command::{QmpError, Reply, Ticket, VmCommand};
+use crate::qmp::schema::check::shown;
+use crate::qmp::schema::types::{Command, Enum, Object, Type, here, main, may, must, object};
 use crate::qmp::session::Info;
 
 const RUN_STATE: Type = Type::Enum(&Enum {
     name: "RunState",
     values: &RunState::NAMES,
 });
+
+const CAPABILITY: Object = object(
+    "MigrationCapabilityStatus",
+    &[
+        must("capability", Type::TEXT, "its name"),
+        must("state", Type::Bool, "whether it is on"),
+    ],
+);
 
 pub(super) static COMMANDS: &[Command] = &[
     here("query-name", "Tells the name of the VM", |info, _| {
@@ -59,6 +68,31 @@ pub(super) static COMMANDS: &[Command] = &[
         "Presses the power button; the guest decides what follows",
         |ticket, _| VmCommand::SystemPowerdown(nothing(ticket)),
     ),
+    here(
+        "query-migrate-capabilities",
+        "Lists what a migration can do differently: nothing",
+        |_, _| Ok(json!([])),
+    )
+    .returns(Type::List(&Type::Object(&CAPABILITY))),
+    here(
+        "migrate-set-capabilities",
+        "Sets what a migration does differently; only that something is off can be set",
+        |_, mut arguments| match arguments.value("capabilities") {
+            Some(Value::Array(list)) => match list.iter().find(|one| one["state"] == true) {
+                Some(on) => Err(QmpError::generic(format!(
+                    "Migration capability '{}' is not available; allowed: none",
+                    shown(on["capability"].as_str().unwrap_or_default())
+                ))),
+                None => Ok(json!({})),
+            },
+            _ => Ok(json!({})),
+        },
+    )
+    .takes(&[must(
+        "capabilities",
+        Type::List(&Type::Object(&CAPABILITY)),
+        "what to set",
+    )]),
     main("quit", "Ends the VM at once", |ticket, _| {
         VmCommand::Quit(nothing(ticket))
     }),
