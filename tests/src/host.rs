@@ -7,6 +7,7 @@
 
 use crate::lab::{LabError, ensure_packages, run_program};
 use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 
@@ -131,6 +132,29 @@ impl Tap {
         run_program(Command::new("ip").args(["addr", "add", address, "dev", name]))?;
         run_program(Command::new("ip").args(["link", "set", name, "up"]))?;
         Ok(tap)
+    }
+
+    /// One queue of it with `virtio_net_hdr`, as the broker opens it.
+    ///
+    /// # Errors
+    /// When somebody else has it.
+    #[allow(unsafe_code)] // an interface is named to the driver by an ioctl
+    pub fn queue(&self) -> Result<OwnedFd, LabError> {
+        const TUN: &str = "/dev/net/tun";
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(TUN)
+            .map_err(LabError::file("open", TUN))?;
+        let mut request = [0u8; 40];
+        request[..self.name.len()].copy_from_slice(self.name.as_bytes());
+        let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
+        request[16..18].copy_from_slice(&flags.to_ne_bytes());
+        // SAFETY: TUNSETIFF reads and writes a structure of 40 bytes.
+        let result =
+            unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
+        nix::errno::Errno::result(result).map_err(LabError::system("TUNSETIFF"))?;
+        Ok(file.into())
     }
 }
 

@@ -5,14 +5,13 @@
 //! **Who is not trusted.** The device processes, which are under test with their filters on.
 //! **Why this way.** Our own front end and our back end could share a misreading of the specification; QEMU does not share it.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
-#![allow(unsafe_code)] // a tap is opened by an ioctl
 
 use device_host::test_frontend::DeviceProcess;
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
 use ipc::spec::net::NetSpec;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -31,23 +30,6 @@ fn accept(listener: &UnixListener) -> UnixStream {
     let ready = readable(&[listener.as_fd()], Deadline::after(LIMIT)).unwrap();
     assert!(ready.is_some(), "QEMU did not connect");
     listener.accept().unwrap().0
-}
-
-/// A queue of the tap, as the broker opens it.
-fn open_tap(name: &str) -> OwnedFd {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .unwrap();
-    let mut request = [0u8; 40];
-    request[..name.len()].copy_from_slice(name.as_bytes());
-    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
-    request[16..18].copy_from_slice(&flags.to_ne_bytes());
-    // SAFETY: TUNSETIFF reads and writes a structure of 40 bytes.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
-    nix::errno::Errno::result(result).unwrap();
-    file.into()
 }
 
 fn device(name: &str) -> String {
@@ -165,7 +147,7 @@ fn qemu_drives_block_and_net() {
             queue_pairs: 1,
             queue_size: 256,
         }),
-        vec![open_tap(&tap.name)],
+        vec![tap.queue().unwrap()],
         accept(&listeners[1]),
     );
 

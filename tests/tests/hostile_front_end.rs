@@ -5,7 +5,6 @@
 //! **Who is not trusted.** The test's own side. **Why this way.** A table, so that what a device process promises can be read; one
 //! process a case, so that no case hides behind the one before.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
-#![allow(unsafe_code)] // a tap is opened by an ioctl
 
 #[path = "hostile_front_end/cases.rs"]
 mod cases;
@@ -114,14 +113,14 @@ impl Place {
                 device("block", spec, vec![disk.into()])
             }
             Subject::Net => {
-                assert!(self.tap.is_some());
+                let tap = self.tap.as_ref().expect("a card has its tap");
                 let spec = DeviceSpec::Net(NetSpec {
                     id: "net0".into(),
                     mac: [2, 0, 0, 0, 0, 9],
                     queue_pairs: 1,
                     queue_size: 256,
                 });
-                device("net", spec, vec![open_tap()])
+                device("net", spec, vec![tap.queue().unwrap()])
             }
             Subject::Fs => daemon(self.dir.path()),
         };
@@ -135,23 +134,6 @@ impl Place {
             socket,
         )
     }
-}
-
-/// A queue of the tap, as the broker opens it.
-fn open_tap() -> OwnedFd {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .unwrap();
-    let mut request = [0u8; 40];
-    request[..TAP.len()].copy_from_slice(TAP.as_bytes());
-    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
-    request[16..18].copy_from_slice(&flags.to_ne_bytes());
-    // SAFETY: TUNSETIFF reads and writes a structure of 40 bytes.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
-    nix::errno::Errno::result(result).unwrap();
-    file.into()
 }
 
 /// The stand-alone daemon on a connected socket; its serving process has answered, so it is the one with the filter.

@@ -91,7 +91,8 @@ fn is_parser(name: &str) -> bool {
     })
 }
 
-fn workspace_packages() -> Result<Vec<String>, String> {
+/// What cargo knows of each package of the workspace.
+fn workspace_metadata() -> Result<Vec<serde_json::Value>, String> {
     let text = tool::output(&mut tool::cargo(&[
         "metadata",
         "--offline",
@@ -99,11 +100,16 @@ fn workspace_packages() -> Result<Vec<String>, String> {
         "--format-version",
         "1",
     ]))?;
-    let data: serde_json::Value =
+    let mut data: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| format!("cargo metadata: {e}"))?;
-    let packages = data["packages"]
-        .as_array()
-        .ok_or("cargo metadata names no packages")?;
+    match data["packages"].take() {
+        serde_json::Value::Array(packages) => Ok(packages),
+        _ => Err("cargo metadata names no packages".into()),
+    }
+}
+
+fn workspace_packages() -> Result<Vec<String>, String> {
+    let packages = workspace_metadata()?;
     Ok(packages
         .iter()
         .filter_map(|p| p["name"].as_str().map(str::to_owned))
@@ -136,20 +142,9 @@ const FEATURES: &[(&str, &str)] = &[("device-host", "test-frontend")];
 /// A feature is another build. One that leaves a layer of a jail out, for a test, could be shipped by mistake; layers are
 /// taken away from the shipped programs instead (`tests/src/jail/saboteur.rs`).
 fn features_are_listed() -> Result<(), String> {
-    let text = tool::output(&mut tool::cargo(&[
-        "metadata",
-        "--offline",
-        "--no-deps",
-        "--format-version",
-        "1",
-    ]))?;
-    let data: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| format!("cargo metadata: {e}"))?;
-    let packages = data["packages"]
-        .as_array()
-        .ok_or("cargo metadata names no packages")?;
+    let packages = workspace_metadata()?;
     let mut found = BTreeSet::new();
-    for package in packages {
+    for package in &packages {
         let name = package["name"].as_str().unwrap_or_default();
         if NOT_PRODUCT.contains(&name) {
             continue;
