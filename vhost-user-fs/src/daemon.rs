@@ -309,7 +309,8 @@ fn serve(
     };
     let device = FsDevice::new(tree, &options.tag)
         .ok_or(DaemonError::Tag)?
-        .with_lifeline(inside.lifeline);
+        .with_lifeline(inside.lifeline)
+        .with_rest(resident::give_code_back);
     let prepared = Standalone::new(device)?;
     let jailed = prepared.locked(&locked);
     let serving = if record.is_connected() {
@@ -330,7 +331,7 @@ fn serve(
     if action != Some(Action::Kill) {
         ipc::log::warn!("-seccomp: unexpected system calls do not end this process");
     }
-    // Before the filter, which has no call for it.
+    // What follows needs none of it until the front end speaks.
     resident::give_code_back();
     if let Some(action) = action {
         seccomp_policies::install(Policy::VhostUserFs, action)?;

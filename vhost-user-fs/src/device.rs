@@ -9,7 +9,7 @@
 //! business.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use device_host::{Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring};
 use ipc::limits::FS_POLL_US;
@@ -25,6 +25,8 @@ use crate::passthrough::{Origin, Outcome, Passthrough, Place};
 pub const TAG_BYTES: usize = 36;
 /// Request queues beside the high-priority one.
 pub const REQUEST_QUEUES: u16 = 8;
+/// Without a request for so long, a guest counts as being at rest.
+const REST: Duration = Duration::from_secs(1);
 /// Entries of a queue at most; a `WRITE` of 1 MiB needs 256 and a few.
 pub const QUEUE_SIZE: u16 = 1024;
 
@@ -38,6 +40,10 @@ pub struct FsDevice {
     queue_size: u16,
     /// Readable when the process that waits for this one is gone.
     lifeline: Option<OwnedFd>,
+    /// What to do after [`REST`] without a request, and whether there were any since the last look, and when it is due.
+    rest: Option<fn()>,
+    served: bool,
+    rest_at: Option<Instant>,
     /// The body of the request at hand.
     body: Vec<u8>,
     /// The body of its reply.
@@ -58,6 +64,9 @@ impl FsDevice {
             queues: (REQUEST_QUEUES, 1),
             queue_size: QUEUE_SIZE,
             lifeline: None,
+            rest: None,
+            served: false,
+            rest_at: None,
             body: Vec::new(),
             reply: Vec::new(),
         })
@@ -79,6 +88,15 @@ impl FsDevice {
     #[must_use]
     pub fn with_lifeline(self, lifeline: Option<OwnedFd>) -> Self {
         Self { lifeline, ..self }
+    }
+
+    /// Calls `rest` whenever there was no request for a second: memory that a guest at rest does not need can be given back.
+    #[must_use]
+    pub fn with_rest(self, rest: fn()) -> Self {
+        Self {
+            rest: Some(rest),
+            ..self
+        }
     }
 
     /// Does one request; returns the bytes that were written for the guest.
@@ -260,6 +278,7 @@ impl Device for FsDevice {
 
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
         let index = ring.index();
+        self.served = true;
         while let Some(chain) = ring.pop()? {
             let Chain {
                 token,
@@ -281,6 +300,24 @@ impl Device for FsDevice {
 
     fn poll_limit(&self) -> Duration {
         Duration::from_micros(u64::from(FS_POLL_US))
+    }
+
+    fn after_turns(&mut self, _rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        let Some(rest) = self.rest else {
+            return Ok(());
+        };
+        let now = Instant::now();
+        if std::mem::take(&mut self.served) {
+            self.rest_at = Some(now + REST);
+        } else if self.rest_at.is_some_and(|at| at <= now) {
+            self.rest_at = None;
+            rest();
+        }
+        Ok(())
+    }
+
+    fn wake_at(&self) -> Option<Instant> {
+        self.rest_at
     }
 
     fn backends(&self) -> Vec<BorrowedFd<'_>> {

@@ -1,6 +1,6 @@
 //! Memory of the program's own code.
 //!
-//! **Job.** Gives back the pages of code that only the start needed.
+//! **Job.** Gives back the pages of code that only the start needed, or the work before a rest.
 //! **Who is not trusted.** Nobody. **Why this way.** The kernel maps code by 16 pages around each one that is run, and a start runs
 //! through most of the program; a daemon that then waits for months needs a few of them. What is still needed comes back from
 //! the page cache by itself.

@@ -208,3 +208,28 @@ fn it_works_without_root() {
     );
     assert!(client.finish().success());
 }
+
+#[test]
+fn a_daemon_at_rest_gives_back_the_code_that_it_does_not_need() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), b"contents").unwrap();
+    let mut client = Client::start(dir.path(), &[]);
+    let pid = serving(client.child.id());
+    let code = || -> u64 {
+        let text = &status(pid)["RssFile"];
+        text.trim_end_matches(" kB").trim().parse().unwrap()
+    };
+    let file = client.lookup(1, "file").unwrap();
+    let fh = client.open(file, O_RDWR).unwrap();
+    let before = code();
+    let process = Watched::new(pid.cast_signed()).unwrap();
+    let deadline = Deadline::after(Duration::from_secs(30));
+    while code() + 256 > before {
+        assert!(!deadline.left().is_zero(), "{} of {before} KiB", code());
+        // Nothing tells when it has, so it is looked at every now and then.
+        let ended = process.ended(Deadline::after(Duration::from_millis(100)));
+        assert!(!ended.unwrap());
+    }
+    assert_eq!(client.read(file, fh, 0, 100).unwrap(), b"contents");
+    assert!(client.finish().success());
+}
