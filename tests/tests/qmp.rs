@@ -205,3 +205,53 @@ fn thread_ids_are_those_of_the_processors() {
         );
     }
 }
+
+/// What the first of `virsh`'s two runs says is that the binary was probed to the end; the second runs a guest.
+#[test]
+fn libvirt_probes_the_binary_and_runs_a_guest() {
+    require_kvm();
+    tests::lab::ensure_packages(&[
+        "libvirt-daemon",
+        "libvirt-daemon-driver-qemu",
+        "libvirt-clients",
+    ])
+    .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/libvirt.sh");
+    let output = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", script])
+        .arg(dir.path())
+        .arg(tests::vm::binary("stratovirt").unwrap())
+        .arg(Payload::Machine.path())
+        .output()
+        .unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{text}");
+    let mut rest = text.as_str();
+    for step in [
+        "<machine>microvm</machine>",
+        "<vcpu max='254'/>",
+        "<mode name='host-passthrough' supported='yes'>",
+        "<value>memfd</value>",
+        "<value>virtiofs</value>",
+        "Domain 'guest' created",
+        "running",
+        "Domain 'guest' suspended",
+        "paused (user)",
+        "Domain 'guest' resumed",
+        "running",
+        "CPU(s):         2",
+        "\"name\": \"guest\"",
+        "Domain 'guest' was reset",
+        "Domain 'guest' destroyed",
+    ] {
+        let at = rest
+            .find(step)
+            .unwrap_or_else(|| panic!("{step} is missing or too early in\n{text}"));
+        rest = &rest[at + step.len()..];
+    }
+}

@@ -294,6 +294,10 @@ impl super::Draft {
         {
             return Err(props.error(format!("id {id} is used by another -object")));
         }
+        if props.shape() == "secret" {
+            self.spec.ignored.push(format!("-object {}", props.raw()));
+            return Ok(());
+        }
         if props.shape() != "iothread" {
             let path = props.text("mem-path").map(std::path::PathBuf::from);
             if path.as_ref().is_some_and(|path| !path.is_absolute()) {

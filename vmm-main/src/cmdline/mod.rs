@@ -404,6 +404,10 @@ impl Draft {
         if given.option.name == "display" && given.value != "none" {
             return Err(given.error("not supported yet; allowed: none"));
         }
+        if matches!(given.option.arg, Arg::Props { .. }) {
+            // What its table does not list is an error here as well.
+            given.props()?;
+        }
         let mut note = given.option.dashed();
         if given.has_value {
             note.push(' ');

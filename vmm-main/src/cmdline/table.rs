@@ -676,6 +676,20 @@ const OBJECT: &[Shape] = &[
         &[must("id", Kind::Id, "name that a device refers to")],
     ),
     form(
+        "secret",
+        "A secret, as libvirt passes one; nothing here has a use for it, and its file is not opened",
+        &[
+            must("id", Kind::Id, "name that others refer to"),
+            key(
+                "format",
+                Kind::Choice(&["raw", "base64"]),
+                "raw",
+                "how it is written",
+            ),
+            key("file", Kind::Path, "", "file that it is in"),
+        ],
+    ),
+    form(
         "memory-backend-ram",
         "Guest memory without a file",
         &[
@@ -1160,6 +1174,22 @@ pub static OPTIONS: &[OptionDef] = &[
     accepted("display", Arg::Text("…")),
     accepted("usb", Arg::Flag),
     accepted("boot", Arg::Text("…")),
+    accepted(
+        "audiodev",
+        Arg::Props {
+            selector: "driver",
+            noun: "audio driver",
+            shapes: &[form(
+                "none",
+                "No sound",
+                &[must("id", Kind::Id, "name that a sound card refers to")],
+            )],
+            later: &[
+                "alsa", "dbus", "jack", "oss", "pa", "pipewire", "sdl", "spice", "wav",
+            ],
+        },
+    ),
+    later("no-acpi", "A board that does not describe itself by ACPI."),
     later("incoming", "Restore a snapshot."),
     later("numa", "NUMA nodes."),
     later("smbios", "SMBIOS tables."),

@@ -70,21 +70,15 @@ pub(super) static COMMANDS: &[Command] = &[
     ),
     here(
         "query-migrate-capabilities",
-        "Lists what a migration can do differently: nothing",
-        |_, _| Ok(json!([])),
+        "Lists what a migration can do differently: nothing but to tell of its steps, which it always does",
+        |_, _| Ok(json!([{ "capability": "events", "state": true }])),
     )
     .returns(Type::List(&Type::Object(&CAPABILITY))),
     here(
         "migrate-set-capabilities",
-        "Sets what a migration does differently; only that something is off can be set",
+        "Sets what a migration does differently; `events` is always on, and everything else off",
         |_, mut arguments| match arguments.value("capabilities") {
-            Some(Value::Array(list)) => match list.iter().find(|one| one["state"] == true) {
-                Some(on) => Err(QmpError::generic(format!(
-                    "Migration capability '{}' is not available; allowed: none",
-                    shown(on["capability"].as_str().unwrap_or_default())
-                ))),
-                None => Ok(json!({})),
-            },
+            Some(Value::Array(list)) => list.iter().try_for_each(capability).map(|()| json!({})),
             _ => Ok(json!({})),
         },
     )
@@ -101,6 +95,21 @@ pub(super) static COMMANDS: &[Command] = &[
 /// A reply without content.
 fn nothing(ticket: Ticket) -> Reply<()> {
     Reply::new(ticket, |_, ()| json!({}))
+}
+
+/// Whether this is how it is anyway.
+fn capability(wanted: &Value) -> Result<(), QmpError> {
+    let name = wanted["capability"].as_str().unwrap_or_default();
+    match (name, wanted["state"] == true) {
+        ("events", false) => Err(QmpError::generic(
+            "Migration capability 'events' is always on; allowed: true",
+        )),
+        ("events", true) | (_, false) => Ok(()),
+        (_, true) => Err(QmpError::generic(format!(
+            "Migration capability '{}' is not available; allowed: events",
+            shown(name)
+        ))),
+    }
 }
 
 fn name(info: &Info) -> Value {
