@@ -39,6 +39,29 @@ fn config() -> bincode::config::Configuration<
         .with_limit::<MAX_MESSAGE>()
 }
 
+/// As [`encode`] with another limit, for what is no message: `LIMIT` bytes.
+pub fn encode_within<const LIMIT: usize, T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
+    let config = bincode::config::standard()
+        .with_fixed_int_encoding()
+        .with_limit::<LIMIT>();
+    bincode::serde::encode_to_vec(value, config).map_err(CodecError::Encode)
+}
+
+/// As [`decode`] with another limit.
+pub fn decode_within<const LIMIT: usize, T: DeserializeOwned>(
+    bytes: &[u8],
+) -> Result<T, CodecError> {
+    let config = bincode::config::standard()
+        .with_fixed_int_encoding()
+        .with_limit::<LIMIT>();
+    let (value, used) =
+        bincode::serde::decode_from_slice(bytes, config).map_err(CodecError::Decode)?;
+    match bytes.len() - used {
+        0 => Ok(value),
+        rest => Err(CodecError::Trailing(rest)),
+    }
+}
+
 /// Encodes `value`; fails above [`MAX_MESSAGE`] bytes.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
     let bytes = bincode::serde::encode_to_vec(value, config()).map_err(CodecError::Encode)?;

@@ -51,6 +51,13 @@ pub const MAX_QUEUE_SIZE: u16 = 4096;
 /// Bytes of a block device's serial number (virtio 1.3, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 pub const BLOCK_ID_BYTES: usize = 20;
 
+/// Bytes of guest memory under one checksum of a snapshot: small enough that a page that is wanted brings few others along.
+pub const SNAPSHOT_BLOCK: u32 = 64 << 10;
+/// Bytes of a snapshot's file `state`: checksums of the largest guest's blocks are 40 MiB, in-flight regions of all devices as
+/// much again, and a vCPU takes some 10 KiB.
+pub const MAX_SNAPSHOT_STATE: usize = 128 << 20;
+/// Folders that `-grant snapshot=` may name.
+pub const MAX_SNAPSHOT_GRANTS: usize = 16;
 /// Guest RAM regions that a front end may announce (vhost-user: `VHOST_USER_MAX_RAM_SLOTS` of old front ends is 8).
 pub const MAX_MEMORY_REGIONS: usize = 32;
 /// Pieces of memory of one request. The kernel takes no more in one call (`UIO_MAXIOV`), and QEMU's limit is the same.

@@ -9,7 +9,7 @@
 use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
 use ipc::codec::encode;
-use ipc::control::{FileGrant, Policy, Reply, Request};
+use ipc::control::{FileGrant, Policy, Reply, Request, SnapshotGrant};
 use ipc::limits::MAX_MESSAGE;
 use ipc::log::Level;
 use ipc::start::{SandboxMode, SeccompMode};
@@ -76,6 +76,10 @@ fn policy(dir: &Path) -> Policy {
             },
         ],
         devices: Vec::new(),
+        snapshots: Some(SnapshotGrant {
+            folders: vec![dir.to_owned()],
+            memory: 4096,
+        }),
         seccomp: SeccompMode::Kill,
         sandbox: SandboxMode::BestEffort,
         log_level: Level::Error,
@@ -286,6 +290,52 @@ fn numbers_that_the_policy_does_not_have_are_refused() {
     broker.ends();
 }
 
+/// It may make a snapshot where the command line says, and can name nothing else.
+#[test]
+fn a_snapshots_name_leads_nowhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let broker = Broker::with_policy(dir.path());
+    let begin = |folder: u32, name: Option<&str>| {
+        let name = name.map(str::to_owned);
+        broker.ask(&Request::SnapshotBegin { folder, name })
+    };
+    let long = "n".repeat(5000);
+    for (folder, name) in [
+        (0, Some("")),
+        (0, Some(".")),
+        (0, Some("..")),
+        (0, Some("../x")),
+        (0, Some("/etc")),
+        (0, Some("a/b")),
+        (0, Some("a\0b")),
+        (0, Some(".x")),
+        (0, Some("granted")),
+        (0, Some(&long)),
+        (1, Some("x")),
+        (u32::MAX, None),
+        // The folder itself is no snapshot.
+        (0, None),
+    ] {
+        let Some((Reply::SnapshotFailed { .. }, fds)) = begin(folder, name) else {
+            panic!("{folder} {name:?}");
+        };
+        assert!(fds.is_empty());
+    }
+    let Some((Reply::SnapshotFailed { .. }, _)) = broker.ask(&Request::SnapshotEnd { keep: true })
+    else {
+        panic!("nothing was begun");
+    };
+    // One that is begun again and again, and never ended, leaves nothing: `ends` looks.
+    for _ in 0..3 {
+        let Some((Reply::SnapshotBegun, fds)) = begin(0, Some("x")) else {
+            panic!("a granted one");
+        };
+        assert_eq!(fds.len(), 2);
+    }
+    broker.still_serves();
+    broker.ends();
+}
+
 #[test]
 fn malformed_requests_end_the_broker_and_with_it_the_vm() {
     let dir = tempfile::tempdir().unwrap();
@@ -294,7 +344,7 @@ fn malformed_requests_end_the_broker_and_with_it_the_vm() {
     packets.push([&good[..], &[0]].concat());
     packets.push(vec![0; MAX_MESSAGE + 1]);
     // Requests that do not exist, and the length of a string that has no end.
-    packets.extend((7..20u32).map(|tag| [tag.to_le_bytes(), [0; 4]].concat()));
+    packets.extend((9..20u32).map(|tag| [tag.to_le_bytes(), [0; 4]].concat()));
     packets.push([&0u32.to_le_bytes()[..], &[0; 4], &u64::MAX.to_le_bytes()].concat());
     // Noise that is the same each time (a linear congruence).
     let mut noise = 1u64;

@@ -13,4 +13,5 @@ pub mod machine;
 pub mod memory;
 pub mod platform;
 pub mod qmp;
+pub mod snapshot;
 pub mod virtio;

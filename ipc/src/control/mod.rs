@@ -2,7 +2,7 @@
 //!
 //! **Job.** The control process sends one [`Policy`] before anything else: the complete list of what the broker may ever
 //! open, listen on or start. After that, requests name entries of the policy by number and bring nothing that could be
-//! opened: no path, no address, no option.
+//! opened: no path, no address, no option. A snapshot has a name of one component, in a folder that the policy lists.
 //!
 //! **Who is not trusted.** After the guest has run, the control process: whoever owns it can ask for what the command line
 //! already granted, and for nothing else. The broker never trusts a length or an index, and answers a second policy with
@@ -32,6 +32,8 @@ pub struct Policy {
     pub files: Vec<FileGrant>,
     /// Which device processes may be started, by number.
     pub devices: Vec<DeviceGrant>,
+    /// Where snapshots may be made; `None` without `-grant snapshot=`.
+    pub snapshots: Option<SnapshotGrant>,
     /// Seccomp action for the broker and all device processes.
     pub seccomp: SeccompMode,
     /// Whether a missing jail layer refuses the start.
@@ -119,6 +121,16 @@ pub enum FileGrant {
     },
 }
 
+/// Where snapshots of this VM may be made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotGrant {
+    /// Each of these folders may become a snapshot, or hold some.
+    pub folders: Vec<PathBuf>,
+    /// Bytes of guest RAM, which the file `memory` has.
+    pub memory: u64,
+}
+
 /// One device process that the broker may start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -197,6 +209,19 @@ pub enum Request {
         /// Index into the policy's devices.
         index: u32,
     },
+    /// Make room for a snapshot, one at a time. A snapshot is a folder with two files; until [`Request::SnapshotEnd`] it has
+    /// another name, and what is there stays.
+    SnapshotBegin {
+        /// Index into [`SnapshotGrant::folders`].
+        folder: u32,
+        /// Name of a snapshot in that folder; `None`: the folder itself becomes the snapshot.
+        name: Option<String>,
+    },
+    /// The snapshot's files are written, or it is given up.
+    SnapshotEnd {
+        /// Write them to the disk and give the snapshot its name; otherwise remove them.
+        keep: bool,
+    },
     /// The VM is set up: write the pid file, let a waiting `-daemonize` parent go.
     Ready,
     /// Read what confines each process of the VM.
@@ -230,6 +255,15 @@ pub enum Reply {
     Stopped {
         /// Index of the request.
         index: u32,
+    },
+    /// [`Request::SnapshotBegin`] worked; descriptors of the files `memory` and `state` come along.
+    SnapshotBegun,
+    /// [`Request::SnapshotEnd`] worked.
+    SnapshotEnded,
+    /// [`Request::SnapshotBegin`] or [`Request::SnapshotEnd`] failed, and nothing is left of that snapshot.
+    SnapshotFailed {
+        /// What went wrong, fit for the user.
+        message: String,
     },
     /// [`Request::Ready`] is done.
     ReadyDone,
@@ -268,6 +302,15 @@ pub enum Exit {
     Signal(i32),
 }
 
+/// Whether `name` may be a snapshot's: 1 to 200 letters, digits, `_`, `-`, `.`, and no `.` in front.
+pub fn is_snapshot_name(name: &str) -> bool {
+    (1..=200).contains(&name.len())
+        && !name.starts_with('.')
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,6 +325,22 @@ mod tests {
             Request::Stop { index: 1 },
         ] {
             assert_eq!(codec::encode(&request).unwrap().len(), 8);
+        }
+        // A snapshot's name is the one text that the control process chooses; the broker takes one component of plain letters.
+        for (name, fine) in [
+            ("template-1", true),
+            ("a.b_c", true),
+            ("", false),
+            (".", false),
+            ("..", false),
+            (".hidden", false),
+            ("a/b", false),
+            ("/a", false),
+            ("a\0b", false),
+            ("a b", false),
+            (&"n".repeat(256), false),
+        ] {
+            assert_eq!(is_snapshot_name(name), fine, "{name:?}");
         }
     }
 }

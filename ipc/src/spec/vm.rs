@@ -49,6 +49,10 @@ pub struct VmSpec {
     pub daemonize: bool,
     /// `-pidfile`
     pub pidfile: Option<PathBuf>,
+    /// `-incoming file:`: the snapshot to go on from.
+    pub incoming: Option<PathBuf>,
+    /// `-snapshot-dir`: where snapshots may be made.
+    pub snapshot_dirs: Vec<PathBuf>,
     /// `-S`: vCPUs wait for `cont`.
     pub start_paused: bool,
     /// `-no-reboot`: a guest reset ends the VM.

@@ -5,7 +5,7 @@
 
 use ipc::channel::Channel;
 use ipc::codec::{decode, encode};
-use ipc::control::{Reply, Request};
+use ipc::control::{Reply, Request, is_snapshot_name};
 use ipc::limits::MAX_MESSAGE;
 use nix::sys::socket::{MsgFlags, send};
 use std::os::fd::AsRawFd;
@@ -20,8 +20,14 @@ pub fn run(data: &[u8]) {
             if let Ok(request) = decode::<Request>(data) {
                 assert_eq!(encode(&request).expect("it was decoded"), data);
                 // What the broker may be asked after the policy brings nothing that could be opened.
-                if !matches!(request, Request::SetPolicy(_)) {
-                    assert!(data.len() <= 8);
+                match &request {
+                    Request::SetPolicy(_) => {}
+                    Request::SnapshotBegin { name, .. } => {
+                        // The broker's own check: one component.
+                        let name = name.as_deref().unwrap_or("x");
+                        assert!(!is_snapshot_name(name) || !name.contains(['/', '\0']));
+                    }
+                    _ => assert!(data.len() <= 8),
                 }
                 crate::planted!(
                     matches!(&request, Request::SetPolicy(policy) if policy.pidfile.is_some())

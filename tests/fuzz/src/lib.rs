@@ -18,6 +18,7 @@ pub mod link;
 pub mod net;
 pub mod qmp;
 pub mod seeds;
+pub mod snapshot;
 pub mod start;
 
 /// With the feature `planted`, a known bad input is a crash: the proof that the fuzzer gets there.

@@ -203,6 +203,7 @@ fn talk(mut device: RemoteDevice, fixture: &Fixture, mode: u8) -> Result<(), Rem
     }
     for _ in 0..=mode >> 7 {
         let queue = QueueHandover {
+            base: 0,
             index: 0,
             state: &state,
             kick: &fixture.event,

@@ -4,7 +4,9 @@
 //! that they stay well-formed when those change.
 
 use crate::start::message;
-use ipc::control::{BackendGrant, DeviceGrant, Exit, FileGrant, Policy, Reply, Request};
+use ipc::control::{
+    BackendGrant, DeviceGrant, Exit, FileGrant, Policy, Reply, Request, SnapshotGrant,
+};
 use ipc::log::Level;
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
@@ -12,6 +14,7 @@ use ipc::spec::net::NetSpec;
 use ipc::start::{SandboxMode, SeccompMode};
 use vmm_main::cmdline::table::{Arg, OPTIONS};
 use vmm_main::qmp::schema::commands;
+use vmm_main::snapshot::{Snapshot, format};
 
 type Inputs = Vec<Vec<u8>>;
 
@@ -29,6 +32,7 @@ pub fn all() -> Vec<(&'static str, Inputs)> {
         ("link", link()),
         ("net", net()),
         ("qmp", qmp()),
+        ("snapshot", snapshot()),
         ("start", start()),
     ]
 }
@@ -549,6 +553,10 @@ fn control() -> Inputs {
             .zip(grants)
             .map(|(spec, backend)| DeviceGrant { spec, backend })
             .collect(),
+        snapshots: Some(SnapshotGrant {
+            folders: vec!["/t".into()],
+            memory: 1 << 27,
+        }),
         seccomp: SeccompMode::Kill,
         sandbox: SandboxMode::Strict,
         log_level: Level::Info,
@@ -558,6 +566,11 @@ fn control() -> Inputs {
         daemonize: false,
     };
     let requests = [
+        Request::SnapshotBegin {
+            folder: 0,
+            name: Some("template".into()),
+        },
+        Request::SnapshotEnd { keep: true },
         Request::SetPolicy(policy),
         Request::Open { index: 1 },
         Request::Start { index: 0 },
@@ -628,6 +641,12 @@ fn qmp() -> Inputs {
         format!("\0{hello}\n{{\"execute\":\"stop\",\"arguments\":{{}}}}[1]\"x\"").into_bytes(),
     );
     inputs
+}
+
+fn snapshot() -> Inputs {
+    let whole = format::encode(&Snapshot::example()).expect("it fits");
+    let body = whole[format::HEADER..].to_vec();
+    vec![[&[0], &whole[..]].concat(), [&[1], &body[..]].concat()]
 }
 
 fn kernel() -> Inputs {

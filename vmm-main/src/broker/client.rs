@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::CString;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
@@ -80,6 +81,22 @@ pub enum Notice {
     },
 }
 
+/// What the broker says about a snapshot that it was asked to begin or to end.
+#[derive(Debug)]
+pub enum SnapshotAnswer {
+    /// It can be written.
+    Begun {
+        /// As long as guest RAM.
+        memory: File,
+        /// Empty.
+        state: File,
+    },
+    /// It is in its place, or gone if that was asked for.
+    Ended,
+    /// There is none; the text is for the user.
+    Failed(String),
+}
+
 /// What confines each process of the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inspection {
@@ -100,6 +117,7 @@ pub struct Client {
     /// Replies to a [`Request::Inspect`] whose end has not come yet.
     inspected: Vec<ProcessFacts>,
     inspections: VecDeque<Inspection>,
+    snapshots: VecDeque<SnapshotAnswer>,
 }
 
 /// A process whose socket has closed is about to end; this long is waited for word of it, in milliseconds.
@@ -124,6 +142,7 @@ impl Client {
                 pids: Vec::new(),
                 inspected: Vec::new(),
                 inspections: VecDeque::new(),
+                snapshots: VecDeque::new(),
             }),
             ForkResult::Child => {
                 let kept = fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()));
@@ -263,7 +282,7 @@ impl Client {
             return Ok(Some(Notice::Exited(exit)));
         }
         while let Some((reply, fds)) = self.channel.try_receive::<Reply>()? {
-            if let Some((reply, fds)) = self.keep_inspection(reply, fds) {
+            if let Some((reply, fds)) = self.keep_aside(reply, fds) {
                 return self.notice(reply, fds).map(Some);
             }
         }
@@ -275,12 +294,13 @@ impl Client {
         self.inspections.pop_front()
     }
 
-    /// Takes what belongs to an inspection, and gives back everything else.
-    fn keep_inspection(
-        &mut self,
-        reply: Reply,
-        fds: Vec<OwnedFd>,
-    ) -> Option<(Reply, Vec<OwnedFd>)> {
+    /// The oldest answer about a snapshot that [`poll`](Self::poll) or [`wait`](Self::wait) have met.
+    pub fn snapshot_answer(&mut self) -> Option<SnapshotAnswer> {
+        self.snapshots.pop_front()
+    }
+
+    /// Takes what belongs to an inspection or a snapshot, and gives back everything else.
+    fn keep_aside(&mut self, reply: Reply, mut fds: Vec<OwnedFd>) -> Option<(Reply, Vec<OwnedFd>)> {
         match reply {
             Reply::Inspected(facts) => self.inspected.push(*facts),
             Reply::InspectionDone { landlock_abi } => {
@@ -289,6 +309,20 @@ impl Client {
                     processes,
                     landlock_abi,
                 });
+            }
+            Reply::SnapshotBegun => {
+                let (state, memory) = (fds.pop(), fds.pop());
+                self.snapshots.push_back(match (memory, state) {
+                    (Some(memory), Some(state)) => SnapshotAnswer::Begun {
+                        memory: memory.into(),
+                        state: state.into(),
+                    },
+                    _ => SnapshotAnswer::Failed("no files came with the snapshot".into()),
+                });
+            }
+            Reply::SnapshotEnded => self.snapshots.push_back(SnapshotAnswer::Ended),
+            Reply::SnapshotFailed { message } => {
+                self.snapshots.push_back(SnapshotAnswer::Failed(message));
             }
             other => return Some((other, fds)),
         }
@@ -303,7 +337,7 @@ impl Client {
         }
         loop {
             let (reply, fds) = self.channel.receive::<Reply>()?;
-            if let Some((reply, fds)) = self.keep_inspection(reply, fds) {
+            if let Some((reply, fds)) = self.keep_aside(reply, fds) {
                 return self.notice(reply, fds);
             }
         }

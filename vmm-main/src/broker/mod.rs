@@ -21,6 +21,7 @@
 //! | `devices.rs` | device processes: start, log lines, end |
 //! | `inspect.rs` | what confines each process of the VM, read from `/proc` |
 //! | `rights.rs` | what it keeps of its caller's rights |
+//! | `snapshot.rs` | where a snapshot is written, and how it gets its name |
 //! | `cleanup.rs` | what must be gone when the VM is |
 
 mod cleanup;
@@ -31,6 +32,7 @@ mod log_target;
 mod open;
 mod process;
 mod rights;
+mod snapshot;
 
-pub use client::{Client, ClientError, DeviceExit, Inspection, Notice};
+pub use client::{Client, ClientError, DeviceExit, Inspection, Notice, SnapshotAnswer};
 pub use process::{is_broker, run};

@@ -24,6 +24,7 @@ use super::devices::Devices;
 use super::inspect::{self, Witness};
 use super::log_target;
 use super::open;
+use super::snapshot::Draft;
 use crate::lifecycle::{close_all_but, filter, with_causes};
 
 /// First argument of a process that is a broker.
@@ -207,6 +208,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         cleanup,
         devices,
         holds: BTreeMap::new(),
+        draft: None,
         witness: None,
     })
 }
@@ -219,6 +221,8 @@ struct Broker {
     devices: Devices,
     /// Images that were opened, by their device, for a restart.
     holds: BTreeMap<u32, open::Hold>,
+    /// A snapshot that is being written.
+    draft: Option<Draft>,
     /// What the control process showed of itself at lock-down.
     witness: Option<Witness>,
 }
@@ -291,6 +295,10 @@ impl Broker {
                 .map(|()| (Reply::Stopped { index: *index }, None)),
             Request::Ready => self.ready(),
             Request::Inspect => return self.inspect(),
+            Request::SnapshotBegin { folder, name } => {
+                return self.begin_snapshot(*folder, name.as_deref());
+            }
+            Request::SnapshotEnd { keep } => return self.end_snapshot(*keep),
         };
         match outcome {
             Ok((reply, fd)) => self
@@ -339,6 +347,32 @@ impl Broker {
             .devices
             .start(index as usize, grant, backend, &self.policy)?;
         Ok((Reply::Started { index, pid }, Some(socket)))
+    }
+
+    fn begin_snapshot(&mut self, folder: u32, name: Option<&str>) -> Result<(), ChannelError> {
+        // One that was not ended is given up.
+        self.draft = None;
+        match Draft::begin(self.policy.snapshots.as_ref(), folder, name) {
+            Ok(draft) => {
+                let sent = self.channel.send(&Reply::SnapshotBegun, &draft.files());
+                self.draft = Some(draft);
+                sent
+            }
+            Err(message) => self.channel.send(&Reply::SnapshotFailed { message }, &[]),
+        }
+    }
+
+    fn end_snapshot(&mut self, keep: bool) -> Result<(), ChannelError> {
+        let ended = match self.draft.take() {
+            Some(draft) if keep => draft.keep(),
+            Some(_) => Ok(()),
+            None => Err("no snapshot is being written".into()),
+        };
+        let reply = match ended {
+            Ok(()) => Reply::SnapshotEnded,
+            Err(message) => Reply::SnapshotFailed { message },
+        };
+        self.channel.send(&reply, &[])
     }
 
     fn inspect(&mut self) -> Result<(), ChannelError> {

@@ -41,6 +41,14 @@ fn machine(draft: &Draft) -> Result<(), CmdlineError> {
             &kernel.to_string_lossy(),
             "machine none has no guest; leave it out or choose microvm",
         )),
+        (MachineKind::None, None) if spec.incoming.is_some() => Err(CmdlineError::new(
+            "-incoming",
+            &format!(
+                "file:{}",
+                spec.incoming.as_deref().unwrap_or(Path::new("")).display()
+            ),
+            "machine none has no guest; leave it out or choose microvm",
+        )),
         (MachineKind::None, None) if !draft.devices.is_empty() => Err(CmdlineError::new(
             "-device",
             &draft.devices[0].arg,

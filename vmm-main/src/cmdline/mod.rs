@@ -275,6 +275,8 @@ impl Draft {
                 log: LogSpec { level, file: None },
                 daemonize: false,
                 pidfile: None,
+                incoming: None,
+                snapshot_dirs: Vec::new(),
                 start_paused: false,
                 no_reboot: false,
                 no_shutdown: false,
@@ -357,6 +359,28 @@ impl Draft {
             "chardev" => self.chardev(&given.props()?)?,
             "qmp" => self.qmp(&given.props()?)?,
             "mon" => self.mon(&given.props()?)?,
+            "incoming" => {
+                let path = given.value.strip_prefix("file:");
+                let path = path.filter(|path| !path.is_empty()).ok_or_else(|| {
+                    given.error(
+                        "not valid; allowed: file:PATH, where PATH is a folder that migrate made",
+                    )
+                })?;
+                spec.incoming = Some(PathBuf::from(path));
+            }
+            "snapshot-dir" => {
+                let path = given.path()?;
+                if path.file_name().is_none() {
+                    return Err(given.error("not a folder's name; allowed: a path that does not end in '..' or '/' alone"));
+                }
+                if spec.snapshot_dirs.len() == limits::MAX_SNAPSHOT_GRANTS {
+                    return Err(given.error(format!(
+                        "one too many; allowed: 0 to {}",
+                        limits::MAX_SNAPSHOT_GRANTS
+                    )));
+                }
+                spec.snapshot_dirs.push(path);
+            }
             "S" => spec.start_paused = true,
             "no-reboot" => spec.no_reboot = true,
             "no-shutdown" => spec.no_shutdown = true,

@@ -5,14 +5,14 @@
 //! a command line grants can be tested without opening anything.
 
 use ipc::PROTOCOL_VERSION;
-use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy};
+use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, SnapshotGrant};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
 use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::spec::net::NetSpec;
 use ipc::spec::vm::{
-    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, FsSource, FsdevSpec, MonitorAddress,
-    MonitorSpec, NetBackend, VmSpec,
+    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, FsSource, FsdevSpec, MachineKind,
+    MonitorAddress, MonitorSpec, NetBackend, VmSpec,
 };
 
 /// The broker's policy, with the numbers of its entries by their use. Numbers of files index [`Policy::files`], those of
@@ -27,6 +27,8 @@ pub struct Plan {
     pub initrd: Option<u32>,
     /// Backing of guest memory; `None` for memfds.
     pub memory: Option<u32>,
+    /// Files `state` and `memory` of the snapshot to go on from.
+    pub incoming: Option<[u32; 2]>,
     /// QMP sockets, in the order of [`VmSpec::monitors`].
     pub monitors: Vec<MonitorPlan>,
     /// Chardevs that something uses, with their ids.
@@ -100,6 +102,9 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
             size: spec.memory.size,
         })
     });
+    let incoming = spec.incoming.as_ref().map(|folder| {
+        ["state", "memory"].map(|file| files.add(read("-incoming", &folder.join(file))))
+    });
     let monitors = spec
         .monitors
         .iter()
@@ -125,6 +130,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
             version: PROTOCOL_VERSION,
             files: files.0,
             devices,
+            snapshots: snapshots(spec),
             seccomp: spec.seccomp,
             sandbox: spec.sandbox,
             log_level: spec.log.level,
@@ -136,9 +142,19 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
         kernel,
         initrd,
         memory,
+        incoming,
         monitors,
         chardevs,
     }
+}
+
+/// Where snapshots may be made, if there is a guest.
+fn snapshots(spec: &VmSpec) -> Option<SnapshotGrant> {
+    let possible = spec.machine.kind == MachineKind::Microvm && !spec.snapshot_dirs.is_empty();
+    possible.then(|| SnapshotGrant {
+        folders: spec.snapshot_dirs.clone(),
+        memory: spec.memory.size,
+    })
 }
 
 struct Files(Vec<FileGrant>);

@@ -1124,6 +1124,18 @@ pub static OPTIONS: &[OptionDef] = &[
          nothing is logged from then on.",
     ),
     def(
+        Group::Control,
+        "incoming",
+        Arg::Text("file:PATH"),
+        "Go on from the snapshot in folder PATH instead of booting, with the command line that it was made with; paths of images and other names may differ. -kernel is for reboots.",
+    ),
+    repeated(
+        Group::Control,
+        "snapshot-dir",
+        Arg::Text("DIR"),
+        "Let migrate make snapshots: the folder DIR itself, or folders in it. Without, migrate is refused, since nothing may be written that the command line does not name. Whoever takes the VM over can replace and fill what is granted here.",
+    ),
+    def(
         Group::Process,
         "pidfile",
         Arg::Text("FILE"),
@@ -1190,7 +1202,6 @@ pub static OPTIONS: &[OptionDef] = &[
         },
     ),
     later("no-acpi", "A board that does not describe itself by ACPI."),
-    later("incoming", "Restore a snapshot."),
     later("numa", "NUMA nodes."),
     later("smbios", "SMBIOS tables."),
     later("global", "Defaults of a kind of device."),

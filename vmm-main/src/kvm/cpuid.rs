@@ -10,6 +10,7 @@ use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
 use kvm_ioctls::Cap;
+use serde::{Deserialize, Serialize};
 
 use super::topology::Topology;
 use super::{Error, Kvm};
@@ -67,6 +68,16 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 fn host_brand_string(leaf: u32) -> [u32; 4] {
     let registers = std::arch::x86_64::__cpuid(leaf);
     [registers.eax, registers.ebx, registers.ecx, registers.edx]
+}
+
+/// One answer of the CPUID instruction, as a snapshot holds it: function, index, EAX, EBX, ECX, EDX.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidLeaf(pub [u32; 6]);
+
+impl From<&kvm_cpuid_entry2> for CpuidLeaf {
+    fn from(e: &kvm_cpuid_entry2) -> Self {
+        Self([e.function, e.index, e.eax, e.ebx, e.ecx, e.edx])
+    }
 }
 
 impl CpuidTemplate {

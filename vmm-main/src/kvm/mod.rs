@@ -1,7 +1,8 @@
 //! Everything that is a KVM call.
 //!
 //! Job: `/dev/kvm` with its capabilities checked, the VM with its interrupt controllers and memory slots, vCPUs with
-//! CPUID, MSRs and registers, the threads that run them, and the state they had when new, for a reset in place.
+//! CPUID, MSRs and registers, the threads that run them, the state they had when new, for a reset in place, and the state
+//! they have now, for a snapshot.
 //! Who is not trusted: the guest, which chooses every exit's port, address and data. Exits are handed to an
 //! [`run::IoHandler`]; nothing here interprets what the guest says.
 //! Why this way: this folder holds all of this process's KVM `unsafe`, and knows no device and no machine.
@@ -9,6 +10,7 @@
 pub mod cpuid;
 pub mod regs;
 pub mod run;
+pub mod snapshot;
 pub mod state;
 pub mod topology;
 pub mod vm;

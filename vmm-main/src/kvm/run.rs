@@ -11,6 +11,8 @@
 //! Interrupting: `immediate_exit` in the shared run page makes the next KVM_RUN return at once, and a signal ends the
 //! one under way. The flag is set after the gate is closed and cleared before the gate is looked at, so whichever way
 //! the two threads interleave, the vCPU either sees the closed gate or leaves the guest at once.
+//! A parked vCPU is between two instructions: an access that was answered is completed first, so that its registers can
+//! be saved.
 //! Why this way: a lock per exit would cost more than the exit's work; one relaxed load of the gate's flag does not.
 
 #![allow(unsafe_code)] // the run page is shared memory that the kernel fills; signals are masked by libc
@@ -459,7 +461,17 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
         InternalError,
         FailEntry(u64),
     }
-    while !gate.is_closed() {
+    // Whether KVM has yet to hear what became of the last access: it completes the instruction at the next KVM_RUN.
+    let mut unfinished = false;
+    loop {
+        if gate.is_closed() {
+            if !unfinished {
+                return None;
+            }
+            // Completes the access and comes back without entering the guest, or asks for the access's next part.
+            vcpu.set_kvm_immediate_exit(1);
+        }
+        unfinished = false;
         let after = match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => After::Port {
                 port,
@@ -475,10 +487,12 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
             },
             Ok(VcpuExit::MmioRead(address, data)) => {
                 io.mmio_read(address, data);
+                unfinished = true;
                 After::Nothing
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 io.mmio_write(address, data);
+                unfinished = true;
                 After::Nothing
             }
             // A halt exits only without in-kernel LAPIC; these ask for nothing but another round.
@@ -511,6 +525,7 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
                 length,
                 write,
             } => {
+                unfinished = true;
                 // SAFETY: the last exit was KVM_EXIT_IO, so this is the union's valid member; `size` is 1, 2 or 4.
                 let size = usize::from(unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size });
                 // SAFETY: kvm-ioctls gave this range of the run page for this exit; nothing else refers to it until
@@ -547,7 +562,6 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
             }
         }
     }
-    None
 }
 
 fn with_registers(

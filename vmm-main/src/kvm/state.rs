@@ -174,38 +174,42 @@ impl VcpuState {
         vcpu.set_debug_regs(&debug)
             .map_err(call("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
-        self.restore_msrs(vcpu, index)?;
+        write_msrs(vcpu, index, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(call("KVM_SET_VCPU_EVENTS"))
-    }
-
-    /// Writes the MSRs back, in pieces that KVM takes at once.
-    ///
-    /// Some MSRs that KVM lists and lets be read it does not let be written on some hosts, not even with the value that
-    /// they have. Such an MSR is one that no guest can have changed either, for a guest may write less than this
-    /// process. It is skipped, with a word in the log.
-    fn restore_msrs(&self, vcpu: &VcpuFd, index: u32) -> Result<(), Error> {
-        let mut rest = &self.msrs[..];
-        while !rest.is_empty() {
-            let piece = &rest[..rest.len().min(MSRS_PER_CALL)];
-            let done = match regs::set_msrs(vcpu, index, piece) {
-                Ok(()) => piece.len(),
-                Err(Error::Msrs { set, index, .. }) => {
-                    debug!("KVM does not let MSR {index:#x} be written at reset");
-                    set + 1
-                }
-                Err(other) => return Err(other),
-            };
-            rest = &rest[done..];
-        }
-        Ok(())
     }
 }
 
 const MSRS_PER_CALL: usize = 256;
 
+/// Writes MSRs back, in pieces that KVM takes at once.
+///
+/// Some MSRs that KVM lists and lets be read it does not let be written on some hosts, not even with the value that
+/// they have. Such an MSR is one that no guest can have changed either, for a guest may write less than this
+/// process. It is skipped, with a word in the log.
+pub(super) fn write_msrs(vcpu: &VcpuFd, index: u32, msrs: &[kvm_msr_entry]) -> Result<(), Error> {
+    let mut rest = msrs;
+    while !rest.is_empty() {
+        let piece = &rest[..rest.len().min(MSRS_PER_CALL)];
+        let done = match regs::set_msrs(vcpu, index, piece) {
+            Ok(()) => piece.len(),
+            Err(Error::Msrs { set, index, .. }) => {
+                debug!("KVM does not let MSR {index:#x} be written");
+                set + 1
+            }
+            Err(other) => return Err(other),
+        };
+        rest = &rest[done..];
+    }
+    Ok(())
+}
+
 /// Reads the MSRs of `list`, leaving out those that KVM lists but this vCPU's CPUID does not have.
-fn read_msrs(vcpu: &VcpuFd, vcpu_index: u32, list: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
+pub(super) fn read_msrs(
+    vcpu: &VcpuFd,
+    vcpu_index: u32,
+    list: &[u32],
+) -> Result<Vec<kvm_msr_entry>, Error> {
     let mut values = Vec::with_capacity(list.len());
     let mut rest = list;
     while !rest.is_empty() {

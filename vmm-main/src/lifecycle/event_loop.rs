@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use ipc::control::Request;
 use ipc::guest_log;
@@ -23,6 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::daemon::Ready;
 use super::poller::Poller;
 use super::serial::Chardevs;
+use super::snapshot::Job;
 use super::start::{SharedTransport, StartError, termination_signals};
 use super::supervise::{Context, Supervisor};
 use super::{lockdown, with_causes};
@@ -31,8 +33,8 @@ use crate::cmdline::Plan;
 use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
 use crate::qmp::{
-    Cause, Commands, CpuThread, Event, IothreadInfo, QmpError, Reply, RunState, SandboxReport,
-    ServerHandle, VmCommand, VmFacts,
+    Cause, Commands, CpuThread, Event, IothreadInfo, Migration, QmpError, Reply, RunState,
+    SandboxReport, ServerHandle, VmCommand, VmFacts,
 };
 
 /// Everything a VM is made of.
@@ -52,18 +54,22 @@ pub(super) struct Parts {
 /// A VM.
 #[derive(Debug)]
 pub(super) struct Vm {
-    parts: Parts,
+    pub(super) parts: Parts,
     poller: Poller,
     events: Option<EventReceiver>,
     supervisor: Supervisor,
-    state: RunState,
+    pub(super) state: RunState,
+    /// A snapshot that is being made.
+    pub(super) job: Option<Job>,
+    /// The last one, for `query-migrate`.
+    pub(super) migration: Migration,
     /// Clients that wait for the broker's facts, in the order in which it was asked.
     inspections: VecDeque<Reply<SandboxReport>>,
 }
 
 /// How the VM ended.
 #[derive(Debug, Clone, Copy)]
-struct End {
+pub(super) struct End {
     cause: Cause,
     status: ExitCode,
 }
@@ -123,6 +129,8 @@ impl Vm {
             events,
             supervisor,
             state: RunState::Prelaunch,
+            job: None,
+            migration: Migration::default(),
             inspections: VecDeque::new(),
         })
     }
@@ -168,6 +176,8 @@ impl Vm {
         if let Err(end) = self.broker() {
             return self.finish(end);
         }
+        // Those of a snapshot that this VM goes on from.
+        self.release_devices();
         if !self.parts.spec.start_paused
             && let Err(end) = self.let_run()
         {
@@ -175,7 +185,11 @@ impl Vm {
         }
         loop {
             let deadline = self.supervisor.deadline();
-            let events = match self.poller.wait(deadline) {
+            let wake = match &self.job {
+                Some(job) if job.has_work() => Some(Instant::now()),
+                _ => deadline,
+            };
+            let events = match self.poller.wait(wake) {
                 Ok(events) => events,
                 Err(e) => {
                     error!("waiting for events: {}", e.desc());
@@ -188,6 +202,9 @@ impl Vm {
                 }
             }
             self.answer_inspections();
+            if let Err(end) = self.go_on_with_snapshot() {
+                return self.finish(end);
+            }
             if deadline.is_some()
                 && let Err(end) = self.supervise(Supervisor::overdue)
             {
@@ -240,7 +257,7 @@ impl Vm {
         })
     }
 
-    fn supervise(
+    pub(super) fn supervise(
         &mut self,
         work: impl FnOnce(&mut Supervisor, &mut Context<'_>) -> Result<(), ClientError>,
     ) -> Result<(), End> {
@@ -263,7 +280,7 @@ impl Vm {
         }
     }
 
-    fn vm_events(&mut self) -> Result<(), End> {
+    pub(super) fn vm_events(&mut self) -> Result<(), End> {
         let Some(receiver) = &self.events else {
             return Ok(());
         };
@@ -332,7 +349,32 @@ impl Vm {
     }
 
     fn command(&mut self, command: VmCommand) -> Result<(), End> {
+        let job = self.job.as_mut().filter(|job| job.holds_the_guest());
+        match (command, job) {
+            (VmCommand::Cont(reply) | VmCommand::SystemReset(reply), Some(_)) => {
+                reply.send(Err(QmpError::generic(
+                    "A snapshot is being made: wait for it, or give it up with 'migrate_cancel'",
+                )));
+                Ok(())
+            }
+            (command, job) => {
+                if let (VmCommand::Stop(_), Some(job)) = (&command, job) {
+                    job.stay_paused();
+                }
+                self.execute(command)
+            }
+        }
+    }
+
+    fn execute(&mut self, command: VmCommand) -> Result<(), End> {
         match command {
+            VmCommand::Migrate(uri, reply) => self.migrate(&uri, reply)?,
+            VmCommand::QueryMigrate(reply) => reply.send(Ok(self.migration.clone())),
+            VmCommand::CancelMigration(reply) => {
+                let done = self.cancel_migration();
+                reply.send(Ok(()));
+                done?;
+            }
             VmCommand::Status(reply) => reply.send(Ok(self.state)),
             VmCommand::Cpus(reply) => reply.send(self.cpus()),
             VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
@@ -499,13 +541,13 @@ impl Vm {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), End> {
+    pub(super) fn resume(&mut self) -> Result<(), End> {
         self.let_run()?;
         self.parts.qmp.emit(&Event::Resume);
         Ok(())
     }
 
-    fn pause(&mut self, state: RunState) -> Result<(), End> {
+    pub(super) fn pause(&mut self, state: RunState) -> Result<(), End> {
         if let Some(machine) = &self.parts.machine {
             machine.pause().map_err(|e| host_error(&e))?;
         }
@@ -552,7 +594,7 @@ const HOST_ERROR: End = End {
     status: ExitCode::FAILURE,
 };
 
-fn host_error(error: &dyn std::error::Error) -> End {
+pub(super) fn host_error(error: &dyn std::error::Error) -> End {
     error!("{}", with_causes(error));
     HOST_ERROR
 }

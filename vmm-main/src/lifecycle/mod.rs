@@ -17,6 +17,8 @@
 //! | `descriptors.rs` | inherited descriptors that nobody asked for |
 //! | `daemon.rs` | `-daemonize` |
 //! | `phases.rs` | where start-up time goes, at log level trace |
+//! | `snapshot.rs` | `migrate`: a snapshot of the VM, in steps of the main loop |
+//! | `incoming.rs` | `-incoming`: going on from one |
 //! | `poller.rs` | the epoll of the main loop |
 //! | `serial.rs` | the serial port's other end in the main loop |
 //! | `supervise.rs` | device processes that die, and those that take their place |
@@ -24,10 +26,12 @@
 mod daemon;
 mod descriptors;
 mod event_loop;
+mod incoming;
 mod lockdown;
 mod phases;
 mod poller;
 mod serial;
+mod snapshot;
 mod start;
 mod supervise;
 

@@ -6,6 +6,7 @@
 //! **Why this way.** Start-up time is the sum of what nobody overlaps. The broker starts device processes while this process
 //! makes the VM; handshakes of all devices are under way at once; nothing waits until it must.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -23,7 +24,8 @@ use seccomp_policies::Policy;
 use thiserror::Error;
 
 use super::daemon::{DaemonError, Ready};
-use super::event_loop::{Parts, Vm};
+use super::event_loop::{Parts, Vm, lock};
+use super::incoming::Incoming;
 use super::phases::Phases;
 use super::serial::Chardevs;
 use super::{close_all_but, lockdown};
@@ -70,6 +72,9 @@ pub(super) enum StartError {
     /// Guest RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+    /// The snapshot to go on from.
+    #[error(transparent)]
+    Incoming(#[from] super::incoming::IncomingError),
     /// The board.
     #[error(transparent)]
     Machine(#[from] microvm::Error),
@@ -161,7 +166,29 @@ pub(super) fn start(
         &spec,
         nix::unistd::isatty(std::io::stdin()).unwrap_or(false),
     );
-    ask(&broker, &plan)?;
+    // What is wrong with a snapshot is told before any device's process is started.
+    let first = plan.incoming.map_or(Vec::new(), |files| {
+        files.into_iter().chain(plan.memory).collect()
+    });
+    ask(
+        &broker,
+        std::iter::once(Request::SetPolicy(plan.policy.clone()))
+            .chain(first.iter().map(|&index| Request::Open { index })),
+    )?;
+    let rest = (0..plan.policy.devices.len() as u32)
+        .map(|index| Request::Start { index })
+        .chain(
+            (0..plan.policy.files.len() as u32)
+                .filter(|index| !first.contains(index))
+                .map(|index| Request::Open { index }),
+        );
+    let mut given = Given::default();
+    if first.is_empty() {
+        ask(&broker, rest.clone())?;
+    } else {
+        given.take_policy(&mut broker, &spec)?;
+        given.take_files(&mut broker, &plan, &first)?;
+    }
     phases.done("broker started and asked");
 
     let kvm = match spec.machine.kind {
@@ -169,16 +196,35 @@ pub(super) fn start(
         MachineKind::Microvm => Some(Kvm::open()?),
     };
     // With -mem-path the file comes from the broker; a memfd, and the board on it, are made while the broker works.
-    let early = match (&kvm, plan.memory) {
+    let mut early = match (&kvm, plan.memory) {
         (Some(kvm), None) => Some(board(kvm, &spec, None)?),
+        (Some(kvm), Some(file)) if !first.is_empty() => {
+            Some(board(kvm, &spec, given.files.take(file))?)
+        }
         _ => None,
     };
     phases.done("VM, guest RAM and vCPUs");
-
-    let mut given = take(&mut broker, &plan)?;
-    if let Some(fd) = given.log.take() {
-        ipc::log::init("control", spec.log.level, fd);
+    let mut incoming = match (plan.incoming, &early) {
+        (Some([state, memory]), Some(machine)) => {
+            let (state, memory) = (given.files.take(state), given.files.take(memory));
+            let incoming = Incoming::read(&spec, &plan, machine, state, memory)?;
+            phases.done("snapshot read");
+            Some(incoming)
+        }
+        _ => None,
+    };
+    if !first.is_empty() {
+        ask(&broker, rest)?;
     }
+
+    if first.is_empty() {
+        given.take_policy(&mut broker, &spec)?;
+    }
+    given.take_devices(&mut broker, &plan)?;
+    let others: Vec<u32> = (0..plan.policy.files.len() as u32)
+        .filter(|index| !first.contains(index))
+        .collect();
+    given.take_files(&mut broker, &plan, &others)?;
     phases.done("descriptors from the broker");
     let mut handshakes = Vec::with_capacity(given.devices.len());
     for (index, (device, grant)) in (0u32..).zip(given.devices.drain(..).zip(&plan.policy.devices))
@@ -191,7 +237,7 @@ pub(super) fn start(
     }
 
     let chardevs = Chardevs::open(&spec, &plan, &mut given.files)?;
-    let mut machine = match (early, kvm) {
+    let mut machine = match (early.take(), kvm) {
         (Some(machine), _) => Some(machine),
         (None, Some(kvm)) => {
             let backing = plan.memory.and_then(|file| given.files.take(file));
@@ -216,27 +262,40 @@ pub(super) fn start(
             let device = handshake
                 .finish()
                 .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?;
+            let state = match &mut incoming {
+                Some(incoming) => Some(incoming.device(index as usize, &device)?),
+                None => None,
+            };
             transports.push(attach(
                 machine,
                 index as usize,
                 MmioTransport::new(device, machine.ram().memory().clone())?,
             )?);
+            if let (Some(state), Some(transport)) = (state, transports.last()) {
+                lock(transport).restore(state)?;
+            }
         }
         phases.done("devices serve");
         if let Some(kernel) = plan.kernel.and_then(|file| given.files.take(file)) {
-            let loaded = machine
-                .load(BootSource {
-                    kernel,
-                    initrd: plan.initrd.and_then(|file| given.files.take(file)),
-                    cmdline: spec.boot.cmdline.clone(),
-                    protocol: Protocol::Auto,
-                })
-                .map_err(|e| why_boot_failed(&spec.boot, e))?;
-            info!(
-                "kernel loaded: {:?}, ends at {:#x}, initrd {:x?}",
-                loaded.format, loaded.kernel_end, loaded.initrd
-            );
-            phases.done("kernel loaded");
+            let source = BootSource {
+                kernel,
+                initrd: plan.initrd.and_then(|file| given.files.take(file)),
+                cmdline: spec.boot.cmdline.clone(),
+                protocol: Protocol::Auto,
+            };
+            if let Some(incoming) = incoming {
+                incoming.finish(machine, source)?;
+                phases.done("machine restored");
+            } else {
+                let loaded = machine
+                    .load(source)
+                    .map_err(|e| why_boot_failed(&spec.boot, e))?;
+                info!(
+                    "kernel loaded: {:?}, ends at {:#x}, initrd {:x?}",
+                    loaded.format, loaded.kernel_end, loaded.initrd
+                );
+                phases.done("kernel loaded");
+            }
         }
     }
     let sources = given.monitors(&plan);
@@ -299,15 +358,12 @@ fn signals() -> Result<SignalFd, StartError> {
         .map_err(failed("signalfd"))
 }
 
-/// Sends every request that the start needs; [`take`] reads the replies in the same order.
-fn ask(broker: &Client, plan: &Plan) -> Result<(), StartError> {
-    let requests = std::iter::once(Request::SetPolicy(plan.policy.clone()))
-        .chain((0..plan.policy.devices.len() as u32).map(|index| Request::Start { index }))
-        .chain((0..plan.policy.files.len() as u32).map(|index| Request::Open { index }));
+/// Sends requests; [`Given`] takes the replies in the same order.
+fn ask(broker: &Client, requests: impl Iterator<Item = Request>) -> Result<(), StartError> {
     for request in requests {
         match broker.send(&request) {
             Ok(()) => {}
-            // A broker that has left said why, which [`take`] reads.
+            // A broker that has left said why, which the next reply tells.
             Err(ClientError::Channel(ChannelError::Closed)) => break,
             Err(e) => return Err(e.into()),
         }
@@ -322,16 +378,15 @@ struct Started {
 }
 
 /// What came from the broker.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Given {
-    log: Option<OwnedFd>,
     devices: Vec<Started>,
     files: Files,
 }
 
 /// Opened files by their number in the policy, each taken once.
 #[derive(Debug, Default)]
-pub(super) struct Files(Vec<Option<(OwnedFd, Option<String>)>>);
+pub(super) struct Files(BTreeMap<u32, (OwnedFd, Option<String>)>);
 
 impl Files {
     /// Takes file `index`.
@@ -341,11 +396,57 @@ impl Files {
 
     /// Takes file `index` with the name that came along.
     pub(super) fn take_named(&mut self, index: u32) -> Option<(OwnedFd, Option<String>)> {
-        self.0.get_mut(index as usize)?.take()
+        self.0.remove(&index)
     }
 }
 
 impl Given {
+    /// The reply to the policy: the descriptor to log to.
+    fn take_policy(&mut self, broker: &mut Client, spec: &VmSpec) -> Result<(), StartError> {
+        if let Some(fd) = broker.policy_set()? {
+            ipc::log::init("control", spec.log.level, fd);
+        }
+        Ok(())
+    }
+
+    fn take_devices(&mut self, broker: &mut Client, plan: &Plan) -> Result<(), StartError> {
+        for (index, grant) in (0u32..).zip(&plan.policy.devices) {
+            let (socket, pid) = broker.started(index)?;
+            if grant.is_foreign() {
+                info!("device {} is another process's", grant.spec.id());
+            } else {
+                info!("device {} is process {pid}", grant.spec.id());
+            }
+            self.devices.push(Started { socket });
+        }
+        Ok(())
+    }
+
+    fn take_files(
+        &mut self,
+        broker: &mut Client,
+        plan: &Plan,
+        indices: &[u32],
+    ) -> Result<(), StartError> {
+        for &index in indices {
+            let opened = broker.opened(index)?;
+            if let Some(FileGrant::InheritedSocket {
+                option,
+                fd,
+                listens,
+            }) = plan.policy.files.get(index as usize)
+            {
+                inherited_socket(&opened.0, *listens).map_err(|what| StartError::Inherited {
+                    option: option.clone(),
+                    fd: *fd,
+                    what,
+                })?;
+            }
+            self.files.0.insert(index, opened);
+        }
+        Ok(())
+    }
+
     fn monitors(&mut self, plan: &Plan) -> Vec<qmp::Source> {
         plan.monitors
             .iter()
@@ -362,43 +463,6 @@ impl Given {
             })
             .collect()
     }
-}
-
-fn take(broker: &mut Client, plan: &Plan) -> Result<Given, StartError> {
-    let log = broker.policy_set()?;
-    let mut devices = Vec::with_capacity(plan.policy.devices.len());
-    for index in 0..plan.policy.devices.len() as u32 {
-        let (socket, pid) = broker.started(index)?;
-        let grant = &plan.policy.devices[index as usize];
-        if grant.is_foreign() {
-            info!("device {} is another process's", grant.spec.id());
-        } else {
-            info!("device {} is process {pid}", grant.spec.id());
-        }
-        devices.push(Started { socket });
-    }
-    let mut files = Vec::with_capacity(plan.policy.files.len());
-    for index in 0..plan.policy.files.len() as u32 {
-        let opened = broker.opened(index)?;
-        if let FileGrant::InheritedSocket {
-            option,
-            fd,
-            listens,
-        } = &plan.policy.files[index as usize]
-        {
-            inherited_socket(&opened.0, *listens).map_err(|what| StartError::Inherited {
-                option: option.clone(),
-                fd: *fd,
-                what,
-            })?;
-        }
-        files.push(Some(opened));
-    }
-    Ok(Given {
-        log,
-        devices,
-        files: Files(files),
-    })
 }
 
 /// Whether an inherited socket is what the command line says.

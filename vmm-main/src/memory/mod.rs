@@ -15,7 +15,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion,
 };
 
@@ -245,6 +245,28 @@ impl GuestRam {
         })
     }
 
+    /// Copies RAM from `offset` in its file into `bytes`; `None` if that is not all in one region.
+    #[must_use]
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Option<()> {
+        let address = self.address_of(offset)?;
+        self.memory.read_slice(bytes, address).ok()
+    }
+
+    /// Copies `bytes` into RAM at `offset` in its file; `None` if that is not all in one region.
+    #[must_use]
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Option<()> {
+        let address = self.address_of(offset)?;
+        self.memory.write_slice(bytes, address).ok()
+    }
+
+    /// The guest-physical address of a place in the memory file.
+    fn address_of(&self, offset: u64) -> Option<GuestAddress> {
+        self.regions().find_map(|region| {
+            let within = offset.checked_sub(region.file_offset)?;
+            (within < region.size).then_some(GuestAddress(region.guest_address + within))
+        })
+    }
+
     /// Makes all RAM read as zero again, for every process that maps it, and gives the pages back.
     ///
     /// # Errors
@@ -356,7 +378,6 @@ fn sealed_memfd(size: u64) -> Result<File, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
 
     #[test]
     fn ram_below_the_hole_is_one_region() {

@@ -6,6 +6,7 @@
 //! Why this way: with ACPI a stock kernel learns from the FADT that there is no keyboard controller and never looks.
 //! Without ACPI it probes; a controller that swallows commands costs it a time-out for each.
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::power::PowerControl;
@@ -33,13 +34,24 @@ const SELF_TEST_PASSED: u8 = 0x55;
 const PORT_DEAD: u8 = 0x01;
 
 /// What the next write to the data port means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 enum Pending {
+    #[default]
     Device,
     Control,
     Output,
     /// The byte comes back as if the keyboard (or the mouse) had sent it.
     Loop(u8),
+}
+
+/// The controller in a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct I8042State {
+    control: u8,
+    output: u8,
+    status: u8,
+    buffer: u8,
+    pending: Pending,
 }
 
 /// The controller.
@@ -67,6 +79,25 @@ impl I8042 {
             buffer: 0,
             pending: Pending::Device,
         }
+    }
+
+    pub(crate) fn save(&self) -> I8042State {
+        I8042State {
+            control: self.control,
+            output: self.output,
+            status: self.status,
+            buffer: self.buffer,
+            pending: self.pending,
+        }
+    }
+
+    /// Goes on from a snapshot; any byte in any register is one that a guest can have put there.
+    pub(crate) fn restore(&mut self, state: &I8042State) {
+        self.control = state.control;
+        self.output = state.output;
+        self.status = state.status;
+        self.buffer = state.buffer;
+        self.pending = state.pending;
     }
 
     fn answer(&mut self, byte: u8, flags: u8) {

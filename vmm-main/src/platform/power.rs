@@ -97,6 +97,11 @@ impl PowerButton {
         }
     }
 
+    /// Whether it was pressed and the guest has not looked yet.
+    pub(crate) fn is_pressed(&self) -> bool {
+        self.pressed.load(Ordering::SeqCst)
+    }
+
     /// Presses it.
     ///
     /// # Errors

@@ -10,6 +10,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use crate::machine::bus::BusDevice;
 
 const INDEX: u64 = 0;
@@ -43,7 +45,7 @@ const PM: u8 = 0x80;
 
 const DAY_SECONDS: i64 = 86_400;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Civil {
     year: i64,
     month: u8,
@@ -93,6 +95,11 @@ impl Civil {
             + i64::from(self.second)
     }
 
+    /// Whether its year is one that a guest can have set.
+    fn is_near(&self) -> bool {
+        (0..20_000).contains(&self.year)
+    }
+
     /// 1 = Sunday.
     fn weekday(self) -> u8 {
         ((self.to_unix().div_euclid(DAY_SECONDS) + 4).rem_euclid(7) + 1) as u8
@@ -118,6 +125,18 @@ pub struct Rtc {
     memory: [u8; 128],
 }
 
+/// The clock in a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RtcState {
+    offset: i64,
+    held: Option<Civil>,
+    index: u8,
+    memory: Vec<u8>,
+}
+
+/// Farthest that a guest's clock is from the host's, in seconds: the chip counts a hundred centuries.
+const MAX_OFFSET: i64 = 10_000 * 366 * DAY_SECONDS;
+
 impl Default for Rtc {
     fn default() -> Self {
         Self::with_clock(host_now)
@@ -135,6 +154,27 @@ impl Rtc {
             held: None,
             index: 0,
             memory,
+        }
+    }
+
+    /// What a snapshot holds of the clock: how far the guest's is from the host's, and what the guest keeps in it. After a
+    /// restore it shows the time of day, not the time of the snapshot.
+    pub(crate) fn save(&self) -> RtcState {
+        RtcState {
+            offset: self.offset,
+            held: self.held,
+            index: self.index,
+            memory: self.memory.to_vec(),
+        }
+    }
+
+    /// Goes on from a snapshot. Whatever it says, reads and writes of the guest are within bounds.
+    pub(crate) fn restore(&mut self, state: &RtcState) {
+        self.offset = state.offset.clamp(-MAX_OFFSET, MAX_OFFSET);
+        self.held = state.held.filter(Civil::is_near);
+        self.index = state.index & 0x7F;
+        for (to, from) in self.memory.iter_mut().zip(&state.memory) {
+            *to = *from;
         }
     }
 

@@ -9,6 +9,7 @@
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::{Serial, SerialEvents};
 use vm_superio::{SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -95,6 +96,20 @@ impl std::fmt::Debug for SerialPort {
 #[derive(Debug, Clone)]
 pub struct SerialInput(SerialPort);
 
+/// The registers of a 16550 in a snapshot, and what waits to be read from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialRegisters {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
 impl SerialPort {
     /// A port that raises `line` (an irqfd) and sends its output to `sink`.
     ///
@@ -116,6 +131,50 @@ impl SerialPort {
     #[must_use]
     pub fn input(&self) -> SerialInput {
         SerialInput(self.clone())
+    }
+
+    /// What a snapshot holds of it. Output is not part of it: the sink has taken all of that.
+    pub(crate) fn save(&self) -> Option<SerialRegisters> {
+        let state = self.lock().as_ref()?.state();
+        Some(SerialRegisters {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        })
+    }
+
+    /// Goes on from a snapshot; `false` if it holds more input than a port has room for.
+    pub(crate) fn restore(&mut self, registers: &SerialRegisters) -> bool {
+        let state = SerialState {
+            baud_divisor_low: registers.divisor[0],
+            baud_divisor_high: registers.divisor[1],
+            interrupt_enable: registers.interrupt_enable,
+            interrupt_identification: registers.interrupt_identification,
+            line_control: registers.line_control,
+            line_status: registers.line_status,
+            modem_control: registers.modem_control,
+            modem_status: registers.modem_status,
+            scratch: registers.scratch,
+            in_buffer: registers.input.clone(),
+        };
+        self.set(&state)
+    }
+
+    /// Another UART on the same line and sink; `false` if there cannot be one in that state.
+    fn set(&mut self, state: &SerialState) -> bool {
+        let mut guard = self.lock();
+        if let Some(uart) = guard.take() {
+            let line = uart.interrupt_evt().clone();
+            let sink = uart.into_writer();
+            *guard = Serial::from_state(state, line, self.room.clone(), sink).ok();
+        }
+        guard.is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Uart>> {
@@ -192,14 +251,8 @@ impl BusDevice for SerialPort {
     }
 
     fn reset(&mut self) {
-        let mut guard = self.lock();
-        if let Some(uart) = guard.take() {
-            let line = uart.interrupt_evt().clone();
-            let sink = uart.into_writer();
-            // Cannot fail: a new UART has no input and raises nothing.
-            *guard =
-                Serial::from_state(&SerialState::default(), line, self.room.clone(), sink).ok();
-        }
+        // Cannot fail: a new UART has no input and raises nothing.
+        self.set(&SerialState::default());
     }
 }
 

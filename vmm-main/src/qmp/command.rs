@@ -252,6 +252,61 @@ impl RunState {
     }
 }
 
+/// How far a snapshot is (QAPI `MigrationStatus`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MigrationStatus {
+    /// There was none.
+    #[default]
+    None,
+    /// Its files are being made.
+    Setup,
+    /// Guest memory is being written.
+    Active,
+    /// It is on the disk.
+    Completed,
+    /// There is none.
+    Failed,
+    /// It was given up by `migrate_cancel`.
+    Cancelled,
+}
+
+impl MigrationStatus {
+    /// All names, for the schema.
+    pub(super) const NAMES: [&str; 6] = [
+        "none",
+        "setup",
+        "active",
+        "completed",
+        "failed",
+        "cancelled",
+    ];
+
+    /// Its name on the wire.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => Self::NAMES[0],
+            Self::Setup => Self::NAMES[1],
+            Self::Active => Self::NAMES[2],
+            Self::Completed => Self::NAMES[3],
+            Self::Failed => Self::NAMES[4],
+            Self::Cancelled => Self::NAMES[5],
+        }
+    }
+}
+
+/// The last snapshot that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Migration {
+    /// How far it is.
+    pub status: MigrationStatus,
+    /// Bytes of guest memory; 0 as long as none has been written.
+    pub total: u64,
+    /// Bytes of it that are done.
+    pub done: u64,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
 /// One vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CpuThread {
@@ -328,6 +383,12 @@ pub enum VmCommand {
     SystemReset(Reply<()>),
     /// `system_powerdown`
     SystemPowerdown(Reply<()>),
+    /// `migrate` to this URI; answers when the snapshot is on the disk.
+    Migrate(String, Reply<()>),
+    /// `query-migrate`
+    QueryMigrate(Reply<Migration>),
+    /// `migrate_cancel`
+    CancelMigration(Reply<()>),
     /// `quit`: answers, emits SHUTDOWN, ends.
     Quit(Reply<()>),
 }

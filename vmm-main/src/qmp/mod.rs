@@ -32,8 +32,8 @@ mod server;
 mod session;
 
 pub use command::{
-    ChardevInfo, CpuThread, ErrorClass, IothreadInfo, QmpError, Reply, RunState, VmCommand,
-    VmFacts, Workload,
+    ChardevInfo, CpuThread, ErrorClass, IothreadInfo, Migration, MigrationStatus, QmpError, Reply,
+    RunState, VmCommand, VmFacts, Workload,
 };
 pub use event::{Cause, Event};
 pub(crate) use parse::json_object;

@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::attention::Attention;
 use super::remote::{F_VERSION_1, QueueHandover, QueueState, RemoteDevice, RemoteError};
+use super::snapshot::DeviceState;
 
 /// Device status bits (virtio 1.3, section 2.1).
 pub mod status {
@@ -120,7 +121,7 @@ impl CoreState {
     }
 
     /// The 64 feature bits that exist, or `None` if the driver picked one beyond them.
-    fn accepted_features(&self) -> Option<u64> {
+    pub(super) fn accepted_features(&self) -> Option<u64> {
         let [low, high, beyond @ ..] = self.driver_features;
         beyond
             .iter()
@@ -149,6 +150,10 @@ pub struct Core {
     error: EventFd,
     /// Complaints of this side about the device process.
     attention: Arc<Attention>,
+    /// Queues stand still for a snapshot, whoever serves them.
+    held: bool,
+    /// Where each queue goes on, when it was stopped in order.
+    bases: Vec<u16>,
 }
 
 impl Core {
@@ -174,6 +179,8 @@ impl Core {
             kicks,
             error,
             attention,
+            held: false,
+            bases: Vec::new(),
         })
     }
 
@@ -292,9 +299,10 @@ impl Core {
 
     /// Hands the queues over. Without a process that is done when one comes; the driver may fill its queues meanwhile.
     fn activate(&mut self, lines: &impl Interrupts) {
-        if self.device.is_away() {
+        if self.device.is_away() || self.held {
             return;
         }
+        let bases = std::mem::take(&mut self.bases);
         let queues: Vec<_> = (0u16..)
             .zip(&self.state.queues)
             .zip(&self.kicks)
@@ -302,6 +310,7 @@ impl Core {
             .map(|((index, state), kick)| QueueHandover {
                 index,
                 state,
+                base: bases.get(usize::from(index)).copied().unwrap_or(0),
                 kick,
                 call: lines.queue_call(index),
                 error: &self.error,
@@ -372,19 +381,81 @@ impl Core {
                 lines.signal_config();
             }
         }
-        if self.is_running() && !self.has(NEEDS_RESET) {
-            self.activate(lines);
-            for (index, (_, kick)) in (0u16..)
-                .zip(self.state.queues.iter().zip(&self.kicks))
-                .filter(|(_, (queue, _))| queue.ready)
-            {
-                // The old process may have seen a doorbell and not the request behind it, or have used a buffer and not
-                // interrupted the driver. Both look and find nothing if it was not so.
-                let _ = kick.write(1);
-                let _ = lines.queue_call(index).write(1);
-            }
-        }
+        self.go_on(lines);
         Ok(!self.device.is_away())
+    }
+
+    /// Hands the queues to the process that is there now, if the driver is at work.
+    fn go_on(&mut self, lines: &impl Interrupts) {
+        if !self.is_running() || self.has(NEEDS_RESET) || self.held {
+            return;
+        }
+        self.activate(lines);
+        for (index, (_, kick)) in (0u16..)
+            .zip(self.state.queues.iter().zip(&self.kicks))
+            .filter(|(_, (queue, _))| queue.ready)
+        {
+            // The old process may have seen a doorbell and not the request behind it, or have used a buffer and not
+            // interrupted the driver. Both look and find nothing if it was not so.
+            let _ = kick.write(1);
+            let _ = lines.queue_call(index).write(1);
+        }
+    }
+
+    /// Has the device process finish what it took from the queues and stop them, until [`Core::release`]: guest memory and
+    /// the queues then stand still. All vCPUs are paused meanwhile.
+    pub fn hold(&mut self) -> Result<(), RemoteError> {
+        if self.held {
+            return Ok(());
+        }
+        if self.device.is_active() {
+            let mut bases = vec![0; self.state.queues.len()];
+            let stopped = self.device.stop_queues().inspect_err(|_| {
+                self.attention.unwanted();
+            })?;
+            for (index, base) in stopped {
+                if let Some(place) = bases.get_mut(usize::from(index)) {
+                    *place = base;
+                }
+            }
+            self.bases = bases;
+        } else if self.is_running() && !self.has(NEEDS_RESET) {
+            // Its process is being replaced.
+            return Err(RemoteError::Failed {
+                id: self.device.id().to_owned(),
+            });
+        }
+        self.held = true;
+        Ok(())
+    }
+
+    /// Undoes [`Core::hold`], or starts what [`Core::restore`] brought.
+    pub fn release(&mut self, lines: &impl Interrupts) {
+        if std::mem::take(&mut self.held) {
+            self.go_on(lines);
+        }
+    }
+
+    /// The device in a snapshot; it is [held](Core::hold).
+    pub fn save(&self) -> Result<DeviceState, RemoteError> {
+        Ok(DeviceState {
+            core: self.state.clone(),
+            bases: self.bases.clone(),
+            config: self.device.config().to_vec(),
+            inflight: self.device.save_inflight()?,
+        })
+    }
+
+    /// Takes a snapshot's state, of which [`DeviceState::check`] has said that it fits this device. It is held then.
+    pub fn restore(&mut self, state: DeviceState) -> Result<(), RemoteError> {
+        if let Some((offset, byte)) = state.written(&self.device) {
+            self.device.write_config(offset, &[byte])?;
+        }
+        self.state = state.core;
+        self.bases = state.bases;
+        self.device.restore_inflight(state.inflight);
+        self.held = true;
+        Ok(())
     }
 
     /// The device process is gone for good: it is given up, and the driver told.
@@ -435,6 +506,7 @@ impl Core {
         let config_generation = self.state.config_generation;
         self.state = CoreState::new(self.device.num_queues(), self.device.queue_size());
         self.state.config_generation = config_generation;
+        self.bases.clear();
     }
 
     /// The driver acknowledges a configuration change.

@@ -29,6 +29,7 @@ use crate::machine::bus::BusDevice;
 use super::attention::Attention;
 use super::core::{Area, Core, CoreError, Half, Interrupts};
 use super::remote::{RemoteDevice, RemoteError};
+use super::snapshot::DeviceState;
 
 /// Offset of `QueueNotify`, for which each queue has an ioeventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
@@ -126,6 +127,26 @@ impl MmioTransport {
     /// See [`Core::device_back`].
     pub fn device_back(&mut self, fresh: RemoteDevice) -> Result<bool, RemoteError> {
         self.core.device_back(fresh, &self.line)
+    }
+
+    /// See [`Core::hold`].
+    pub fn hold(&mut self) -> Result<(), RemoteError> {
+        self.core.hold()
+    }
+
+    /// See [`Core::release`].
+    pub fn release(&mut self) {
+        self.core.release(&self.line);
+    }
+
+    /// See [`Core::save`].
+    pub fn save(&self) -> Result<DeviceState, RemoteError> {
+        self.core.save()
+    }
+
+    /// See [`Core::restore`].
+    pub fn restore(&mut self, state: DeviceState) -> Result<(), RemoteError> {
+        self.core.restore(state)
     }
 
     /// See [`Core::take_back`].

@@ -2,7 +2,7 @@
 //!
 //! **Job.** [`core`] is what all transports share: status, features, queue addresses, configuration space. [`mmio`] puts
 //! registers in front of it. [`remote`] speaks vhost-user with the device process behind it, over [`link`]. [`attention`] is how a process
-//! that does not obey gets ended.
+//! that does not obey gets ended, and [`snapshot`] is a device in a snapshot.
 //!
 //! **Who is not trusted**: the guest, which writes every register with any value in any order, and the device process.
 //!
@@ -13,6 +13,7 @@ pub mod core;
 mod link;
 pub mod mmio;
 pub mod remote;
+pub mod snapshot;
 
 #[cfg(test)]
 mod fake_device;

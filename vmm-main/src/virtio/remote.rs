@@ -16,11 +16,12 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use ipc::control::DeviceGrant;
-use ipc::limits::{MAX_CONFIG_SPACE, MAX_FS_TAG, MAX_MEMORY_REGIONS};
+use ipc::limits::{MAX_CONFIG_SPACE, MAX_FS_TAG, MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS};
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::FsSpec;
 use serde::{Deserialize, Serialize};
@@ -139,6 +140,16 @@ pub enum RemoteError {
         /// What it lacks.
         what: &'static str,
     },
+    /// Its in-flight region cannot be read or written.
+    #[error("in-flight region of device \"{id}\" cannot be {what}")]
+    InflightAccess {
+        /// Device id.
+        id: String,
+        /// "saved" or "restored".
+        what: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
     /// It failed before, and no process is there yet or any more.
     #[error("device \"{id}\" has no process that answers")]
     Failed {
@@ -209,6 +220,8 @@ pub struct QueueHandover<'a> {
     pub index: u16,
     /// Where it is.
     pub state: &'a QueueState,
+    /// Index in its available ring to go on from, unless the in-flight region knows better: 0 for a new queue.
+    pub base: u16,
     /// The guest's doorbell: device process waits for it.
     pub kick: &'a EventFd,
     /// The interrupt: device process writes to it.
@@ -238,6 +251,18 @@ const INFLIGHT_LAYOUT: usize = 24;
 struct InflightRegion {
     layout: [u8; INFLIGHT_LAYOUT],
     file: File,
+}
+
+impl InflightRegion {
+    /// Bytes, and where they start in the file.
+    fn place(&self) -> (usize, u64) {
+        let word = |at: usize| {
+            self.layout[at..]
+                .first_chunk::<8>()
+                .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        };
+        (usize::try_from(word(0)).unwrap_or(usize::MAX), word(8))
+    }
 }
 
 /// A handshake under way.
@@ -408,6 +433,7 @@ impl Handshake {
             config,
             fixed_config,
             inflight: None,
+            restored: None,
             active: Vec::new(),
             exposed: false,
             failed: false,
@@ -454,6 +480,8 @@ pub struct RemoteDevice {
     fixed_config: bool,
     /// In-flight region. It outlives the device process: a restarted one gets it and replays what had not been answered.
     inflight: Option<InflightRegion>,
+    /// Contents that the next region starts with: those of a snapshot.
+    restored: Option<Vec<u8>>,
     /// Queues that the device process runs.
     active: Vec<u16>,
     /// A process was given queues and has neither given them back nor ended.
@@ -580,6 +608,9 @@ impl RemoteDevice {
                 Some(region) => region,
                 None => self.get_inflight()?,
             };
+            if let Some(bytes) = self.restored.take() {
+                self.fill_inflight(&region, &bytes)?;
+            }
             let sent = self.talk(|link| {
                 link.post(
                     FrontendReq::SET_INFLIGHT_FD,
@@ -606,6 +637,7 @@ impl RemoteDevice {
         let active = std::mem::take(&mut self.active);
         // What was in flight belongs to a driver that is gone.
         self.inflight = None;
+        self.restored = None;
         if !self.exposed {
             return Ok(());
         }
@@ -624,6 +656,65 @@ impl RemoteDevice {
         })?;
         self.exposed = false;
         Ok(())
+    }
+
+    /// Stops the queues in order: what was taken from them is done, and they can be handed over again. Gives each queue's
+    /// number and the index in its available ring to go on from.
+    pub fn stop_queues(&mut self) -> Result<Vec<(u16, u16)>, RemoteError> {
+        let active = self.active.clone();
+        let values = self.talk(|link| {
+            for index in &active {
+                let state = VhostUserVringState::new(u32::from(*index), 0);
+                link.post(FrontendReq::GET_VRING_BASE, &[state.as_slice()], &[])?;
+            }
+            link.finish()
+        })?;
+        self.active.clear();
+        self.exposed = false;
+        // `struct vring_state`: the queue's number, then the index; of 32 bits each.
+        let bases = values.iter().map(|value| {
+            value
+                .last_chunk::<4>()
+                .map_or(0, |base| u32::from_le_bytes(*base) as u16)
+        });
+        Ok(active.into_iter().zip(bases).collect())
+    }
+
+    /// What the in-flight region holds, for a snapshot; `None` if there is none.
+    pub fn save_inflight(&self) -> Result<Option<Vec<u8>>, RemoteError> {
+        let Some(region) = &self.inflight else {
+            return Ok(None);
+        };
+        let (size, offset) = region.place();
+        let told = |source| RemoteError::InflightAccess {
+            id: self.id.clone(),
+            what: "saved",
+            source,
+        };
+        let mut bytes = vec![0; size.min(MAX_INFLIGHT_REGION as usize)];
+        region
+            .file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(told)?;
+        Ok(Some(bytes))
+    }
+
+    /// The next in-flight region starts with what a snapshot says.
+    pub fn restore_inflight(&mut self, bytes: Option<Vec<u8>>) {
+        self.restored = bytes;
+    }
+
+    fn fill_inflight(&self, region: &InflightRegion, bytes: &[u8]) -> Result<(), RemoteError> {
+        let (size, offset) = region.place();
+        let told = |source| RemoteError::InflightAccess {
+            id: self.id.clone(),
+            what: "restored",
+            source,
+        };
+        if bytes.len() > size {
+            return Err(told(std::io::ErrorKind::FileTooLarge.into()));
+        }
+        region.file.write_all_at(bytes, offset).map_err(told)
     }
 
     /// Writes into configuration space and reads back what became of it. Whether the device takes the bytes is its
@@ -782,7 +873,7 @@ fn post_queue(link: &mut Link, queue: &QueueHandover<'_>) -> Result<(), LinkErro
     let index = u32::from(queue.index);
     let number = VhostUserVringState::new(index, u32::from(queue.state.size));
     link.post(FrontendReq::SET_VRING_NUM, &[number.as_slice()], &[])?;
-    let base = VhostUserVringState::new(index, 0);
+    let base = VhostUserVringState::new(index, u32::from(queue.base));
     link.post(FrontendReq::SET_VRING_BASE, &[base.as_slice()], &[])?;
     let addresses = VhostUserVringAddr::new(
         index,
@@ -891,6 +982,7 @@ mod tests {
         let event = || EventFd::new(0).unwrap();
         let (kick, call, error) = (event(), event(), event());
         let both = [0, 1].map(|index| QueueHandover {
+            base: 0,
             index,
             state,
             kick: &kick,
@@ -1194,6 +1286,7 @@ mod tests {
         let event = EventFd::new(0).unwrap();
         let queues: Vec<_> = (0..33)
             .map(|index| QueueHandover {
+                base: 0,
                 index,
                 state: &state,
                 kick: &event,

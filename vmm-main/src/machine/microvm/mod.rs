@@ -20,6 +20,8 @@
 //!                                                                     └ event Reset ─> reset ─> resume
 //! ```
 
+mod snapshot;
+
 use std::sync::{Arc, Mutex};
 
 use nix::unistd::Pid;
@@ -30,7 +32,7 @@ use super::bus::{self, Bus, BusDevice, SharedDevice};
 use super::events::{self, EventReceiver, EventSender, VmEvent};
 use super::layout;
 use crate::boot::{self, BootSource, Loaded};
-use crate::kvm::cpuid::{CpuFeatures, CpuidTemplate};
+use crate::kvm::cpuid::{CpuFeatures, CpuidLeaf, CpuidTemplate};
 use crate::kvm::run::{IoHandler, StopSink, ThreadStart, VcpuStop};
 use crate::kvm::state::{VcpuState, VmState, msr_list};
 use crate::kvm::{self, Kvm, RegisterDump, Topology, VcpuThreads, Vm, regs};
@@ -41,6 +43,8 @@ use crate::platform::mptable;
 use crate::platform::power::{self, PowerButton, PowerControl, PowerPorts};
 use crate::platform::rtc::Rtc;
 use crate::platform::serial::{SerialInput, SerialPort, SerialSink};
+
+pub use snapshot::MachineState;
 
 /// Most devices that a user can create on this machine.
 pub const MMIO_SLOTS: usize = layout::VIRTIO_MMIO_GSIS.len();
@@ -75,6 +79,8 @@ pub enum Error {
     },
     #[error("APIC id {0} does not fit 8 bits")]
     ApicId(u32),
+    #[error("the state of {what} in the snapshot is not one that this machine can have")]
+    State { what: &'static str },
 }
 
 /// What the machine is made of, apart from VM and RAM.
@@ -157,10 +163,16 @@ pub struct Microvm {
     boot: Option<BootSource>,
     serial: Option<SerialPort>,
     button: PowerButton,
+    keyboard: Arc<Mutex<I8042>>,
+    clock: Arc<Mutex<Rtc>>,
     events: EventSender,
     receiver: Option<EventReceiver>,
     new_vm: VmState,
     new_vcpus: Vec<VcpuState>,
+    /// MSRs that KVM lists for this host.
+    msrs: Vec<u32>,
+    /// What the boot processor says of itself.
+    processor: Vec<CpuidLeaf>,
 }
 
 impl Microvm {
@@ -188,7 +200,12 @@ impl Microvm {
         vm.map_ram(&ram)?;
         vm.add_interrupt_controllers()?;
         let new_vm = VmState::save(&vm)?;
-        let (fds, new_vcpus) = create_vcpus(kvm, &vm, &cpuid, topology)?;
+        let Vcpus {
+            fds,
+            states: new_vcpus,
+            msrs,
+            processor,
+        } = create_vcpus(kvm, &vm, &cpuid, topology)?;
         let vcpus = VcpuThreads::new(fds);
 
         let control = PowerControl::new(vcpus.gate(), events.clone());
@@ -203,16 +220,10 @@ impl Microvm {
             Arc::new(Mutex::new(PowerPorts::new(control.clone(), button.clone()))),
         )?;
         let keyboard_line = irq_line(&vm, layout::I8042_GSI, "the keyboard controller")?;
-        pio(
-            layout::I8042_PORT,
-            layout::I8042_PORTS,
-            Arc::new(Mutex::new(I8042::new(control, keyboard_line))),
-        )?;
-        pio(
-            layout::RTC_PORT,
-            layout::RTC_PORTS,
-            Arc::new(Mutex::new(Rtc::default())),
-        )?;
+        let keyboard = Arc::new(Mutex::new(I8042::new(control, keyboard_line)));
+        pio(layout::I8042_PORT, layout::I8042_PORTS, keyboard.clone())?;
+        let clock = Arc::new(Mutex::new(Rtc::default()));
+        pio(layout::RTC_PORT, layout::RTC_PORTS, clock.clone())?;
         let mut machine = Self {
             vcpus,
             buses,
@@ -224,10 +235,14 @@ impl Microvm {
             boot: None,
             serial: None,
             button,
+            keyboard,
+            clock,
             events,
             receiver: Some(receiver),
             new_vm,
             new_vcpus,
+            msrs,
+            processor,
         };
         if let Some(sink) = config.serial {
             machine.add_serial(sink)?;
@@ -493,16 +508,25 @@ fn irq_line(vm: &Vm, gsi: u32, purpose: &'static str) -> Result<EventFd, Error> 
     Ok(line)
 }
 
+/// New vCPUs with what is known of them.
+struct Vcpus {
+    fds: Vec<kvm_ioctls::VcpuFd>,
+    states: Vec<VcpuState>,
+    msrs: Vec<u32>,
+    processor: Vec<CpuidLeaf>,
+}
+
 fn create_vcpus(
     kvm: &Kvm,
     vm: &Vm,
     cpuid: &CpuidTemplate,
     topology: Topology,
-) -> Result<(Vec<kvm_ioctls::VcpuFd>, Vec<VcpuState>), Error> {
+) -> Result<Vcpus, Error> {
     let msrs = msr_list(kvm)?;
     let mut fds = Vec::with_capacity(topology.cpus() as usize);
     let mut states = Vec::with_capacity(topology.cpus() as usize);
     let mut tsc_khz = None;
+    let mut processor = Vec::new();
     for (index, apic_id) in (0u32..).zip(topology.apic_ids()) {
         let call = |call| {
             move |source| kvm::Error::VcpuCall {
@@ -516,8 +540,11 @@ fn create_vcpus(
             // An error means that KVM does not know it; the guest then measures.
             tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz != 0);
         }
-        vcpu.set_cpuid2(&cpuid.for_vcpu(index, tsc_khz)?)
-            .map_err(call("KVM_SET_CPUID2"))?;
+        let leaves = cpuid.for_vcpu(index, tsc_khz)?;
+        if index == 0 {
+            processor = leaves.as_slice().iter().map(Into::into).collect();
+        }
+        vcpu.set_cpuid2(&leaves).map_err(call("KVM_SET_CPUID2"))?;
         regs::set_boot_msrs(&vcpu, index)?;
         let mut lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
         regs::set_local_lines(&mut lapic);
@@ -525,7 +552,12 @@ fn create_vcpus(
         states.push(VcpuState::save(&vcpu, index, lapic, &msrs)?);
         fds.push(vcpu);
     }
-    Ok((fds, states))
+    Ok(Vcpus {
+        fds,
+        states,
+        msrs: msrs.as_slice().to_vec(),
+        processor,
+    })
 }
 
 fn event_of(vcpu: u32, reason: VcpuStop) -> VmEvent {

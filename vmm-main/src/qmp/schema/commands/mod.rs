@@ -2,6 +2,7 @@
 
 mod devices;
 mod machine;
+mod migration;
 mod objects;
 mod protocol;
 mod sandbox;
@@ -41,6 +42,10 @@ pub static GROUPS: &[Group] = &[
     Group {
         title: "Objects and options",
         commands: objects::COMMANDS,
+    },
+    Group {
+        title: "Snapshots",
+        commands: migration::COMMANDS,
     },
     Group {
         title: "Sandbox",
