@@ -167,7 +167,7 @@ fn nothing_outlives_a_killed_control_process() {
     assert!(vm.processes().unwrap().len() >= 2);
     vm.kill().unwrap();
     vm.wait(LIMIT).unwrap();
-    let survivors = vm.survivors(Deadline::after(Duration::from_millis(100)));
+    let survivors = vm.survivors(Deadline::after(LIMIT));
     assert!(survivors.is_empty(), "{survivors:?}");
 }
 
