@@ -138,7 +138,9 @@ pub const MAX_INSPECTED_NAME: usize = 64;
 /// Bytes of one file of `/proc` that the broker reads: a control process's `maps` with the most devices is below 64 KiB.
 pub const MAX_PROC_FILE: u64 = 1 << 20;
 
-/// Inodes, open files and locks together that one guest may hold of a shared folder: 100 MiB of tables. The limit of open
+/// Inodes that one guest may know of a shared folder: 80 MiB of tables, and 64 MiB of names.
+pub const MAX_FS_INODES: usize = 1 << 21;
+/// Descriptors of inodes, open files and locks together that one guest may have of a shared folder. The limit of open
 /// descriptors is lower on most hosts (`fs.nr_open` is 2^20) and counts first.
 pub const MAX_FS_HELD: usize = 1 << 22;
 /// Microseconds that a device process may look for work before it sleeps (`poll-us`): longer than any sleep and wake-up takes.

@@ -152,7 +152,7 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("seccomp", Takes::Value("ACTION"), "on a system call that is not expected: kill (default), trap, log, or allow (no filter)"),
     ("sandbox", Takes::Value("KIND"), "namespace (default): own namespaces, pivot_root; chroot: chroot only"),
     ("modcaps", Takes::Value("LIST"), "take capabilities away or add them: -LEASE,+KILL"),
-    ("rlimit-nofile", Takes::Value("NUMBER"), "open descriptors at most, and with them inodes and files of the guest (default 1000000, or what is allowed)"),
+    ("rlimit-nofile", Takes::Value("NUMBER"), "open descriptors at most, and with them open files of the guest (default 1000000, or what is allowed)"),
     ("cache", Takes::Value("POLICY"), "what the guest may keep: never, metadata, auto (default) or always"),
     ("writeback", Takes::Nothing, "the guest may gather writes"),
     ("readonly", Takes::Nothing, "nothing in the folder may change"),

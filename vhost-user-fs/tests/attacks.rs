@@ -449,26 +449,43 @@ fn a_guest_that_hoards_costs_a_bounded_amount() {
         fs::write(place.tree.join(n.to_string()), b"x").unwrap();
     }
     let mut client = Client::start(&place.tree, &["-rlimit-nofile", "256"]);
-    let mut nodes = Vec::new();
-    let refused = (0..400).find_map(|n| match client.lookup(1, &n.to_string()) {
-        Ok(node) => {
-            nodes.push(node);
-            None
-        }
-        Err(errno) => Some(errno),
-    });
-    assert_eq!(refused, Some(ENFILE));
-    assert!((100..=128).contains(&nodes.len()), "{}", nodes.len());
-    assert_eq!(client.create(1, "new", O_RDWR), Err(ENFILE));
-    assert!(!place.tree.join("new").exists());
-    assert_eq!(client.open(nodes[0], O_RDONLY), Err(ENFILE));
-    // What is known can be looked up again, and forgetting makes room.
-    assert_eq!(client.lookup(1, "0"), Ok(nodes[0]));
-    let used = client.call(opcode::OPENDIR, 1, Body::new().zeros(8));
-    assert_eq!(used, Err(ENFILE));
-    for node in nodes.drain(1..) {
-        client.forget(node, 1);
+    let nodes: Vec<u64> = (0..400)
+        .map(|n| client.lookup(1, &n.to_string()).unwrap())
+        .collect();
+    // There are descriptors for a part of them only; each is the same file all the same.
+    let ino = |client: &mut Client, node| {
+        let attr = client.call(opcode::GETATTR, node, Body::new().zeros(16));
+        attr.map(|attr| u64_at(&attr, 16))
+    };
+    for (n, node) in nodes.iter().enumerate() {
+        let there = fs::metadata(place.tree.join(n.to_string())).unwrap();
+        assert_eq!(ino(&mut client, *node), Ok(there.ino()), "{n}");
+        assert_eq!(client.lookup(1, &n.to_string()), Ok(*node));
     }
+    // What the guest moves or removes stays what it was, for as long as the guest knows it.
+    let (removed, moved) = (nodes[3], nodes[4]);
+    let inos = [removed, moved].map(|node| ino(&mut client, node).unwrap());
+    for node in &nodes[100..390] {
+        ino(&mut client, *node).unwrap();
+    }
+    client
+        .call(opcode::UNLINK, 1, Body::new().name("3"))
+        .unwrap();
+    let body = Body::new().u64(1).u32(0).u32(0).name("4").name("moved");
+    client.call(opcode::RENAME2, 1, body).unwrap();
+    // Someone on the host replaces a file that has no descriptor now: it is gone, and what is there is not it.
+    fs::remove_file(place.tree.join("5")).unwrap();
+    symlink("/etc/passwd", place.tree.join("5")).unwrap();
+    assert_eq!(ino(&mut client, nodes[5]), Err(ESTALE));
+    assert_eq!(client.open(nodes[5], O_RDONLY), Err(ESTALE));
+    for node in &nodes[100..390] {
+        ino(&mut client, *node).unwrap();
+    }
+    assert_eq!(
+        [removed, moved].map(|node| ino(&mut client, node).unwrap()),
+        inos
+    );
+    // Files that are open have a descriptor each.
     let mut handles = Vec::new();
     let refused = loop {
         match client.open(nodes[0], O_RDONLY) {
@@ -477,6 +494,11 @@ fn a_guest_that_hoards_costs_a_bounded_amount() {
         }
     };
     assert_eq!(refused, ENFILE);
+    assert!((100..=128).contains(&handles.len()), "{}", handles.len());
+    assert_eq!(client.create(1, "new", O_RDWR), Err(ENFILE));
+    assert!(!place.tree.join("new").exists());
+    let used = client.call(opcode::OPENDIR, 1, Body::new().zeros(8));
+    assert_eq!(used, Err(ENFILE));
     for fh in handles {
         client.release(nodes[0], fh).unwrap();
     }

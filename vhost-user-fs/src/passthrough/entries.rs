@@ -47,7 +47,8 @@ impl Passthrough {
         // Most names are known already; then a look is enough and nothing is opened. The identity that it shows is that of a
         // file in this very folder, as nothing is followed, and a known inode's identity is pinned by its descriptor.
         let stat = sys::stat_at(folder.fd(), name)?;
-        if let Some(node) = self.inodes.find(&mut self.journal, Identity::of(&stat)) {
+        let at = Some((parent, name));
+        if let Some(node) = self.inodes.find(&mut self.journal, &stat, at) {
             return Ok((node, self.entry_attr(&stat, mount)));
         }
         self.find_new(parent, name)
@@ -61,9 +62,10 @@ impl Passthrough {
         let fd = sys::open_beneath(folder.fd(), name, libc::O_PATH, 0)?;
         let stat = sys::stat(fd.as_fd())?;
         // Another name of the same file, or the file was exchanged since the first look.
-        let node = match self.inodes.find(&mut self.journal, Identity::of(&stat)) {
+        let at = Some((parent, name));
+        let node = match self.inodes.find(&mut self.journal, &stat, at) {
             Some(node) => node,
-            None => self.inodes.insert(&mut self.journal, fd, &stat)?,
+            None => self.inodes.insert(&mut self.journal, fd, &stat, at)?,
         };
         Ok((node, self.entry_attr(&stat, mount)))
     }
@@ -242,6 +244,7 @@ impl Passthrough {
         name: Name<'_>,
         folder_wanted: bool,
     ) -> Result<(), Errno> {
+        self.keep_open(parent, name)?;
         match sys::unlink(self.inodes.folder(parent)?.fd(), name, folder_wanted) {
             // It was removed, and then the process that removed it died.
             Err(Errno::ENOENT) if self.journal.again().is_some() => Ok(()),
@@ -258,6 +261,8 @@ impl Passthrough {
         if flags & !RENAME_FLAGS != 0 {
             return Err(Errno::EINVAL);
         }
+        self.keep_open(from.0, from.1)?;
+        self.keep_open(to.0, to.1)?;
         let source = self.inodes.folder(from.0)?.fd();
         let target = self.inodes.folder(to.0)?.fd();
         let again = self.journal.again();
@@ -300,7 +305,7 @@ impl Passthrough {
         // One name more is one lookup more.
         let node = self
             .inodes
-            .find(&mut self.journal, Identity::of(&stat))
+            .find(&mut self.journal, &stat, Some((parent, name)))
             .ok_or(Errno::ESTALE)?;
         self.put_entry(out, node, &attr);
         Ok(())
@@ -334,9 +339,10 @@ impl Passthrough {
             Ok(file) => {
                 let fd = self.own.reopen(file.as_fd(), libc::O_PATH)?;
                 let stat = sys::stat(fd.as_fd())?;
-                let node = match self.inodes.find(&mut self.journal, Identity::of(&stat)) {
+                let at = Some((header.nodeid, name));
+                let node = match self.inodes.find(&mut self.journal, &stat, at) {
                     Some(node) => node,
-                    None => self.inodes.insert(&mut self.journal, fd, &stat)?,
+                    None => self.inodes.insert(&mut self.journal, fd, &stat, at)?,
                 };
                 self.put_entry(out, node, &self.attr_of(&stat));
                 self.put_open(file, flags, out)
@@ -376,7 +382,7 @@ impl Passthrough {
         drop(user);
         let fd = self.own.reopen(file.as_fd(), libc::O_PATH)?;
         let stat = sys::stat(fd.as_fd())?;
-        let node = self.inodes.insert(&mut self.journal, fd, &stat)?;
+        let node = self.inodes.insert(&mut self.journal, fd, &stat, None)?;
         // It has no name that could be kept.
         reply::entry_out(out, node, Validity::default(), &self.attr_of(&stat));
         self.put_open(file, flags, out)

@@ -4,18 +4,27 @@
 //! has forgotten them as often as it was told about them.
 //! **Who is not trusted.** The guest: ids may be invented, forgotten too often or never. An id holds a generation, so that an
 //! old one does not name whatever took its place; the number of inodes is bounded by the caller's budget of descriptors.
-//! **Why this way.** A descriptor pins its inode and its mount, so while an entry lives no other file can have its identity,
-//! and a rename by anyone moves nothing under our feet. An entry has 24 bytes in the [`Store`], and 4 to 9 in the index that
-//! finds it again: a guest's cache decides how many there are.
+//! **Why this way.** A descriptor pins its inode and its mount, so while an entry has one no other file can have its identity,
+//! and a rename by anyone moves nothing under our feet. When there are no more descriptors, the entry that has had its for the
+//! longest gives it up, if its file is still where it was last looked up; with the next request for it the file is opened anew from
+//! there, and must be the same one by identity and time of birth. What someone else has moved meanwhile is stale then. An
+//! entry has 40 bytes and its name in the [`Store`], and 4 to 9 bytes in the index that finds it again: a guest's cache decides how
+//! many there are.
 
 use std::hash::{BuildHasher, RandomState};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
 use super::journal::{Change, Journal};
+use super::names::Names;
 use super::store::{FD, PLACES, Store, Word, give, lend, take};
+use super::sys;
+use crate::fuse::Name;
 use crate::fuse::wire::ROOT_ID;
+
+/// Folders above a file that are opened to open it; deeper ones must be known to be found.
+const DEPTH: usize = 256;
 
 /// What makes a file the same file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,10 +66,41 @@ impl<'a> Inode<'a> {
     }
 }
 
-// An entry: inode number; generation and lookups; descriptor, type and place.
+// An entry: inode number; generation and lookups; descriptor, type and place; time of birth; folder and name where it was last
+// looked up.
 const INO: usize = 0;
 const COUNT: usize = 1;
 const WHAT: usize = 2;
+const BIRTH: usize = 3;
+const WHERE: usize = 4;
+/// Words of an entry.
+pub(crate) const WORDS: usize = 5;
+
+/// Nanoseconds since 1970, or 0 where a file system does not tell.
+fn birth(stat: &libc::statx) -> u64 {
+    if stat.stx_mask & libc::STATX_BTIME == 0 {
+        return 0;
+    }
+    let seconds = stat.stx_btime.tv_sec.cast_unsigned();
+    seconds
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(u64::from(stat.stx_btime.tv_nsec))
+}
+
+/// An open folder: an entry's, or one that was opened for the moment.
+enum Folder<'a> {
+    Known(BorrowedFd<'a>),
+    Opened(OwnedFd),
+}
+
+impl AsFd for Folder<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Known(fd) => *fd,
+            Self::Opened(fd) => fd.as_fd(),
+        }
+    }
+}
 
 /// All inodes.
 #[derive(Debug)]
@@ -70,8 +110,16 @@ pub(crate) struct Inodes {
     free: Vec<u32>,
     /// Entries that were ever used.
     used: u32,
-    /// Inodes that there are.
+    /// Inodes that there are, and how many of them have a descriptor.
     count: usize,
+    open: usize,
+    names: Names,
+    /// The entry that gave its descriptor up last.
+    hand: u32,
+    /// There was no other that could, and nothing has changed since.
+    barren: bool,
+    /// Entries that the request at hand is about.
+    needed: [u32; 2],
     index: Index,
     places: Vec<(u64, u64)>,
     /// Entries without a lookup, which go when the request at hand is done.
@@ -109,6 +157,11 @@ impl Inodes {
             free: Vec::new(),
             used: 0,
             count: 0,
+            open: 0,
+            names: Names::new(store),
+            hand: 0,
+            barren: false,
+            needed: [0; 2],
             index: Index::new(),
             places: Vec::new(),
             doomed: Vec::new(),
@@ -121,7 +174,7 @@ impl Inodes {
     /// There is no room for even that.
     pub(crate) fn new(store: Store, root: OwnedFd, stat: &libc::statx) -> Result<Self, Errno> {
         let mut inodes = Self::empty(store);
-        let id = inodes.insert(&mut Journal::new(store), root, stat)?;
+        let id = inodes.insert(&mut Journal::new(store), root, stat, None)?;
         debug_assert_eq!(id, ROOT_ID);
         store.store(Word::Root, store.get(store.inodes, 0, WHAT) >> 32);
         Ok(inodes)
@@ -148,23 +201,40 @@ impl Inodes {
             // Stored with one added.
             inodes.places.push((dev, mount - 1));
         }
+        let mut named = Vec::new();
         for entry in 0..inodes.used {
-            match inodes.entry(entry) {
-                Some(inode) => {
-                    let hash = inodes.index.hash(inode.identity.ino);
-                    inodes.count += 1;
-                    inodes.index_insert(hash, entry);
-                }
-                None => inodes.close(entry),
+            let what = inodes.word(entry, WHAT);
+            let known = (what & FD) as usize >> 4 < inodes.places.len();
+            if lookups(inodes.word(entry, COUNT)) > 0 && what != 0 && known {
+                let hash = inodes.index.hash(inodes.word(entry, INO));
+                inodes.count += 1;
+                inodes.open += usize::from(what >> 32 != 0);
+                inodes.index_insert(hash, entry);
+                named.extend(Names::place(inodes.word(entry, WHERE)));
+            } else {
+                inodes.set(entry, WHERE, 0);
+                inodes.empty_entry(entry);
             }
         }
+        inodes.names = Names::resume(store, named);
         inodes.get(ROOT_ID)?;
         Ok(inodes)
     }
 
     /// How many there are.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.count
+    }
+
+    /// How many of them have a descriptor.
+    pub(crate) fn open(&self) -> usize {
+        self.open
+    }
+
+    /// Whether all of them have one.
+    pub(crate) fn all_open(&self) -> bool {
+        self.open == self.count
     }
 
     fn word(&self, entry: u32, at: usize) -> u64 {
@@ -230,26 +300,191 @@ impl Inodes {
         u32::try_from(at).ok()
     }
 
-    fn search(&self, identity: Identity) -> Option<u32> {
+    fn search(&self, stat: &libc::statx) -> Option<u32> {
+        let identity = Identity::of(stat);
         let place = self.place(identity)?;
         self.index.find(self.index.hash(identity.ino), |entry| {
-            self.word(entry, INO) == identity.ino
-                && (self.word(entry, WHAT) & FD) as u32 >> 4 == place
+            self.is_file(entry, stat, place)
         })
     }
 
-    /// Counts one more lookup of a file that is known already.
-    pub(crate) fn find(&mut self, journal: &mut Journal, identity: Identity) -> Option<u64> {
-        let entry = self.search(identity)?;
+    /// Whether an entry is this file. One without a descriptor does not pin its inode's number, which another may have by now.
+    fn is_file(&self, entry: u32, stat: &libc::statx, place: u32) -> bool {
+        let what = self.word(entry, WHAT);
+        self.word(entry, INO) == stat.stx_ino
+            && (what & FD) as u32 >> 4 == place
+            && (what >> 32 != 0
+                || (self.word(entry, BIRTH) == birth(stat)
+                    && what as u32 & 0xf == u32::from(stat.stx_mode) >> 12))
+    }
+
+    /// Counts one more lookup of a file that is known already. `at` says where it was found: a folder that is known, and a name.
+    pub(crate) fn find(
+        &mut self,
+        journal: &mut Journal,
+        stat: &libc::statx,
+        at: Option<(u64, Name<'_>)>,
+    ) -> Option<u64> {
+        let entry = self.search(stat)?;
         let before = self.word(entry, COUNT);
         journal.note(Change::Inode(entry), before)?;
         // One that is doomed by this very request lives again.
         let more = lookups(before).saturating_add(1);
         self.set(entry, COUNT, counted(generation(before), more));
+        self.found_at(entry, at);
         Some(id(entry, generation(before)))
     }
 
-    /// Adds a file that [`find`](Self::find) did not know, as looked up once. `stat` must be the one of `fd`.
+    /// Remembers where a file was found, for when it is to be opened again.
+    fn found_at(&mut self, entry: u32, at: Option<(u64, Name<'_>)>) {
+        let Some((parent, name)) = at.and_then(|(node, name)| Some((self.number(node)?, name)))
+        else {
+            return;
+        };
+        let before = self.word(entry, WHERE);
+        if before as u32 == parent && self.names.is(before, name) {
+            return;
+        }
+        self.set(entry, WHERE, 0);
+        self.names.remove(before);
+        // Without room for its name it keeps its descriptor.
+        if let Some(place) = self.names.insert(name) {
+            self.set(entry, WHERE, place | u64::from(parent));
+            self.barren = false;
+        }
+    }
+
+    /// The request at hand is about the inodes `ids`, which keep their descriptors until the next one.
+    pub(crate) fn need(&mut self, ids: [u64; 2]) {
+        // The root always keeps its own.
+        self.needed = ids.map(|id| self.number(id).unwrap_or(0));
+    }
+
+    /// Whether an inode is known and has no descriptor now.
+    pub(crate) fn is_closed(&self, id: u64) -> bool {
+        self.open < self.count
+            && self
+                .number(id)
+                .is_some_and(|entry| self.word(entry, WHAT) >> 32 == 0)
+    }
+
+    /// The known inode of a file that has no descriptor now.
+    pub(crate) fn closed(&self, stat: &libc::statx) -> Option<u64> {
+        let entry = self.search(stat)?;
+        let id = id(entry, generation(self.word(entry, COUNT)));
+        self.is_closed(id).then_some(id)
+    }
+
+    /// The folder in which an entry's file was last looked up, and its name there.
+    fn folder_of(&self, entry: u32) -> Result<(Folder<'_>, [u8; 256]), Errno> {
+        let mut chain = Vec::new();
+        let mut at = entry;
+        let mut folder = loop {
+            let place = self.word(at, WHERE);
+            let name = self.names.get(place).ok_or(Errno::ESTALE)?;
+            let parent = place as u32;
+            chain.push((at, name));
+            if let Some(fd) = lend(&self.store, self.word(parent, WHAT) >> 32) {
+                break Folder::Known(fd);
+            }
+            if chain.len() > DEPTH {
+                return Err(Errno::ESTALE);
+            }
+            at = parent;
+        };
+        while let Some((at, name)) = chain.pop() {
+            if chain.is_empty() {
+                return Ok((folder, name));
+            }
+            folder = Folder::Opened(self.open_at(at, &folder, &name)?);
+        }
+        Err(Errno::ESTALE)
+    }
+
+    /// Opens an entry's file by its name in a folder.
+    fn open_at(&self, entry: u32, folder: &Folder<'_>, name: &[u8; 256]) -> Result<OwnedFd, Errno> {
+        let name = Names::checked(name).ok_or(Errno::ESTALE)?;
+        // Whatever is there now, it is not what the guest means.
+        let fd =
+            sys::open_beneath(folder.as_fd(), name, libc::O_PATH, 0).map_err(
+                |errno| match errno {
+                    Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM => errno,
+                    _ => Errno::ESTALE,
+                },
+            )?;
+        let stat = sys::stat(fd.as_fd())?;
+        let place = self.place(Identity::of(&stat)).ok_or(Errno::ESTALE)?;
+        if self.is_file(entry, &stat, place) {
+            Ok(fd)
+        } else {
+            Err(Errno::ESTALE)
+        }
+    }
+
+    /// Gives an inode a descriptor again. The caller has made room for it.
+    ///
+    /// # Errors
+    /// `ESTALE` if the file is not where it was last looked up.
+    pub(crate) fn reopen(&mut self, id: u64) -> Result<(), Errno> {
+        let entry = self.number(id).ok_or(Errno::ESTALE)?;
+        let (folder, name) = self.folder_of(entry)?;
+        let fd = self.open_at(entry, &folder, &name)?;
+        drop(folder);
+        self.set(entry, WHAT, give(fd) << 32 | self.word(entry, WHAT) & FD);
+        self.open += 1;
+        self.barren = false;
+        Ok(())
+    }
+
+    /// Closes the descriptor of an inode that can be opened again; `false` if there is none. Folders keep theirs longer, since
+    /// others are opened through them.
+    pub(crate) fn evict(&mut self) -> bool {
+        if self.barren {
+            return false;
+        }
+        for folders in [false, true] {
+            for _ in 0..self.used {
+                self.hand = (self.hand + 1) % self.used;
+                let entry = self.hand;
+                let what = self.word(entry, WHAT);
+                let is_folder = what as u32 & 0xf == libc::S_IFDIR >> 12;
+                if what >> 32 == 0
+                    || entry == 0
+                    || is_folder != folders
+                    || self.needed.contains(&entry)
+                    || self.word(entry, WHERE) == 0
+                {
+                    continue;
+                }
+                if self.is_where_it_was(entry) {
+                    self.set(entry, WHAT, what & FD);
+                    drop(take(what >> 32));
+                    self.open -= 1;
+                    return true;
+                }
+                // It was moved or removed; until it is found again it keeps its descriptor.
+                let place = self.word(entry, WHERE);
+                self.set(entry, WHERE, 0);
+                self.names.remove(place);
+            }
+        }
+        self.barren = true;
+        false
+    }
+
+    fn is_where_it_was(&self, entry: u32) -> bool {
+        let Ok((folder, name)) = self.folder_of(entry) else {
+            return false;
+        };
+        Names::checked(&name)
+            .and_then(|name| sys::stat_at(folder.as_fd(), name).ok())
+            .is_some_and(|stat| {
+                self.place(Identity::of(&stat))
+                    .is_some_and(|place| self.is_file(entry, &stat, place))
+            })
+    }
+
+    /// Adds a file that [`find`](Self::find) did not know, as looked up once. `stat` must be the one of `fd`; `at` as there.
     ///
     /// # Errors
     /// `ENFILE` if there is no room, `EXDEV` for more mounts than can be told apart.
@@ -258,6 +493,7 @@ impl Inodes {
         journal: &mut Journal,
         fd: OwnedFd,
         stat: &libc::statx,
+        at: Option<(u64, Name<'_>)>,
     ) -> Result<u64, Errno> {
         let identity = Identity::of(stat);
         let place = match self.place(identity) {
@@ -290,8 +526,12 @@ impl Inodes {
         self.set(entry, INO, identity.ino);
         let kind = u32::from(stat.stx_mode) & libc::S_IFMT;
         self.set(entry, WHAT, give(fd) << 32 | kind_and_place(kind, place));
+        self.set(entry, BIRTH, birth(stat));
         self.set(entry, COUNT, counted(generation(before), 1));
         self.count += 1;
+        self.open += 1;
+        self.barren = false;
+        self.found_at(entry, at);
         self.index_insert(self.index.hash(identity.ino), entry);
         Ok(id(entry, generation(before)))
     }
@@ -329,6 +569,15 @@ impl Inodes {
 
     /// Makes an entry free.
     fn close(&mut self, entry: u32) {
+        let place = self.word(entry, WHERE);
+        self.set(entry, WHERE, 0);
+        self.names.remove(place);
+        self.open -= usize::from(self.word(entry, WHAT) >> 32 != 0);
+        self.barren = false;
+        self.empty_entry(entry);
+    }
+
+    fn empty_entry(&mut self, entry: u32) {
         let what = self.word(entry, WHAT);
         let next = generation(self.word(entry, COUNT)).wrapping_add(1);
         self.set(entry, COUNT, counted(next, 0));
@@ -345,6 +594,7 @@ impl Inodes {
             }
         }
         self.doomed.clear();
+        self.names = Names::new(self.store);
         self.index = Index::new();
         self.count = 1;
         self.index_insert(self.index.hash(self.word(0, INO)), 0);
@@ -451,8 +701,8 @@ impl Index {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::CString;
     use std::fs::File;
-    use std::os::fd::AsFd;
     use std::path::Path;
 
     use super::*;
@@ -491,12 +741,18 @@ mod tests {
                 std::fs::write(&path, b"").unwrap();
             }
             let (fd, stat) = open(&path);
-            self.inodes.insert(&mut self.journal, fd, &stat).unwrap()
+            let name = CString::new(name).unwrap();
+            let at = Some((ROOT_ID, Name::new(&name).unwrap()));
+            self.inodes
+                .insert(&mut self.journal, fd, &stat, at)
+                .unwrap()
         }
 
         fn find(&mut self, name: &str) -> Option<u64> {
             let (_fd, stat) = open(&self.dir.path().join(name));
-            self.inodes.find(&mut self.journal, Identity::of(&stat))
+            let name = CString::new(name).unwrap();
+            let at = Some((ROOT_ID, Name::new(&name).unwrap()));
+            self.inodes.find(&mut self.journal, &stat, at)
         }
 
         fn forget(&mut self, id: u64, count: u64) -> bool {
@@ -586,5 +842,79 @@ mod tests {
         assert_eq!(table.inodes.get(new).unwrap_err(), Errno::ESTALE);
         assert!(table.inodes.get(old).is_ok());
         assert!(table.forget(old, 1), "counted once, as before");
+    }
+
+    #[test]
+    fn what_gave_its_descriptor_up_is_opened_again_if_it_is_the_same() {
+        let mut table = table();
+        let ids: Vec<u64> = (0..4).map(|n| table.add(&format!("f{n}"))).collect();
+        let fd = |table: &Table, id| table.inodes.get(id).is_ok();
+        table.inodes.need([ids[1], 0]);
+        // The third has another name by now, and the fourth is gone.
+        let path = |name: &str| table.dir.path().join(name);
+        std::fs::rename(path("f2"), path("moved")).unwrap();
+        std::fs::remove_file(path("f3")).unwrap();
+        assert!(table.inodes.evict());
+        assert!(!table.inodes.evict(), "all others must keep theirs");
+        assert!(!fd(&table, ids[0]) && table.inodes.is_closed(ids[0]));
+        assert!(ids[1..].iter().all(|id| fd(&table, *id)));
+        assert_eq!((table.inodes.open(), table.inodes.len()), (4, 5));
+        // Found where it is, it is the same inode, and can give its own up.
+        assert_eq!(table.find("moved"), Some(ids[2]));
+        assert!(table.inodes.evict());
+        assert!(table.inodes.is_closed(ids[2]));
+        // Another process finds it so.
+        table.inodes = Inodes::resume(table.store).unwrap();
+        assert_eq!((table.inodes.open(), table.inodes.len()), (3, 5));
+        for id in [ids[0], ids[2]] {
+            assert!(table.inodes.is_closed(id));
+            table.inodes.reopen(id).unwrap();
+            assert!(fd(&table, id));
+        }
+    }
+
+    #[test]
+    fn another_file_in_its_place_is_not_the_inode() {
+        let mut table = table();
+        let (id, other) = (table.add("a"), table.add("b"));
+        table.inodes.need([other, 0]);
+        assert!(table.inodes.evict());
+        let (file, kept) = (table.dir.path().join("a"), table.dir.path().join("kept"));
+        std::fs::rename(&file, &kept).unwrap();
+        std::fs::write(&file, b"another").unwrap();
+        assert_eq!(table.inodes.reopen(id), Err(Errno::ESTALE));
+        assert_eq!(table.find("a"), None);
+        std::fs::rename(&kept, &file).unwrap();
+        table.inodes.reopen(id).unwrap();
+        // The name of a link is none of a file.
+        table.inodes.need([other, 0]);
+        assert!(table.inodes.evict());
+        std::fs::rename(&file, &kept).unwrap();
+        std::os::unix::fs::symlink(&kept, &file).unwrap();
+        assert_eq!(table.inodes.reopen(id), Err(Errno::ESTALE));
+    }
+
+    #[test]
+    fn a_folder_that_gave_its_descriptor_up_is_gone_through() {
+        let mut table = table();
+        std::fs::create_dir(table.dir.path().join("d")).unwrap();
+        let folder = table.add("d");
+        let (fd, stat) = open(&{
+            let path = table.dir.path().join("d/file");
+            std::fs::write(&path, b"").unwrap();
+            path
+        });
+        let at = Some((folder, Name::new(c"file").unwrap()));
+        let file = table
+            .inodes
+            .insert(&mut table.journal, fd, &stat, at)
+            .unwrap();
+        assert!(table.inodes.evict() && table.inodes.evict());
+        assert!(table.inodes.is_closed(folder) && table.inodes.is_closed(file));
+        table.inodes.reopen(file).unwrap();
+        assert!(table.inodes.get(file).is_ok());
+        assert!(table.inodes.is_closed(folder), "opened for the moment only");
+        assert!(table.inodes.evict());
+        table.inodes.reopen(folder).unwrap();
     }
 }

@@ -4,7 +4,8 @@
 //! `entries` names, `attributes`, `files`, `folders`, `xattrs`, `locks`.
 //! **Who is not trusted.** The guest, and other processes that change the tree meanwhile. Every name is one component that is
 //! looked up beneath an open folder without following anything; nothing but regular files and folders is ever opened.
-//! **Why this way.** An inode is an `O_PATH` descriptor, so what is checked is what is used: there is no path to swap.
+//! **Why this way.** An inode is an `O_PATH` descriptor, so what is checked is what is used: there is no path to swap. Beyond the
+//! limit of descriptors `inodes` opens one again where it was last found.
 
 mod attributes;
 mod creds;
@@ -16,6 +17,7 @@ mod ids;
 mod inodes;
 mod journal;
 mod locks;
+mod names;
 mod store;
 mod sys;
 mod xattrmap;
@@ -29,7 +31,7 @@ use nix::errno::Errno;
 use crate::fuse::decode::Layout;
 use crate::fuse::reply::{Put, Validity};
 use crate::fuse::wire::{self, fopen, init};
-use crate::fuse::{Body, InHeader, Request};
+use crate::fuse::{Body, InHeader, Name, Request};
 use folders::ReadAhead;
 use handles::Handles;
 use inodes::Inodes;
@@ -252,17 +254,49 @@ impl Passthrough {
         }
     }
 
-    /// Inodes, open files and locks that the guest holds.
+    /// Descriptors that the guest holds: of inodes, open files and locks.
     pub fn held(&self) -> usize {
-        self.inodes.len() + self.handles.len() + self.locks.len()
+        self.inodes.open() + self.handles.len() + self.locks.len()
     }
 
     /// Whether one more descriptor may be opened for the guest.
-    fn room(&self) -> Result<(), Errno> {
-        if self.held() < self.config.descriptors {
-            Ok(())
-        } else {
-            Err(Errno::ENFILE)
+    fn room(&mut self) -> Result<(), Errno> {
+        while self.held() >= self.config.descriptors {
+            if !self.inodes.evict() {
+                return Err(Errno::ENFILE);
+            }
+        }
+        Ok(())
+    }
+
+    /// The request at hand is about these inodes, so they need descriptors.
+    fn need(&mut self, nodes: [u64; 2]) -> Result<(), Errno> {
+        self.inodes.need(nodes);
+        for node in nodes {
+            self.need_open(node)?;
+        }
+        Ok(())
+    }
+
+    fn need_open(&mut self, node: u64) -> Result<(), Errno> {
+        if self.inodes.is_closed(node) {
+            self.room()?;
+            self.inodes.reopen(node)?;
+        }
+        Ok(())
+    }
+
+    /// A name is about to go. If the guest knows what it stands for, that must be open, as it cannot be found again.
+    fn keep_open(&mut self, parent: u64, name: Name<'_>) -> Result<(), Errno> {
+        if self.inodes.all_open() {
+            return Ok(());
+        }
+        let Ok(stat) = sys::stat_at(self.inodes.folder(parent)?.fd(), name) else {
+            return Ok(());
+        };
+        match self.inodes.closed(&stat) {
+            Some(node) => self.need_open(node),
+            None => Ok(()),
         }
     }
 
@@ -291,6 +325,7 @@ impl Passthrough {
         }
         let header = &request.header;
         let node = header.nodeid;
+        self.need(nodes(header, &request.body))?;
         match request.body {
             Body::Lookup { name } => self.lookup(node, name, reply)?,
             Body::Forget { nlookup } => {
@@ -516,6 +551,28 @@ fn mapped_capability(config: &Config) -> Option<CString> {
         .xattrmap
         .as_ref()
         .and_then(XattrMap::mapped_capability)
+}
+
+/// The inodes whose descriptors a request needs; 0 is none.
+fn nodes(header: &InHeader, body: &Body<'_>) -> [u64; 2] {
+    match body {
+        Body::Forget { .. }
+        | Body::BatchForget(_)
+        | Body::Flush { .. }
+        | Body::Fsync { .. }
+        | Body::Release { .. }
+        | Body::ReleaseDir { .. }
+        | Body::FsyncDir { .. }
+        | Body::Lseek { .. }
+        | Body::Fallocate { .. }
+        | Body::CopyFileRange { .. }
+        | Body::Interrupt { .. }
+        | Body::Init { .. }
+        | Body::Destroy => [0; 2],
+        Body::Rename { newdir, .. } => [header.nodeid, *newdir],
+        Body::Link { oldnodeid, .. } => [header.nodeid, *oldnodeid],
+        _ => [header.nodeid, 0],
+    }
 }
 
 /// Requests that a read-only tree refuses before they reach the file system. `OPEN` is looked at where it is done.

@@ -12,7 +12,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ipc::limits::MAX_FS_HELD;
+use ipc::limits::{MAX_FS_HELD, MAX_FS_INODES};
 use nix::errno::Errno;
 
 /// Words before the first table.
@@ -23,6 +23,8 @@ const UNDO: usize = 2 * UNDO_ENTRIES;
 pub(crate) const UNDO_ENTRIES: usize = 8192;
 /// File systems and mounts that inodes of one guest can be on.
 pub(crate) const PLACES: usize = 4096;
+/// Units of 16 bytes for the names of inodes: 64 MiB, most of which no guest ever needs.
+pub(crate) const NAMES: usize = 1 << 22;
 /// Owners of locks that one guest may have at a time.
 pub(crate) const LOCKS: usize = 4096;
 
@@ -48,6 +50,8 @@ pub(crate) enum Word {
     Handles,
     /// As `Handles`, of inodes.
     Inodes,
+    /// As `Handles`, of units for names.
+    Names,
     /// The mounts that the descriptors are on: a descriptor, plus one.
     Mounts,
 }
@@ -76,10 +80,11 @@ pub struct Store {
     pub(crate) places: Table,
     pub(crate) undo: Table,
     pub(crate) locks: Table,
+    pub(crate) names: Table,
 }
 
 impl Store {
-    /// For a guest that may hold `descriptors` inodes, files and locks. To be made before processes are forked that shall
+    /// For a guest that may have `descriptors` of inodes, files and locks. To be made before processes are forked that shall
     /// share it.
     ///
     /// # Errors
@@ -103,7 +108,8 @@ impl Store {
         let locks = table(LOCKS, 3);
         // One more: the root is there before anything is counted.
         let handles = table(descriptors + 1, 3);
-        let inodes = table(descriptors + 1, 3);
+        let inodes = table(MAX_FS_INODES, super::inodes::WORDS);
+        let names = table(NAMES, 2);
         // SAFETY: a new mapping at an address of the kernel's choice; anonymous, so all words are zero.
         let address = Errno::result(unsafe {
             libc::mmap(
@@ -126,6 +132,7 @@ impl Store {
             places,
             undo,
             locks,
+            names,
         })
     }
 
@@ -238,6 +245,7 @@ mod tests {
             store.locks,
             store.handles,
             store.inodes,
+            store.names,
         ]
         .into_iter()
         .enumerate()
@@ -254,6 +262,7 @@ mod tests {
             store.locks,
             store.handles,
             store.inodes,
+            store.names,
         ]
         .into_iter()
         .enumerate()
