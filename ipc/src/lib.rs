@@ -14,6 +14,7 @@
 pub mod channel;
 pub mod codec;
 pub mod control;
+pub mod keeper;
 pub mod limits;
 pub mod log;
 pub mod spec;

@@ -94,6 +94,9 @@ pub const QMP_FLUSH_MS: u64 = 200;
 /// Bytes of serial output kept for a reader that is slow or absent; beyond it the oldest are dropped and counted.
 pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
 
+/// Milliseconds that the broker waits for a keeper to end the process that serves; then it ends both.
+pub const KEEPER_PATIENCE_MS: u64 = 2000;
+
 /// Milliseconds that the control process waits for a device process to answer one vhost-user message.
 pub const DEVICE_REPLY_MS: u64 = 5_000;
 /// Milliseconds of one queue's turn, after which a device process takes no further request before it has looked at the control

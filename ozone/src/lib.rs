@@ -15,6 +15,7 @@ mod exec;
 mod fault;
 pub mod inner;
 mod inside;
+pub mod keeper;
 mod layer;
 mod plan;
 mod self_lock;

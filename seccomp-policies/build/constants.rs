@@ -103,12 +103,14 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("SIGUSR1", 10),
     ("SIGUSR2", 12),
     ("SIGTERM", 15),
+    ("SIGCHLD", 17),
     ("SIGRTMIN", 34), // glibc keeps 32 and 33 for itself
     // clone(2)
     ("CLONE_VM", 0x100),
     ("CLONE_FS", 0x200),
     ("CLONE_FILES", 0x400),
     ("CLONE_SIGHAND", 0x800),
+    ("CLONE_PIDFD", 0x1000),
     ("CLONE_THREAD", 0x1_0000),
     ("CLONE_NEWNS", 0x2_0000),
     ("CLONE_SYSVSEM", 0x4_0000),

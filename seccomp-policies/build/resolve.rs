@@ -125,7 +125,7 @@ pub(crate) enum PolicyError {
     NoBase { file: String, name: String },
     #[error("{file}: child {name:?} has no file policies/{name}.toml")]
     NoChild { file: String, name: String },
-    #[error("{file}: child {name:?} has children itself; list them all in {file}")]
+    #[error("{file}: child {name:?} has children itself, which must all be in {file} too")]
     NestedChildren { file: String, name: String },
     #[error("{file}: no architecture of {ARCHITECTURES:?} has a call {call:?}")]
     UnknownCall { file: String, call: String },
@@ -322,7 +322,8 @@ fn adopt(
             file: policy.file.clone(),
             name: child.to_owned(),
         })?;
-    if !file.children.is_empty() {
+    let listed = &files.policies[&policy.file].children;
+    if !file.children.iter().all(|below| listed.contains(below)) {
         return Err(PolicyError::NestedChildren {
             file: policy.file.clone(),
             name: child.to_owned(),

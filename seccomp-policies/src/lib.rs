@@ -37,6 +37,8 @@ pub enum Policy {
     Template,
     /// The file-sharing daemon.
     VhostUserFs,
+    /// The process that keeps what a guest holds of a shared folder, and starts those that serve it.
+    FsKeeper,
     /// `ozone`: the process that a manager started.
     OzoneOutside,
     /// `ozone`: the first process of the jail's pid namespace.
@@ -75,7 +77,7 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
@@ -85,6 +87,7 @@ impl Policy {
         Self::Net,
         Self::Template,
         Self::VhostUserFs,
+        Self::FsKeeper,
         Self::OzoneOutside,
         Self::OzoneFirst,
     ];
@@ -102,6 +105,7 @@ impl Policy {
             Self::Net => &generated::NET_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
             Self::VhostUserFs => &generated::VHOST_USER_FS_INFO,
+            Self::FsKeeper => &generated::FS_KEEPER_INFO,
             Self::OzoneOutside => &generated::OZONE_OUTSIDE_INFO,
             Self::OzoneFirst => &generated::OZONE_FIRST_INFO,
         }
@@ -129,6 +133,7 @@ impl Policy {
             Self::Net => &generated::NET,
             Self::Template => &generated::TEMPLATE,
             Self::VhostUserFs => &generated::VHOST_USER_FS,
+            Self::FsKeeper => &generated::FS_KEEPER,
             Self::OzoneOutside => &generated::OZONE_OUTSIDE,
             Self::OzoneFirst => &generated::OZONE_FIRST,
         }

@@ -66,14 +66,14 @@ fn judge(jail: &Jail, capabilities: u64) {
     assert!(jail.threads.iter().all(|t| t.1 == 2), "{jail}");
     for (number, fd) in &jail.fds {
         let expected = match fd.kind() {
-            "memfd" | "socket" | "eventfd" | "eventpoll" => true,
+            "memfd" | "socket" | "eventfd" | "eventpoll" | "pidfd" => true,
             "pipe" => *number <= 2,
             other => other.starts_with('/'),
         };
         assert!(expected, "holds {number}: {fd:?}\n{jail}");
     }
     let sockets = jail.fds.values().filter(|fd| fd.kind() == "socket").count();
-    assert_eq!(sockets, 1, "one vhost-user socket\n{jail}");
+    assert_eq!(sockets, 2, "a vhost-user socket, and the keeper's\n{jail}");
 }
 
 #[test]
@@ -101,6 +101,11 @@ fn the_process_is_jailed_with_the_folder_as_its_root() {
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
     assert_eq!(arguments, b"fs\0fs0\0");
     assert_eq!(fs::read(format!("/proc/{pid}/environ")).unwrap(), b"");
+    // Its keeper is in the same jail, and can do nothing with the files by itself.
+    let keeper = Jail::of(vm.process("fs-keeper").unwrap().unwrap()).unwrap();
+    assert_eq!(keeper.own_namespaces, jail.own_namespaces, "{keeper}");
+    assert_eq!(keeper.capabilities, [0, 0xdb, 0, 0xdb, 0], "{keeper}");
+    assert_eq!(keeper.root, jail.root, "{keeper}");
     // Nobody else holds the folder but the broker, for a restart; the control process above all does not.
     let control = procfs::fds(vm.pid()).unwrap();
     let name = tree.to_str().unwrap();
@@ -473,4 +478,70 @@ fn a_vm_goes_on_without_a_daemon_that_left() {
     assert_eq!(failed["data"]["device"], "fs0");
     let status = qmp.execute("query-status", serde_json::json!({})).unwrap();
     assert_eq!(status["status"], "running", "{status}");
+}
+
+/// Appends numbered lines through a file that stays open, through one that is opened anew each time, and to one that has no
+/// name any more, and reads a folder with more entries than one reply holds, until the host makes `stop`.
+const HELD: &str = "\
+mkdir -p /s
+mount -t virtiofs share /s || exit 1
+cd /s
+mkdir many
+i=0; while [ $i -lt 100 ]; do : > many/a-file-with-a-longer-name-$i || exit 1; i=$((i + 1)); done
+exec 3>> kept 4> gone
+rm gone
+echo READY
+n=0
+while ! [ -e stop ]; do
+  n=$((n + 1))
+  echo A-$n
+  echo line $n >&3 || exit 2
+  echo B-$n
+  echo line $n >> log || exit 3
+  echo C-$n
+  echo line $n >&4 || exit 4
+  echo D-$n
+  [ \"$(find many -type f | sort -u | wc -l)\" = 100 ] || exit 5
+done
+echo LINES=$n HIDDEN=$(wc -l < /proc/self/fd/4)/$(sort -u /proc/self/fd/4 | wc -l)
+";
+
+#[test]
+fn a_guest_notices_nothing_when_the_process_of_its_folder_is_killed() {
+    const KILLS: usize = 12;
+    where_linux_boots(test_path!(), || {
+        let (_dir, tree) = tree();
+        let options = managed(&tree, "", ",max-restarts=1000");
+        let (builder, _initrd) = linux(HELD, &options);
+        let mut vm = builder.with_qmp().start().unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        expect(&mut vm, "READY");
+        let keeper = vm.process("fs-keeper").unwrap().unwrap();
+        for n in 0..KILLS {
+            // At another step of its round each time; how far it gets with it is anybody's guess.
+            let step = ["A-", "B-", "C-", "D-"][n % 4];
+            expect(&mut vm, step);
+            let pid = vm.process("fs").unwrap().unwrap();
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+            let crashed = qmp.wait_event("DEVICE_CRASHED", LIMIT).unwrap();
+            assert_eq!(crashed["data"]["pid"], pid);
+            let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+            assert_eq!(back["data"]["device"], "fs0");
+            println!("stall {} ms", back["data"]["stall-ms"]);
+        }
+        assert_eq!(vm.process("fs-keeper").unwrap(), Some(keeper));
+        fs::write(tree.join("stop"), "").unwrap();
+        expect(&mut vm, "LINES=");
+        let count: usize = expect(&mut vm, " HIDDEN=").trim().parse().unwrap();
+        let hidden = expect(&mut vm, "\n");
+        assert_eq!(hidden.trim(), format!("{count}/{count}"));
+        ends_well(&mut vm);
+        let lines: String = (1..=count).map(|n| format!("line {n}\n")).collect();
+        for name in ["kept", "log"] {
+            assert!(
+                fs::read_to_string(tree.join(name)).unwrap() == lines,
+                "{name}"
+            );
+        }
+    });
 }

@@ -296,8 +296,8 @@ fn serve(
     };
     let own = OwnFds::new(inside.own_fds);
     let tree = if store.is_used() {
-        let mut tree =
-            Passthrough::resume(&inside.tree, own, store, config).map_err(DaemonError::Tree)?;
+        let mut tree = Passthrough::resume(Some(&inside.tree), own, store, config)
+            .map_err(DaemonError::Tree)?;
         // With a connection this waits until its queues are known.
         if !record.is_connected() {
             tree.go_on(|_| false).map_err(DaemonError::Tree)?;

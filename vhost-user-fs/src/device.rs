@@ -348,7 +348,29 @@ impl Device for FsDevice {
             .map_err(HostFault::of("taking over what the guest holds"))
     }
 
+    /// A process before this one may have died between changing a table and answering; whether it answered is known once the
+    /// queue of that request has been started.
+    fn begin(&mut self, rings: &[Ring]) -> Result<bool, HostFault> {
+        if !self.tree.is_waiting() {
+            return Ok(true);
+        }
+        if let Some(origin) = self.tree.awaited()
+            && rings
+                .get(usize::from(origin.queue))
+                .is_some_and(|ring| !ring.is_running() && !ring.is_broken())
+        {
+            return Ok(false);
+        }
+        self.resumed(rings).map(|()| true)
+    }
+
     fn reset(&mut self) {
+        if self.tree.is_waiting()
+            && let Err(errno) = self.tree.go_on(|_| false)
+        {
+            // The next process finds the same, and says so.
+            ipc::log::error!("taking over what the guest held: {}", errno.desc());
+        }
         self.tree.clear();
     }
 }

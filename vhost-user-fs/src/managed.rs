@@ -3,19 +3,27 @@
 //! **Job.** Makes the device from the start message; the harness does the rest. The tree is the root of this process's
 //! namespaces already, and came as a descriptor: there is no path.
 //! **Who is not trusted.** The guest. The start message is the broker's, but a value outside of its range is an error.
-//! **Why this way.** The same device as in the daemon, in the jail that all device processes have.
+//! **Why this way.** The same device as in the daemon, in the jail that all device processes have. What the guest holds is kept by
+//! the first process of the jail, and one that serves takes it over from the one before; where the host allows no `/proc` of the
+//! jail's own, files could be opened anew by the first process only, so that one serves by itself and keeps nothing.
 
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
-use device_host::BackendFds;
+use device_host::{BackendFds, Estate, Kept};
 use fs_device::FsDevice;
+use fs_device::device::TAG_BYTES;
 use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, Store, may_switch_user};
+use ipc::channel::Channel;
 use ipc::limits::{MAX_FS_QUEUE_SIZE, MAX_FS_REQUEST_QUEUES, MIN_FS_QUEUE_SIZE};
 use ipc::spec::DeviceSpec;
-use ipc::spec::fs::FsCache;
+use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::start::StartMessage;
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::stat::Mode;
 use thiserror::Error;
 
 /// First word of the arguments of a process that the broker has started.
@@ -28,7 +36,7 @@ const RESERVED: u64 = 128;
 enum BuildError {
     #[error("the start message is not one of a shared folder")]
     NotAFolder,
-    #[error("no descriptor of the tree or of the own descriptors came along")]
+    #[error("no descriptor of the tree, of the jail's processes or of the broker came along")]
     NoTree,
     #[error("{property} is {value}: {allowed}")]
     Property {
@@ -44,10 +52,10 @@ enum BuildError {
 
 /// Serves until the VM ends.
 pub(crate) fn run() -> ExitCode {
-    device_host::run("vhost_user_fs", build)
+    device_host::run_kept("vhost_user_fs", build)
 }
 
-fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<FsDevice, BuildError> {
+fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, BuildError> {
     let DeviceSpec::Fs(spec) = &start.device else {
         return Err(BuildError::NotAFolder);
     };
@@ -67,7 +75,10 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<FsDevice, BuildEr
             "a power of two from 8 to 1024",
         ));
     }
-    let (Some(tree), Some(own)) = (fds.take(), fds.take()) else {
+    if !(1..=TAG_BYTES).contains(&spec.tag.len()) {
+        return Err(wrong("length of tag", spec.tag.len(), "1 to 36 bytes"));
+    }
+    let (Some(tree), Some(processes), Some(broker)) = (fds.take(), fds.take(), fds.take()) else {
         return Err(BuildError::NoTree);
     };
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(BuildError::Limits)?;
@@ -92,8 +103,60 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<FsDevice, BuildEr
         ..Config::default()
     };
     let store = Store::new(config.descriptors).map_err(BuildError::Tree)?;
-    let tree = Passthrough::new(tree, OwnFds::new(own), store, config).map_err(BuildError::Tree)?;
+    let shared = Shared {
+        spec: spec.clone(),
+        config,
+        store,
+        processes: ManuallyDrop::new(processes),
+    };
+    if shared.own_fds().is_err() {
+        ipc::log::warn!(
+            "this host allows no /proc in the jail: open files are lost if this process dies"
+        );
+        let own = OwnFds::new(ManuallyDrop::into_inner(shared.processes));
+        let tree = Passthrough::new(tree, own, store, shared.config).map_err(BuildError::Tree)?;
+        return device(tree, spec).map(Kept::Alone);
+    }
+    Passthrough::plant(tree, store).map_err(BuildError::Tree)?;
+    Ok(Kept::By(shared, Channel::from_fd(broker)))
+}
+
+fn device(tree: Passthrough, spec: &FsSpec) -> Result<FsDevice, BuildError> {
     FsDevice::new(tree, &spec.tag)
-        .map(|device| device.with_queues(queues, size))
-        .ok_or_else(|| wrong("length of tag", spec.tag.len(), "1 to 36 bytes"))
+        .map(|device| device.with_queues(spec.request_queues, spec.queue_size))
+        .ok_or(BuildError::NotAFolder)
+}
+
+/// A folder and what the guest holds of it.
+struct Shared {
+    spec: FsSpec,
+    config: Config,
+    store: Store,
+    /// A `/proc` of the jail. Both processes have it, so neither closes it.
+    processes: ManuallyDrop<OwnedFd>,
+}
+
+impl Shared {
+    /// Of the process that asks.
+    fn own_fds(&self) -> Result<OwnedFd, Errno> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        openat(&*self.processes, "self/fd", flags, Mode::empty())
+    }
+}
+
+impl Estate for Shared {
+    type Device = FsDevice;
+    type Error = BuildError;
+
+    fn heir(&self) -> Result<FsDevice, BuildError> {
+        let own = OwnFds::new(self.own_fds().map_err(BuildError::Tree)?);
+        let tree = Passthrough::resume(None, own, self.store, self.config.clone())
+            .map_err(BuildError::Tree)?;
+        device(tree, &self.spec)
+    }
+
+    fn descriptors(&self, with: &mut dyn FnMut(RawFd)) {
+        with(self.processes.as_raw_fd());
+        self.store.descriptors(with);
+    }
 }

@@ -98,6 +98,15 @@ pub trait Device {
         Ok(())
     }
 
+    /// Called before the first request is taken from any queue, and again after each queue that starts until it says `true`. A
+    /// device that goes on where another process was can wait here until it knows what was in flight.
+    ///
+    /// # Errors
+    /// The device cannot go on.
+    fn begin(&mut self, _rings: &[Ring]) -> Result<bool, HostFault> {
+        Ok(true)
+    }
+
     /// All queues that were due have had their [`process_queue`](Self::process_queue): the place to start what they asked for
     /// in one go, and to complete what is done at once.
     ///

@@ -40,6 +40,32 @@ const fn policy(device: &DeviceSpec) -> Policy {
 
 /// Locks this process. Afterwards only the calls of its policy are possible.
 pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailError> {
+    lock_as(start, policy(&start.device))
+}
+
+/// As [`lock`], as the keeper of a device: [`serve`] follows in those that it starts.
+pub(crate) fn lock_keeper(start: &StartMessage) -> Result<ozone::inner::Jailed, JailError> {
+    lock_as(start, Policy::FsKeeper)
+}
+
+/// In a process that the keeper has started: only the calls of the device's own policy are possible from here on.
+pub(crate) fn serve(start: &StartMessage) -> Result<(), JailError> {
+    if let Some(action) = action(start) {
+        seccomp_policies::install(policy(&start.device), action)?;
+    }
+    Ok(())
+}
+
+fn action(start: &StartMessage) -> Option<Action> {
+    match start.seccomp {
+        SeccompMode::Kill => Some(Action::Kill),
+        SeccompMode::Log => Some(Action::Log),
+        SeccompMode::Trap => Some(Action::Trap),
+        SeccompMode::Disabled => None,
+    }
+}
+
+fn lock_as(start: &StartMessage, policy: Policy) -> Result<ozone::inner::Jailed, JailError> {
     let mode = match start.sandbox {
         SandboxMode::BestEffort => Sandbox::BestEffort,
         SandboxMode::Strict => Sandbox::Strict,
@@ -62,18 +88,13 @@ pub(crate) fn lock(start: &StartMessage) -> Result<ozone::inner::Jailed, JailErr
     // After the lock, which gives signals their default action, and before the filter.
     signals::prepare()?;
     ipc::log::trace!("locked");
-    let action = match start.seccomp {
-        SeccompMode::Kill => Action::Kill,
-        SeccompMode::Log => Action::Log,
-        SeccompMode::Trap => Action::Trap,
-        SeccompMode::Disabled => {
-            ipc::log::warn!("runs without a seccomp filter, as was asked for");
-            return Ok(jailed);
-        }
+    let Some(action) = action(start) else {
+        ipc::log::warn!("runs without a seccomp filter, as was asked for");
+        return Ok(jailed);
     };
     if action != Action::Kill {
         ipc::log::warn!("the seccomp filter does not kill, as was asked for: {action:?}");
     }
-    seccomp_policies::install(policy(&start.device), action)?;
+    seccomp_policies::install(policy, action)?;
     Ok(jailed)
 }

@@ -15,6 +15,7 @@ mod file_io;
 mod inflight;
 mod inherited;
 mod jail;
+mod keeper;
 mod memory;
 mod patience;
 mod record;
@@ -32,6 +33,7 @@ pub use device::{Device, Interest, copy_config};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use file_io::{Access, FileIo, Range, Room};
 pub use jail::JailError;
+pub use keeper::{Estate, KeeperError, Kept};
 pub use memory::{
     BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, HeldByte, MemoryError,
     PACKET_SEGMENTS, direct_io_alignment,
@@ -41,4 +43,4 @@ pub use ring::Ring;
 pub use server::ServeError;
 #[cfg(fuzzing)]
 pub use server::fuzzing;
-pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, Standalone, run};
+pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, Standalone, run, run_kept};

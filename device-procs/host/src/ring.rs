@@ -132,7 +132,8 @@ impl Ring {
         self.started
     }
 
-    pub(crate) fn is_broken(&self) -> bool {
+    /// Whether it is not served any more, since something in it is malformed.
+    pub fn is_broken(&self) -> bool {
         self.broken
     }
 

@@ -157,6 +157,8 @@ pub(crate) struct Server<D> {
     patience: Patience,
     /// The device has finished something while it was looked for.
     finished: bool,
+    /// The device takes requests.
+    begun: bool,
     /// The last refusal or host fault, for the log: the library passes only a code through.
     refused: Option<String>,
     fatal: Option<HostFault>,
@@ -264,6 +266,7 @@ impl<D: Device> Connection<D> {
             inflight_given: false,
             patience: Patience::default(),
             finished: false,
+            begun: false,
             refused: None,
             fatal: None,
         }));
@@ -490,6 +493,9 @@ impl<D: Device> Server<D> {
 
     /// One turn for each queue that is due.
     fn take_turns(&mut self) -> Result<(), HostFault> {
+        if !self.begun && !self.begin()? {
+            return Ok(());
+        }
         let mut any = std::mem::take(&mut self.finished);
         for index in 0..self.rings.len() {
             let Some(ring) = self.rings.get_mut(index) else {
@@ -516,6 +522,18 @@ impl<D: Device> Server<D> {
             self.end_turns();
         }
         Ok(())
+    }
+
+    /// Whether the device takes requests now. If not, queues wait for the next one that starts.
+    fn begin(&mut self) -> Result<bool, HostFault> {
+        if !self.is_due() {
+            return Ok(false);
+        }
+        self.begun = self.device.begin(&self.rings)?;
+        if !self.begun {
+            self.rings.iter_mut().for_each(|ring| ring.due = false);
+        }
+        Ok(self.begun)
     }
 
     fn end_turns(&mut self) {
@@ -993,6 +1011,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         ring.enabled = enable;
         ipc::log::debug!("queue {index}: enabled {enable}");
         ring.due = ring.is_running();
+        if !self.begun {
+            // They may have been waiting for this one.
+            self.rings.iter_mut().for_each(Ring::want_turn);
+        }
         Ok(())
     }
 

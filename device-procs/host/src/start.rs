@@ -23,6 +23,7 @@ use thiserror::Error;
 use crate::device::Device;
 use crate::inherited::Inherited;
 use crate::jail::{self, JailError};
+use crate::keeper::{self, Estate, KeeperError, Kept};
 use crate::record::Record;
 use crate::server::{Connection, Resources, ServeError};
 
@@ -102,6 +103,9 @@ pub enum RunError {
     /// Serving failed.
     #[error("serving")]
     Serve(#[from] ServeError),
+    /// The state could not be kept.
+    #[error("keeper")]
+    Keeper(#[from] KeeperError),
 }
 
 /// A device that is built but has not been locked in.
@@ -174,6 +178,12 @@ pub struct Jailed<D> {
 }
 
 impl<D: Device> Jailed<D> {
+    /// In a process that was forked in its jail, as `_jail` proves.
+    pub(crate) fn heir(device: D, _jail: &ozone::inner::Jailed) -> Result<Self, ServeError> {
+        let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+        Ok(Self { device, resources })
+    }
+
     /// As [`serve`](Self::serve), and a process after this one can go on by `record`.
     ///
     /// # Errors
@@ -242,6 +252,37 @@ where
     D: Device,
     E: Error + Send + Sync + 'static,
 {
+    started(name, |inherited| {
+        let (start, socket, device) = build_inherited(name, inherited, build)?;
+        let prepared = Prepared::new(device, start)?;
+        ipc::log::trace!("prepared");
+        let jailed = prepared.enter_jail()?;
+        ipc::log::trace!("jailed");
+        let serving = jailed.serve(UnixStream::from(socket))?;
+        ipc::log::trace!("serving");
+        serving.run()?;
+        ipc::log::trace!("front end left");
+        Ok(())
+    })
+}
+
+/// As [`run`], for a device whose state outlives its process: `build` makes what is kept, and the first process keeps it and
+/// starts those that serve.
+pub fn run_kept<K, E>(
+    name: &'static str,
+    build: impl FnOnce(&StartMessage, &mut BackendFds) -> Result<Kept<K>, E>,
+) -> ExitCode
+where
+    K: Estate,
+    E: Error + Send + Sync + 'static,
+{
+    started(name, |inherited| {
+        let (start, socket, kept) = build_inherited(name, inherited, build)?;
+        keeper::run(&start, socket, kept)
+    })
+}
+
+fn started(name: &'static str, run: impl FnOnce(Inherited) -> Result<(), RunError>) -> ExitCode {
     let Some(inherited) = Inherited::take() else {
         // Not started by the broker; whoever reads this is at a terminal.
         eprintln!(
@@ -249,7 +290,7 @@ where
         );
         return ExitCode::from(2);
     };
-    match run_inherited(name, inherited, build) {
+    match run(inherited) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             ipc::log::error!("{}", ipc::log::with_causes(&error));
@@ -258,13 +299,13 @@ where
     }
 }
 
-fn run_inherited<D, E>(
+/// From the start message to what `build` makes of it; with the socket of the front end.
+fn build_inherited<T, E>(
     name: &'static str,
     inherited: Inherited,
-    build: impl FnOnce(&StartMessage, &mut BackendFds) -> Result<D, E>,
-) -> Result<(), RunError>
+    build: impl FnOnce(&StartMessage, &mut BackendFds) -> Result<T, E>,
+) -> Result<(StartMessage, OwnedFd, T), RunError>
 where
-    D: Device,
     E: Error + Send + Sync + 'static,
 {
     // Before the log is set up, since the message says how much to log; a bad message is then reported at any level.
@@ -300,19 +341,11 @@ where
         .take(count)
         .map_err(|fd| RunError::Descriptors { count, fd })?;
     let mut backends = BackendFds(fds.into_iter());
-    let device = build(&start, &mut backends).map_err(|error| RunError::Device(Box::new(error)))?;
+    let built = build(&start, &mut backends).map_err(|error| RunError::Device(Box::new(error)))?;
     if !backends.is_empty() {
         return Err(RunError::UnusedDescriptors {
             count: backends.len(),
         });
     }
-    let prepared = Prepared::new(device, start)?;
-    ipc::log::trace!("prepared");
-    let jailed = prepared.enter_jail()?;
-    ipc::log::trace!("jailed");
-    let serving = jailed.serve(UnixStream::from(inherited.vhost_user))?;
-    ipc::log::trace!("serving");
-    serving.run()?;
-    ipc::log::trace!("front end left");
-    Ok(())
+    Ok((start, inherited.vhost_user, built))
 }

@@ -291,6 +291,14 @@ pub enum Reply {
         /// Its last log line, for the error that the user sees.
         last_words: String,
     },
+    /// Unasked: the work of a device is done by this process, which the one that was started has started. It is the one that
+    /// [`Exited`](Self::Exited) tells about; the other goes on.
+    Serves {
+        /// Index into the policy's devices.
+        index: u32,
+        /// Its process id.
+        pid: i32,
+    },
 }
 
 /// How a process ended.

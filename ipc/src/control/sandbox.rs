@@ -19,6 +19,8 @@ pub enum Role {
     Broker,
     /// The process of this index into the policy's devices.
     Device(u32),
+    /// The process that holds the state of that device and starts those that serve it.
+    Keeper(u32),
 }
 
 /// The namespaces of a process, by their names in `/proc/PID/ns`, in the order of [`ProcessFacts::namespaces`].

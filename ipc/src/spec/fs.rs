@@ -7,9 +7,14 @@ use crate::start::FD_BACKEND;
 
 /// The tree's root: a descriptor made in the jail, with `O_PATH`.
 pub const FD_TREE: i32 = FD_BACKEND;
-/// The process's own folder of descriptors (`/proc/self/fd`), made in the jail: files that were looked up are opened anew
-/// through it.
-pub const FD_OWN_FDS: i32 = FD_BACKEND + 1;
+/// A `/proc` in which the jail's own processes are and nothing else, made in the jail: files that were looked up are opened
+/// anew through its `self/fd`. Where the host allows no such mount it is that folder of the process itself, which no other
+/// process can use in its place.
+pub const FD_PROCESSES: i32 = FD_BACKEND + 1;
+/// A packet socket to the broker, for [`crate::keeper`].
+pub const FD_KEEPER: i32 = FD_BACKEND + 2;
+/// Descriptors from [`FD_TREE`] on.
+pub const BACKEND_FDS: u32 = 3;
 
 /// What the guest may keep of what it has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -25,8 +30,8 @@ pub enum FsCache {
     Always,
 }
 
-/// What the `vhost_user_fs` process is told when the broker starts it. Its back-end descriptors are [`FD_TREE`] and
-/// [`FD_OWN_FDS`].
+/// What the `vhost_user_fs` process is told when the broker starts it. Its back-end descriptors are [`FD_TREE`],
+/// [`FD_PROCESSES`] and [`FD_KEEPER`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsSpec {

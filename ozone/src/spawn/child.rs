@@ -67,7 +67,7 @@ pub(super) struct TreePlan {
     readonly: bool,
     /// What the process keeps, by number.
     capabilities: Vec<u8>,
-    /// Where in the placements its root is, followed by the folder of descriptors.
+    /// Where in the placements its root is, followed by the jail's processes.
     placement: usize,
 }
 
@@ -86,15 +86,20 @@ impl TreePlan {
         })
     }
 
-    /// Makes the folder the root. Returns the new root and the process's folder of descriptors.
-    fn enter(&self, shared_with_host: bool) -> Result<[OwnedFd; 2], Errno> {
-        let own_fds = match clone_path(c"/proc/self/fd", false) {
-            Err(Errno::EPERM | Errno::EINVAL | Errno::ENOSYS) => nix::fcntl::open(
-                c"/proc/self/fd",
-                OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-                Mode::empty(),
-            )?,
-            other => other?,
+    /// Makes the folder the root. Returns the new root and the jail's processes, or this process's folder of descriptors.
+    fn enter(&self, shared_with_host: bool, own_pids: bool) -> Result<[OwnedFd; 2], Errno> {
+        // Hosts refuse it when parts of their own are hidden, as in a container.
+        let made = own_pids.then(root::processes).and_then(Result::ok);
+        let own_fds = match made {
+            Some(made) => made,
+            None => match clone_path(c"/proc/self/fd", false) {
+                Err(Errno::EPERM | Errno::EINVAL | Errno::ENOSYS) => nix::fcntl::open(
+                    c"/proc/self/fd",
+                    OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+                    Mode::empty(),
+                )?,
+                other => other?,
+            },
         };
         let root = root::shared_tree(&self.path, self.readonly, shared_with_host)?;
         if identity(root.as_fd())? != self.identity {
@@ -269,7 +274,8 @@ fn enter_tree(plan: &mut Plan, own_users: bool, entered: c_int) -> Result<(), (S
     if entered & libc::CLONE_NEWNS == 0 {
         return Err((Step::Root, Errno::EPERM));
     }
-    let made = tree.enter(!own_users).map_err(at(Step::Root))?;
+    let own_pids = own_users && plan.namespaces & libc::CLONE_NEWPID != 0;
+    let made = tree.enter(!own_users, own_pids).map_err(at(Step::Root))?;
     let wanted = plan.placements.iter_mut().skip(tree.placement);
     for (placement, made) in wanted.zip(made) {
         // Closed by exec, like every other source.

@@ -80,8 +80,9 @@ pub struct SharedTree<'a> {
     pub capabilities: u64,
     /// Number that the tree's root gets in the process.
     pub root: RawFd,
-    /// Number that the process's own folder of descriptors gets.
-    pub own_fds: RawFd,
+    /// Number that a `/proc` of the jail's own processes gets, or, where the host allows none, that process's folder of
+    /// descriptors.
+    pub processes: RawFd,
 }
 
 /// Why a device process could not be started.
@@ -266,7 +267,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
     let mut placements = placements(name, &fds, &limits)?;
     let tree_plan = match &tree {
         Some(tree) => {
-            let made = [tree.root, tree.own_fds];
+            let made = [tree.root, tree.processes];
             if made
                 .iter()
                 .any(|t| placements.iter().any(|p| p.target == *t))

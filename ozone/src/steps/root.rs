@@ -45,6 +45,15 @@ pub(crate) fn empty(shared_with_host: bool) -> Result<(), Errno> {
     sys::chdir_root()
 }
 
+/// A `/proc` of this pid namespace, attached nowhere, which has its processes and nothing else of the kernel's.
+pub(crate) fn processes() -> Result<std::os::fd::OwnedFd, Errno> {
+    let context = root::fsopen(c"proc")?;
+    root::fsconfig(context.as_fd(), c"subset", Some(c"pid"))?;
+    root::fsconfig_create(context.as_fd())?;
+    let attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+    root::fsmount(context.as_fd(), attributes)
+}
+
 /// Makes the tree at `path` the root: a copy of its mounts, in which no file is a device, a program or gives rights, and with
 /// `readonly` nothing can be written. Returns the new root.
 pub(crate) fn shared_tree(

@@ -74,6 +74,24 @@ pub(crate) fn fork_with_descriptors(namespaces: c_int) -> Result<Option<libc::pi
     Ok((pid != 0).then_some(pid))
 }
 
+/// As [`fork_with_descriptors`], without new namespaces and by clone(2), whose flags a filter can see. The parent gets the
+/// child's number and a pidfd, which both processes have.
+pub(crate) fn fork_beside() -> Result<Fork, Errno> {
+    let mut pidfd: RawFd = -1;
+    let flags = (libc::CLONE_FILES | libc::CLONE_PIDFD | libc::SIGCHLD) as c_ulong;
+    let none = ptr::null_mut::<c_int>();
+    // SAFETY: as in `fork`: no memory is shared and no stack given. With CLONE_PIDFD the third argument is where the pidfd
+    // goes; what the order of the last two is does not matter, since no flag uses them.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, &raw mut pidfd, none, none) };
+    let pid = Errno::result(pid)? as libc::pid_t;
+    if pid == 0 {
+        return Ok(Fork::Child);
+    }
+    // SAFETY: on success the kernel stored a new descriptor. The child has it too, in the same table, and does not know it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Fork::Parent { pid, pidfd })
+}
+
 /// Ends the process at once, without running exit handlers (which belong to the parent's copy).
 pub(crate) fn exit_now(status: c_int) -> ! {
     // SAFETY: ends the process.

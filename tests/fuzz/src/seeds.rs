@@ -595,6 +595,7 @@ fn control() -> Inputs {
             how: Exit::Signal(9),
             last_words: "bye".into(),
         },
+        Reply::Serves { index: 0, pid: 8 },
     ];
     let mut inputs = Inputs::new();
     for request in &requests {

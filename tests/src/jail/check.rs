@@ -116,8 +116,16 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
     let Some((&broker, devices)) = below.split_first() else {
         return Err("the control process has no broker".into());
     };
+    let parents = devices
+        .iter()
+        .map(|pid| Ok((*pid, of("a device", "parent", procfs::parent(*pid))?)))
+        .collect::<Result<Vec<_>, String>>()?;
+    let children = |parent| {
+        let all = parents.iter().filter(move |(_, of)| *of == parent);
+        all.map(|(pid, _)| *pid).collect::<Vec<_>>()
+    };
     // The broker starts them in this order.
-    let mut devices = devices.to_vec();
+    let mut devices = children(broker);
     devices.sort_unstable();
     if devices.len() != setting.devices.len() {
         let found = format!("{} device processes: {devices:?}", devices.len());
@@ -163,16 +171,30 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
     let log_pipes = process.pipes();
     all.push(process);
 
-    for (device, pid) in setting.devices.iter().zip(devices) {
+    for (device, first) in setting.devices.iter().zip(devices) {
         let kind = device
             .kind()
             .ok_or_else(|| format!("the table of devices does not know {}", device.binary))?;
+        let below = children(first);
+        let pid = match below.as_slice() {
+            [] if !device.has_keeper() => first,
+            [serving] if device.has_keeper() => *serving,
+            _ => {
+                let found = format!("{} processes below its first", below.len());
+                report.add(device.id, Check::Processes, found);
+                continue;
+            }
+        };
         let mut process = Process::read(device.id, pid)?;
         if process.status.name() != device.binary {
             let found = format!("its process is {}", process.status.name());
             report.add(device.id, Check::Processes, found);
         }
-        process.filters = each(&process, &[setting.broker_policy(), kind.policy]);
+        let mut filters = vec![setting.broker_policy(), kind.policy];
+        if device.has_keeper() {
+            filters.insert(1, Policy::FsKeeper);
+        }
+        process.filters = each(&process, &filters);
         report.one_thread(&process);
         report.ring_workers(&process, device.has_ring().then_some(2));
         report.every(&process)?;
@@ -194,7 +216,7 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
                 report.identity(&process)?;
             }
         }
-        report.session(&process)?;
+        report.session(&process, first)?;
         report.limits(&process, device)?;
         let ram = |m: &&Mapping| m.name.starts_with("/memfd:guest-ram");
         let mapped = process.maps.iter().filter(ram).count();
@@ -208,8 +230,13 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
                 report.add(device.id, Check::LogPipe, found);
             }
         }
-        report.ask(&process, Some(abi), Some(device))?;
+        report.ask(&process, Some(abi), Some((device, !device.has_keeper())))?;
+        let keeper = device
+            .has_keeper()
+            .then(|| report.keeper(first, &process, setting, (device, kept), abi))
+            .transpose()?;
         all.push(process);
+        all.extend(keeper);
     }
     report.query(&all, reply);
     Ok(report.findings)
@@ -496,14 +523,64 @@ impl Report {
         Ok(())
     }
 
-    fn session(&mut self, process: &Process) -> Result<(), String> {
+    /// The process that keeps a device's state: the same jail and the same descriptors as `serving`'s, its capabilities not in
+    /// effect, and nothing of the guest's memory.
+    fn keeper(
+        &mut self,
+        pid: i32,
+        serving: &Process,
+        setting: &Setting,
+        (device, kept): (&Device, u64),
+        abi: u32,
+    ) -> Result<Process, String> {
+        let label = format!("{}-keeper", device.id);
+        let mut process = Process::read(&label, pid)?;
+        let name = format!("{}-keeper", device.binary);
+        if process.status.name() != name {
+            let found = format!("its process is {}", process.status.name());
+            self.add(&label, Check::Processes, found);
+        }
+        process.folder = true;
+        process.filters = each(&process, &[setting.broker_policy(), Policy::FsKeeper]);
+        self.one_thread(&process);
+        self.every(&process)?;
+        self.capabilities(&process, [0, kept, 0, kept, 0]);
+        self.descriptors(&process, &device.descriptors());
+        for name in NAMESPACES {
+            if process.namespaces.get(name) != serving.namespaces.get(name) {
+                self.add(
+                    &label,
+                    Check::Namespace(name),
+                    "not that of the one that serves",
+                );
+            }
+        }
+        if let BackEnd::Folder { path, readonly, .. } = &device.back_end {
+            self.folder(&process, path, *readonly)?;
+        }
+        self.owner_of_all(&process)?;
+        self.session(&process, pid)?;
+        self.limits(&process, device)?;
+        if process
+            .maps
+            .iter()
+            .any(|m| m.name.starts_with("/memfd:guest-ram"))
+        {
+            self.add(&label, Check::GuestRam, "it maps some");
+        }
+        self.ask(&process, Some(abi), Some((device, true)))?;
+        Ok(process)
+    }
+
+    /// `leader`: the first process of the jail, whose session it is.
+    fn session(&mut self, process: &Process, leader: i32) -> Result<(), String> {
         let label = process.label.as_str();
         let path = format!("/proc/{}/stat", process.pid);
         let stat = of(label, "stat", fs::read_to_string(path))?;
         // After the name in brackets: state, parent, process group, session.
         let behind = stat.rsplit(')').next().unwrap_or_default();
         let ids: Vec<&str> = behind.split_whitespace().skip(2).take(2).collect();
-        let own = process.pid.to_string();
+        let own = leader.to_string();
         if ids != [&own, &own] {
             self.add(label, Check::Session, format!("group and session {ids:?}"));
         }
@@ -618,7 +695,7 @@ impl Report {
         &mut self,
         process: &Process,
         landlock: Option<u32>,
-        device: Option<&Device>,
+        device: Option<(&Device, bool)>,
     ) -> Result<(), String> {
         /// `NOROOT`, `NO_SETUID_FIXUP`, `NO_CAP_AMBIENT_RAISE`, each with its lock, and the lock of `KEEP_CAPS`.
         const LOCKED: i64 = 0xef;
@@ -650,13 +727,14 @@ impl Report {
             }
             let signal = probe::signal_at_parents_death(&mut tracee);
             let signal = of(label, "signal at the parent's death", signal)?;
-            let wanted = device.is_some_and(Device::dies_with_its_parent);
+            // One that a keeper has started dies with their pid namespace.
+            let wanted = device.is_some_and(|(_, dies)| dies);
             if wanted && signal != libc::SIGKILL {
                 self.add(label, Check::ParentDeath, format!("signal {signal}"));
             }
         }
         if let Some(abi) = landlock {
-            let folder = device.is_some_and(|d| matches!(d.back_end, BackEnd::Folder { .. }));
+            let folder = device.is_some_and(|(d, _)| matches!(d.back_end, BackEnd::Folder { .. }));
             let missing = probe::missing_landlock(&mut tracee, abi, folder);
             for what in of(label, "Landlock", missing)? {
                 self.add(label, Check::Landlock(what), "a probe was not refused");

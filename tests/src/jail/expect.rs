@@ -105,17 +105,11 @@ impl Device {
         self.kind().is_some_and(|kind| kind.ring)
     }
 
-    /// Whether it ends with its parent. The kernel forgets that wish when a process changes its user, as one that makes
-    /// files for any user does; such a one ends when its socket closes.
+    /// Whether another process of its jail keeps its state and starts it. That one ends with the broker, and everything in
+    /// its pid namespace with it.
     #[must_use]
-    pub fn dies_with_its_parent(&self) -> bool {
-        !matches!(
-            self.back_end,
-            BackEnd::Folder {
-                readonly: false,
-                ..
-            }
-        )
+    pub fn has_keeper(&self) -> bool {
+        matches!(self.back_end, BackEnd::Folder { .. })
     }
 
     /// Resource limits, soft and hard alike, by the kernel's names; the caller's own are the limit where they are lower.
@@ -173,9 +167,17 @@ impl Device {
             }
             BackEnd::Tap => all.push(Want::at(5, "/dev/net/tun", "rw")),
             BackEnd::Folder { .. } => {
-                // Its root, and its own descriptors, to open what it has looked up.
+                // The keeper and the process that serves have all of this in common.
+                all.push(Want::at(4, "pidfd", "rw"));
+                // Its root, and the jail's processes; of these its own descriptors, to open what it has looked up.
                 all.push(Want::at(5, "/", ""));
                 all.push(Want::at(6, "/", ""));
+                all.push(Want::at(7, "socket", "rw")); // the broker
+                all.push(Want::at(8, "/fd", ""));
+                all.push(Want::at(9, "eventpoll", "rw"));
+                all.push(Want::some("memfd:inflight", "rw"));
+                all.extend((0..3 * self.started).map(|_| Want::some("eventfd", "rw")));
+                return all;
             }
         }
         // What it makes itself takes the place of the start message, then those behind the back ends.
@@ -309,7 +311,10 @@ impl Setting {
             // The same image or folder again, for a restart.
             match &device.back_end {
                 BackEnd::Image { path, .. } => all.push(Want::some(path, "")),
-                BackEnd::Folder { path, .. } => all.push(Want::some(path, "")),
+                BackEnd::Folder { path, .. } => {
+                    all.push(Want::some(path, ""));
+                    all.push(Want::some("socket", "rw")); // the keeper
+                }
                 BackEnd::Tap => {}
             }
         }

@@ -78,7 +78,7 @@ fn close(tracee: &mut Tracee, fd: i64) -> io::Result<()> {
 }
 
 /// The number of a folder's process's own descriptors.
-const OWN_FDS: i32 = ipc::spec::fs::FD_OWN_FDS;
+const OWN_FDS: i32 = ipc::spec::fs::FD_PROCESSES;
 
 fn open_folder(tracee: &mut Tracee, at: i32, path: &str) -> io::Result<i64> {
     let flags = (libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64;

@@ -87,17 +87,21 @@ impl Journal {
         }
     }
 
+    /// Where the request came from that was at hand, if there was one.
+    pub(crate) fn at_hand(store: Store) -> Option<Origin> {
+        let word = store.load(Word::Request);
+        (word & AT_HAND != 0).then_some(Origin {
+            queue: (word >> 48 & 0xff) as u16,
+            head: (word >> 32) as u16,
+        })
+    }
+
     /// Takes the changes of a request back that was at hand and whose reply was not published, as `in_flight` tells.
     pub(crate) fn resume(store: Store, in_flight: impl Fn(Origin) -> bool) -> Self {
         let mut journal = Self::new(store);
-        let word = store.load(Word::Request);
-        let origin = Origin {
-            queue: (word >> 48 & 0xff) as u16,
-            head: (word >> 32) as u16,
-        };
-        if word & AT_HAND != 0 && in_flight(origin) {
+        if Self::at_hand(store).is_some_and(in_flight) {
             journal.roll_back();
-            journal.interrupted = Some(word);
+            journal.interrupted = Some(store.load(Word::Request));
         } else {
             // The next request may come on the same descriptor.
             store.store(Word::Request, 0);

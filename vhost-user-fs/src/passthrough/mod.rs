@@ -159,6 +159,8 @@ pub struct Passthrough {
     handles: Handles,
     locks: Locks,
     ahead: ReadAhead,
+    /// What a process before this one left has not been taken over yet.
+    waiting: bool,
     /// The host's name of `security.capability`, if it is another.
     mapped_capability: Option<CString>,
 }
@@ -187,16 +189,30 @@ impl Passthrough {
             handles: Handles::new(store),
             locks: Locks::new(store),
             ahead: ReadAhead::default(),
+            waiting: false,
         })
     }
 
+    /// Makes `root` the root in `store`, which has none yet, for a process after this one: it then [resumes](Self::resume).
+    ///
+    /// # Errors
+    /// `root` is no folder or cannot be looked at.
+    pub fn plant(root: OwnedFd, store: Store) -> Result<(), Errno> {
+        let stat = sys::stat(root.as_fd())?;
+        if u32::from(stat.stx_mode) & libc::S_IFMT != libc::S_IFDIR {
+            return Err(Errno::ENOTDIR);
+        }
+        Inodes::new(store, root, &stat).map(drop)
+    }
+
     /// Shares the folder that a process before this one shared, with what it left in `store`, as soon as
-    /// [`go_on`](Self::go_on) is called. `root` is the same folder as then, by another mount; it is compared and not used.
+    /// [`go_on`](Self::go_on) is called. `root`, if there is one, is the same folder as then, by another mount; it is compared
+    /// and not used.
     ///
     /// # Errors
     /// `ESTALE` if `root` is another folder by now.
     pub fn resume(
-        root: &OwnedFd,
+        root: Option<&OwnedFd>,
         own: OwnFds,
         store: Store,
         config: Config,
@@ -206,7 +222,9 @@ impl Passthrough {
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         let then = store::lend(&store, store.load(Word::Root)).ok_or(Errno::ESTALE)?;
         let file = |fd| sys::stat(fd).map(|s| (s.stx_dev_major, s.stx_dev_minor, s.stx_ino));
-        if file(then)? != file(root.as_fd())? {
+        if let Some(root) = root
+            && file(then)? != file(root.as_fd())?
+        {
             return Err(Errno::ESTALE);
         }
         Ok(Self {
@@ -219,6 +237,7 @@ impl Passthrough {
             handles: Handles::new(store),
             locks: Locks::new(store),
             ahead: ReadAhead::default(),
+            waiting: true,
         })
     }
 
@@ -228,11 +247,23 @@ impl Passthrough {
     /// `ESTALE` if nothing was left.
     pub fn go_on(&mut self, in_flight: impl Fn(Origin) -> bool) -> Result<(), Errno> {
         // First: it takes changes of the tables back.
+        self.waiting = false;
         self.journal = Journal::resume(self.store, in_flight);
         self.inodes = Inodes::resume(self.store)?;
         self.handles = Handles::resume(self.store);
         self.locks = Locks::resume(self.store);
         Ok(())
+    }
+
+    /// Where the request came from whose fate decides what [`go_on`](Self::go_on) does; `None` if it need not be called, or can
+    /// be told that nothing is in flight.
+    pub fn awaited(&self) -> Option<Origin> {
+        self.waiting.then(|| Journal::at_hand(self.store)).flatten()
+    }
+
+    /// Whether [`go_on`](Self::go_on) is still to be called.
+    pub fn is_waiting(&self) -> bool {
+        self.waiting
     }
 
     /// A request begins, before [`serve`](Self::serve) and the like. `replayed` says that a process before this one took it.

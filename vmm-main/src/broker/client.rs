@@ -74,6 +74,13 @@ pub enum Notice {
         /// Index into the policy's devices.
         index: u32,
     },
+    /// Unasked: the work of a device is done by this process, not by the one that was started.
+    Serves {
+        /// Index into the policy's devices.
+        index: u32,
+        /// Its process id.
+        pid: i32,
+    },
     /// The oldest request without a reply failed.
     Refused {
         /// For the log.
@@ -114,6 +121,8 @@ pub struct Client {
     exits: VecDeque<DeviceExit>,
     /// Index and process id of each device process.
     pids: Vec<(u32, i32)>,
+    /// As they were told, those that have come to serve.
+    served: VecDeque<(u32, i32)>,
     /// Replies to a [`Request::Inspect`] whose end has not come yet.
     inspected: Vec<ProcessFacts>,
     inspections: VecDeque<Inspection>,
@@ -140,6 +149,7 @@ impl Client {
                 pid: child,
                 exits: VecDeque::new(),
                 pids: Vec::new(),
+                served: VecDeque::new(),
                 inspected: Vec::new(),
                 inspections: VecDeque::new(),
                 snapshots: VecDeque::new(),
@@ -221,8 +231,17 @@ impl Client {
                         last_words,
                     });
                 }
+                (Reply::Serves { index, pid }, _) => self.serves(index, pid),
                 other => return Ok(other),
             }
+        }
+    }
+
+    /// Another process does the work of a device.
+    fn serves(&mut self, index: u32, pid: i32) {
+        self.served.push_back((index, pid));
+        for (_, known) in self.pids.iter_mut().filter(|(at, _)| *at == index) {
+            *known = pid;
         }
     }
 
@@ -277,9 +296,8 @@ impl Client {
     /// requests are only [sent](Self::send) then, and their replies come here too. `Err(Channel(Closed))` means that the
     /// broker is gone.
     pub fn poll(&mut self) -> Result<Option<Notice>, ClientError> {
-        if let Some(exit) = self.exits.pop_front() {
-            self.forget(&exit);
-            return Ok(Some(Notice::Exited(exit)));
+        if let Some(kept) = self.kept() {
+            return Ok(Some(kept));
         }
         while let Some((reply, fds)) = self.channel.try_receive::<Reply>()? {
             if let Some((reply, fds)) = self.keep_aside(reply, fds) {
@@ -287,6 +305,16 @@ impl Client {
             }
         }
         Ok(None)
+    }
+
+    /// What was told while something else was waited for: first who serves, since an end can only be that of one who did.
+    fn kept(&mut self) -> Option<Notice> {
+        if let Some((index, pid)) = self.served.pop_front() {
+            return Some(Notice::Serves { index, pid });
+        }
+        let exit = self.exits.pop_front()?;
+        self.forget(&exit);
+        Some(Notice::Exited(exit))
     }
 
     /// The oldest answer to a [`Request::Inspect`], once [`poll`](Self::poll) or [`wait`](Self::wait) have met all of it.
@@ -331,9 +359,8 @@ impl Client {
 
     /// As [`poll`](Self::poll), but waits.
     pub fn wait(&mut self) -> Result<Notice, ClientError> {
-        if let Some(exit) = self.exits.pop_front() {
-            self.forget(&exit);
-            return Ok(Notice::Exited(exit));
+        if let Some(kept) = self.kept() {
+            return Ok(kept);
         }
         loop {
             let (reply, fds) = self.channel.receive::<Reply>()?;
@@ -377,6 +404,11 @@ impl Client {
                 self.pids.retain(|(at, _)| *at != index);
                 Ok(Notice::Stopped { index })
             }
+            Reply::Serves { index, pid } => {
+                self.serves(index, pid);
+                self.served.clear();
+                Ok(Notice::Serves { index, pid })
+            }
             Reply::Failed { message } => Ok(Notice::Refused { message }),
             other => Err(ClientError::OutOfOrder(format!("{other:?}"))),
         }
@@ -398,19 +430,20 @@ impl Client {
                 return None;
             }
             while let Some((reply, _)) = self.channel.try_receive::<Reply>().ok()? {
-                if let Reply::Exited {
-                    index,
-                    pid,
-                    how,
-                    last_words,
-                } = reply
-                {
-                    self.exits.push_back(DeviceExit {
+                match reply {
+                    Reply::Exited {
                         index,
                         pid,
                         how,
                         last_words,
-                    });
+                    } => self.exits.push_back(DeviceExit {
+                        index,
+                        pid,
+                        how,
+                        last_words,
+                    }),
+                    Reply::Serves { index, pid } => self.serves(index, pid),
+                    _ => {}
                 }
             }
         }

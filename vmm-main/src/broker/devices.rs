@@ -12,15 +12,18 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use super::keeper::{Keeper, KeeperError, News};
 use crate::lifecycle::with_causes;
 use ipc::PROTOCOL_VERSION;
+use ipc::channel::{Channel, ChannelError};
+use ipc::control::sandbox::Role;
 use ipc::control::{DeviceGrant, Exit, Policy, Reply};
 use ipc::limits::{
     FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_INFLIGHT_REGION, MAX_LOG_LINE,
 };
 use ipc::log::{RateLimit, error, trace};
 use ipc::spec::DeviceSpec;
-use ipc::spec::fs::{FD_OWN_FDS, FD_TREE};
+use ipc::spec::fs::{BACKEND_FDS, FD_KEEPER, FD_PROCESSES, FD_TREE};
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -39,8 +42,12 @@ pub(super) struct Devices {
 struct Process {
     id: String,
     pid: i32,
+    /// The process that the control process knows of: this one, or the last one that it started.
+    told: i32,
     stage: Stage,
     lines: LogLines,
+    /// It keeps the device's state and starts those that serve, perhaps.
+    keeper: Option<Keeper>,
 }
 
 /// How far a device process is.
@@ -72,10 +79,31 @@ impl Devices {
         policy: &Policy,
     ) -> Result<(OwnedFd, i32), String> {
         let id = grant.spec.id();
-        if self.slots.get(index).is_none_or(Option::is_some) {
-            return Err(format!("device {id} has a process already"));
-        }
         let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
+        let again = self.slots.get_mut(index).map(|slot| slot.as_mut());
+        if let Some(Some(process)) = again {
+            let keeper = process.keeper.as_mut().filter(|keeper| keeper.is_idle());
+            let Some(keeper) = keeper else {
+                return Err(format!("device {id} has a process already"));
+            };
+            let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
+            return match keeper.serve(theirs.as_fd()) {
+                Ok(pid) => {
+                    process.told = pid;
+                    Ok((ours.into(), pid))
+                }
+                Err(e) => {
+                    let message = told("keeper", &with_causes(&e));
+                    // The next start begins anew, in a new jail.
+                    process.end();
+                    self.slots[index] = None;
+                    Err(message)
+                }
+            };
+        }
+        if again.is_none() {
+            return Err(format!("the policy has no device {index}"));
+        }
         let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
         let (log_reader, log_writer) =
             nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
@@ -84,8 +112,8 @@ impl Devices {
             version: PROTOCOL_VERSION,
             device: grant.spec.clone(),
             backend_fds: match &grant.spec {
-                // The tree and the process's own descriptors, which the jail makes.
-                DeviceSpec::Fs(_) => 2,
+                // Two of them are made by the jail.
+                DeviceSpec::Fs(_) => BACKEND_FDS,
                 _ => backend.len() as u32,
             },
             seccomp: policy.seccomp,
@@ -113,6 +141,14 @@ impl Devices {
             (start, FD_START),
         ];
         fds.extend(backend.into_iter().zip(FD_BACKEND..));
+        let keeper = match &grant.spec {
+            DeviceSpec::Fs(_) => {
+                let (ours, theirs) = Channel::pair().map_err(|e| told("keeper", &e))?;
+                fds.push((theirs.into_fd(), FD_KEEPER));
+                Some(Keeper::new(ours))
+            }
+            _ => None,
+        };
 
         let name = grant.spec.binary();
         let binary = find_binary(name)?;
@@ -130,7 +166,7 @@ impl Devices {
                     readonly: spec.readonly,
                     capabilities: spec.capabilities(),
                     root: FD_TREE,
-                    own_fds: FD_OWN_FDS,
+                    processes: FD_PROCESSES,
                 }),
                 _ => None,
             },
@@ -146,19 +182,43 @@ impl Devices {
         self.slots[index] = Some(Process {
             id: id.to_owned(),
             pid,
+            told: pid,
             stage: Stage::Pending(pending),
             lines: LogLines::new(id, log_reader.into()),
+            keeper,
         });
         Ok((ours.into(), pid))
     }
 
-    /// Index and process id of each device that has a process.
-    pub(super) fn pids(&self) -> impl Iterator<Item = (u32, i32)> + use<> {
-        let pids: Vec<(u32, i32)> = (0..)
-            .zip(&self.slots)
-            .filter_map(|(index, slot)| Some((index, slot.as_ref()?.pid)))
-            .collect();
-        pids.into_iter()
+    /// Waits until it is known of each keeper that runs which process serves.
+    pub(super) fn settle(&mut self) -> Vec<Reply> {
+        let mut told = Vec::new();
+        for (index, slot) in (0..).zip(&mut self.slots) {
+            let Some(process) = slot.as_mut() else {
+                continue;
+            };
+            if let (Stage::Running(_), Some(keeper)) = (&process.stage, &mut process.keeper) {
+                let news = keeper.settle();
+                told.extend(process.heard(news, self.log, index));
+            }
+        }
+        told
+    }
+
+    /// Role and process id of each process of each device.
+    pub(super) fn processes(&self) -> impl Iterator<Item = (Role, i32)> + use<> {
+        let mut all = Vec::new();
+        for (index, slot) in (0..).zip(&self.slots) {
+            let Some(process) = slot else { continue };
+            match process.keeper.as_ref().and_then(Keeper::serving) {
+                Some(serving) => {
+                    all.push((Role::Device(index), serving));
+                    all.push((Role::Keeper(index), process.pid));
+                }
+                None => all.push((Role::Device(index), process.pid)),
+            }
+        }
+        all.into_iter()
     }
 
     /// Every descriptor to poll, with the index of its device.
@@ -171,21 +231,28 @@ impl Devices {
                     Stage::Running(child) => Some(child.pidfd.as_fd()),
                     Stage::Gone => None,
                 };
-                pipe.into_iter().chain(life).map(move |fd| (index, fd))
+                let line = process.keeper.as_ref().map(AsFd::as_fd);
+                pipe.into_iter()
+                    .chain(life)
+                    .chain(line)
+                    .map(move |fd| (index, fd))
             })
         })
     }
 
-    /// Takes log lines of device `index`, follows it into its program, and tells if its process has ended.
+    /// Takes log lines of device `index`, follows it into its program, and tells if its process has ended, or another one serves.
     pub(super) fn handle(&mut self, index: usize) -> Option<Reply> {
         let slot = self.slots.get_mut(index)?;
         let process = slot.as_mut()?;
         process.lines.relay(self.log);
-        let (how, last_words) = process.follow()?;
+        let Some((how, last_words)) = process.follow() else {
+            return process.news(self.log, index as u32);
+        };
         // What it wrote just before it ended is still in the pipe.
         process.lines.relay(self.log);
         let last_words = last_words.unwrap_or_else(|| std::mem::take(&mut process.lines.last));
-        let pid = process.pid;
+        // With its keeper a process that serves has ended too.
+        let pid = process.told;
         *slot = None;
         Some(Reply::Exited {
             index: index as u32,
@@ -201,6 +268,12 @@ impl Devices {
             .slots
             .get_mut(index)
             .ok_or_else(|| format!("the policy has no device {index}"))?;
+        if let Some(keeper) = slot.as_mut().and_then(|process| process.keeper.as_mut()) {
+            match keeper.stop() {
+                Ok(()) => return Ok(()),
+                Err(e) => error!("device {index}: keeper: {}", with_causes(&e)),
+            }
+        }
         if let Some(mut process) = slot.take() {
             process.end();
             process.lines.relay(self.log);
@@ -252,6 +325,50 @@ impl Process {
             }
             stage => {
                 self.stage = stage;
+                None
+            }
+        }
+    }
+
+    /// What its keeper says; one that says what it may not is ended, which the next look at it tells.
+    fn news(&mut self, log: Option<BorrowedFd<'_>>, index: u32) -> Option<Reply> {
+        let news = self.keeper.as_mut()?.news();
+        self.heard(news, log, index)
+    }
+
+    fn heard(
+        &mut self,
+        news: Result<Option<News>, KeeperError>,
+        log: Option<BorrowedFd<'_>>,
+        index: u32,
+    ) -> Option<Reply> {
+        match news {
+            Ok(None) => None,
+            Ok(Some(News::Serves(pid))) => {
+                self.told = pid;
+                Some(Reply::Serves { index, pid })
+            }
+            Ok(Some(News::Ended(pid, how))) => {
+                // It tells its end after its last line.
+                self.lines.relay(log);
+                Some(Reply::Exited {
+                    index,
+                    pid,
+                    how,
+                    last_words: std::mem::take(&mut self.lines.last),
+                })
+            }
+            Err(e) => {
+                // With the line closed it is about to end by itself, or there is none on this host.
+                if !matches!(e, KeeperError::Line(_)) {
+                    error!("device {}: keeper: {}", self.id, with_causes(&e));
+                }
+                self.keeper = None;
+                if let Stage::Running(child) = &self.stage
+                    && !matches!(e, KeeperError::Line(ChannelError::Closed))
+                {
+                    kill(child);
+                }
                 None
             }
         }

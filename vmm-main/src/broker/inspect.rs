@@ -117,8 +117,8 @@ pub(super) fn broker() -> ProcessFacts {
 }
 
 /// The process of a device.
-pub(super) fn device(index: u32, pid: i32) -> ProcessFacts {
-    let mut facts = readable_by_its_owner(Role::Device(index), pid);
+pub(super) fn device(role: Role, pid: i32) -> ProcessFacts {
+    let mut facts = readable_by_its_owner(role, pid);
     facts.dumpable = dumpable(pid, &facts, &facts.namespaces);
     if let Ok(root) = &mut facts.root {
         root.entries = fs::read_dir(of_process(pid).join("root/"))

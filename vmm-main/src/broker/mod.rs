@@ -20,6 +20,7 @@
 //! | `open.rs` | one function per kind of grant |
 //! | `devices.rs` | device processes: start, log lines, end |
 //! | `inspect.rs` | what confines each process of the VM, read from `/proc` |
+//! | `keeper.rs` | which process serves a device that has another one keep its state |
 //! | `rights.rs` | what it keeps of its caller's rights |
 //! | `snapshot.rs` | where a snapshot is written, and how it gets its name |
 //! | `cleanup.rs` | what must be gone when the VM is |
@@ -28,6 +29,7 @@ mod cleanup;
 mod client;
 mod devices;
 mod inspect;
+mod keeper;
 mod log_target;
 mod open;
 mod process;

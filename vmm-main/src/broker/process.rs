@@ -274,8 +274,8 @@ impl Broker {
             (fired(&polled[0]), ready)
         };
         for index in ready {
-            if let Some(exit) = self.devices.handle(index) {
-                self.channel.send(&exit, &[])?;
+            if let Some(news) = self.devices.handle(index) {
+                self.channel.send(&news, &[])?;
             }
         }
         if request_waits && let Some((request, _)) = self.channel.try_receive::<Request>()? {
@@ -376,12 +376,15 @@ impl Broker {
     }
 
     fn inspect(&mut self) -> Result<(), ChannelError> {
+        for news in self.devices.settle() {
+            self.channel.send(&news, &[])?;
+        }
         let control = nix::unistd::getppid().as_raw();
         let witness = self.witness.get_or_insert_with(|| Witness::of(control));
-        let devices = self.devices.pids();
+        let devices = self.devices.processes();
         let all = std::iter::once(witness.facts())
             .chain(std::iter::once_with(inspect::broker))
-            .chain(devices.map(|(index, pid)| inspect::device(index, pid)));
+            .chain(devices.map(|(role, pid)| inspect::device(role, pid)));
         for facts in all {
             self.channel.send(&Reply::Inspected(Box::new(facts)), &[])?;
         }

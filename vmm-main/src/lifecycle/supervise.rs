@@ -240,6 +240,20 @@ impl Supervisor {
                 }
                 Ok(())
             }
+            Notice::Serves { index, pid } => {
+                if let Some(
+                    Process::Serving { pid: known }
+                    | Process::Stopping { pid: known, .. }
+                    | Process::Handshaking { pid: known, .. },
+                ) = self
+                    .devices
+                    .get_mut(index as usize)
+                    .map(|device| &mut device.process)
+                {
+                    *known = pid;
+                }
+                Ok(())
+            }
             Notice::Stopped { index } => {
                 let index = index as usize;
                 match self.devices.get(index).map(|device| &device.process) {

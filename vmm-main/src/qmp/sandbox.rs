@@ -104,6 +104,7 @@ fn process(facts: &ProcessFacts, report: &SandboxReport, hosts: Option<&[u64; 7]
         Role::Control => ("control", None),
         Role::Broker => ("broker", None),
         Role::Device(index) => ("device", report.devices.get(index as usize)),
+        Role::Keeper(index) => ("keeper", report.devices.get(index as usize)),
     };
     map.insert("role".into(), role.into());
     if let Some(id) = id {
@@ -278,7 +279,9 @@ fn missing(
         return missing;
     }
     let tree = match facts.role {
-        Role::Device(index) => report.devices.get(index as usize).and_then(|d| d.tree),
+        Role::Device(index) | Role::Keeper(index) => {
+            report.devices.get(index as usize).and_then(|d| d.tree)
+        }
         _ => None,
     };
     let allowed = tree.map_or(0, |tree| tree.capabilities);
