@@ -204,11 +204,11 @@ impl FsDevice {
             Place::End(end) => (end, true),
             Place::PerhapsAt { start, end } => {
                 let at = i64::try_from(start).map_err(|_| Errno::EINVAL)?;
-                if data.begin_like_file(file, at)? {
-                    (start, false)
-                } else {
-                    (end, true)
-                }
+                let done = match self.tree.to_compare(file)? {
+                    Some(readable) => data.begin_like_file(readable.as_fd(), at)?,
+                    None => end.checked_sub(start) == Some(u64::from(size)),
+                };
+                if done { (start, false) } else { (end, true) }
             }
         };
         let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;

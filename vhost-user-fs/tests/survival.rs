@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
 use fs_device::fuse::wire::opcode;
-use libc::{EEXIST, ENOENT, O_APPEND, O_EXCL, O_RDWR};
+use libc::{EEXIST, ENOENT, O_APPEND, O_EXCL, O_RDWR, O_WRONLY};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use raw::{Body, Client, u64_at};
@@ -229,7 +229,7 @@ fn change(client: &mut Client, model: &mut Model, random: &mut Numbers, log: (u6
 fn kill_loop(requests: u32, kill_each: u32) -> (u32, u32) {
     let dir = tempfile::tempdir().unwrap();
     let mut client = Client::start(dir.path(), &["-log-level", "error"]);
-    let log = client.create(1, "log", O_RDWR | O_APPEND).unwrap();
+    let log = client.create(1, "log", O_WRONLY | O_APPEND).unwrap();
     let mut model = Model::from([("log".to_owned(), Some(Vec::new()))]);
     let kills = AtomicU32::new(0);
     let outside = client.child.id();

@@ -120,6 +120,18 @@ impl Passthrough {
         self.handles.file(fh)
     }
 
+    /// The file behind `file`, which may be open for writing only, to see whether a `WRITE` was done already. `None` if this
+    /// process may not read it.
+    ///
+    /// # Errors
+    /// What opening it anew says.
+    pub fn to_compare(&self, file: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
+        match self.own.reopen(file, libc::O_RDONLY) {
+            Err(Errno::EACCES | Errno::EPERM) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
     /// The file that a `WRITE` writes, prepared for it.
     ///
     /// # Errors
