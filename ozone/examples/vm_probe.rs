@@ -28,9 +28,15 @@ use std::{
 
 fn main() -> ExitCode {
     let mut terminate = SigSet::empty();
-    terminate.add(Signal::SIGTERM);
-    terminate.add(Signal::SIGUSR1);
-    terminate.add(Signal::SIGINT);
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGUSR1,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ] {
+        terminate.add(signal);
+    }
     if terminate.thread_block().is_err() {
         return ExitCode::FAILURE;
     }

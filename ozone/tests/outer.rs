@@ -519,7 +519,9 @@ fn signals_reach_the_vm_and_a_running_vm_is_not_cleaned() {
     }
     let host = Host::new("signals");
     let mut command = host.ozone("vm");
-    command.args(["--", "-ready", "-wait", "-wait", "-exit", "4"]);
+    command.args([
+        "--", "-ready", "-wait", "-wait", "-wait", "-wait", "-wait", "-exit", "4",
+    ]);
     let mut vm = Running::start(command);
 
     let mut clean = host.ozone("vm");
@@ -570,9 +572,51 @@ fn signals_reach_the_vm_and_a_running_vm_is_not_cleaned() {
     let jail = host.jail("vm").display().to_string();
     assert_eq!(held(first), [jail.as_str(), "anon_inode", "socket"]);
     assert_eq!(held(vm.ozone.id()), ["anon_inode", "anon_inode", "socket"]);
-    vm.signal(Signal::SIGTERM);
-    vm.until("signal SIGTERM");
+    for signal in [
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+        Signal::SIGINT,
+        Signal::SIGTERM,
+    ] {
+        vm.signal(signal);
+        vm.until(&format!("signal {signal}"));
+    }
     assert_eq!(vm.end().0.code(), Some(4));
+    host.clean("vm");
+    // The one that the probe does not wait for ends it.
+    let mut command = host.ozone("vm");
+    command.args(["--", "-ready", "-hang"]);
+    let vm = Running::start(command);
+    vm.signal(Signal::SIGUSR2);
+    assert_eq!(vm.end().0.signal(), Some(Signal::SIGUSR2 as i32));
+    host.clean("vm");
+    host.leaves_nothing();
+}
+
+/// The first process inside is the VM's reaper: whoever kills it ends the VM, and the host's side says so under its filter.
+#[test]
+fn a_killed_first_process_is_told() {
+    use nix::sys::signal::{Signal, kill};
+    if !is_root("a_killed_first_process_is_told") {
+        return;
+    }
+    let host = Host::new("first");
+    let mut command = host.ozone("vm");
+    command
+        .args(["--", "-ready", "-wait", "-hang"])
+        .stderr(Stdio::piped());
+    let mut vm = Running::start(command);
+    // Once it passes signals on, the parent is under its filter.
+    vm.signal(Signal::SIGUSR1);
+    vm.until("signal SIGUSR1");
+    let mut errors = vm.ozone.stderr.take().expect("a pipe");
+    let first = nix::unistd::Pid::from_raw(children(vm.ozone.id())[0] as i32);
+    kill(first, Signal::SIGKILL).expect("a living first process");
+    let (status, _) = vm.end();
+    assert_eq!(status.code(), Some(1));
+    let mut told = String::new();
+    errors.read_to_string(&mut told).expect("its errors");
+    assert_eq!(told, "ozone: jail: its first process was killed\n");
     host.clean("vm");
     host.leaves_nothing();
 }

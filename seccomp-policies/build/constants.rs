@@ -113,6 +113,8 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("CLONE_PIDFD", 0x1000),
     ("CLONE_THREAD", 0x1_0000),
     ("CLONE_NEWNS", 0x2_0000),
+    ("MS_REC", 0x4000),
+    ("MS_PRIVATE", 0x4_0000),
     ("CLONE_SYSVSEM", 0x4_0000),
     ("CLONE_SETTLS", 0x8_0000),
     ("CLONE_PARENT_SETTID", 0x10_0000),

@@ -2,7 +2,7 @@
 
 use crate::{
     compile::Programs,
-    parse::Width,
+    parse::{Rare, Width},
     resolve::{Check, Kind, Policy},
 };
 use std::fmt::Write;
@@ -37,10 +37,17 @@ pub(crate) fn policy(text: &mut String, policy: &Policy, programs: &Programs) {
                 format!("Some({name:?})"),
             ),
         };
+        let rare = rule.rare.as_ref().map_or_else(
+            || String::from("None"),
+            |rare| {
+                let Rare { takes, why, test } = rare;
+                format!("Some(Rare {{ takes: Takes::{takes:?}, why: {why:?}, test: {test:?} }})")
+            },
+        );
         let _ = writeln!(
             rules,
-            "  RuleInfo {{ call: {:?}, number: {}, args: &[{args}], error: {error}, why: {:?}, from: {:?}, rare: {:?}, child: {:?} }},",
-            rule.call, rule.number, rule.why, rule.from, rule.rare, rule.child
+            "  RuleInfo {{ call: {:?}, number: {}, args: &[{args}], error: {error}, why: {:?}, from: {:?}, rare: {rare}, child: {:?} }},",
+            rule.call, rule.number, rule.why, rule.from, rule.child
         );
     }
     let _ = writeln!(

@@ -27,9 +27,6 @@ pub(crate) struct PolicyFile {
     pub(crate) budget: usize,
     /// Why the budget is what it is, where that is not the figure that the kind of thread started with.
     pub(crate) budget_why: Option<String>,
-    /// Calls of shared pieces that this thread makes on a rare path only, and which; see [`Allow::rare`].
-    #[serde(default)]
-    pub(crate) rare: BTreeMap<String, String>,
     #[serde(default)]
     pub(crate) allow: Vec<Allow>,
     #[serde(default)]
@@ -59,8 +56,8 @@ pub(crate) struct Allow {
     /// Architectures that the rule is for; empty means all.
     #[serde(default)]
     pub(crate) only: Vec<String>,
-    /// Why an audit may find the rule unused: the rare path, and what drives it.
-    pub(crate) rare: Option<String>,
+    /// Why an audit may find the rule unused.
+    pub(crate) rare: Option<Rare>,
 }
 
 /// A call that is answered with an error number instead of being made.
@@ -74,7 +71,28 @@ pub(crate) struct Errno {
     #[serde(default)]
     pub(crate) args: Vec<Arg>,
     /// As [`Allow::rare`].
-    pub(crate) rare: Option<String>,
+    pub(crate) rare: Option<Rare>,
+}
+
+/// Why a run of all suites may leave a rule unused.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Rare {
+    pub(crate) takes: Takes,
+    pub(crate) why: String,
+    /// What makes the call all the same, where the audit does not see it: `folder/file::function`. `cargo xtask check` looks
+    /// whether it is there.
+    pub(crate) test: String,
+}
+
+/// What a rare call takes. Nothing else is a reason: a path that a test can take, a test has to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Takes {
+    /// Another kind of host.
+    Host,
+    /// Several things at the same moment.
+    Chance,
 }
 
 /// One check of one argument.

@@ -3,7 +3,7 @@
 
 use crate::{
     constants,
-    parse::{Allow, Arg, Errno, Files, Op, PolicyFile, Value, Width},
+    parse::{Allow, Arg, Errno, Files, Op, PolicyFile, Rare, Value, Width},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,7 +37,7 @@ pub(crate) struct Rule {
     /// The file that holds the rule, with its folder: `policies/base/event-loop.toml`.
     pub(crate) from: String,
     /// Why an audit may find the rule unused.
-    pub(crate) rare: Option<String>,
+    pub(crate) rare: Option<Rare>,
     /// The policy of a child for whose sake the rule is there.
     pub(crate) child: Option<String>,
     pub(crate) kind: Kind,
@@ -217,8 +217,6 @@ pub(crate) enum PolicyError {
         "{file}: {call}: an answer depends on one argument at most, a dword compared with `eq`"
     )]
     AnswerArgs { file: String, call: String },
-    #[error("{file}: rare: no rule of a shared piece is for {call}")]
-    NotRare { file: String, call: String },
     #[error("{file}: allows {found} distinct calls, its budget is {budget}")]
     OverBudget {
         file: String,
@@ -285,21 +283,6 @@ fn resolve_one(
         let from = format!("policies/base/{piece}.toml");
         check_reason(&from, "about", &base.about)?;
         context.add(&from, &base.allow, &base.errno)?;
-    }
-    for (call, why) in &file.rare {
-        check_reason(&own, call, why)?;
-        let mut shared = policy
-            .rules
-            .iter_mut()
-            .filter(|r| r.call == *call && r.from != own && r.rare.is_none())
-            .peekable();
-        if shared.peek().is_none() {
-            return Err(PolicyError::NotRare {
-                file: own,
-                call: call.clone(),
-            });
-        }
-        shared.for_each(|rule| rule.rare = Some(why.clone()));
     }
     refuse_repetition(&policy)?;
     Ok(policy)
@@ -444,7 +427,8 @@ impl Context<'_> {
             }
             let checks = checks(from, &rule.call, &rule.args)?;
             if let Some(rare) = &rule.rare {
-                check_reason(from, &rule.call, rare)?;
+                check_reason(from, &rule.call, &rare.why)?;
+                check_reason(from, &rule.call, &rare.test)?;
             }
             let here = rule.only.is_empty() || rule.only.iter().any(|a| a == self.arch);
             let kind = Kind::Allow(checks);
@@ -459,7 +443,8 @@ impl Context<'_> {
                 name: rule.error.clone(),
             })?;
             if let Some(rare) = &rule.rare {
-                check_reason(from, &rule.call, rare)?;
+                check_reason(from, &rule.call, &rare.why)?;
+                check_reason(from, &rule.call, &rare.test)?;
             }
             let mut checks = checks(from, &rule.call, &rule.args)?.into_iter();
             let check = checks.next();
@@ -480,7 +465,7 @@ impl Context<'_> {
         &mut self,
         from: &str,
         call: &str,
-        (why, rare): (&str, &Option<String>),
+        (why, rare): (&str, &Option<Rare>),
         kind: Kind,
         here: bool,
     ) -> Result<(), PolicyError> {

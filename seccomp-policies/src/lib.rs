@@ -186,9 +186,29 @@ pub struct RuleInfo {
     /// The file that holds it.
     pub from: &'static str,
     /// Why a run of all tests may leave the rule unused, if it may.
-    pub rare: Option<&'static str>,
+    pub rare: Option<Rare>,
     /// The policy of a child process for whose sake the rule is there: the child has inherited the filter.
     pub child: Option<&'static str>,
+}
+
+/// Why a run of all suites may leave a rule unused.
+#[derive(Debug, Clone, Copy)]
+pub struct Rare {
+    /// What the call takes.
+    pub takes: Takes,
+    /// In words.
+    pub why: &'static str,
+    /// The test that makes it all the same, `folder/file::function`.
+    pub test: &'static str,
+}
+
+/// What a rare call takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Takes {
+    /// Another kind of host.
+    Host,
+    /// Several things at the same moment.
+    Chance,
 }
 
 impl RuleInfo {
@@ -276,7 +296,7 @@ struct Compiled {
 }
 
 mod generated {
-    use super::{ArgInfo, Compiled, Op, PolicyInfo, RuleInfo};
+    use super::{ArgInfo, Compiled, Op, PolicyInfo, Rare, RuleInfo, Takes};
 
     /// One BPF instruction.
     const fn i(code: u16, jt: u8, jf: u8, k: u32) -> libc::sock_filter {

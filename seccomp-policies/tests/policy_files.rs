@@ -297,3 +297,36 @@ fn constants_are_the_kernels() {
         );
     }
 }
+
+/// A rule that nothing uses needs a reason of the two that there are, and what shows that it is needed.
+#[test]
+fn rare_rules_have_a_cause_and_a_proof() {
+    let rare = |what: &str| rule("read", &format!("rare = {{ {what} }}"));
+    let whole = "takes = \"host\", why = \"another clock\", test = \"tests/x::some_test\"";
+    assert!(outcome(&rare(whole)).is_ok());
+    for (wrong, words) in [
+        (
+            "why = \"another clock\", test = \"tests/x::some_test\"",
+            "takes",
+        ),
+        ("takes = \"host\", why = \"another clock\"", "test"),
+        (
+            "takes = \"fault\", why = \"another clock\", test = \"tests/x::some_test\"",
+            "fault",
+        ),
+        (
+            "takes = \"chance\", why = \"short\", test = \"tests/x::some_test\"",
+            "short",
+        ),
+        (
+            "takes = \"chance\", why = \"another clock\", test = \"none\"",
+            "none",
+        ),
+    ] {
+        refused(&rare(wrong), &[words]);
+    }
+    refused(
+        &rule("read", "rare = \"a word is not enough\""),
+        &["invalid type"],
+    );
+}

@@ -6,15 +6,17 @@
 //! back.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
-use tests::host::require_kvm;
+use tests::host::{Tap, require_kvm};
 use tests::payload::Payload;
 use tests::vm::{Vm, VmBuilder};
 
@@ -97,6 +99,75 @@ fn a_serial_port_connects_to_a_unix_socket() {
     let mut byte = [0];
     client.read_exact(&mut byte).unwrap();
     client.write_all(b"x").unwrap();
+    ends_well(vm);
+}
+
+/// A manager that opened the tap itself hands a descriptor over (`fd=`): the broker looks what it is.
+#[test]
+fn a_card_takes_a_tap_that_was_opened_before() {
+    let tap = Tap::new("sv-held", "10.7.5.1/24").unwrap();
+    let queue = tap.queue().unwrap();
+    let card = |fd: i32| {
+        guest(Payload::NetTx, "host=10.7.5.1 own=10.7.5.2")
+            .arg("-netdev")
+            .arg(format!("tap,id=n0,fd={fd}"))
+            .args(["-device", "virtio-net-device,netdev=n0,id=c0"])
+    };
+    let inherited = |fd: &dyn AsFd| fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    inherited(&queue);
+    let mut vm = card(queue.as_raw_fd()).start().unwrap();
+    // Else the interface would stay busy here.
+    drop(queue);
+    vm.wait_for("NET-TX OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    ends_well(vm);
+
+    let other = fs::File::open("/dev/null").unwrap();
+    inherited(&other);
+    let mut vm = card(other.as_raw_fd()).start().unwrap();
+    let status = vm.wait(LIMIT).unwrap();
+    let messages = vm.messages();
+    assert_eq!(status.code(), Some(1), "{messages}");
+    assert!(messages.contains("not an open tap device"), "{messages}");
+}
+
+/// Flushes of a disk that does without io_uring are made one by one.
+#[test]
+fn a_disk_without_a_ring_flushes() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut vm = guest(Payload::BlkRw, "end=halt")
+        .disk("d0", &disk, ",aio=off")
+        .start()
+        .unwrap();
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    ends_well(vm);
+}
+
+/// A host may have no IPv6; the call is made all the same, and the answer told.
+#[test]
+fn a_client_comes_by_ipv6() {
+    let free = TcpListener::bind("[::1]:0").and_then(|socket| socket.local_addr());
+    let port = free.as_ref().map_or(9, SocketAddr::port);
+    let mut vm = guest(Payload::Machine, "end=halt")
+        .args(["-qmp", &format!("tcp:[::1]:{port},server,nowait")])
+        .start()
+        .unwrap();
+    if free.is_err() {
+        assert_eq!(vm.wait(LIMIT).unwrap().code(), Some(1));
+        let messages = vm.messages();
+        assert!(messages.contains("cannot listen"), "{messages}");
+        return;
+    }
+    drop(vm.qmp().unwrap()); // it listens on all of them by now
+    let mut client = BufReader::new(TcpStream::connect(("::1", port)).unwrap());
+    client.get_ref().set_read_timeout(Some(LIMIT)).unwrap();
+    let mut greeting = String::new();
+    client.read_line(&mut greeting).unwrap();
+    assert!(greeting.contains("QMP"), "{greeting}");
+    drop(client);
     ends_well(vm);
 }
 

@@ -294,6 +294,51 @@ fn a_process_that_hangs_is_ended_before_the_driver_goes_on() {
     guest.ends_well();
 }
 
+/// Whether a thread of `pid` waits for a lock or a condition, with a limit.
+fn waits_with_a_limit(pid: i32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.flatten().any(|thread| {
+        // Number and arguments of the call that it is in; another word when it is in none.
+        let call = std::fs::read_to_string(thread.path().join("syscall")).unwrap_or_default();
+        let mut words = call.split(' ');
+        words.next() == Some("202") && words.nth(3).is_some_and(|limit| limit != "0x0") // futex
+    })
+}
+
+/// A freezer may strike while a vCPU waits for the end of a process that hangs: that wait goes on by a call of the kernel's choice.
+#[test]
+fn a_stop_while_a_process_is_ended_changes_nothing() {
+    let mut guest = with_disk(Payload::BlkLoop, "bursts=20 again=1", "");
+    guest.expect("IDLE");
+    let (block, broker) = (guest.pid("block"), guest.pid("broker"));
+    signal(block, Signal::SIGSTOP);
+    // It could end the process, and so the wait, at once.
+    signal(broker, Signal::SIGSTOP);
+    guest.type_a_byte();
+    let control = guest.vm.pid();
+    // It waits for a second, which a busy machine may not let this process see: all is to end well then too.
+    let since = Instant::now();
+    while !waits_with_a_limit(control) && since.elapsed() < LIMIT / 4 {
+        let ended = guest.vm.wait(Duration::from_millis(5));
+        assert!(ended.is_err(), "{ended:?}: {}", guest.vm.messages());
+    }
+    signal(control, Signal::SIGSTOP);
+    let state = || std::fs::read_to_string(format!("/proc/{control}/stat")).unwrap();
+    assert!(
+        (0..1_000_000).any(|_| state().contains(") T ")),
+        "it does not stop"
+    );
+    signal(control, Signal::SIGCONT);
+    signal(broker, Signal::SIGCONT);
+    let crashed = guest.event("DEVICE_CRASHED");
+    assert_eq!(
+        crashed,
+        json!({ "device": "disk", "pid": block, "unresponsive": true })
+    );
+    guest.expect("BLK-LOOP OK bursts 20");
+    guest.ends_well();
+}
+
 #[test]
 fn a_device_that_cannot_be_saved_fails_and_the_vm_goes_on() {
     for (policy, restarts) in [(",max-restarts=2", 2), (",restart=off", 0), ("", 5)] {

@@ -1,7 +1,7 @@
 //! # Tests that documents name
 //!
 //! **Job.** Each test that `SECURITY.md` names, as `` `folder/file::function` ``, exists: the file by the end of its path without
-//! `.rs`, and in it a test of that name. **Who is not trusted.** Renames: a proof that is gone must not stay in the document.
+//! `.rs`, and in it a test of that name. So does each that a policy's rare rule names. **Who is not trusted.** Renames: a proof that is gone must not stay in the document.
 //! **Why this way.** The document's claims are worth as much as the tests behind them, so the names are checked, not trusted.
 
 use crate::{rules, tool};
@@ -23,9 +23,29 @@ pub(crate) fn exist() -> Result<(), String> {
             named.len()
         ));
     }
+    all_exist(named.into_iter().map(|test| (name, test)))
+}
+
+/// Runs the rule on what the policies say of their rare calls.
+pub(crate) fn exist_for_policies() -> Result<(), String> {
+    let rules = seccomp_policies::table().iter().flat_map(|p| p.rules);
+    let mut named = Vec::new();
+    for rule in rules {
+        if let Some(rare) = rule.rare {
+            let test = rare.test.rsplit_once("::");
+            named.push((rule.from, test.unwrap_or((rare.test, ""))));
+        }
+    }
+    all_exist(named)
+}
+
+/// Where a test is named, and its file and function.
+fn all_exist<'a>(
+    named: impl IntoIterator<Item = (&'a str, (&'a str, &'a str))>,
+) -> Result<(), String> {
     let sources = rules::sources()?;
     let mut broken = Vec::new();
-    for (file, test) in named {
+    for (name, (file, test)) in named {
         let mut files = sources
             .iter()
             .filter(|source| ends_with(source, file))
@@ -87,6 +107,15 @@ mod tests {
     #[test]
     fn every_named_test_exists() {
         assert_eq!(exist(), Ok(()));
+        assert_eq!(exist_for_policies(), Ok(()));
+    }
+
+    #[test]
+    fn a_test_that_does_not_exist_is_told() {
+        let told = all_exist([("here", ("tests/recovery", "nothing_of_the_kind"))]).unwrap_err();
+        assert!(told.contains("has no such test"), "{told}");
+        let told = all_exist([("here", ("tests/nowhere", "x"))]).unwrap_err();
+        assert!(told.contains("there is no file"), "{told}");
     }
 
     #[test]

@@ -83,7 +83,8 @@ fn rules(policy: &PolicyInfo) -> String {
         let _ = writeln!(text, "  {:<18} {}", rule.call, what(rule));
         let _ = writeln!(text, "  {:<18}   {} [{}]", "", rule.why, rule.from);
         if let Some(rare) = rule.rare {
-            let _ = writeln!(text, "  {:<18}   rare: {rare}", "");
+            let why = crate::policy_audit::words(rare);
+            let _ = writeln!(text, "  {:<18}   {why}; shown by {}", "", rare.test);
         }
     }
     text

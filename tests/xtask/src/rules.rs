@@ -21,6 +21,10 @@ pub(crate) const ALL: &[(&str, Rule)] = &[
     ("one build of the product", features_are_listed),
     ("tests that SECURITY.md names exist", named_tests::exist),
     (
+        "tests of rare system calls exist",
+        named_tests::exist_for_policies,
+    ),
+    (
         "README shows the system call policies",
         crate::policy::readme_is_right,
     ),

@@ -395,7 +395,12 @@ fn lock_image(file: &File, readonly: bool) -> Result<(), String> {
 mod tap_ioctl {
     //! `linux/if_tun.h`
     nix::ioctl_write_int!(tunsetiff, b'T', 202);
-    nix::ioctl_read!(tungetiff, b'T', 210, libc::ifreq);
+    // The header names the size of an int; the kernel fills a struct ifreq.
+    nix::ioctl_read_bad!(
+        tungetiff,
+        nix::request_code_read!(b'T', 210, size_of::<libc::c_uint>()),
+        libc::ifreq
+    );
 }
 
 const IFF_TAP: libc::c_short = libc::IFF_TAP as libc::c_short;
