@@ -10,6 +10,8 @@
 
 #[path = "escape/bait.rs"]
 mod bait;
+#[path = "escape/broker.rs"]
+mod broker;
 #[path = "escape/control.rs"]
 mod control;
 #[path = "escape/waste.rs"]

@@ -108,7 +108,7 @@ fn a_card_takes_a_tap_that_was_opened_before() {
     let tap = Tap::new("sv-held", "10.7.5.1/24").unwrap();
     let queue = tap.queue().unwrap();
     let card = |fd: i32| {
-        guest(Payload::NetTx, "host=10.7.5.1 own=10.7.5.2")
+        guest(Payload::NetTx, "host=10.7.5.1 own=10.7.5.2 end=halt")
             .arg("-netdev")
             .arg(format!("tap,id=n0,fd={fd}"))
             .args(["-device", "virtio-net-device,netdev=n0,id=c0"])

@@ -5,7 +5,7 @@
 mod raw;
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 
 use fs_device::fuse::wire::{flag, opcode};
@@ -690,4 +690,35 @@ fn attributes_and_locks_work_when_asked_for() {
     );
     client.assert_alive();
     assert!(client.finish().success());
+}
+
+/// No attack, but the calls behind it have a filter before them: data is made durable in both ways, and found among holes.
+#[test]
+fn files_are_synced_and_their_holes_are_found() {
+    let place = Place::new();
+    let sparse = fs::File::create(place.tree.join("sparse")).unwrap();
+    sparse.write_all_at(b"data", 1 << 20).unwrap();
+    sparse.set_len(4 << 20).unwrap();
+    let mut client = Client::start(&place.tree, &[]);
+    let file = client.lookup(1, "sparse").unwrap();
+    let fh = client.open(file, libc::O_RDWR).unwrap();
+    for data_only in [0, 1] {
+        let body = Body::new().u64(fh).u32(data_only).u32(0);
+        assert_eq!(client.call(opcode::FSYNC, file, body), Ok(vec![]));
+    }
+    let mut seek = |from: u64, whence: i32| {
+        let body = Body::new().u64(fh).u64(from).u32(whence as u32).u32(0);
+        client
+            .call(opcode::LSEEK, file, body)
+            .map(|reply| u64_at(&reply, 0))
+    };
+    let data = seek(0, libc::SEEK_DATA).unwrap();
+    let hole = seek(data, libc::SEEK_HOLE).unwrap();
+    // A file system without holes has data everywhere.
+    assert!(
+        data <= 1 << 20 && hole > 1 << 20 && hole <= 4 << 20,
+        "{data} {hole}"
+    );
+    assert_eq!(seek(4 << 20, libc::SEEK_DATA), Err(libc::ENXIO));
+    client.assert_alive();
 }

@@ -415,6 +415,12 @@ impl Attempt {
         )
     }
 
+    /// What must become of it with a filter, in a process that no [`Jail`] stands for.
+    #[must_use]
+    pub const fn filtered(&self) -> Expect {
+        self.filtered
+    }
+
     /// Makes it.
     ///
     /// # Errors
