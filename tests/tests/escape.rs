@@ -14,6 +14,8 @@ mod bait;
 mod broker;
 #[path = "escape/control.rs"]
 mod control;
+#[path = "escape/landlock.rs"]
+mod landlock;
 #[path = "escape/waste.rs"]
 mod waste;
 
