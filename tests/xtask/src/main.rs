@@ -32,7 +32,7 @@ const COMMANDS: &[(&str, &str, Command)] = &[
     ),
     (
         "bench",
-        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net], or the shared folder: bench fs [--rounds N] [--only TEXT] [--virtiofsd PROGRAM] [--inodes N] …",
+        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net], or the shared folder: bench fs [--rounds N] [--only TEXT] [--virtiofsd PROGRAM] [--inodes N] …, or a disk: bench block [--quick] [--all] [--only TEXT] [--direct] [--socket PATH] …",
         bench::run,
     ),
     (

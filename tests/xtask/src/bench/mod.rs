@@ -4,7 +4,7 @@
 //! in one run, and medians are compared. **Why this way.** A figure alone says little; beside the peers', taken in the
 //! same minute, it says which way we moved.
 
-mod fs;
+mod front_end;
 mod jail;
 mod meter;
 mod peers;
@@ -15,8 +15,9 @@ use std::process::ExitCode;
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     match arguments.split_first() {
         Some((name, rest)) if name == "startup" => startup::run(rest),
-        Some((name, rest)) if name == "fs" => fs::run(rest),
+        Some((name, rest)) if name == "fs" => front_end::run("vhost-user-fs", rest),
+        Some((name, rest)) if name == "block" => front_end::run("block", rest),
         Some((name, rest)) if name == "jail" => jail::run(rest),
-        _ => Err("the benches are: startup, fs, jail".into()),
+        _ => Err("the benches are: startup, fs, block, jail".into()),
     }
 }

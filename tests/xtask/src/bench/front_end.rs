@@ -1,0 +1,15 @@
+//! # `cargo xtask bench fs` and `bench block`
+//!
+//! **Job.** A device beside others of its kind: the crate's `benches/front_end` with its options, built for release.
+//! **Who is not trusted.** The machine's load; see the parent module.
+//! **Why this way.** The load generators need the devices' crates, which this program has no other use for.
+
+use crate::tool;
+use std::process::ExitCode;
+
+pub(crate) fn run(package: &str, arguments: &[String]) -> Result<ExitCode, String> {
+    let mut command = tool::cargo(&["bench", "--quiet", "--package", package]);
+    command.args(["--bench", "front_end", "--"]).args(arguments);
+    tool::run(&mut command)?;
+    Ok(ExitCode::SUCCESS)
+}
