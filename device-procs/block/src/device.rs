@@ -16,7 +16,7 @@ use ipc::limits::{
     MAX_QUEUE_SIZE, MAX_RANGES,
 };
 use ipc::spec::DeviceSpec;
-use ipc::spec::block::{Aio, BlockIo, DetectZeroes};
+use ipc::spec::block::{Aio, BlockIo, DetectZeroes, IoStop, OnError};
 use ipc::start::StartMessage;
 use nix::errno::Errno;
 use virtio_bindings::virtio_blk::{
@@ -36,6 +36,7 @@ use crate::throttle::Throttle;
 const MIN_QUEUE_SIZE: u16 = 4;
 
 /// Names of requests in the log.
+const READ: &str = "read";
 const DISCARD: &str = "discard";
 const WRITE_ZEROES: &str = "write-zeroes";
 
@@ -54,6 +55,10 @@ pub struct Block {
     throttled_until: Option<Instant>,
     /// Requests are in the rings because the engine had no room for them.
     starved: bool,
+    /// A request that failed is left in flight, and this ends the process, so that the guest stops.
+    stop: Option<HostFault>,
+    /// Nothing may be left in flight.
+    draining: bool,
     /// The driver can flush. If not, each write is durable before it is acknowledged (virtio 1.3, 5.2.6.2).
     flushes: bool,
     /// The driver can switch the write cache.
@@ -163,6 +168,8 @@ impl Block {
             throttle: Throttle::new(io.iops_total),
             throttled_until: None,
             starved: false,
+            stop: None,
+            draining: false,
             flushes: false,
             switches_cache: false,
         })
@@ -197,7 +204,7 @@ impl Block {
         let size = self.engine.size();
         let started = match request {
             Request::In { sector } => {
-                (pending.what, pending.sector) = ("read", sector);
+                (pending.what, pending.sector) = (READ, sector);
                 let Some(at) = place(sector, pending.room, size) else {
                     return Ok(refused(pending, "is not inside of the disk"));
                 };
@@ -336,9 +343,51 @@ impl Block {
                     result = self.engine.flush_now();
                 }
             }
-            let (status, data) = outcome(&pending, result);
+            if let Err(errno) = result
+                && self.stops(pending.what, errno)
+            {
+                ipc::guest_warn!(
+                    "{} at sector {} failed, which stops the guest: {errno}",
+                    pending.what,
+                    pending.sector
+                );
+                return None;
+            }
+            let (status, data) = outcome(&pending, result, self.on_error(pending.what));
             return Some(conclude(pending, status, data));
         }
+    }
+
+    fn on_error(&self, what: &str) -> OnError {
+        if what == READ {
+            self.io.rerror
+        } else {
+            self.io.werror
+        }
+    }
+
+    /// Whether this failure is to stop the guest. If so, this process is about to end.
+    fn stops(&mut self, what: &'static str, errno: Errno) -> bool {
+        // What the driver may ask for and the host's file system does not have is an answer, not a failure.
+        if self.draining || errno == Errno::EOPNOTSUPP {
+            return false;
+        }
+        let no_space = matches!(errno, Errno::ENOSPC | Errno::EDQUOT);
+        let stops = self.on_error(what).stops(no_space);
+        if stops {
+            let stop = IoStop {
+                write: what != READ,
+                no_space,
+            };
+            let fault = HostFault::of(what)(errno).with_status(stop.status());
+            self.stop.get_or_insert(fault);
+        }
+        stops
+    }
+
+    /// An error once the guest is to stop.
+    fn go_on(&self) -> Result<(), DeviceFault> {
+        self.stop.map_or(Ok(()), |fault| Err(fault.into()))
     }
 
     fn is_write_through(&self) -> bool {
@@ -366,7 +415,21 @@ impl Block {
         if any && std::mem::take(&mut self.starved) {
             rings.iter_mut().for_each(Ring::want_turn);
         }
+        self.go_on()?;
         fault.map_or(Ok(()), |fault| Err(fault.into()))
+    }
+
+    fn drain_all(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        loop {
+            self.engine
+                .submit()
+                .and_then(|()| self.engine.settle())
+                .map_err(HostFault::of("io_uring_enter"))?;
+            if !self.engine.is_ready() {
+                return Ok(());
+            }
+            self.reap(rings)?;
+        }
     }
 
     /// Tells the kernel of what was started and takes what is done, until it has to be waited for.
@@ -423,12 +486,16 @@ fn conclude(pending: Pending, status: Status, data: usize) -> (Token, u32) {
 }
 
 /// The status that a result comes to.
-fn outcome(pending: &Pending, result: Result<(), Errno>) -> (Status, usize) {
+fn outcome(pending: &Pending, result: Result<(), Errno>, on_error: OnError) -> (Status, usize) {
     let Pending { what, sector, .. } = pending;
     match result {
         Ok(()) => (Status::Ok, pending.data),
         // The driver will write zeroes itself.
         Err(Errno::EOPNOTSUPP) if *what == WRITE_ZEROES => (Status::Unsupported, 0),
+        Err(errno) if on_error == OnError::Ignore => {
+            ipc::guest_warn!("{what} at sector {sector} failed, which is not told: {errno}");
+            (Status::Ok, pending.data)
+        }
         Err(errno) => {
             ipc::guest_warn!("{what} at sector {sector} failed: {errno}");
             (Status::IoError, 0)
@@ -511,7 +578,7 @@ impl Device for Block {
                 return Ok(());
             }
             match self.serve(queue, token, readable, writable) {
-                Ok(None) => {}
+                Ok(None) => self.go_on()?,
                 Ok(Some((token, written))) => ring.complete(token, written)?,
                 Err(kind) => return Err(ring.fault(kind).into()),
             }
@@ -547,16 +614,10 @@ impl Device for Block {
     }
 
     fn drain(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
-        loop {
-            self.engine
-                .submit()
-                .and_then(|()| self.engine.settle())
-                .map_err(HostFault::of("io_uring_enter"))?;
-            if !self.engine.is_ready() {
-                return Ok(());
-            }
-            self.reap(rings)?;
-        }
+        self.draining = true;
+        let result = self.drain_all(rings);
+        self.draining = false;
+        result
     }
 
     fn poll_limit(&self) -> Duration {

@@ -90,12 +90,24 @@ pub struct HostFault {
     /// What the kernel said.
     #[source]
     pub source: Errno,
+    /// The process's exit status, by which the control process may learn what it was.
+    pub status: u8,
 }
 
 impl HostFault {
     /// For `map_err`.
     pub fn of(call: &'static str) -> impl FnOnce(Errno) -> Self {
-        move |source| Self { call, source }
+        move |source| Self {
+            call,
+            source,
+            status: 1,
+        }
+    }
+
+    /// The same, telling by the exit status what it was.
+    #[must_use]
+    pub const fn with_status(self, status: u8) -> Self {
+        Self { status, ..self }
     }
 }
 

@@ -294,7 +294,10 @@ fn started(name: &'static str, run: impl FnOnce(Inherited) -> Result<(), RunErro
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             ipc::log::error!("{}", ipc::log::with_causes(&error));
-            ExitCode::FAILURE
+            match error {
+                RunError::Serve(ServeError::Host(fault)) => ExitCode::from(fault.status),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

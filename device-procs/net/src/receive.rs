@@ -7,7 +7,7 @@
 //! **Why this way.** The common case copies nothing and looks at one chain; only packets larger than the driver's buffers cost a
 //! second look.
 
-use device_host::{Chain, DeviceFault, FaultKind, Ring, Token};
+use device_host::{Chain, DeviceFault, FaultKind, HostFault, Ring, Token};
 use nix::errno::Errno;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 
@@ -107,9 +107,14 @@ impl Receiver {
                     ring.put_back(token)?;
                     return Ok(Stopped::Idle);
                 }
+                Err(errno @ Errno::EBADFD) => {
+                    ring.put_back(token)?;
+                    // The interface was deleted. Only a process with another descriptor could go on, or none: whoever
+                    // manages the VM is told either way.
+                    return Err(HostFault::of("reading the tap, which is gone,")(errno).into());
+                }
                 Err(errno) => {
                     ring.put_back(token)?;
-                    // The interface was deleted, for one.
                     ipc::guest_log!(error, "tap cannot be read any more: {errno}");
                     return Ok(Stopped::Gone);
                 }

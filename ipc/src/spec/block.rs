@@ -37,6 +37,88 @@ pub struct BlockIo {
     pub iops_total: u32,
     /// Microseconds at most that the process looks for more work before it sleeps: 0 to 200.
     pub poll_us: u32,
+    /// What becomes of a write, flush or discard that the host's file system fails.
+    pub werror: OnError,
+    /// What becomes of a read that it fails.
+    pub rerror: OnError,
+}
+
+/// `werror=`, `rerror=`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnError {
+    /// The guest is told.
+    Report,
+    /// The guest is told that all is well.
+    Ignore,
+    /// The guest stops, and the request is tried again when it goes on.
+    Stop,
+    /// The same if the host has no space left; otherwise the guest is told.
+    Enospc,
+}
+
+impl OnError {
+    /// Its word on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Ignore => "ignore",
+            Self::Stop => "stop",
+            Self::Enospc => "enospc",
+        }
+    }
+
+    /// Whether this failure stops the guest.
+    pub const fn stops(self, no_space: bool) -> bool {
+        match self {
+            Self::Stop => true,
+            Self::Enospc => no_space,
+            Self::Report | Self::Ignore => false,
+        }
+    }
+}
+
+/// Why a disk's process has ended so that the guest stops. The request that failed is still in flight, for the process that
+/// follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoStop {
+    /// It was a write, flush or discard; otherwise a read.
+    pub write: bool,
+    /// The host has no space left.
+    pub no_space: bool,
+}
+
+impl IoStop {
+    /// The exit status by which the process says so: 80 to 83. Nothing else that a device process does ends with these.
+    pub const fn status(self) -> u8 {
+        80 + self.write as u8 + 2 * self.no_space as u8
+    }
+
+    /// What a process with this exit status said.
+    pub const fn from_status(status: i32) -> Option<Self> {
+        match status {
+            80..=83 => Some(Self {
+                write: status & 1 != 0,
+                no_space: status & 2 != 0,
+            }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_says_what_it_was_made_of() {
+        for (write, no_space) in [(false, false), (true, false), (false, true), (true, true)] {
+            let stop = IoStop { write, no_space };
+            assert_eq!(IoStop::from_status(stop.status().into()), Some(stop));
+        }
+        for other in [0, 1, 2, 79, 84, -1] {
+            assert_eq!(IoStop::from_status(other), None);
+        }
+    }
 }
 
 /// `aio=`
@@ -69,6 +151,8 @@ impl Default for BlockIo {
             detect_zeroes: DetectZeroes::Off,
             iops_total: 0,
             poll_us: crate::limits::DEFAULT_POLL_US,
+            werror: OnError::Report,
+            rerror: OnError::Report,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `-drive`, `-netdev`, `-fsdev`, `-device`, `-object`.
 
 use ipc::limits;
-use ipc::spec::block::{Aio, BlockIo, DetectZeroes};
+use ipc::spec::block::{Aio, BlockIo, DetectZeroes, OnError};
 use ipc::spec::fs::FsCache;
 use ipc::spec::vm::{DriveSpec, FsSource, FsdevSpec, NetBackend, NetdevSpec, RestartPolicy};
 
@@ -84,6 +84,17 @@ fn block_io(props: &Props<'_>) -> BlockIo {
             .small("throttling.iops-total")
             .unwrap_or(default.iops_total),
         poll_us: props.small("poll-us").unwrap_or(default.poll_us),
+        werror: on_error(props.text("werror")),
+        rerror: on_error(props.text("rerror")),
+    }
+}
+
+fn on_error(word: Option<&str>) -> OnError {
+    match word {
+        Some("ignore") => OnError::Ignore,
+        Some("stop") => OnError::Stop,
+        Some("enospc") => OnError::Enospc,
+        _ => OnError::Report,
     }
 }
 

@@ -348,6 +348,19 @@ const DRIVE: &[Shape] = &[one(
             "20",
             "microseconds that the device may look for more work before it sleeps, if that has paid lately",
         ),
+        key(
+            "werror",
+            Kind::Choice(&["report", "ignore", "stop", "enospc"]),
+            "report",
+            "when the host fails a write: the guest is told, or not, or stops (enospc: only if no space is left) until QMP's \
+             cont, which tries again",
+        ),
+        key(
+            "rerror",
+            Kind::Choice(&["report", "ignore", "stop"]),
+            "report",
+            "the same for reads",
+        ),
         key("unit", Kind::Later, "", "flash bank of if=pflash"),
     ],
 )];

@@ -13,7 +13,7 @@ use std::time::Instant;
 use ipc::control::Request;
 use ipc::guest_log;
 use ipc::log::{debug, error, info, warn};
-use ipc::spec::vm::VmSpec;
+use ipc::spec::vm::{DeviceKind, VmSpec};
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signalfd::SignalFd;
@@ -197,7 +197,7 @@ impl Vm {
                 }
             };
             for token in events {
-                if let Err(end) = self.handle(token) {
+                if let Err(end) = self.handle(token).and_then(|()| self.stop_for_disks()) {
                     return self.finish(end);
                 }
             }
@@ -211,6 +211,27 @@ impl Vm {
                 return self.finish(end);
             }
         }
+    }
+
+    /// The host has failed disks that stop the guest.
+    fn stop_for_disks(&mut self) -> Result<(), End> {
+        let stops = self.supervisor.take_io_stops();
+        for (device, stop) in &stops {
+            let kind = self.parts.spec.devices.iter().find(|one| one.id == *device);
+            let drive = match kind.map(|device| &device.kind) {
+                Some(DeviceKind::Block { drive, .. }) => drive.clone(),
+                _ => String::new(),
+            };
+            self.parts.qmp.emit(&Event::BlockIoError {
+                device: device.clone(),
+                drive,
+                stop: *stop,
+            });
+        }
+        if !stops.is_empty() && self.state == RunState::Running {
+            return self.pause(RunState::IoError);
+        }
+        Ok(())
     }
 
     fn handle(&mut self, token: u64) -> Result<(), End> {
@@ -400,7 +421,7 @@ impl Vm {
             VmCommand::Cont(reply) => {
                 let done = match self.state {
                     RunState::Running => Ok(()),
-                    RunState::Prelaunch | RunState::Paused => self.resume(),
+                    RunState::Prelaunch | RunState::Paused | RunState::IoError => self.resume(),
                     state => {
                         reply.send(Err(QmpError::generic(format!(
                             "The VM is in state '{}': reset it before 'cont'",
@@ -472,6 +493,7 @@ impl Vm {
         Ok(VmFacts {
             spec: self.parts.spec.clone(),
             cpus: self.cpus()?,
+            stopped: self.supervisor.stopped(),
         })
     }
 
@@ -534,6 +556,7 @@ impl Vm {
     fn let_run(&mut self) -> Result<(), End> {
         // A vCPU that reset a device may have been paused before that device's process was ended.
         self.supervise(Supervisor::settle)?;
+        self.supervise(Supervisor::try_again)?;
         if let Some(machine) = &mut self.parts.machine {
             machine.resume().map_err(|e| host_error(&e))?;
         }

@@ -27,6 +27,7 @@ use ipc::control::{DeviceGrant, Exit, Request};
 use ipc::limits::RESTART_WINDOW_MS;
 use ipc::log::{error, info, warn};
 use ipc::spec::DeviceSpec;
+use ipc::spec::block::IoStop;
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 
@@ -56,6 +57,8 @@ pub(super) struct Supervisor {
     attentions: u64,
     /// Token of the first device's socket.
     sockets: u64,
+    /// Disks that were failed, and nobody asked for that yet.
+    io_stops: Vec<(String, IoStop)>,
 }
 
 #[derive(Debug)]
@@ -89,6 +92,8 @@ enum Process {
     },
     /// Somebody else's, which nobody here started and nobody here can end.
     Foreign,
+    /// It has ended because the host failed a request; another one comes when the guest goes on.
+    Waiting(IoStop),
     /// None will come.
     Failed,
 }
@@ -99,7 +104,7 @@ impl Process {
             Self::Serving { pid } | Self::Stopping { pid, .. } | Self::Handshaking { pid, .. } => {
                 Some(*pid)
             }
-            Self::Starting | Self::Foreign | Self::Failed => None,
+            Self::Starting | Self::Foreign | Self::Waiting(_) | Self::Failed => None,
         }
     }
 }
@@ -177,6 +182,7 @@ impl Supervisor {
             asked: VecDeque::new(),
             attentions,
             sockets,
+            io_stops: Vec::new(),
         })
     }
 
@@ -190,12 +196,51 @@ impl Supervisor {
                     Process::Serving { .. } => "serving",
                     Process::Stopping { .. } => "stopping",
                     Process::Starting | Process::Handshaking { .. } => "starting",
+                    Process::Waiting(_) => "waiting",
                     Process::Foreign => "foreign",
                     Process::Failed => "failed",
                 },
                 pid: device.process.pid(),
             })
             .collect()
+    }
+
+    /// Disks that the host failed.
+    pub(super) fn stopped(&self) -> Vec<(String, IoStop)> {
+        self.devices
+            .iter()
+            .filter_map(|device| match device.process {
+                Process::Waiting(stop) => Some((device.spec.id().to_owned(), stop)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Disks that the host has failed since the last call, so that the guest is to stop.
+    pub(super) fn take_io_stops(&mut self) -> Vec<(String, IoStop)> {
+        std::mem::take(&mut self.io_stops)
+    }
+
+    /// The guest goes on: disks that the host failed get another process, which tries again.
+    pub(super) fn try_again(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        for index in 0..self.devices.len() {
+            let device = &mut self.devices[index];
+            if matches!(device.process, Process::Waiting(_)) {
+                // Not one of the restarts that are limited: somebody asked for it.
+                device.since = Some(Instant::now());
+                self.ask(index, cx)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the broker for a process.
+    fn ask(&mut self, index: usize, cx: &Context<'_>) -> Result<(), ClientError> {
+        self.devices[index].process = Process::Starting;
+        self.asked.push_back(index);
+        cx.broker.send(&Request::Start {
+            index: index as u32,
+        })
     }
 
     /// An event of one of the own tokens.
@@ -362,6 +407,19 @@ impl Supervisor {
         // A vCPU that waits for this holds the transport's lock.
         device.attention.ended();
         lock(&device.transport).device_gone();
+        if let (DeviceSpec::Block(disk), Some(Exit::Code(status))) = (&device.spec, how)
+            && let Some(stop) = IoStop::from_status(status)
+            && (if stop.write {
+                disk.io.werror
+            } else {
+                disk.io.rerror
+            })
+            .stops(stop.no_space)
+        {
+            self.io_stops.push((disk.id.clone(), stop));
+            device.process = Process::Waiting(stop);
+            return Ok(());
+        }
         device.since.get_or_insert_with(Instant::now);
         if let Some(pid) = device.process.pid() {
             cx.qmp.emit(&Event::DeviceCrashed {
@@ -376,11 +434,7 @@ impl Supervisor {
     fn start(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
         let device = &mut self.devices[index];
         if device.budget.take(Instant::now()) {
-            device.process = Process::Starting;
-            self.asked.push_back(index);
-            return cx.broker.send(&Request::Start {
-                index: index as u32,
-            });
+            return self.ask(index, cx);
         }
         let reason = match device.budget.most {
             0 => "it is not to be restarted (restart=off)".to_owned(),

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use ipc::spec::block::IoStop;
 use ipc::spec::vm::VmSpec;
 use nix::sys::eventfd::EventFd;
 use serde_json::{Value, json};
@@ -226,17 +227,20 @@ pub enum RunState {
     GuestPanicked,
     /// KVM or this program failed.
     InternalError,
+    /// The host failed a disk whose `werror` or `rerror` stops the guest.
+    IoError,
 }
 
 impl RunState {
     /// All names, for the schema.
-    pub(super) const NAMES: [&str; 6] = [
+    pub(super) const NAMES: [&str; 7] = [
         "prelaunch",
         "running",
         "paused",
         "shutdown",
         "guest-panicked",
         "internal-error",
+        "io-error",
     ];
 
     /// Its name on the wire.
@@ -248,6 +252,7 @@ impl RunState {
             Self::Shutdown => Self::NAMES[3],
             Self::GuestPanicked => Self::NAMES[4],
             Self::InternalError => Self::NAMES[5],
+            Self::IoError => Self::NAMES[6],
         }
     }
 }
@@ -343,6 +348,8 @@ pub struct VmFacts {
     pub spec: VmSpec,
     /// The vCPUs.
     pub cpus: Vec<CpuThread>,
+    /// Disks that wait for `cont` because the host failed them.
+    pub stopped: Vec<(String, IoStop)>,
 }
 
 /// What one device's process does.
@@ -350,7 +357,7 @@ pub struct VmFacts {
 pub struct Workload {
     /// Id of the device.
     pub device: String,
-    /// `serving`, `starting`, `stopping`, `foreign` or `failed`.
+    /// `serving`, `starting`, `stopping`, `waiting`, `foreign` or `failed`.
     pub state: &'static str,
     /// Its process, if there is one.
     pub pid: Option<i32>,

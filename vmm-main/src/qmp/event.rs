@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ipc::control::Exit;
+use ipc::spec::block::IoStop;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
@@ -81,6 +82,15 @@ pub enum Event {
         /// How long there was none, as far as this process knows.
         stall: Duration,
     },
+    /// The host failed a request of a disk whose `werror` or `rerror` stops the guest.
+    BlockIoError {
+        /// Id of the device.
+        device: String,
+        /// Id of the drive.
+        drive: String,
+        /// What failed.
+        stop: IoStop,
+    },
     /// There will be no other process: the guest sees a device that needs a reset, for good.
     DeviceFailed {
         /// Id of the device.
@@ -102,6 +112,7 @@ impl Event {
             Self::DeviceCrashed { .. } => "DEVICE_CRASHED",
             Self::DeviceRecovered { .. } => "DEVICE_RECOVERED",
             Self::DeviceFailed { .. } => "DEVICE_FAILED",
+            Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
         }
     }
 
@@ -143,6 +154,19 @@ impl Event {
                 json!({ "device": device, "pid": pid, "stall-ms": stall })
             }
             Self::DeviceFailed { device, reason } => json!({ "device": device, "reason": reason }),
+            Self::BlockIoError {
+                device,
+                drive,
+                stop,
+            } => json!({
+                "qom-path": format!("/machine/peripheral/{device}"),
+                "device": drive,
+                "node-name": drive,
+                "operation": if stop.write { "write" } else { "read" },
+                "action": "stop",
+                "nospace": stop.no_space,
+                "reason": if stop.no_space { "No space left on device" } else { "Input/output error" },
+            }),
         })
     }
 }

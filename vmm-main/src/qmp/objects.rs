@@ -449,7 +449,17 @@ pub(super) fn get(
 }
 
 /// `query-block`: the disks that the guest has.
-pub(super) fn disks(spec: &VmSpec) -> Value {
+pub(super) fn disks(facts: &VmFacts) -> Value {
+    let spec = &facts.spec;
+    let status = |id: &str| {
+        let stop = facts.stopped.iter().find(|(device, _)| device == id);
+        stop.map_or(
+            "ok",
+            |(_, stop)| {
+                if stop.no_space { "nospace" } else { "failed" }
+            },
+        )
+    };
     let disk = |(device, drive): (&ipc::spec::vm::DeviceOption, &ipc::spec::vm::DriveSpec)| {
         json!({
             "device": drive.id,
@@ -457,6 +467,7 @@ pub(super) fn disks(spec: &VmSpec) -> Value {
             "type": "unknown",
             "removable": false,
             "locked": false,
+            "io-status": status(&device.id),
             "inserted": inserted(drive),
         })
     };

@@ -4,7 +4,7 @@
 
 use device_host::test_frontend::{Buffer, DeviceProcess, DriverQueue, TestFrontend};
 use ipc::spec::DeviceSpec;
-use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes};
+use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, OnError};
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -52,6 +52,8 @@ pub const IO: BlockIo = BlockIo {
     detect_zeroes: DetectZeroes::Off,
     iops_total: 0,
     poll_us: 20,
+    werror: OnError::Report,
+    rerror: OnError::Report,
 };
 
 pub const PLAIN: Options = Options {

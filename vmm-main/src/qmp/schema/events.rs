@@ -72,6 +72,34 @@ pub static EVENTS: &[EventDef] = &[
         "Another process does the work of one that ended, with what had been in flight",
     ),
     event(
+        "BLOCK_IO_ERROR",
+        &[
+            must("qom-path", Type::TEXT, "path of the device"),
+            must("device", Type::ID, "id of the `-drive`"),
+            may("node-name", Type::ID, "the same"),
+            must(
+                "operation",
+                Type::Enum(&Enum {
+                    name: "IoOperationType",
+                    values: &["read", "write"],
+                }),
+                "what failed; flushes and discards count as writes",
+            ),
+            must(
+                "action",
+                Type::Enum(&Enum {
+                    name: "BlockErrorAction",
+                    values: &["stop"],
+                }),
+                "what is done about it",
+            ),
+            may("nospace", Type::Bool, "whether the host has no space left"),
+            must("reason", Type::TEXT, "why, for people"),
+        ],
+        "The host has failed a request of a disk whose `werror` or `rerror` stops the guest. STOP follows if it ran; `cont` \
+         tries the request again. Failures that the guest is told of are in the log only",
+    ),
+    event(
         "DEVICE_FAILED",
         &[DEVICE, must("reason", Type::TEXT, "why, for people")],
         "A device is given up: the guest sees one that needs a reset, for good; the VM goes on",

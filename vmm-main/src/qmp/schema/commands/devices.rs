@@ -87,6 +87,14 @@ const BLOCK: Object = object(
         must("type", Type::TEXT, "always `unknown`"),
         must("removable", Type::Bool, "always false"),
         must("locked", Type::Bool, "always false"),
+        may(
+            "io-status",
+            Type::Enum(&Enum {
+                name: "BlockDeviceIoStatus",
+                values: &["ok", "failed", "nospace"],
+            }),
+            "whether the guest has stopped because the host failed this disk",
+        ),
         may("inserted", Type::Object(&INSERTED), "the image"),
     ],
 );
@@ -99,9 +107,12 @@ const WORKLOAD: Object = object(
             "state",
             Type::Enum(&Enum {
                 name: "WorkloadState",
-                values: &["serving", "starting", "stopping", "foreign", "failed"],
+                values: &[
+                    "serving", "starting", "stopping", "waiting", "foreign", "failed",
+                ],
             }),
-            "what its process does; `foreign` is a daemon of somebody else's",
+            "what its process does; `waiting` is a disk's that the host failed, until `cont`; `foreign` is a daemon of \
+             somebody else's",
         ),
         may("pid", Type::INT, "id of the process, if there is one"),
     ],
@@ -111,7 +122,7 @@ const NO_BALLOON: &str = "No balloon device has been activated";
 
 pub(super) static COMMANDS: &[Command] = &[
     main("query-block", "Lists the guest's disks", |ticket, _| {
-        VmCommand::Facts(Reply::new(ticket, |_, facts| objects::disks(&facts.spec)))
+        VmCommand::Facts(Reply::new(ticket, |_, facts| objects::disks(&facts)))
     })
     .returns(Type::List(&Type::Object(&BLOCK))),
     main(
