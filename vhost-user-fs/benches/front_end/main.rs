@@ -8,6 +8,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::needless_pass_by_value)] // a tool for developers
 
 mod daemons;
+mod guest;
 mod loads;
 mod memory;
 mod options;
@@ -147,6 +148,11 @@ fn main() {
     let daemons = daemons::all(options.virtiofsd.as_deref(), &options.peers);
     let source = place.path();
     println!("load average before: {}", load_average());
+    if options.guest {
+        guest::run(&daemons, options.rounds, options.files);
+        println!("load average after: {}", load_average());
+        return;
+    }
     memory::idle(&daemons, source);
     if options.inodes > 0 {
         memory::inodes(&daemons, source, options.inodes);

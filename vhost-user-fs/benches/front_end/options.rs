@@ -21,6 +21,7 @@ pub(crate) struct Options {
     pub(crate) cache: Vec<Cache>,
     pub(crate) inodes: usize,
     pub(crate) idle: bool,
+    pub(crate) guest: bool,
     pub(crate) list: bool,
     pub(crate) help: bool,
     pub(crate) virtiofsd: Option<PathBuf>,
@@ -39,6 +40,8 @@ options of bench fs:
   --files N             small files to make, find, list and remove
   --inodes N            memory with N inodes looked up, and nothing else (0: not)
   --idle                memory at rest, and nothing else
+  --guest               from one Linux guest under QEMU with fio, and nothing else
+                        (3 rounds, 300 files if not given; minutes)
   --dir FOLDER          where the shared folder is made";
 
 impl Options {
@@ -47,12 +50,13 @@ impl Options {
             dir: None,
             only: Vec::new(),
             peers: Vec::new(),
-            rounds: 15,
+            rounds: 0,
             slice: Duration::from_millis(40),
-            files: 100_000,
+            files: 0,
             cache: vec![Cache::None, Cache::Auto],
             inodes: 0,
             idle: false,
+            guest: false,
             list: false,
             help: false,
             virtiofsd: None,
@@ -85,6 +89,7 @@ impl Options {
                 "--files" => options.files = number(value()),
                 "--inodes" => options.inodes = number(value()),
                 "--idle" => options.idle = true,
+                "--guest" => options.guest = true,
                 "--list" => options.list = true,
                 "--virtiofsd" => options.virtiofsd = Some(value().into()),
                 "--cache" => {
@@ -101,8 +106,16 @@ impl Options {
                 other => panic!("{other}: unknown\n{USAGE}"),
             }
         }
-        assert!(options.rounds > 0, "--rounds 0: at least one is needed");
-        assert!(options.files > 0, "--files 0: at least one is needed");
+        let (rounds, files) = if options.guest {
+            (3, 300)
+        } else {
+            (15, 100_000)
+        };
+        for (value, default) in [(&mut options.rounds, rounds), (&mut options.files, files)] {
+            if *value == 0 {
+                *value = default;
+            }
+        }
         options
     }
 }

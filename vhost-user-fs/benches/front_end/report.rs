@@ -37,9 +37,14 @@ struct Peer {
     cpu_ratio: f64,
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Geometric mean.
+pub(crate) fn mean(values: &[f64]) -> f64 {
+    (values.iter().map(|v| v.ln()).sum::<f64>() / values.len() as f64).exp()
 }
 
 impl Row {
@@ -109,9 +114,6 @@ pub(crate) fn summary(rows: &[Row], names: &[&str]) {
         if rates.is_empty() {
             continue;
         }
-        let mean = |values: &[f64]| {
-            (values.iter().map(|v| v.ln()).sum::<f64>() / values.len() as f64).exp()
-        };
         let lowest = rates.iter().copied().fold(f64::INFINITY, f64::min);
         let highest = cpus.iter().copied().fold(0.0, f64::max);
         let reach = |limit: f64| rates.iter().filter(|r| **r >= limit).count();

@@ -105,18 +105,7 @@ impl Session {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        let child = Command::new("sh")
-            // In a session of its own, as a manager starts it: the scheduler groups processes by sessions, and one that makes
-            // its own session would be in another group than one that does not.
-            .args([
-                "-c",
-                "exec setsid \"$0\" \"$@\" 3<&0 </dev/null 2>/dev/null",
-            ])
-            .arg(&daemon.program)
-            .args((daemon.arguments)(source, cache))
-            .stdin(Stdio::from(OwnedFd::from(listener)))
-            .spawn()
-            .unwrap();
+        let child = launch(daemon, source, cache, OwnedFd::from(listener));
         let socket = UnixStream::connect(&path).unwrap();
         let mut session = Self {
             front: connect(socket),
@@ -339,6 +328,22 @@ impl Session {
         drop(front);
         child.wait().unwrap();
     }
+}
+
+/// Starts a daemon on a socket that listens.
+pub(crate) fn launch(daemon: &Daemon, source: &Path, cache: Cache, listener: OwnedFd) -> Child {
+    Command::new("sh")
+        // In a session of its own, as a manager starts it: the scheduler groups processes by sessions, and one that makes
+        // its own session would be in another group than one that does not.
+        .args([
+            "-c",
+            "exec setsid \"$0\" \"$@\" 3<&0 </dev/null 2>/dev/null",
+        ])
+        .arg(&daemon.program)
+        .args((daemon.arguments)(source, cache))
+        .stdin(Stdio::from(listener))
+        .spawn()
+        .unwrap()
 }
 
 /// As `TestFrontend::connect`, content with what any daemon offers.

@@ -318,6 +318,13 @@ impl Inodes {
                     && what as u32 & 0xf == u32::from(stat.stx_mode) >> 12))
     }
 
+    /// Whether a file with this inode number, on whichever file system, may be known.
+    pub(crate) fn may_know(&self, ino: u64) -> bool {
+        self.index
+            .find(self.index.hash(ino), |entry| self.word(entry, INO) == ino)
+            .is_some()
+    }
+
     /// Counts one more lookup of a file that is known already. `at` says where it was found: a folder that is known, and a name.
     pub(crate) fn find(
         &mut self,
