@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 
 use super::creds::AsUser;
-use super::inodes::Identity;
+use super::inodes::{Identity, Inodes};
 use super::{Cache, Passthrough, sys, xattrs};
 use crate::fuse::reply::{self, Attr, Validity};
 use crate::fuse::wire::{flag, init};
@@ -49,9 +49,45 @@ impl Passthrough {
         let stat = sys::stat_at(folder.fd(), name)?;
         let at = Some((parent, name));
         if let Some(node) = self.inodes.find(&mut self.journal, &stat, at) {
+            if self.inodes.is_lost(node) {
+                self.recover(node, parent, name)?;
+            }
             return Ok((node, self.entry_attr(&stat, mount)));
         }
         self.find_new(parent, name)
+    }
+
+    fn recover(&mut self, node: u64, parent: u64, name: Name<'_>) -> Result<(), Errno> {
+        self.room()?;
+        let folder = self.inodes.folder(parent)?;
+        let fd = sys::open_beneath(folder.fd(), name, libc::O_PATH, 0)?;
+        let stat = sys::stat(fd.as_fd())?;
+        self.inodes.recover(node, fd, &stat)
+    }
+
+    /// As [`find`](Self::find), for a file of which it is likely that nothing but its attributes will be asked: what is not
+    /// known yet is not opened now.
+    pub(super) fn find_lightly(
+        &mut self,
+        parent: u64,
+        name: Name<'_>,
+    ) -> Result<(u64, Attr), Errno> {
+        let folder = self.inodes.folder(parent)?;
+        let mount = folder.identity.mount;
+        let stat = sys::stat_at(folder.fd(), name)?;
+        // The mount of a folder that is looked at by its name is that of what is mounted there, as when it is opened.
+        let at = Some((parent, name));
+        let node = match self.inodes.find(&mut self.journal, &stat, at) {
+            Some(node) => node,
+            None if Inodes::is_recognizable(&stat) => {
+                self.inodes.insert(&mut self.journal, None, &stat, at)?
+            }
+            None => return self.find_new(parent, name),
+        };
+        if self.inodes.is_lost(node) {
+            self.recover(node, parent, name)?;
+        }
+        Ok((node, self.entry_attr(&stat, mount)))
     }
 
     /// As [`find`](Self::find), for what is not known yet.
@@ -65,7 +101,7 @@ impl Passthrough {
         let at = Some((parent, name));
         let node = match self.inodes.find(&mut self.journal, &stat, at) {
             Some(node) => node,
-            None => self.inodes.insert(&mut self.journal, fd, &stat, at)?,
+            None => self.inodes.insert(&mut self.journal, Some(fd), &stat, at)?,
         };
         Ok((node, self.entry_attr(&stat, mount)))
     }
@@ -342,7 +378,7 @@ impl Passthrough {
                 let at = Some((header.nodeid, name));
                 let node = match self.inodes.find(&mut self.journal, &stat, at) {
                     Some(node) => node,
-                    None => self.inodes.insert(&mut self.journal, fd, &stat, at)?,
+                    None => self.inodes.insert(&mut self.journal, Some(fd), &stat, at)?,
                 };
                 self.put_entry(out, node, &self.attr_of(&stat));
                 self.put_open(file, flags, out)
@@ -382,7 +418,9 @@ impl Passthrough {
         drop(user);
         let fd = self.own.reopen(file.as_fd(), libc::O_PATH)?;
         let stat = sys::stat(fd.as_fd())?;
-        let node = self.inodes.insert(&mut self.journal, fd, &stat, None)?;
+        let node = self
+            .inodes
+            .insert(&mut self.journal, Some(fd), &stat, None)?;
         // It has no name that could be kept.
         reply::entry_out(out, node, Validity::default(), &self.attr_of(&stat));
         self.put_open(file, flags, out)

@@ -164,13 +164,7 @@ impl Passthrough {
         let Ok(name) = Name::new(entry.name) else {
             return unknown(out);
         };
-        // One that is not known has to be opened anyway, so it is not looked at before that.
-        let found = if self.inodes.may_know(entry.ino) {
-            self.find(node, name)
-        } else {
-            self.find_new(node, name)
-        };
-        match found {
+        match self.find_lightly(node, name) {
             Ok((node, attr)) => {
                 self.put_entry(out, node, &attr);
                 true

@@ -174,7 +174,7 @@ impl Inodes {
     /// There is no room for even that.
     pub(crate) fn new(store: Store, root: OwnedFd, stat: &libc::statx) -> Result<Self, Errno> {
         let mut inodes = Self::empty(store);
-        let id = inodes.insert(&mut Journal::new(store), root, stat, None)?;
+        let id = inodes.insert(&mut Journal::new(store), Some(root), stat, None)?;
         debug_assert_eq!(id, ROOT_ID);
         store.store(Word::Root, store.get(store.inodes, 0, WHAT) >> 32);
         Ok(inodes)
@@ -318,11 +318,33 @@ impl Inodes {
                     && what as u32 & 0xf == u32::from(stat.stx_mode) >> 12))
     }
 
-    /// Whether a file with this inode number, on whichever file system, may be known.
-    pub(crate) fn may_know(&self, ino: u64) -> bool {
-        self.index
-            .find(self.index.hash(ino), |entry| self.word(entry, INO) == ino)
-            .is_some()
+    /// Whether a file can be told from another one that gets its inode number later.
+    pub(crate) fn is_recognizable(stat: &libc::statx) -> bool {
+        birth(stat) != 0
+    }
+
+    /// Whether an inode has no descriptor and cannot be opened again, since there was no room for its name.
+    pub(crate) fn is_lost(&self, id: u64) -> bool {
+        self.is_closed(id)
+            && self
+                .number(id)
+                .is_some_and(|entry| self.word(entry, WHERE) == 0)
+    }
+
+    /// Gives a lost inode a descriptor, which the caller has opened and looked at.
+    pub(crate) fn recover(
+        &mut self,
+        id: u64,
+        fd: OwnedFd,
+        stat: &libc::statx,
+    ) -> Result<(), Errno> {
+        let entry = self.number(id).ok_or(Errno::ESTALE)?;
+        if self.search(stat) != Some(entry) {
+            return Err(Errno::ESTALE);
+        }
+        self.set(entry, WHAT, give(fd) << 32 | self.word(entry, WHAT) & FD);
+        self.open += 1;
+        Ok(())
     }
 
     /// Counts one more lookup of a file that is known already. `at` says where it was found: a folder that is known, and a name.
@@ -492,13 +514,14 @@ impl Inodes {
     }
 
     /// Adds a file that [`find`](Self::find) did not know, as looked up once. `stat` must be the one of `fd`; `at` as there.
+    /// Without a descriptor it is opened when it is needed, for which it must be [recognizable](Self::is_recognizable).
     ///
     /// # Errors
     /// `ENFILE` if there is no room, `EXDEV` for more mounts than can be told apart.
     pub(crate) fn insert(
         &mut self,
         journal: &mut Journal,
-        fd: OwnedFd,
+        fd: Option<OwnedFd>,
         stat: &libc::statx,
         at: Option<(u64, Name<'_>)>,
     ) -> Result<u64, Errno> {
@@ -532,11 +555,13 @@ impl Inodes {
         }
         self.set(entry, INO, identity.ino);
         let kind = u32::from(stat.stx_mode) & libc::S_IFMT;
-        self.set(entry, WHAT, give(fd) << 32 | kind_and_place(kind, place));
+        let is_open = fd.is_some();
+        let what = fd.map_or(0, give) << 32 | kind_and_place(kind, place);
+        self.set(entry, WHAT, what);
         self.set(entry, BIRTH, birth(stat));
         self.set(entry, COUNT, counted(generation(before), 1));
         self.count += 1;
-        self.open += 1;
+        self.open += usize::from(is_open);
         self.barren = false;
         self.found_at(entry, at);
         self.index_insert(self.index.hash(identity.ino), entry);
@@ -751,7 +776,7 @@ mod tests {
             let name = CString::new(name).unwrap();
             let at = Some((ROOT_ID, Name::new(&name).unwrap()));
             self.inodes
-                .insert(&mut self.journal, fd, &stat, at)
+                .insert(&mut self.journal, Some(fd), &stat, at)
                 .unwrap()
         }
 
@@ -881,6 +906,38 @@ mod tests {
     }
 
     #[test]
+    fn what_was_never_opened_is_opened_when_it_is_needed() {
+        let mut table = table();
+        let path = table.dir.path().join("a");
+        std::fs::write(&path, b"").unwrap();
+        let (fd, stat) = open(&path);
+        drop(fd);
+        assert!(Inodes::is_recognizable(&stat));
+        let at = Some((ROOT_ID, Name::new(c"a").unwrap()));
+        let id = table
+            .inodes
+            .insert(&mut table.journal, None, &stat, at)
+            .unwrap();
+        assert!(table.inodes.is_closed(id) && !table.inodes.is_lost(id));
+
+        assert_eq!(table.find("a"), Some(id));
+        table.inodes.reopen(id).unwrap();
+        assert!(table.inodes.get(id).is_ok());
+        // One whose name nobody kept is lost until it is found again.
+        let path = table.dir.path().join("b");
+        std::fs::write(&path, b"").unwrap();
+        let (fd, stat) = open(&path);
+        let id = table
+            .inodes
+            .insert(&mut table.journal, None, &stat, None)
+            .unwrap();
+        assert!(table.inodes.is_lost(id));
+        assert_eq!(table.inodes.reopen(id), Err(Errno::ESTALE));
+        table.inodes.recover(id, fd, &stat).unwrap();
+        assert!(table.inodes.get(id).is_ok() && table.inodes.all_open());
+    }
+
+    #[test]
     fn another_file_in_its_place_is_not_the_inode() {
         let mut table = table();
         let (id, other) = (table.add("a"), table.add("b"));
@@ -914,7 +971,7 @@ mod tests {
         let at = Some((folder, Name::new(c"file").unwrap()));
         let file = table
             .inodes
-            .insert(&mut table.journal, fd, &stat, at)
+            .insert(&mut table.journal, Some(fd), &stat, at)
             .unwrap();
         assert!(table.inodes.evict() && table.inodes.evict());
         assert!(table.inodes.is_closed(folder) && table.inodes.is_closed(file));
