@@ -255,3 +255,187 @@ fn libvirt_probes_the_binary_and_runs_a_guest() {
         rest = &rest[at + step.len()..];
     }
 }
+
+/// Answers of this program and of QEMU to the same bytes: class and id, and the words where they are about the protocol.
+#[test]
+fn mistakes_are_answered_as_qemu_answers_them() {
+    require_kvm();
+    tests::lab::ensure_packages(&["qemu-system-x86"]).unwrap();
+    let vm = sleeping_guest();
+    let mut ours = vm.qmp().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    let mut qemu = Command::new("qemu-system-x86_64")
+        .args([
+            "-machine",
+            "none",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-accel",
+            "tcg",
+            "-qmp",
+        ])
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .spawn()
+        .unwrap();
+    let watched = Watched::new(i32::try_from(qemu.id()).unwrap()).unwrap();
+    let mut theirs = Qmp::connect(&socket, &watched, LIMIT).unwrap();
+    for (bytes, same_words) in [
+        ("{'execute': 'query-status', 'id': 'single'}", false),
+        (
+            "{\"execute\": \"query-name\", \"id\": 18446744073709551615}",
+            false,
+        ),
+        ("{'execute': 'query-name', 'id': [1, {'a': null}]}", false),
+        ("{'execute': 'no-such-command', 'id': 1}", false),
+        ("{}", true),
+        ("[]", true),
+        ("{'execute': 1}", true),
+        ("{'execute': 'stop', 'arguments': []}", true),
+        ("{'execute': 'stop', 'bogus': 1}", true),
+        ("{'execute': 'stop', 'arguments': {'x': 1}}", false),
+        ("{'execute': 'qom-list', 'arguments': {}}", true),
+        ("{'execute': 'qom-list', 'arguments': {'path': 1}}", true),
+        (
+            "{'execute': 'qom-list', 'arguments': {'path': '/nowhere'}}",
+            true,
+        ),
+        (
+            "{'execute': 'qom-get', 'arguments': {'path': '/machine', 'property': 'x'}}",
+            false,
+        ),
+        (
+            "{'execute': 'device-list-properties', 'arguments': {'typename': 'x'}}",
+            false,
+        ),
+        ("{'execute': 'balloon', 'arguments': {'value': 1}}", false),
+        ("{'execute': 'query-balloon'}", true),
+        ("{'execute': 'qmp_capabilities'}", true),
+        (
+            "{'execute': 'human-monitor-command', 'arguments': {}}",
+            true,
+        ),
+        ("{'a': 1, 'a': 2}", false),
+        ("{1: 2}", true),
+        ("{'a' 1}", true),
+        ("{'a': 1 'b': 2}", true),
+        ("[1 2]", true),
+        ("[tru]", true),
+        ("[1,]", true),
+    ] {
+        let mut answers = [&mut ours, &mut theirs].map(|qmp| {
+            qmp.send_raw(&format!("{bytes}\n")).unwrap();
+            qmp.reply(bytes).unwrap()
+        });
+        let words = answers
+            .each_mut()
+            .map(|answer| answer["error"]["desc"].take());
+        let [our_answer, their_answer] = &answers;
+        assert_eq!(our_answer.get("id"), their_answer.get("id"), "{bytes}");
+        assert_eq!(
+            our_answer["error"]["class"], their_answer["error"]["class"],
+            "{bytes}: {words:?}"
+        );
+        if same_words {
+            assert_eq!(words[0], words[1], "{bytes}");
+        }
+    }
+    theirs.execute("quit", json!({})).unwrap();
+    qemu.wait().unwrap();
+}
+
+#[test]
+fn what_is_told_about_the_vm_is_true() {
+    require_kvm();
+    let vm = Vm::builder()
+        .args([
+            "-machine",
+            "microvm",
+            "-m",
+            "128",
+            "-smp",
+            "2,sockets=1,cores=2",
+            "-name",
+            "told",
+            "-object",
+            "{\"qom-type\":\"iothread\",\"id\":\"io\"}",
+        ])
+        .kernel(&Payload::Machine.path(), "end=halt")
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let mut ask = |command: &str, arguments: serde_json::Value| qmp.execute(command, arguments);
+    let list = ask("qom-list", json!({ "path": "/machine/unattached" })).unwrap();
+    let names: Vec<_> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["type", "device[0]", "device[1]"]);
+    let core = json!({ "path": "/machine/unattached/device[1]", "property": "core-id" });
+    assert_eq!(ask("qom-get", core).unwrap(), 1);
+    let append = json!({ "path": "/machine", "property": "append" });
+    assert_eq!(ask("qom-get", append).unwrap(), "end=halt");
+    assert_eq!(
+        ask("qom-list", json!({ "path": "/objects" })).unwrap()[1]["name"],
+        "io"
+    );
+    assert_eq!(
+        ask("query-memory-size-summary", json!({})).unwrap(),
+        json!({ "base-memory": 128 << 20, "plugged-memory": 0 })
+    );
+    assert_eq!(
+        ask("query-hotpluggable-cpus", json!({}))
+            .unwrap()
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
+
+    let register = json!({ "vcpu": 0, "addr": "10" });
+    let running = ask("query-vcpu-reg", register.clone())
+        .unwrap_err()
+        .to_string();
+    assert!(running.contains("'stop' the guest before"), "{running}");
+    ask("stop", json!({})).unwrap();
+    let pointer = ask("query-vcpu-reg", register).unwrap();
+    let pointer = u64::from_str_radix(pointer.as_str().unwrap(), 16).unwrap();
+    // A bare guest runs where it was loaded, and its memory is mapped as it is.
+    assert!((0x10_0000..128 << 20).contains(&pointer), "{pointer:#x}");
+    let code = ask("query-mem-gpa", json!({ "gpa": format!("{pointer:x}") })).unwrap();
+    assert_ne!(code, "0", "no code at {pointer:#x}");
+    let beyond = ask("query-mem-gpa", json!({ "gpa": "ffffffffffff" }))
+        .unwrap_err()
+        .to_string();
+    assert!(beyond.contains("of which there are 128 MiB"), "{beyond}");
+    let unknown = ask("query-vcpu-reg", json!({ "vcpu": 2, "addr": "0" }))
+        .unwrap_err()
+        .to_string();
+    assert!(unknown.contains("allowed: 0 to 1"), "{unknown}");
+
+    let state = json!({ "name": "log_debug" });
+    assert_eq!(
+        ask("trace-event-get-state", state.clone()).unwrap()[0]["state"],
+        "disabled"
+    );
+    ask(
+        "trace-event-set-state",
+        json!({ "name": "log_*", "enable": true }),
+    )
+    .unwrap();
+    assert_eq!(
+        ask("trace-event-get-state", state).unwrap()[0]["state"],
+        "enabled"
+    );
+    let monitor = ask(
+        "human-monitor-command",
+        json!({ "command-line": "info cpus" }),
+    )
+    .unwrap_err()
+    .to_string();
+    assert!(monitor.contains("query-cpus-fast"), "{monitor}");
+}

@@ -269,6 +269,44 @@ impl RegisterDump {
     }
 }
 
+impl RegisterDump {
+    /// A register by its number in DWARF (System V ABI for AMD64, figure 3.36): 0 to 15 general ones, 16 the instruction
+    /// pointer, 49 flags, 50 to 55 segment selectors, 58 and 59 the bases of fs and gs.
+    #[must_use]
+    pub const fn by_number(&self, number: u64) -> Option<u64> {
+        let (r, s) = (&self.regs, &self.sregs);
+        Some(match number {
+            0 => r.rax,
+            1 => r.rdx,
+            2 => r.rcx,
+            3 => r.rbx,
+            4 => r.rsi,
+            5 => r.rdi,
+            6 => r.rbp,
+            7 => r.rsp,
+            8 => r.r8,
+            9 => r.r9,
+            10 => r.r10,
+            11 => r.r11,
+            12 => r.r12,
+            13 => r.r13,
+            14 => r.r14,
+            15 => r.r15,
+            16 => r.rip,
+            49 => r.rflags,
+            50 => s.es.selector as u64,
+            51 => s.cs.selector as u64,
+            52 => s.ss.selector as u64,
+            53 => s.ds.selector as u64,
+            54 => s.fs.selector as u64,
+            55 => s.gs.selector as u64,
+            58 => s.fs.base,
+            59 => s.gs.base,
+            _ => return None,
+        })
+    }
+}
+
 impl fmt::Display for RegisterDump {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (r, s) = (&self.regs, &self.sregs);
@@ -414,6 +452,17 @@ mod tests {
             sregs,
         }
         .to_string();
+        let dump = RegisterDump {
+            vcpu: 3,
+            regs,
+            sregs,
+        };
+        let numbered = [16, 4, 51, 53].map(|number| dump.by_number(number));
+        assert_eq!(
+            numbered,
+            [Some(0x100_0000), Some(0x7000), Some(0x10), Some(0x18)]
+        );
+        assert_eq!(dump.by_number(17), None);
         assert!(text.starts_with("vcpu3 rip=0000000001000000"), "{text}");
         assert!(
             text.contains("cs=0010") && text.contains("cr3=0000000000009000"),

@@ -33,8 +33,8 @@ use crate::cmdline::Plan;
 use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
 use crate::qmp::{
-    Cause, Commands, CpuThread, Event, IothreadInfo, Migration, QmpError, Reply, RunState,
-    SandboxReport, ServerHandle, VmCommand, VmFacts,
+    Cause, Commands, CpuThread, Event, IothreadInfo, Migration, MigrationStatus, QmpError, Reply,
+    RunState, SandboxReport, ServerHandle, VmCommand, VmFacts,
 };
 
 /// Everything a VM is made of.
@@ -63,6 +63,8 @@ pub(super) struct Vm {
     pub(super) job: Option<Job>,
     /// The last one, for `query-migrate`.
     pub(super) migration: Migration,
+    /// The last step of it that clients know.
+    told_migration: MigrationStatus,
     /// Clients that wait for the broker's facts, in the order in which it was asked.
     inspections: VecDeque<Reply<SandboxReport>>,
 }
@@ -131,6 +133,7 @@ impl Vm {
             state: RunState::Prelaunch,
             job: None,
             migration: Migration::default(),
+            told_migration: MigrationStatus::default(),
             inspections: VecDeque::new(),
         })
     }
@@ -197,7 +200,7 @@ impl Vm {
                 }
             };
             for token in events {
-                if let Err(end) = self.handle(token).and_then(|()| self.stop_for_disks()) {
+                if let Err(end) = self.handle(token).and_then(|()| self.tell_the_rest()) {
                     return self.finish(end);
                 }
             }
@@ -211,6 +214,15 @@ impl Vm {
                 return self.finish(end);
             }
         }
+    }
+
+    /// What happened besides while something was handled.
+    fn tell_the_rest(&mut self) -> Result<(), End> {
+        if self.told_migration != self.migration.status {
+            self.told_migration = self.migration.status;
+            self.parts.qmp.emit(&Event::Migration(self.told_migration));
+        }
+        self.stop_for_disks()
     }
 
     /// The host has failed disks that stop the guest.
@@ -402,6 +414,7 @@ impl Vm {
             VmCommand::Chardevs(reply) => reply.send(Ok(self.parts.chardevs.info())),
             VmCommand::Facts(reply) => reply.send(self.facts()),
             VmCommand::Workloads(reply) => reply.send(Ok(self.supervisor.workloads())),
+            VmCommand::Register(reply, vcpu, number) => reply.send(self.register(vcpu, &number)),
             VmCommand::Memory(reply, address) => reply.send(self.memory(&address)),
             VmCommand::Sandbox(reply) => {
                 self.inspections.push_back(reply);
@@ -495,6 +508,37 @@ impl Vm {
             cpus: self.cpus()?,
             stopped: self.supervisor.stopped(),
         })
+    }
+
+    /// A register of a vCPU, which has to stand still for it.
+    fn register(&self, vcpu: u64, number: &str) -> Result<u64, QmpError> {
+        let Some(machine) = &self.parts.machine else {
+            return Err(QmpError::generic("Machine 'none' has no processors"));
+        };
+        if self.state == RunState::Running {
+            return Err(QmpError::generic(
+                "Registers of a vCPU that runs cannot be read: 'stop' the guest before",
+            ));
+        }
+        let dumps = machine
+            .registers()
+            .map_err(|e| QmpError::generic(with_causes(&e)))?;
+        let dump = usize::try_from(vcpu).ok().and_then(|at| dumps.get(at));
+        let Some(dump) = dump else {
+            return Err(QmpError::generic(format!(
+                "Parameter 'vcpu' is {vcpu}; allowed: 0 to {}",
+                dumps.len().saturating_sub(1)
+            )));
+        };
+        u64::from_str_radix(number.strip_prefix("0x").unwrap_or(number), 16)
+            .ok()
+            .and_then(|number| dump.by_number(number))
+            .ok_or_else(|| {
+                QmpError::generic(format!(
+                    "Parameter 'addr' is '{number}'; allowed: 0 to 10, 31 to 37, 3A, 3B, the registers' numbers in DWARF in \
+                     hexadecimal digits"
+                ))
+            })
     }
 
     /// What the guest would read there. The guest may run, and write to it meanwhile.

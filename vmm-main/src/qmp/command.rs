@@ -380,6 +380,8 @@ pub enum VmCommand {
     Workloads(Reply<Vec<Workload>>),
     /// `query-mem-gpa`: the four bytes at this guest physical address, which is in hexadecimal, as the guest reads them
     Memory(Reply<u32>, String),
+    /// `query-vcpu-reg`: of this vCPU the register with this number, which is in hexadecimal
+    Register(Reply<u64>, u64, String),
     /// `query-sandbox`
     Sandbox(Reply<super::SandboxReport>),
     /// `stop`: pauses the vCPUs; emits STOP before it answers.

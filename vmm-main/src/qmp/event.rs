@@ -7,6 +7,7 @@ use ipc::spec::block::IoStop;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
+use super::command::MigrationStatus;
 use super::schema;
 
 /// Why the VM went down or was reset (QAPI `ShutdownCause`).
@@ -91,6 +92,8 @@ pub enum Event {
         /// What failed.
         stop: IoStop,
     },
+    /// A snapshot has come to its next step.
+    Migration(MigrationStatus),
     /// There will be no other process: the guest sees a device that needs a reset, for good.
     DeviceFailed {
         /// Id of the device.
@@ -113,6 +116,7 @@ impl Event {
             Self::DeviceRecovered { .. } => "DEVICE_RECOVERED",
             Self::DeviceFailed { .. } => "DEVICE_FAILED",
             Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
+            Self::Migration(_) => "MIGRATION",
         }
     }
 
@@ -154,6 +158,7 @@ impl Event {
                 json!({ "device": device, "pid": pid, "stall-ms": stall })
             }
             Self::DeviceFailed { device, reason } => json!({ "device": device, "reason": reason }),
+            Self::Migration(status) => json!({ "status": status.name() }),
             Self::BlockIoError {
                 device,
                 drive,

@@ -384,8 +384,7 @@ impl Microvm {
         Ok(self.vcpus.thread_ids()?)
     }
 
-    /// The registers of all vCPUs, in order. The guest must be paused. For diagnosis: the main thread's system call
-    /// filter does not allow this once it is installed.
+    /// The registers of all vCPUs, in order. The guest must be paused.
     ///
     /// # Errors
     /// The guest runs, or KVM refuses.

@@ -1,5 +1,6 @@
 //! Every event with its data.
 
+use super::commands::MIGRATION_STATUS;
 use super::types::{Enum, EventDef, Type, event, may, must};
 
 /// Why the VM went down or was reset (QAPI `ShutdownCause`, those that occur here).
@@ -70,6 +71,11 @@ pub static EVENTS: &[EventDef] = &[
             ),
         ],
         "Another process does the work of one that ended, with what had been in flight",
+    ),
+    event(
+        "MIGRATION",
+        &[must("status", MIGRATION_STATUS, "the step")],
+        "A snapshot has come to its next step, as `query-migrate` tells",
     ),
     event(
         "BLOCK_IO_ERROR",

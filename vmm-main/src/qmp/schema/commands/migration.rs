@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::qmp::command::{Migration, MigrationStatus, Reply, VmCommand};
 use crate::qmp::schema::types::{Command, Enum, Object, Type, main, may, must, object};
 
-const STATUS: Type = Type::Enum(&Enum {
+pub(in crate::qmp::schema) const STATUS: Type = Type::Enum(&Enum {
     name: "MigrationStatus",
     values: &MigrationStatus::NAMES,
 });

@@ -9,6 +9,7 @@ mod sandbox;
 mod vm;
 
 pub(in crate::qmp) use machine::topology;
+pub(super) use migration::STATUS as MIGRATION_STATUS;
 
 use super::types::Command;
 
