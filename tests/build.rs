@@ -26,6 +26,7 @@ const PAYLOADS: &[(&str, &[&str])] = &[
         &["start.S", "payload.c", "virtio.c", "net-loop.c"],
     ),
     ("machine", &["start.S", "payload.c", "machine.c"]),
+    ("restored", &["start.S", "payload.c", "restored.c"]),
     (
         "start-device",
         &["start.S", "payload.c", "virtio.c", "start-device.c"],

@@ -69,7 +69,7 @@ pub fn while_open_to_inspection<T>(work: impl FnOnce() -> T) -> Result<T, SelfLo
 /// [`SelfLockError`]; the process should then end.
 pub fn self_lock(mode: Sandbox) -> Result<SelfReport, SelfLockError> {
     let step = |what| move |source| SelfLockError::Step { what, source };
-    match threads::count().map_err(step("counting threads"))? {
+    match threads::count_lasting().map_err(step("counting threads"))? {
         1 => {}
         more => return Err(SelfLockError::Threads(more)),
     }

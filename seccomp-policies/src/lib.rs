@@ -25,6 +25,8 @@ pub enum Policy {
     ControlQmp,
     /// A thread of the control process that runs one vCPU.
     ControlVcpu,
+    /// The control process's thread that brings in guest memory of a snapshot.
+    ControlPager,
     /// The broker, and whatever its children do before they install their own filter.
     Broker,
     /// The broker of a VM that shares a folder.
@@ -77,10 +79,11 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
+        Self::ControlPager,
         Self::Broker,
         Self::BrokerFs,
         Self::Block,
@@ -99,6 +102,7 @@ impl Policy {
             Self::ControlMain => &generated::CONTROL_MAIN_INFO,
             Self::ControlQmp => &generated::CONTROL_QMP_INFO,
             Self::ControlVcpu => &generated::CONTROL_VCPU_INFO,
+            Self::ControlPager => &generated::CONTROL_PAGER_INFO,
             Self::Broker => &generated::BROKER_INFO,
             Self::BrokerFs => &generated::BROKER_FS_INFO,
             Self::Block => &generated::BLOCK_INFO,
@@ -127,6 +131,7 @@ impl Policy {
             Self::ControlMain => &generated::CONTROL_MAIN,
             Self::ControlQmp => &generated::CONTROL_QMP,
             Self::ControlVcpu => &generated::CONTROL_VCPU,
+            Self::ControlPager => &generated::CONTROL_PAGER,
             Self::Broker => &generated::BROKER,
             Self::BrokerFs => &generated::BROKER_FS,
             Self::Block => &generated::BLOCK,

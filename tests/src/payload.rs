@@ -17,6 +17,8 @@ pub enum Payload {
     VirtioProbe,
     /// Writes, flushes, reads and compares sectors.
     BlkRw,
+    /// Writes a dot again and again, and keeps as much memory as it was told.
+    Restored,
     /// Writes, reads and compares without a pause.
     BlkLoop,
     /// Sends ARP requests without a pause.
@@ -42,6 +44,7 @@ impl Payload {
             Self::Hello => "hello",
             Self::FirstByte => "first-byte",
             Self::VirtioProbe => "virtio-probe",
+            Self::Restored => "restored",
             Self::BlkRw => "blk-rw",
             Self::BlkLoop => "blk-loop",
             Self::NetLoop => "net-loop",

@@ -10,9 +10,11 @@
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tests::host::{require_kvm, require_root};
+use tests::host::{Tap, check_ext4, ext4_image, require_kvm, require_root};
+use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
 use tests::qmp::QmpError;
+use tests::test_path;
 use tests::vm::{Vm, VmBuilder};
 
 /// A bare guest needs milliseconds; this is for a busy machine.
@@ -130,6 +132,65 @@ fn refused(vm: VmBuilder) -> String {
     let last = messages.lines().last().unwrap_or_default().to_owned();
     assert!(last.contains("-incoming "), "{messages}");
     last
+}
+
+/// The guest runs before its memory is there; its disk waits for that.
+#[test]
+fn memory_comes_in_while_the_guest_runs() {
+    let bench = made();
+    let mut vm = bench
+        .vm()
+        .arg("-incoming")
+        .arg(format!("file:{},lazy=on", bench.snapshot().display()))
+        .env("STRATOVIRT_LOG_LEVEL", "info")
+        .start()
+        .unwrap();
+    expect(&mut vm, "LOOP ");
+    expect(&mut vm, "LOOP ");
+    let messages = vm.messages();
+    assert!(messages.contains("guest memory has come in"), "{messages}");
+    // Whole, so another snapshot can be made, from which it goes on as well.
+    migrate(&vm, &bench.snapshot()).unwrap();
+    vm.kill().unwrap();
+    drop(vm);
+    let mut vm = bench.incoming().start().unwrap();
+    expect(&mut vm, "LOOP ");
+    vm.console.send("x").unwrap();
+    expect(&mut vm, "BLK-LOOP OK bursts ");
+    ends_well(&mut vm);
+}
+
+/// What is damaged never reaches the guest.
+#[test]
+fn a_damaged_block_that_comes_in_late_ends_the_vm() {
+    use std::os::unix::fs::FileExt;
+    let bench = made();
+    let memory = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(bench.snapshot().join("memory"))
+        .unwrap();
+    let mut byte = [0];
+    let place = (0..1 << 15)
+        .rev()
+        .map(|page| page * 4096)
+        .find(|at| memory.read_exact_at(&mut byte, *at).is_ok() && byte != [0])
+        .unwrap();
+    memory.write_all_at(&[byte[0] ^ 1], place).unwrap();
+    let mut vm = bench
+        .vm()
+        .arg("-incoming")
+        .arg(format!("file:{},lazy=on", bench.snapshot().display()))
+        .start()
+        .unwrap();
+    // It may be gone already.
+    let _ = vm.processes();
+    let status = vm.wait(LIMIT).unwrap();
+    let messages = vm.messages();
+    assert_eq!(status.code(), Some(1), "{messages}");
+    assert!(messages.contains("checksum is wrong"), "{messages}");
+    let deadline = tests::wait::Deadline::after(Duration::from_secs(5));
+    assert_eq!(vm.survivors(deadline), Vec::<i32>::new());
 }
 
 #[test]
@@ -352,4 +413,86 @@ fn another_command_line_is_told_by_its_option_and_starts_nothing() {
         "{}",
         vm.messages()
     );
+}
+
+/// Debian's kernel with a mounted disk that it writes to all the time and a card in use.
+#[test]
+fn linux_goes_on_twice_with_its_files_its_memory_and_its_network() {
+    where_linux_boots(test_path!(), || {
+        let guest = Guest::ready(Flavour::Cloud).unwrap();
+        let tap = Tap::new("sv-snap", "10.0.9.1/24").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let content = dir.path().join("content");
+        std::fs::create_dir(&content).unwrap();
+        let disk = dir.path().join("disk.img");
+        ext4_image(&disk, 64, &content).unwrap();
+        let script = Script::new(
+            "set -e\n\
+             ip addr add 10.0.9.2/24 dev eth0; ip link set eth0 up\n\
+             mkdir -p /d; mount -t ext4 /dev/vda /d\n\
+             dd if=/dev/urandom of=/tmp/memory bs=1M count=24 2>/dev/null\n\
+             dd if=/dev/urandom of=/d/kept bs=64k count=64 2>/dev/null\n\
+             (while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/d/busy bs=64k count=32 conv=fsync 2>/dev/null; done) &\n\
+             writer=$!\n\
+             for round in 0 1 2; do\n\
+               echo 3 > /proc/sys/vm/drop_caches\n\
+               echo SUMS $(md5sum < /tmp/memory | cut -d' ' -f1) $(md5sum < /d/kept | cut -d' ' -f1)\n\
+               echo IDENTITY $(dd if=/dev/mem bs=4096 skip=239 count=1 2>/dev/null | head -c 16 | md5sum | cut -d' ' -f1)\n\
+               echo UPTIME $(cut -d. -f1 /proc/uptime)\n\
+               echo ROUND $round; read line\n\
+             done\n\
+             touch /tmp/stop; wait $writer\n\
+             umount /d\n\
+             if dmesg | grep -E 'I/O error|blocked for more|BUG:|EXT4-fs error'; then exit 1; fi\n",
+        );
+        let initrd = guest.initrd_with(&script).unwrap();
+        let snapshot = dir.path().join("template");
+        let build = || {
+            Vm::builder()
+                .args(["-machine", "microvm", "-m", "256"])
+                .kernel(&guest.kernel.elf, "console=ttyS0 quiet panic=-1 reboot=k")
+                .arg("-initrd")
+                .arg(initrd.path())
+                .disk("d0", &disk, "")
+                .tap("n0", &tap.name, "52:54:00:aa:bb:01")
+                .arg("-snapshot-dir")
+                .arg(&snapshot)
+                .with_qmp()
+        };
+        let mut vm = build().start().unwrap();
+        let mut sums = Vec::new();
+        let mut uptimes: Vec<u64> = Vec::new();
+        let mut identities = std::collections::BTreeSet::new();
+        for round in 0..3 {
+            expect(&mut vm, "SUMS ");
+            sums.push(vm.console.rest_of_line(LIMIT).unwrap());
+            expect(&mut vm, "IDENTITY ");
+            identities.insert(vm.console.rest_of_line(LIMIT).unwrap());
+            expect(&mut vm, "UPTIME ");
+            uptimes.push(vm.console.rest_of_line(LIMIT).unwrap().parse().unwrap());
+            expect(&mut vm, &format!("ROUND {round}"));
+            let ping = std::process::Command::new("ping")
+                .args(["-c", "1", "-W", "20", "10.0.9.2"])
+                .output()
+                .unwrap();
+            assert!(ping.status.success(), "{ping:?}");
+            if round < 2 {
+                migrate(&vm, &snapshot).unwrap();
+                vm.kill().unwrap();
+                drop(vm);
+                vm = build()
+                    .arg("-incoming")
+                    .arg(format!("file:{}", snapshot.display()))
+                    .start()
+                    .unwrap();
+            }
+            vm.console.send("\n").unwrap();
+        }
+        expect(&mut vm, "GUEST-END status=0");
+        ends_well(&mut vm);
+        assert!(sums.iter().all(|one| *one == sums[0]), "{sums:?}");
+        assert_eq!(identities.len(), 3, "{identities:?}");
+        assert!(uptimes.is_sorted(), "the clock went back: {uptimes:?}");
+        check_ext4(&disk).unwrap();
+    });
 }

@@ -51,6 +51,8 @@ pub struct VmSpec {
     pub pidfile: Option<PathBuf>,
     /// `-incoming file:`: the snapshot to go on from.
     pub incoming: Option<PathBuf>,
+    /// `-incoming …,lazy=on`: guest memory comes in when it is wanted.
+    pub incoming_lazy: bool,
     /// `-snapshot-dir`: where snapshots may be made.
     pub snapshot_dirs: Vec<PathBuf>,
     /// `-S`: vCPUs wait for `cont`.

@@ -228,6 +228,7 @@ pub const CONTROL_THREADS: &[(&str, Policy)] = &[
     ("stratovirt", Policy::ControlMain),
     ("qmp", Policy::ControlQmp),
     ("vcpu", Policy::ControlVcpu),
+    ("pager", Policy::ControlPager),
 ];
 
 impl Setting {

@@ -276,6 +276,7 @@ impl Draft {
                 daemonize: false,
                 pidfile: None,
                 incoming: None,
+                incoming_lazy: false,
                 snapshot_dirs: Vec::new(),
                 start_paused: false,
                 no_reboot: false,
@@ -360,12 +361,18 @@ impl Draft {
             "qmp" => self.qmp(&given.props()?)?,
             "mon" => self.mon(&given.props()?)?,
             "incoming" => {
-                let path = given.value.strip_prefix("file:");
-                let path = path.filter(|path| !path.is_empty()).ok_or_else(|| {
+                let value = given.value.as_str();
+                let (value, lazy) = match value.strip_suffix(",lazy=on") {
+                    Some(value) => (value, true),
+                    None => (value.strip_suffix(",lazy=off").unwrap_or(value), false),
+                };
+                let path = value.strip_prefix("file:").filter(|path| !path.is_empty());
+                let path = path.ok_or_else(|| {
                     given.error(
-                        "not valid; allowed: file:PATH, where PATH is a folder that migrate made",
+                        "not valid; allowed: file:PATH or file:PATH,lazy=on, where PATH is a folder that migrate made",
                     )
                 })?;
+                spec.incoming_lazy = lazy;
                 spec.incoming = Some(PathBuf::from(path));
             }
             "snapshot-dir" => {

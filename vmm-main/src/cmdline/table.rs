@@ -1139,8 +1139,8 @@ pub static OPTIONS: &[OptionDef] = &[
     def(
         Group::Control,
         "incoming",
-        Arg::Text("file:PATH"),
-        "Go on from the snapshot in folder PATH instead of booting, with the command line that it was made with; paths of images and other names may differ. -kernel is for reboots.",
+        Arg::Text("file:PATH[,lazy=on]"),
+        "Go on from the snapshot in folder PATH instead of booting, with the command line that it was made with; paths of images and other names may differ. -kernel is for reboots. With lazy=on the guest runs at once and its memory comes in meanwhile, what is wanted first; devices wait until all is there, and damage of the file memory is found only then and ends the VM.",
     ),
     repeated(
         Group::Control,

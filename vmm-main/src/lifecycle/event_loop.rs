@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ipc::control::Request;
@@ -32,6 +33,7 @@ use crate::broker::{Client, ClientError};
 use crate::cmdline::Plan;
 use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
+use crate::memory::lazy::Progress;
 use crate::qmp::{
     Cause, Commands, CpuThread, Event, IothreadInfo, Migration, MigrationStatus, QmpError, Reply,
     RunState, SandboxReport, ServerHandle, VmCommand, VmFacts,
@@ -49,6 +51,8 @@ pub(super) struct Parts {
     pub(super) qmp: ServerHandle,
     pub(super) commands: Commands,
     pub(super) signals: SignalFd,
+    /// Guest memory that is still coming in from a snapshot.
+    pub(super) pager: Option<Arc<Progress>>,
 }
 
 /// A VM.
@@ -80,6 +84,7 @@ const SIGNALS: u64 = 0;
 const BROKER: u64 = 1;
 const COMMANDS: u64 = 2;
 const EVENTS: u64 = 3;
+const PAGER: u64 = 4;
 /// Tokens from here on belong to the serial port's other end.
 const CHARDEV: u64 = 16;
 /// Tokens from here on are devices by their position: their rings, their processes that hang, their new processes.
@@ -101,6 +106,9 @@ impl Vm {
             poller.add(&parts.commands, COMMANDS, readable)?;
             if let Some(events) = &events {
                 poller.add(borrow(events.event_fd()), EVENTS, readable)?;
+            }
+            if let Some(pager) = &parts.pager {
+                poller.add(borrow(pager.event()), PAGER, readable)?;
             }
             for (token, transport) in (DEVICES..).zip(&parts.transports) {
                 poller.add(borrow(lock(transport).error_event()), token, readable)?;
@@ -179,8 +187,10 @@ impl Vm {
         if let Err(end) = self.broker() {
             return self.finish(end);
         }
-        // Those of a snapshot that this VM goes on from.
-        self.release_devices();
+        // Those of a snapshot that this VM goes on from; where its memory is not there yet, they would read zeroes.
+        if self.parts.pager.is_none() {
+            self.release_devices();
+        }
         if !self.parts.spec.start_paused
             && let Err(end) = self.let_run()
         {
@@ -252,6 +262,10 @@ impl Vm {
             BROKER => self.broker(),
             COMMANDS => self.commands(),
             EVENTS => self.vm_events(),
+            PAGER => {
+                self.memory_is_whole();
+                Ok(())
+            }
             own if own >= ATTENTIONS => self.supervise(|supervisor, cx| supervisor.event(own, cx)),
             device if device >= DEVICES => {
                 self.device_error((device - DEVICES) as usize);
@@ -402,7 +416,7 @@ impl Vm {
     fn execute(&mut self, command: VmCommand) -> Result<(), End> {
         match command {
             VmCommand::Migrate(uri, reply) => self.migrate(&uri, reply)?,
-            VmCommand::QueryMigrate(reply) => reply.send(Ok(self.migration.clone())),
+            VmCommand::QueryMigrate(reply) => reply.send(Ok(self.migration())),
             VmCommand::CancelMigration(reply) => {
                 let done = self.cancel_migration();
                 reply.send(Ok(()));
@@ -624,6 +638,11 @@ impl Vm {
     }
 
     fn reset(&mut self, cause: Cause) -> Result<(), End> {
+        if let Some(pager) = &self.parts.pager {
+            // What is emptied must not be filled from the snapshot afterwards.
+            pager.wait();
+            self.memory_is_whole();
+        }
         if let Some(machine) = &self.parts.machine {
             machine.pause().map_err(|e| host_error(&e))?;
             // Before RAM is emptied, nobody else may write to it.

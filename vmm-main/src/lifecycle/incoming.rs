@@ -11,12 +11,14 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use ipc::limits::MAX_SNAPSHOT_STATE;
+use ipc::log::info;
 use ipc::spec::vm::VmSpec;
 use thiserror::Error;
 
 use crate::boot::BootSource;
 use crate::cmdline::Plan;
 use crate::machine::microvm::{self, MachineState, Microvm};
+use crate::memory::lazy::LazyRam;
 use crate::snapshot::Snapshot;
 use crate::snapshot::format::{self, FormatError};
 use crate::snapshot::memory::{self, MemoryError};
@@ -70,6 +72,14 @@ pub(super) enum IncomingError {
         /// Why.
         source: Misfit,
     },
+    /// No thread for guest memory.
+    #[error("-incoming file:{}: guest memory cannot be brought in", .path.display())]
+    Pager {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// KVM refuses a value, or a device's state is none.
     #[error("-incoming file:{}", .path.display())]
     Machine {
@@ -102,6 +112,7 @@ pub(super) struct Incoming {
     path: PathBuf,
     machine: MachineState,
     devices: Vec<Option<DeviceState>>,
+    lazy: Option<LazyRam>,
 }
 
 impl Incoming {
@@ -128,6 +139,43 @@ impl Incoming {
                 source,
             })?;
         let ram = machine.ram();
+        let told = |source| IncomingError::Memory {
+            path: path.clone(),
+            source,
+        };
+        let Snapshot {
+            machine,
+            devices,
+            memory: index,
+            ..
+        } = snapshot;
+        let whole = Self {
+            path: path.clone(),
+            machine,
+            devices: devices.into_iter().map(Some).collect(),
+            lazy: None,
+        };
+        let (memory, index) = if spec.incoming_lazy
+            && !spec.memory.prealloc
+            && plan.memory.is_none()
+        {
+            index.check(ram.size()).map_err(told)?;
+            memory::check_length(&memory, ram.size()).map_err(told)?;
+            match LazyRam::new(ram, memory, index) {
+                Ok(lazy) => {
+                    return Ok(Self {
+                        lazy: Some(lazy),
+                        ..whole
+                    });
+                }
+                Err(back) => {
+                    info!("this host has no userfaultfd for this process: lazy=on has no effect");
+                    back
+                }
+            }
+        } else {
+            (memory, index)
+        };
         if spec.memory.path.is_some() {
             // A file may hold something.
             ram.zero().map_err(|source| IncomingError::Machine {
@@ -135,15 +183,8 @@ impl Incoming {
                 source: source.into(),
             })?;
         }
-        memory::read(ram, &memory, &snapshot.memory).map_err(|source| IncomingError::Memory {
-            path: path.clone(),
-            source,
-        })?;
-        Ok(Self {
-            path,
-            machine: snapshot.machine,
-            devices: snapshot.devices.into_iter().map(Some).collect(),
-        })
+        memory::read(ram, &memory, &index).map_err(told)?;
+        Ok(whole)
     }
 
     /// The state of device `index`, which `device` can go on from.
@@ -167,18 +208,27 @@ impl Incoming {
         }
     }
 
-    /// Gives KVM and the platform their state.
+    /// Gives KVM and the platform their state. What comes back brings in guest memory.
     pub(super) fn finish(
         self,
         machine: &mut Microvm,
         source: BootSource,
-    ) -> Result<(), IncomingError> {
-        machine
-            .restore(&self.machine, source)
-            .map_err(|source| IncomingError::Machine {
-                path: self.path,
-                source,
-            })
+    ) -> Result<Option<LazyRam>, IncomingError> {
+        let path = self.path;
+        // KVM writes to guest memory when some registers are set.
+        let restored = match &self.lazy {
+            Some(lazy) => lazy
+                .serve_during(|| machine.restore(&self.machine, source))
+                .map_err(|source| IncomingError::Pager {
+                    path: path.clone(),
+                    source,
+                })?,
+            None => machine.restore(&self.machine, source),
+        };
+        match restored {
+            Ok(()) => Ok(self.lazy),
+            Err(source) => Err(IncomingError::Machine { path, source }),
+        }
     }
 }
 

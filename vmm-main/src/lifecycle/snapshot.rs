@@ -122,6 +122,9 @@ impl Vm {
     pub(super) fn migrate(&mut self, uri: &str, reply: Reply<()>) -> Result<(), End> {
         let refused = match (&self.parts.machine, self.state) {
             _ if self.job.is_some() => Some("A snapshot is being made already".to_owned()),
+            _ if self.parts.pager.is_some() => Some(
+                "Guest memory is still coming in; query-migrate tells how far it is".to_owned(),
+            ),
             (None, _) => Some("Machine 'none' has no guest".to_owned()),
             (_, RunState::Running | RunState::Paused | RunState::Prelaunch) => None,
             (_, state) => Some(format!(
@@ -317,6 +320,35 @@ impl Vm {
             self.resume()?;
         }
         Ok(())
+    }
+
+    /// Guest memory of a snapshot that this VM goes on from has come in.
+    pub(super) fn memory_is_whole(&mut self) {
+        let Some(pager) = self.parts.pager.take() else {
+            return;
+        };
+        let _ = pager.event().read();
+        self.migration = Migration {
+            status: MigrationStatus::Completed,
+            total: self.parts.spec.memory.size,
+            done: self.parts.spec.memory.size,
+            error: None,
+        };
+        info!("guest memory has come in");
+        self.release_devices();
+    }
+
+    /// For `query-migrate`.
+    pub(super) fn migration(&self) -> Migration {
+        match &self.parts.pager {
+            Some(pager) => Migration {
+                status: MigrationStatus::Active,
+                total: self.parts.spec.memory.size,
+                done: pager.done(),
+                error: None,
+            },
+            None => self.migration.clone(),
+        }
     }
 
     /// Has all devices go on that stand still for a snapshot, made or restored.

@@ -17,6 +17,7 @@ use ipc::channel::ChannelError;
 use ipc::control::{DeviceGrant, Exit, FileGrant, Request};
 use ipc::log::{info, warn};
 use ipc::spec::vm::{BootSpec, MachineKind, VmSpec};
+use ipc::start::SeccompMode;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -35,6 +36,7 @@ use crate::cmdline::{Plan, plan};
 use crate::kvm::cpuid::CpuFeatures;
 use crate::kvm::{self, Kvm, Topology};
 use crate::machine::microvm::{self, Microvm, MicrovmConfig};
+use crate::memory::lazy::{LazyRam, Progress};
 use crate::memory::{self, Backing, GuestRam, RamConfig};
 use crate::qmp;
 use crate::virtio::core::CoreError;
@@ -108,7 +110,7 @@ pub(super) enum StartError {
     #[error(transparent)]
     Lock(#[from] ozone::SelfLockError),
     /// A seccomp filter.
-    #[error("system call filter of the main thread")]
+    #[error("system call filter of a thread")]
     Filter(#[from] seccomp_policies::Error),
     /// `-daemonize`.
     #[error(transparent)]
@@ -251,6 +253,7 @@ pub(super) fn start(
         machine.add_serial(sink)?;
     }
 
+    let mut lazy = None;
     let mut transports = Vec::with_capacity(handshakes.len());
     if let Some(machine) = &mut machine {
         for (index, handshake) in (0u32..).zip(&mut handshakes) {
@@ -284,7 +287,7 @@ pub(super) fn start(
                 protocol: Protocol::Auto,
             };
             if let Some(incoming) = incoming {
-                incoming.finish(machine, source)?;
+                lazy = incoming.finish(machine, source)?;
                 phases.done("machine restored");
             } else {
                 let loaded = machine
@@ -319,6 +322,7 @@ pub(super) fn start(
         // Ids are asked for now: each thread says its own once it has its filter.
         machine.vcpu_thread_ids()?;
     }
+    let pager = lazy.map(|lazy| pager(lazy, mode)).transpose()?;
     qmp.started()?;
     phases.done("threads locked down");
 
@@ -335,12 +339,43 @@ pub(super) fn start(
         qmp,
         commands,
         signals,
+        pager,
     })?;
     vm.wait_for_clients()?;
     let vm = vm.announce(ready)?;
     phases.done("announced");
     phases.tell();
     Ok(vm)
+}
+
+/// Starts the thread that brings in guest memory; returns when it has its filter.
+fn pager(lazy: LazyRam, mode: SeccompMode) -> Result<Arc<Progress>, StartError> {
+    let progress = lazy.progress();
+    let (told, started) = std::sync::mpsc::sync_channel(1);
+    std::thread::Builder::new()
+        .name("pager".into())
+        .spawn(move || {
+            let filtered = lockdown::filter(Policy::ControlPager, mode);
+            let goes = filtered.is_ok();
+            let _ = told.send(filtered);
+            drop(told);
+            if goes {
+                lazy.serve();
+            }
+            // A thread's end takes calls that its filter would have to allow for nothing but that.
+            loop {
+                std::thread::park();
+            }
+        })
+        .map_err(|e| StartError::System {
+            call: "clone3",
+            source: e.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
+        })?;
+    // It sends before anything can end it.
+    if let Ok(filtered) = started.recv() {
+        filtered?;
+    }
+    Ok(progress)
 }
 
 /// What ends the VM in good order.

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! 0x0000_0000  RAM: boot page (GDT), zero page or PVH info, page tables, command line (below 640 KiB)
-//! 0x0009_fc00  reserved; 0xe_0000 RSDP and ACPI tables, 0xf_0000 MP table, 0xf_fff0 reset vector
+//! 0x0009_fc00  reserved; 0xe_0000 RSDP and ACPI tables, 0xe_f000 generation id, 0xf_0000 MP table, 0xf_fff0 reset vector
 //! 0x0010_0000  RAM: kernel upwards, initrd downwards from the end of low RAM
 //! 0xc000_0000  hole: 0xd000_0000 virtio-mmio windows, 0xfec0_0000 IOAPIC, 0xfee0_0000 LAPIC, 0xfffb_c000 KVM
 //! 0x1_0000_0000  rest of the RAM
@@ -40,8 +40,10 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const BASE_MEMORY_END: u64 = 0x9_FC00;
 /// RSDP; the other ACPI tables follow it.
 pub const ACPI_RSDP: u64 = 0xE_0000;
+/// The VM's generation id, 16 bytes in a page of which nothing else is in use, as its standard asks.
+pub const GENERATION_ID: u64 = 0xE_F000;
 /// End of the window for ACPI tables.
-pub const ACPI_END: u64 = 0xF_0000;
+pub const ACPI_END: u64 = GENERATION_ID;
 /// MP floating pointer; the MP configuration table follows it.
 pub const MP_TABLE: u64 = 0xF_0000;
 /// Where a processor in real mode starts after a reset: 16 bytes.
@@ -57,7 +59,7 @@ pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 ///
 /// The eight IOAPIC-only inputs come first. The other three are ISA lines that no device of this machine or driver
 /// of a stock kernel claims (0 PIT, 1 keyboard, 2 cascade, 3 and 4 serial, 6 floppy, 7 parallel port and spurious
-/// interrupt of the PIC, 8 RTC, 9 [`GED_GSI`], 12 mouse, 13 FPU, 14 and 15 IDE are left alone).
+/// interrupt of the PIC, 8 RTC, 9 [`GED_GSI`], 12 mouse, 13 [`GENERATION_GSI`], 14 and 15 IDE are left alone).
 pub const VIRTIO_MMIO_GSIS: [u32; 11] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 10, 11];
 
 /// IOAPIC (fixed by KVM).
@@ -93,6 +95,9 @@ pub const POWER_PORT: u16 = 0x600;
 pub const POWER_PORTS: u16 = 4;
 /// Line of the generic event device (power button).
 pub const GED_GSI: u32 = 9;
+
+/// Line that tells of a new generation id: once the FPU's, which no driver of a stock kernel claims.
+pub const GENERATION_GSI: u32 = 13;
 
 /// Most vCPUs of a machine: APIC ids are 8 bits, 255 is the broadcast, and the IOAPIC takes one more.
 pub const MAX_VCPUS: u32 = 254;

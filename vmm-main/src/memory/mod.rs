@@ -9,6 +9,8 @@
 
 #![allow(unsafe_code)] // madvise on our own mapping has no safe wrapper
 
+pub mod lazy;
+
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 

@@ -146,6 +146,7 @@ fn dsdt(description: &Description<'_>) -> Sdt {
     }
     clock(&mut devices);
     events(&mut devices);
+    generation(&mut devices);
     for window in description.windows {
         virtio(window, &mut devices);
     }
@@ -252,6 +253,44 @@ fn events(out: &mut dyn AmlSink) {
                         vec![&aml::Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
                     ),
                 ],
+            ),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+/// The VM's generation id, and an event device for it alone: see [`super::generation`].
+fn generation(out: &mut dyn AmlSink) {
+    // Below 4 GiB, so the upper half of the address is zero.
+    let (low, high) = (layout::GENERATION_ID as u32, aml::ZERO);
+    aml::Device::new(
+        "VGEN".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"STRA0001"),
+            // The second name is the standard's; the first is its short form, which Linux knows as well.
+            &aml::Name::new(
+                "_CID".into(),
+                &aml::Package::new(vec![&"VMGENCTR", &"VM_Gen_Counter"]),
+            ),
+            &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("ADDR".into(), &aml::Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(out);
+    aml::Device::new(
+        "GEDG".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"ACPI0013"),
+            &aml::Name::new("_UID".into(), &aml::ONE),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&line(layout::GENERATION_GSI)]),
+            ),
+            &aml::Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&aml::Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
             ),
         ],
     )

@@ -7,6 +7,7 @@
 //! reach is one eventfd each, plus the serial port's byte sink, which never blocks.
 
 pub mod acpi;
+pub mod generation;
 pub mod i8042;
 pub mod mptable;
 pub mod power;

@@ -8,6 +8,7 @@ mod front_end;
 mod jail;
 mod meter;
 mod peers;
+mod restore;
 mod startup;
 
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         Some((name, rest)) if name == "fs" => front_end::run("vhost-user-fs", rest),
         Some((name, rest)) if name == "block" => front_end::run("block", rest),
         Some((name, rest)) if name == "jail" => jail::run(rest),
-        _ => Err("the benches are: startup, fs, block, jail".into()),
+        Some((name, rest)) if name == "restore" => restore::run(rest),
+        _ => Err("the benches are: startup, fs, block, jail, restore".into()),
     }
 }

@@ -38,6 +38,7 @@ use crate::kvm::state::{VcpuState, VmState, msr_list};
 use crate::kvm::{self, Kvm, RegisterDump, Topology, VcpuThreads, Vm, regs};
 use crate::memory::{self, GuestRam};
 use crate::platform::acpi::{self, VirtioWindow};
+use crate::platform::generation::Generation;
 use crate::platform::i8042::I8042;
 use crate::platform::mptable;
 use crate::platform::power::{self, PowerButton, PowerControl, PowerPorts};
@@ -70,6 +71,8 @@ pub enum Error {
     Slot { slot: usize },
     #[error("mmio slot {slot} is taken")]
     SlotTaken { slot: usize },
+    #[error("the generation id cannot be made or told")]
+    Generation(#[source] std::io::Error),
     #[error("cannot press the power button")]
     PowerButton(#[source] std::io::Error),
     #[error("cannot write {what} to guest RAM")]
@@ -164,6 +167,7 @@ pub struct Microvm {
     serial: Option<SerialPort>,
     button: PowerButton,
     keyboard: Arc<Mutex<I8042>>,
+    generation: Generation,
     clock: Arc<Mutex<Rtc>>,
     events: EventSender,
     receiver: Option<EventReceiver>,
@@ -210,6 +214,9 @@ impl Microvm {
 
         let control = PowerControl::new(vcpus.gate(), events.clone());
         let button = PowerButton::new(irq_line(&vm, layout::GED_GSI, "the power button")?);
+        let generation =
+            Generation::new(irq_line(&vm, layout::GENERATION_GSI, "the generation id")?)
+                .map_err(Error::Generation)?;
         let buses = Arc::new(Buses::default());
         let pio = |port: u16, ports: u16, device: SharedDevice| {
             buses.pio.add(port.into(), ports.into(), device)
@@ -236,6 +243,7 @@ impl Microvm {
             serial: None,
             button,
             keyboard,
+            generation,
             clock,
             events,
             receiver: Some(receiver),
@@ -467,6 +475,7 @@ impl Microvm {
         );
         self.write(&table, layout::MP_TABLE, "the MP table")?;
 
+        self.write_generation()?;
         self.write(
             &power::reset_vector(),
             layout::RESET_VECTOR,
@@ -485,6 +494,11 @@ impl Microvm {
                 _ => Ok(()),
             })?;
         Ok(loaded)
+    }
+
+    fn write_generation(&self) -> Result<(), Error> {
+        let id = self.generation.id();
+        self.write(&id, layout::GENERATION_ID, "the generation id")
     }
 
     fn write(&self, bytes: &[u8], address: u64, what: &'static str) -> Result<(), Error> {

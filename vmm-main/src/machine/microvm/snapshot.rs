@@ -109,6 +109,9 @@ impl Microvm {
         if state.button {
             self.button.press().map_err(Error::PowerButton)?;
         }
+        // This guest is another one than any that goes on from the same snapshot.
+        self.write_generation()?;
+        self.generation.changed().map_err(Error::Generation)?;
         self.boot = Some(source);
         Ok(())
     }
