@@ -27,6 +27,11 @@ pub const MAX_MICROVM_NICS: usize = 2;
 /// iothreads of a VM (VM configuration page, "iothread Configuration").
 pub const MAX_IOTHREADS: usize = 8;
 
+/// `-hotplug` options of one VM.
+pub const MAX_HOTPLUG_GRANTS: usize = 32;
+/// Back ends that are added to a running VM and not removed: a device uses one, and there are no more devices.
+pub const MAX_ADDED_BACKENDS: u32 = MAX_MMIO_DEVICES as u32;
+
 /// Queues of a block device (manual 2.2).
 pub const MAX_BLOCK_QUEUES: u16 = 32;
 /// Queue pairs of a network card (manual 2.3).

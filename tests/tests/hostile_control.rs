@@ -9,9 +9,12 @@
 use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
 use ipc::codec::encode;
+use ipc::control::added::{Addition, AdditionGrant, Additions};
 use ipc::control::{FileGrant, Policy, Reply, Request, SnapshotGrant};
 use ipc::limits::MAX_MESSAGE;
 use ipc::log::Level;
+use ipc::spec::DeviceSpec;
+use ipc::spec::block::{BlockIo, BlockSpec};
 use ipc::start::{SandboxMode, SeccompMode};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
@@ -64,6 +67,7 @@ fn broker(dir: &Path) -> Broker {
 
 fn policy(dir: &Path) -> Policy {
     Policy {
+        additions: Additions::default(),
         version: PROTOCOL_VERSION,
         files: vec![
             FileGrant::Read {
@@ -136,8 +140,12 @@ impl Broker {
     }
 
     fn with_policy(dir: &Path) -> Self {
+        Self::with(dir, policy(dir))
+    }
+
+    fn with(dir: &Path, policy: Policy) -> Self {
         let broker = broker(dir);
-        let answer = broker.ask(&Request::SetPolicy(policy(dir)));
+        let answer = broker.ask(&Request::SetPolicy(policy));
         assert!(
             matches!(answer, Some((Reply::PolicySet { .. }, _))),
             "{answer:?}"
@@ -336,6 +344,116 @@ fn a_snapshots_name_leads_nowhere() {
     broker.ends();
 }
 
+/// A disk as a control process that was taken over may ask for.
+fn disk(readonly: bool, queues: u16) -> DeviceSpec {
+    DeviceSpec::Block(BlockSpec {
+        id: "hot".into(),
+        readonly,
+        direct: false,
+        serial: String::new(),
+        num_queues: queues,
+        queue_size: 256,
+        io: BlockIo::default(),
+    })
+}
+
+#[test]
+fn what_may_be_added_is_what_was_granted() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
+    std::fs::create_dir(other.path().join("images")).unwrap();
+    std::fs::write(other.path().join("images/a"), [0; 4096]).unwrap();
+    std::fs::write(other.path().join("granted"), WORDS).unwrap();
+    std::os::unix::fs::symlink("../granted", other.path().join("images/link")).unwrap();
+    let policy = Policy {
+        additions: Additions {
+            devices: 2,
+            grants: vec![AdditionGrant::Images {
+                path: other.path().join("images"),
+                readonly: true,
+            }],
+        },
+        ..policy(dir.path())
+    };
+    let devices = policy.devices.len() as u32;
+    let broker = Broker::with(dir.path(), policy);
+    let image = |name: &str, readonly| Addition::Image {
+        path: other.path().join(name),
+        readonly,
+        direct: false,
+    };
+    let add = |backend, addition| Request::Add { backend, addition };
+    let plug = |index, backend, spec| Request::Plug {
+        index,
+        backend,
+        spec,
+    };
+    for (addition, words) in [
+        (image("granted", true), "not beneath a folder"),
+        (image("images/../granted", true), "'..'"),
+        (image("images/link", true), "symbolic link"),
+        (image("images/a", false), "not beneath a folder"),
+        (
+            Addition::Folder {
+                path: other.path().join("images"),
+                readonly: true,
+            },
+            "not beneath a folder",
+        ),
+        (
+            Addition::Tap {
+                ifname: "lo".into(),
+                queues: 1,
+            },
+            "not one of the taps",
+        ),
+        (Addition::GivenTap, "descriptors are missing"),
+    ] {
+        broker.refuses(&add(0, addition), words);
+    }
+    broker.refuses(&add(u32::MAX, image("images/a", true)), "not free");
+    let added = broker.ask(&add(0, image("images/a", true)));
+    assert!(
+        matches!(added, Some((Reply::Added { backend: 0 }, _))),
+        "{added:?}"
+    );
+    for (request, words) in [
+        (plug(devices, 1, disk(true, 1)), "no back end 1"),
+        (plug(devices, 0, disk(false, 1)), "not one for back end 0"),
+        (plug(devices, 0, disk(true, 33)), "num-queues 33"),
+        (
+            plug(devices + 2, 0, disk(true, 1)),
+            "not one that can be plugged",
+        ),
+        (
+            plug(u32::MAX, 0, disk(true, 1)),
+            "not one that can be plugged",
+        ),
+        (
+            Request::Unplug { index: u32::MAX },
+            "the policy has no device",
+        ),
+        (Request::Remove { backend: 7 }, "no back end 7"),
+        (
+            Request::Start { index: devices },
+            "the policy has no device",
+        ),
+    ] {
+        broker.refuses(&request, words);
+    }
+    let removed = broker.ask(&Request::Remove { backend: 0 });
+    assert!(
+        matches!(removed, Some((Reply::Removed { backend: 0 }, _))),
+        "{removed:?}"
+    );
+    broker.still_serves();
+    assert_eq!(
+        broker.files(),
+        [other.path().join("images").display().to_string()]
+    );
+    broker.ends();
+}
+
 #[test]
 fn malformed_requests_end_the_broker_and_with_it_the_vm() {
     let dir = tempfile::tempdir().unwrap();
@@ -344,7 +462,7 @@ fn malformed_requests_end_the_broker_and_with_it_the_vm() {
     packets.push([&good[..], &[0]].concat());
     packets.push(vec![0; MAX_MESSAGE + 1]);
     // Requests that do not exist, and the length of a string that has no end.
-    packets.extend((9..20u32).map(|tag| [tag.to_le_bytes(), [0; 4]].concat()));
+    packets.extend((40..60u32).map(|tag| [tag.to_le_bytes(), [0; 4]].concat()));
     packets.push([&0u32.to_le_bytes()[..], &[0; 4], &u64::MAX.to_le_bytes()].concat());
     // Noise that is the same each time (a linear congruence).
     let mut noise = 1u64;

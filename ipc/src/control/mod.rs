@@ -3,6 +3,7 @@
 //! **Job.** The control process sends one [`Policy`] before anything else: the complete list of what the broker may ever
 //! open, listen on or start. After that, requests name entries of the policy by number and bring nothing that could be
 //! opened: no path, no address, no option. A snapshot has a name of one component, in a folder that the policy lists.
+//! What may be added to the running VM has rules of its own that the policy fixes as well: [`added`].
 //!
 //! **Who is not trusted.** After the guest has run, the control process: whoever owns it can ask for what the command line
 //! already granted, and for nothing else. The broker never trusts a length or an index, and answers a second policy with
@@ -11,6 +12,7 @@
 //! **Why this way.** "Opens only what the policy fixed before the guest ran" is then a property of the message types, not
 //! of checks.
 
+pub mod added;
 pub mod sandbox;
 
 use std::path::PathBuf;
@@ -20,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::log::Level;
 use crate::spec::DeviceSpec;
 use crate::start::{SandboxMode, SeccompMode};
+use added::{Addition, Additions};
 use sandbox::ProcessFacts;
 
 /// Everything the broker may do for this VM, fixed before the guest runs.
@@ -34,6 +37,8 @@ pub struct Policy {
     pub devices: Vec<DeviceGrant>,
     /// Where snapshots may be made; `None` without `-grant snapshot=`.
     pub snapshots: Option<SnapshotGrant>,
+    /// What may be added while the guest runs.
+    pub additions: Additions,
     /// Seccomp action for the broker and all device processes.
     pub seccomp: SeccompMode,
     /// Whether a missing jail layer refuses the start.
@@ -187,6 +192,8 @@ pub enum BackendGrant {
         /// Their numbers, as the command line names them.
         fds: Vec<i32>,
     },
+    /// Descriptors that came with an [`Request::Add`]. Never part of a policy.
+    Given,
 }
 
 /// What the control process asks.
@@ -221,6 +228,34 @@ pub enum Request {
     SnapshotEnd {
         /// Write them to the disk and give the snapshot its name; otherwise remove them.
         keep: bool,
+    },
+    /// Open a back end for a device to come, as far as [`Policy::additions`] allows it. Descriptors may come along.
+    Add {
+        /// Its number, which must be free: below [`MAX_ADDED_BACKENDS`](crate::limits::MAX_ADDED_BACKENDS).
+        backend: u32,
+        /// What it is.
+        addition: Addition,
+    },
+    /// Let go of an added back end that no device uses.
+    Remove {
+        /// Its number.
+        backend: u32,
+    },
+    /// Make an added back end the device with number `index`, which must be free, and start its process. From then on
+    /// `index` is as good as one of the policy's: [`Request::Start`] and [`Request::Stop`] work with it.
+    Plug {
+        /// Behind those of the policy's devices, and at most [`Additions::devices`] of them.
+        index: u32,
+        /// Number of its back end.
+        backend: u32,
+        /// What the process is told.
+        spec: DeviceSpec,
+    },
+    /// End the process of device `index`, if there is one, and forget the device. One that was plugged gives its number and
+    /// its back end free.
+    Unplug {
+        /// Index of the device.
+        index: u32,
     },
     /// The VM is set up: write the pid file, let a waiting `-daemonize` parent go.
     Ready,
@@ -264,6 +299,21 @@ pub enum Reply {
     SnapshotFailed {
         /// What went wrong, fit for the user.
         message: String,
+    },
+    /// [`Request::Add`] worked.
+    Added {
+        /// Number of the back end.
+        backend: u32,
+    },
+    /// [`Request::Remove`] worked.
+    Removed {
+        /// Number of the back end.
+        backend: u32,
+    },
+    /// [`Request::Unplug`] worked, and the process is reaped.
+    Unplugged {
+        /// Index of the request.
+        index: u32,
     },
     /// [`Request::Ready`] is done.
     ReadyDone,
@@ -326,11 +376,14 @@ mod tests {
 
     #[test]
     fn requests_carry_no_path() {
-        // The policy is the only request with a path in it: the others encode to a tag and a number.
+        // The policy and what may be added beneath its folders are the only requests with a path: the others encode to a
+        // tag and a number.
         for request in [
             Request::Open { index: 1 },
             Request::Start { index: 1 },
             Request::Stop { index: 1 },
+            Request::Remove { backend: 1 },
+            Request::Unplug { index: 1 },
         ] {
             assert_eq!(codec::encode(&request).unwrap().len(), 8);
         }

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::limits;
+
 pub mod block;
 pub mod fs;
 pub mod net;
@@ -33,6 +35,72 @@ impl DeviceSpec {
             Self::Net(spec) => &spec.id,
             Self::Fs(spec) => &spec.id,
             Self::Template(spec) => &spec.id,
+        }
+    }
+
+    /// Whether every value is in its range, for who gets a spec from somebody that is not trusted. The error names the value
+    /// and what is allowed.
+    pub fn check(&self) -> Result<(), String> {
+        let id = self.id();
+        if id.is_empty() || id.len() > limits::MAX_ID || id.chars().any(char::is_control) {
+            return Err(format!(
+                "id {id:?} is not valid; allowed: 1 to {} printable bytes",
+                limits::MAX_ID
+            ));
+        }
+        let within = |what: &str, value: u16, min: u16, max: u16| {
+            (min..=max)
+                .contains(&value)
+                .then_some(())
+                .ok_or_else(|| format!("{what} {value} is out of range; allowed: {min} to {max}"))
+        };
+        let size = |min: u16, max: u16| {
+            within("queue-size", self.queue_size(), min, max)?;
+            if self.queue_size().is_power_of_two() {
+                Ok(())
+            } else {
+                Err(format!(
+                    "queue-size {} is not a power of two",
+                    self.queue_size()
+                ))
+            }
+        };
+        match self {
+            Self::Block(spec) => {
+                if spec.serial.len() > limits::BLOCK_ID_BYTES {
+                    return Err(format!(
+                        "serial has {} bytes; allowed: 0 to {}",
+                        spec.serial.len(),
+                        limits::BLOCK_ID_BYTES
+                    ));
+                }
+                if spec.io.poll_us > limits::MAX_POLL_US || spec.io.iops_total > limits::MAX_IOPS {
+                    return Err("poll-us or throttling.iops-total is out of range".into());
+                }
+                within("num-queues", spec.num_queues, 1, limits::MAX_BLOCK_QUEUES)?;
+                size(4, 1024)
+            }
+            Self::Net(spec) => {
+                within("queues", spec.queue_pairs, 1, limits::MAX_NET_QUEUE_PAIRS)?;
+                size(256, limits::MAX_QUEUE_SIZE)
+            }
+            Self::Fs(spec) => {
+                if spec.tag.is_empty() || spec.tag.len() > limits::MAX_FS_TAG {
+                    return Err(format!(
+                        "tag has {} bytes; allowed: 1 to {}",
+                        spec.tag.len(),
+                        limits::MAX_FS_TAG
+                    ));
+                }
+                within(
+                    "num-request-queues",
+                    spec.request_queues,
+                    1,
+                    limits::MAX_FS_REQUEST_QUEUES,
+                )?;
+                size(limits::MIN_FS_QUEUE_SIZE, limits::MAX_FS_QUEUE_SIZE)
+            }
+            Self::Template(_) => Ok(()),
         }
     }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::added::AdditionGrant;
 use crate::limits;
 use crate::log::Level;
 use crate::spec::fs::FsCache;
@@ -39,6 +40,8 @@ pub struct VmSpec {
     pub serial: Option<String>,
     /// `-device`, by their order; each takes one virtio-mmio slot.
     pub devices: Vec<DeviceOption>,
+    /// `-hotplug`: where devices may come from that are added later.
+    pub hotplug: Vec<AdditionGrant>,
     /// Ids of `-object iothread`.
     pub iothreads: Vec<String>,
     /// `-qmp`, `-mon`

@@ -4,6 +4,7 @@
 //! that they stay well-formed when those change.
 
 use crate::start::message;
+use ipc::control::added::{Addition, AdditionGrant, Additions};
 use ipc::control::{
     BackendGrant, DeviceGrant, Exit, FileGrant, Policy, Reply, Request, SnapshotGrant,
 };
@@ -536,6 +537,18 @@ fn control() -> Inputs {
     ];
     let policy = Policy {
         version: ipc::PROTOCOL_VERSION,
+        additions: Additions {
+            devices: 9,
+            grants: vec![
+                AdditionGrant::Images {
+                    path: "/images".into(),
+                    readonly: true,
+                },
+                AdditionGrant::Tap {
+                    ifname: "tap1".into(),
+                },
+            ],
+        },
         files: vec![
             FileGrant::Read {
                 option: "-kernel".into(),
@@ -575,6 +588,20 @@ fn control() -> Inputs {
         Request::Open { index: 1 },
         Request::Start { index: 0 },
         Request::Stop { index: 0 },
+        Request::Add {
+            backend: 3,
+            addition: Addition::Image {
+                path: "/images/a".into(),
+                readonly: true,
+                direct: false,
+            },
+        },
+        Request::Add {
+            backend: 4,
+            addition: Addition::GivenTap,
+        },
+        Request::Remove { backend: 3 },
+        Request::Unplug { index: 3 },
         Request::Ready,
     ];
     let replies = [
@@ -585,6 +612,8 @@ fn control() -> Inputs {
         },
         Reply::Started { index: 0, pid: 7 },
         Reply::Stopped { index: 0 },
+        Reply::Added { backend: 3 },
+        Reply::Unplugged { index: 3 },
         Reply::ReadyDone,
         Reply::Failed {
             message: "no".into(),

@@ -60,6 +60,9 @@ pub struct Setting {
     pub vcpus: usize,
     /// QMP clients that are connected.
     pub clients: usize,
+    /// Ends of the paths of what the broker holds for devices that are added later: folders that are granted, and images
+    /// and folders that were added.
+    pub held: Vec<String>,
 }
 
 /// What all device processes of one program have in common.
@@ -281,7 +284,7 @@ impl Setting {
         ];
         all.extend((0..self.vcpus).map(|n| Want::some(&format!("kvm-vcpu:{n}"), "rw")));
         all.extend((0..self.clients).map(|_| Want::some("socket", "rw")));
-        // The board's own: serial port, events of the machine, power button, pauses; two of the QMP thread.
+        // The board's own: serial port, events of the machine, power button, slots, pauses; two of the QMP thread.
         all.extend((0..CONTROL_EVENTFDS).map(|_| Want::some("eventfd", "rw")));
         for device in &self.devices {
             all.push(Want::some("socket", "rw"));
@@ -306,6 +309,7 @@ impl Setting {
             Want::some("/fd", "r"),     // of the control process, for query-sandbox
             Want::some("/maps", "r"),   // the same
         ];
+        all.extend(self.held.iter().map(|path| Want::some(path, "")));
         for device in &self.devices {
             all.push(Want::some("pipe", "r")); // its log
             all.push(Want::some("pidfd", "rw"));
@@ -324,7 +328,7 @@ impl Setting {
 }
 
 /// Eventfds of a control process that belong to no device.
-const CONTROL_EVENTFDS: usize = 8;
+const CONTROL_EVENTFDS: usize = 9;
 
 /// A thread that KVM makes in the process that first runs a vCPU. It is the kernel's: it runs no instruction of the process,
 /// and there is none where KVM splits no huge pages.

@@ -81,6 +81,15 @@ pub enum Notice {
         /// Its process id.
         pid: i32,
     },
+    /// [`Request::Add`] worked.
+    Added,
+    /// [`Request::Remove`] worked.
+    Removed,
+    /// [`Request::Unplug`] worked, and the process is reaped.
+    Unplugged {
+        /// Index of the device.
+        index: u32,
+    },
     /// The oldest request without a reply failed.
     Refused {
         /// For the log.
@@ -199,6 +208,12 @@ impl Client {
             }),
             sent => Ok(sent?),
         }
+    }
+
+    /// Sends a request with descriptors, while the VM runs.
+    pub fn send_with(&self, request: &Request, fds: &[OwnedFd]) -> Result<(), ClientError> {
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        Ok(self.channel.send(request, &fds)?)
     }
 
     /// The next message. A broker that ended before it had read everything resets the connection, which hides what it
@@ -408,6 +423,12 @@ impl Client {
                 self.serves(index, pid);
                 self.served.clear();
                 Ok(Notice::Serves { index, pid })
+            }
+            Reply::Added { .. } => Ok(Notice::Added),
+            Reply::Removed { .. } => Ok(Notice::Removed),
+            Reply::Unplugged { index } => {
+                self.pids.retain(|(at, _)| *at != index);
+                Ok(Notice::Unplugged { index })
             }
             Reply::Failed { message } => Ok(Notice::Refused { message }),
             other => Err(ClientError::OutOfOrder(format!("{other:?}"))),

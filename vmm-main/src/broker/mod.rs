@@ -18,6 +18,7 @@
 //! | `process.rs` | the broker's own loop |
 //! | `log_target.rs` | the log on standard error, which no write waits for |
 //! | `open.rs` | one function per kind of grant |
+//! | `added.rs` | back ends that are added while the guest runs |
 //! | `devices.rs` | device processes: start, log lines, end |
 //! | `inspect.rs` | what confines each process of the VM, read from `/proc` |
 //! | `keeper.rs` | which process serves a device that has another one keep its state |
@@ -25,6 +26,7 @@
 //! | `snapshot.rs` | where a snapshot is written, and how it gets its name |
 //! | `cleanup.rs` | what must be gone when the VM is |
 
+mod added;
 mod cleanup;
 mod client;
 mod devices;

@@ -240,6 +240,7 @@ pub(super) fn backend(
 ) -> Result<Vec<OwnedFd>, String> {
     match grant {
         BackendGrant::Nothing => Ok(Vec::new()),
+        BackendGrant::Given => Err(format!("device {device}: its descriptors are not here")),
         BackendGrant::Image { path, readonly, direct } => {
             image(path, path, *readonly, *direct).map(|fd| vec![fd])
         }
@@ -312,6 +313,19 @@ impl Hold {
             .map_err(|e| format!("-drive file={}: cannot be held: {e}", path.display()))
     }
 
+    /// On what `file` leads to.
+    pub(super) const fn of(file: File) -> Self {
+        Self(file)
+    }
+
+    /// Another hold on the same.
+    pub(super) fn share(&self) -> Result<Self, String> {
+        self.0
+            .try_clone()
+            .map(Self)
+            .map_err(|e| format!("a back end cannot be held: {e}"))
+    }
+
     /// Opens the image or folder again as `grant` says.
     pub(super) fn reopen(&self, grant: &BackendGrant) -> Result<Vec<OwnedFd>, String> {
         let (path, readonly, direct) = match grant {
@@ -356,7 +370,7 @@ fn image(path: &Path, at: &Path, readonly: bool, direct: bool) -> Result<OwnedFd
     if !kind.is_file() && !kind.is_block_device() {
         return Err(told("neither a regular file nor a block device".into()));
     }
-    lock_image(&file, readonly).map_err(told)?;
+    lock(&file, readonly).map_err(told)?;
     // O_NONBLOCK was only for opening.
     let keep = if direct {
         OFlag::O_DIRECT
@@ -370,7 +384,7 @@ fn image(path: &Path, at: &Path, readonly: bool, direct: bool) -> Result<OwnedFd
 
 /// Two VMs that write one image destroy it: an advisory lock on the open file description, which lives as long as the
 /// device process, keeps a second writer away. Readers share.
-fn lock_image(file: &File, readonly: bool) -> Result<(), String> {
+pub(super) fn lock(file: impl AsFd, readonly: bool) -> Result<(), String> {
     let lock = libc::flock {
         l_type: if readonly {
             libc::F_RDLCK
@@ -460,7 +474,7 @@ fn tap(ifname: &str, queues: u16) -> Result<Vec<OwnedFd>, String> {
 
 /// An inherited descriptor must be one queue of a tap device with virtio headers and without packet information.
 #[allow(unsafe_code)] // ioctls of the tun driver
-fn check_tap(fd: &OwnedFd) -> Result<(), String> {
+pub(super) fn check_tap(fd: &OwnedFd) -> Result<(), String> {
     // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // SAFETY: the argument points to an ifreq that lives across the call.

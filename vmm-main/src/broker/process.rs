@@ -13,12 +13,15 @@ use std::process::ExitCode;
 
 use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
-use ipc::control::{BackendGrant, FileGrant, Policy, Reply, Request};
+use ipc::control::added::AdditionGrant;
+use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, Reply, Request};
 use ipc::log::{debug, error};
+use ipc::spec::DeviceSpec;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
+use super::added::Added;
 use super::cleanup::Cleanup;
 use super::devices::Devices;
 use super::inspect::{self, Witness};
@@ -154,6 +157,13 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         }))
         .collect();
     let inherited = Inherited::keep(&wanted, channel.as_fd().as_raw_fd());
+    let added = match Added::new(&policy.additions) {
+        Ok(added) => added,
+        Err(message) => {
+            channel.send(&Reply::Failed { message }, &[])?;
+            return Err(ChannelError::Closed);
+        }
+    };
     let mut cleanup = Cleanup::default();
     if policy.restore_terminal {
         cleanup.terminal();
@@ -178,7 +188,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         &[log.as_fd()],
     )?;
     ipc::log::init("broker", policy.log_level, log);
-    let devices = Devices::new(policy.devices.len());
+    let devices = Devices::new(policy.devices.len() + policy.additions.devices as usize);
     if let Err(e) = nix::sys::prctl::set_dumpable(false) {
         error!("dumps cannot be switched off: {}", e.desc());
         return Err(ChannelError::Closed);
@@ -190,7 +200,12 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
     let folders = policy
         .devices
         .iter()
-        .any(|device| matches!(device.backend, BackendGrant::Folder { .. }));
+        .any(|device| matches!(device.backend, BackendGrant::Folder { .. }))
+        || policy
+            .additions
+            .grants
+            .iter()
+            .any(|grant| matches!(grant, AdditionGrant::Folders { .. }));
     // Its children inherit it, and those that serve folders take many calls.
     let own = if folders {
         seccomp_policies::Policy::BrokerFs
@@ -205,6 +220,8 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         channel,
         policy,
         inherited,
+        added,
+        plugged: BTreeMap::new(),
         cleanup,
         devices,
         holds: BTreeMap::new(),
@@ -217,6 +234,10 @@ struct Broker {
     channel: Channel,
     policy: Policy,
     inherited: Inherited,
+    /// Back ends that were added.
+    added: Added,
+    /// Devices that were plugged, by their index.
+    plugged: BTreeMap<u32, DeviceGrant>,
     cleanup: Cleanup,
     devices: Devices,
     /// Images that were opened, by their device, for a restart.
@@ -278,13 +299,13 @@ impl Broker {
                 self.channel.send(&news, &[])?;
             }
         }
-        if request_waits && let Some((request, _)) = self.channel.try_receive::<Request>()? {
-            self.answer(&request)?;
+        if request_waits && let Some((request, fds)) = self.channel.try_receive::<Request>()? {
+            self.answer(&request, fds)?;
         }
         Ok(())
     }
 
-    fn answer(&mut self, request: &Request) -> Result<(), ChannelError> {
+    fn answer(&mut self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), ChannelError> {
         let outcome = match request {
             Request::SetPolicy(_) => Err("the policy is fixed".into()),
             Request::Open { index } => self.open(*index),
@@ -293,6 +314,20 @@ impl Broker {
                 .devices
                 .stop(*index as usize)
                 .map(|()| (Reply::Stopped { index: *index }, None)),
+            Request::Add { backend, addition } => self
+                .added
+                .add(*backend, addition, fds)
+                .map(|()| (Reply::Added { backend: *backend }, None)),
+            Request::Remove { backend } => self
+                .added
+                .remove(*backend)
+                .map(|()| (Reply::Removed { backend: *backend }, None)),
+            Request::Plug {
+                index,
+                backend,
+                spec,
+            } => self.plug(*index, *backend, spec),
+            Request::Unplug { index } => self.unplug(*index),
             Request::Ready => self.ready(),
             Request::Inspect => return self.inspect(),
             Request::SnapshotBegin { folder, name } => {
@@ -325,15 +360,19 @@ impl Broker {
     }
 
     fn start(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
-        let grant = self
-            .policy
-            .devices
-            .get(index as usize)
-            .ok_or_else(|| format!("the policy has no device {index}"))?;
+        let grant = match self.plugged.get(&index) {
+            Some(grant) => grant,
+            None => self
+                .policy
+                .devices
+                .get(index as usize)
+                .ok_or_else(|| format!("the policy has no device {index}"))?,
+        };
         // Another file at the same path would be another disk, in the middle of the guest's work.
-        let backend = match self.holds.get(&index) {
-            Some(hold) => hold.reopen(&grant.backend)?,
-            None => open::backend(&grant.backend, grant.spec.id(), &self.inherited)?,
+        let backend = match (self.holds.get(&index), &grant.backend) {
+            (_, BackendGrant::Given) => self.added.duplicates(index)?,
+            (Some(hold), _) => hold.reopen(&grant.backend)?,
+            (None, _) => open::backend(&grant.backend, grant.spec.id(), &self.inherited)?,
         };
         if !self.holds.contains_key(&index)
             && let Some(hold) = open::Hold::on(&grant.backend, &backend)?
@@ -373,6 +412,49 @@ impl Broker {
             Err(message) => Reply::SnapshotFailed { message },
         };
         self.channel.send(&reply, &[])
+    }
+
+    /// Makes an added back end a device. What a failure leaves behind is nothing.
+    fn plug(
+        &mut self,
+        index: u32,
+        backend: u32,
+        spec: &DeviceSpec,
+    ) -> Result<(Reply, Option<OwnedFd>), String> {
+        let first = self.policy.devices.len() as u32;
+        let all = first + self.policy.additions.devices;
+        if !(first..all).contains(&index) || self.plugged.contains_key(&index) {
+            return Err(format!("device {index} is not one that can be plugged now"));
+        }
+        let parts = self.added.give(backend, index, spec)?;
+        if let Some(hold) = parts.hold {
+            self.holds.insert(index, hold);
+        }
+        self.plugged.insert(
+            index,
+            DeviceGrant {
+                spec: spec.clone(),
+                backend: parts.grant,
+            },
+        );
+        let started = self.start(index);
+        if started.is_err() {
+            self.forget(index);
+        }
+        started
+    }
+
+    fn unplug(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
+        self.devices.stop(index as usize)?;
+        self.forget(index);
+        Ok((Reply::Unplugged { index }, None))
+    }
+
+    /// Gives up what device `index` had. One of the policy's can be started again, from its path.
+    fn forget(&mut self, index: u32) {
+        self.plugged.remove(&index);
+        self.holds.remove(&index);
+        self.added.free(index);
     }
 
     fn inspect(&mut self) -> Result<(), ChannelError> {

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
+use ipc::control::added::AdditionGrant;
 use ipc::control::{BackendGrant, Policy};
 
 /// Sysctls that, with this value, leave the making of user namespaces to those with `CAP_SYS_ADMIN`, or to nobody.
@@ -51,7 +52,8 @@ fn needed(policy: &Policy, user_namespaces_restricted: bool) -> HashSet<Capabili
         Capability::CAP_DAC_OVERRIDE,
         Capability::CAP_DAC_READ_SEARCH,
     ]);
-    if !policy.devices.is_empty() {
+    let grants = &policy.additions.grants;
+    if !policy.devices.is_empty() || policy.additions.devices > 0 {
         // Device processes run as another user, and are ended by signal.
         needed.extend([
             Capability::CAP_SETUID,
@@ -62,6 +64,9 @@ fn needed(policy: &Policy, user_namespaces_restricted: bool) -> HashSet<Capabili
             .devices
             .iter()
             .any(|device| matches!(device.backend, BackendGrant::Folder { .. }))
+            || grants
+                .iter()
+                .any(|grant| matches!(grant, AdditionGrant::Folders { .. }))
         {
             // A user namespace in which root's own id exists can be made with this only (Linux 5.12).
             needed.insert(Capability::CAP_SETFCAP);
@@ -74,6 +79,9 @@ fn needed(policy: &Policy, user_namespaces_restricted: bool) -> HashSet<Capabili
         .devices
         .iter()
         .any(|device| matches!(device.backend, BackendGrant::Tap { .. }))
+        || grants
+            .iter()
+            .any(|grant| matches!(grant, AdditionGrant::Tap { .. }))
     {
         needed.insert(Capability::CAP_NET_ADMIN);
     }

@@ -1,5 +1,6 @@
 //! `-drive`, `-netdev`, `-fsdev`, `-device`, `-object`.
 
+use ipc::control::added::AdditionGrant;
 use ipc::limits;
 use ipc::spec::block::{Aio, BlockIo, DetectZeroes, OnError};
 use ipc::spec::fs::FsCache;
@@ -289,6 +290,51 @@ impl super::Draft {
             restart: RestartPolicy { most },
             kind,
         });
+        Ok(())
+    }
+
+    /// `-hotplug`
+    pub(super) fn hotplug(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
+        let readonly = props.bool("readonly").unwrap_or(false);
+        let mut grants = Vec::new();
+        let places = ["images", "folders", "tap"].map(|key| (key, props.text(key)));
+        for (key, value) in places {
+            let Some(value) = value else { continue };
+            if key == "tap" {
+                grants.push(AdditionGrant::Tap {
+                    ifname: value.to_owned(),
+                });
+                continue;
+            }
+            let path = std::path::PathBuf::from(value);
+            let plain = path.is_absolute()
+                && !path
+                    .components()
+                    .any(|part| part == std::path::Component::ParentDir);
+            if !plain {
+                return Err(props.error(format!(
+                    "{key}={value} is not valid; allowed: an absolute path without '..'"
+                )));
+            }
+            grants.push(if key == "images" {
+                AdditionGrant::Images { path, readonly }
+            } else {
+                AdditionGrant::Folders { path, readonly }
+            });
+        }
+        if grants.len() != 1 {
+            return Err(props.error("exactly one of images, folders and tap is needed"));
+        }
+        if props.has("readonly") && props.has("tap") {
+            return Err(props.error("readonly says nothing about a tap"));
+        }
+        if self.spec.hotplug.len() == limits::MAX_HOTPLUG_GRANTS {
+            return Err(props.error(format!(
+                "one too many; allowed: 0 to {}",
+                limits::MAX_HOTPLUG_GRANTS
+            )));
+        }
+        self.spec.hotplug.append(&mut grants);
         Ok(())
     }
 

@@ -39,6 +39,7 @@ pub(crate) use help::QMP_VERSION;
 pub use help::{manual, usage, version};
 pub(crate) use nearest::nearest;
 pub use plan::{ChardevPlan, Plan, plan};
+pub(crate) use props::read_mac;
 
 use props::Props;
 use table::{Arg, Group, OptionDef};
@@ -270,6 +271,7 @@ impl Draft {
                 chardevs: Vec::new(),
                 serial: None,
                 devices: Vec::<DeviceOption>::new(),
+                hotplug: Vec::new(),
                 iothreads: Vec::new(),
                 monitors: Vec::new(),
                 log: LogSpec { level, file: None },
@@ -355,6 +357,7 @@ impl Draft {
             "netdev" => self.netdev(&given.props()?)?,
             "fsdev" => self.fsdev(&given.props()?)?,
             "device" => self.device(&given.props()?)?,
+            "hotplug" => self.hotplug(&given.props()?)?,
             "object" => self.object(&given.props()?)?,
             "serial" => self.serial(given)?,
             "chardev" => self.chardev(&given.props()?)?,

@@ -5,7 +5,9 @@
 //! a command line grants can be tested without opening anything.
 
 use ipc::PROTOCOL_VERSION;
+use ipc::control::added::Additions;
 use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, SnapshotGrant};
+use ipc::limits;
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
 use ipc::spec::fs::{FsCache, FsSpec};
@@ -129,6 +131,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
         policy: Policy {
             version: PROTOCOL_VERSION,
             files: files.0,
+            additions: additions(spec, devices.len()),
             devices,
             snapshots: snapshots(spec),
             seccomp: spec.seccomp,
@@ -155,6 +158,20 @@ fn snapshots(spec: &VmSpec) -> Option<SnapshotGrant> {
         folders: spec.snapshot_dirs.clone(),
         memory: spec.memory.size,
     })
+}
+
+/// What may be added later: as many devices as the board has room for, if there is anybody to ask for them.
+fn additions(spec: &VmSpec, devices: usize) -> Additions {
+    let possible = spec.machine.kind == MachineKind::Microvm && !spec.monitors.is_empty();
+    let room = if possible {
+        limits::MAX_MMIO_DEVICES.saturating_sub(devices)
+    } else {
+        0
+    };
+    Additions {
+        devices: u32::try_from(room).unwrap_or(0),
+        grants: spec.hotplug.clone(),
+    }
 }
 
 struct Files(Vec<FileGrant>);

@@ -487,7 +487,7 @@ fn read_size(text: &str, shift: u32) -> Option<u64> {
     (range.contains(&bytes) && bytes.is_multiple_of(1 << 20)).then_some(bytes)
 }
 
-fn read_mac(text: &str) -> Option<[u8; 6]> {
+pub(crate) fn read_mac(text: &str) -> Option<[u8; 6]> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {

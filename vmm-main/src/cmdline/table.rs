@@ -287,6 +287,37 @@ const NAME: &[Shape] = &[one(
     ],
 )];
 
+/// `-hotplug`
+const HOTPLUG: &[Shape] = &[one(
+    "",
+    &[
+        key(
+            "images",
+            Kind::Path,
+            "",
+            "a folder: every image beneath it may become a disk; symbolic links are not followed",
+        ),
+        key(
+            "folders",
+            Kind::Path,
+            "",
+            "a folder: it and every folder beneath it may be shared with the guest",
+        ),
+        key(
+            "tap",
+            Kind::Text(15),
+            "",
+            "a tap device that may become a card",
+        ),
+        key(
+            "readonly",
+            Kind::Bool,
+            "off",
+            "images or folders are for reading only",
+        ),
+    ],
+)];
+
 /// `-drive`
 const DRIVE: &[Shape] = &[one(
     "",
@@ -1044,6 +1075,12 @@ pub static OPTIONS: &[OptionDef] = &[
             later: &["proxy", "synth"],
         },
         "A folder that a device shares with the guest.",
+    ),
+    repeated(
+        Group::Devices,
+        "hotplug",
+        props(HOTPLUG),
+        "Where disks, folders and cards may come from that QMP adds to the running VM by name; descriptors that a QMP client passes need no grant. Whoever takes the VM over reaches what is granted here.",
     ),
     repeated(
         Group::Devices,

@@ -23,6 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::daemon::Ready;
+use super::hotplug::Hotplug;
 use super::poller::Poller;
 use super::serial::Chardevs;
 use super::snapshot::Job;
@@ -59,9 +60,10 @@ pub(super) struct Parts {
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) parts: Parts,
-    poller: Poller,
+    pub(super) poller: Poller,
     events: Option<EventReceiver>,
-    supervisor: Supervisor,
+    pub(super) supervisor: Supervisor,
+    pub(super) hotplug: Hotplug,
     pub(super) state: RunState,
     /// A snapshot that is being made.
     pub(super) job: Option<Job>,
@@ -88,9 +90,11 @@ const PAGER: u64 = 4;
 /// Tokens from here on belong to the serial port's other end.
 const CHARDEV: u64 = 16;
 /// Tokens from here on are devices by their position: their rings, their processes that hang, their new processes.
-const DEVICES: u64 = 1 << 32;
+pub(super) const DEVICES: u64 = 1 << 32;
 const ATTENTIONS: u64 = 2 << 32;
 const SOCKETS: u64 = 3 << 32;
+/// Tokens from here on are devices on their way in.
+pub(super) const PLUGS: u64 = 4 << 32;
 
 impl Vm {
     /// Puts every event source into one epoll.
@@ -134,6 +138,7 @@ impl Vm {
         )
         .map_err(failed("epoll_ctl"))?;
         Ok(Self {
+            hotplug: Hotplug::new(&parts.spec),
             parts,
             poller,
             events,
@@ -197,7 +202,8 @@ impl Vm {
             return self.finish(end);
         }
         loop {
-            let deadline = self.supervisor.deadline();
+            let deadline = [self.supervisor.deadline(), self.hotplug.deadline()];
+            let deadline = deadline.into_iter().flatten().min();
             let wake = match &self.job {
                 Some(job) if job.has_work() => Some(Instant::now()),
                 _ => deadline,
@@ -219,8 +225,14 @@ impl Vm {
                 return self.finish(end);
             }
             if deadline.is_some()
-                && let Err(end) = self.supervise(Supervisor::overdue)
+                && let Err(end) = self
+                    .supervise(Supervisor::overdue)
+                    .and_then(|()| self.plug_overdue())
             {
+                return self.finish(end);
+            }
+            // Whichever of this loop's waits met it.
+            if let Err(end) = self.told() {
                 return self.finish(end);
             }
         }
@@ -266,6 +278,7 @@ impl Vm {
                 self.memory_is_whole();
                 Ok(())
             }
+            plug if plug >= PLUGS => self.plug_event((plug - PLUGS) as usize),
             own if own >= ATTENTIONS => self.supervise(|supervisor, cx| supervisor.event(own, cx)),
             device if device >= DEVICES => {
                 self.device_error((device - DEVICES) as usize);
@@ -437,6 +450,11 @@ impl Vm {
                     .send(&Request::Inspect)
                     .map_err(|e| host_error(&e))?;
             }
+            VmCommand::BackendAdd(what, reply) => self.add_backend(*what, reply)?,
+            VmCommand::BackendDel(kind, id, reply) => self.remove_backend(kind, &id, reply)?,
+            VmCommand::DeviceAdd(new, reply) => self.add_device(*new, reply)?,
+            VmCommand::DeviceDel(id, reply) => self.remove_device(&id, reply)?,
+            VmCommand::Wrong(why, reply) => reply.send(Err(QmpError::generic(why))),
             VmCommand::Stop(reply) => {
                 let done = match self.state {
                     RunState::Running => self.pause(RunState::Paused),

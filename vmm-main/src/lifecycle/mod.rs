@@ -21,11 +21,13 @@
 //! | `incoming.rs` | `-incoming`: going on from one |
 //! | `poller.rs` | the epoll of the main loop |
 //! | `serial.rs` | the serial port's other end in the main loop |
+//! | `hotplug.rs` | devices that come and go while the VM runs |
 //! | `supervise.rs` | device processes that die, and those that take their place |
 
 mod daemon;
 mod descriptors;
 mod event_loop;
+mod hotplug;
 mod incoming;
 mod lockdown;
 mod phases;

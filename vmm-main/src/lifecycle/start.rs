@@ -249,6 +249,11 @@ pub(super) fn start(
         }
         (None, None) => None,
     };
+    if let Some(machine) = &mut machine
+        && plan.policy.additions.devices > 0
+    {
+        machine.offer_slots();
+    }
     if let (Some(machine), Some(sink)) = (&mut machine, chardevs.serial_sink()) {
         machine.add_serial(sink)?;
     }

@@ -19,6 +19,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ use super::event_loop::{borrow, lock};
 use super::poller::Poller;
 use super::start::SharedTransport;
 use super::with_causes;
-use crate::broker::{Client, ClientError, Notice};
+use crate::broker::{Client, ClientError, DeviceExit, Notice};
 use crate::qmp::{Event, ServerHandle, Workload};
 use crate::virtio::attention::Attention;
 use crate::virtio::remote::{Handshake, RemoteError};
@@ -51,14 +52,41 @@ pub(super) struct Context<'a> {
 #[derive(Debug)]
 pub(super) struct Supervisor {
     devices: Vec<Device>,
-    /// Devices whose start was asked for and not yet answered, in order.
-    asked: VecDeque<usize>,
+    /// What was asked for and not yet answered, in order.
+    asked: VecDeque<Asked>,
+    /// Answers to [`Asked::Other`], and ends of processes that are not watched over, in the order in which they came.
+    others: VecDeque<Told>,
     /// Token of the first device's [`Attention`].
     attentions: u64,
     /// Token of the first device's socket.
     sockets: u64,
     /// Disks that were failed, and nobody asked for that yet.
     io_stops: Vec<(String, IoStop)>,
+}
+
+/// A request to the broker whose answer tells whether it worked.
+#[derive(Debug)]
+enum Asked {
+    /// A start of the process of this device.
+    Start(usize),
+    /// Somebody else's, known by a number.
+    Other(u64),
+}
+
+/// What is for others to hear.
+#[derive(Debug)]
+pub(super) enum Told {
+    /// The answer to the request with this number; an error is for the user.
+    Answer(u64, Result<Notice, String>),
+    /// Another process than the one that was started does the work of a device that nobody watches over yet.
+    Serves {
+        /// Index of the device.
+        index: u32,
+        /// Its process id.
+        pid: i32,
+    },
+    /// A process has ended that nobody watches over yet, or any more.
+    Exited(DeviceExit),
 }
 
 #[derive(Debug)]
@@ -96,6 +124,8 @@ enum Process {
     Waiting(IoStop),
     /// None will come.
     Failed,
+    /// The device was taken out; another one may be put in.
+    Unplugged,
 }
 
 impl Process {
@@ -104,7 +134,9 @@ impl Process {
             Self::Serving { pid } | Self::Stopping { pid, .. } | Self::Handshaking { pid, .. } => {
                 Some(*pid)
             }
-            Self::Starting | Self::Foreign | Self::Waiting(_) | Self::Failed => None,
+            Self::Starting | Self::Foreign | Self::Waiting(_) | Self::Failed | Self::Unplugged => {
+                None
+            }
         }
     }
 }
@@ -118,6 +150,13 @@ struct Budget {
 }
 
 impl Budget {
+    const fn new(most: u16) -> Self {
+        Self {
+            most: most as usize,
+            spent: VecDeque::new(),
+        }
+    }
+
     /// Takes one, unless too many were taken in the last while.
     fn take(&mut self, now: Instant) -> bool {
         let window = Duration::from_millis(RESTART_WINDOW_MS);
@@ -165,10 +204,7 @@ impl Supervisor {
                 spec: grant.spec.clone(),
                 transport: transport.clone(),
                 attention,
-                budget: Budget {
-                    most: most.into(),
-                    spent: VecDeque::new(),
-                },
+                budget: Budget::new(most),
                 process: match cx.broker.device_pid(index) {
                     _ if grant.is_foreign() => Process::Foreign,
                     Some(pid) => Process::Serving { pid },
@@ -180,6 +216,7 @@ impl Supervisor {
         Ok(Self {
             devices,
             asked: VecDeque::new(),
+            others: VecDeque::new(),
             attentions,
             sockets,
             io_stops: Vec::new(),
@@ -190,6 +227,7 @@ impl Supervisor {
     pub(super) fn workloads(&self) -> Vec<Workload> {
         self.devices
             .iter()
+            .filter(|device| !matches!(device.process, Process::Unplugged))
             .map(|device| Workload {
                 device: device.spec.id().to_owned(),
                 state: match device.process {
@@ -198,7 +236,7 @@ impl Supervisor {
                     Process::Starting | Process::Handshaking { .. } => "starting",
                     Process::Waiting(_) => "waiting",
                     Process::Foreign => "foreign",
-                    Process::Failed => "failed",
+                    Process::Failed | Process::Unplugged => "failed",
                 },
                 pid: device.process.pid(),
             })
@@ -237,7 +275,7 @@ impl Supervisor {
     /// Asks the broker for a process.
     fn ask(&mut self, index: usize, cx: &Context<'_>) -> Result<(), ClientError> {
         self.devices[index].process = Process::Starting;
-        self.asked.push_back(index);
+        self.asked.push_back(Asked::Start(index));
         cx.broker.send(&Request::Start {
             index: index as u32,
         })
@@ -266,8 +304,13 @@ impl Supervisor {
             Notice::Exited(exit) => {
                 let index = exit.index as usize;
                 let Some(device) = self.devices.get_mut(index) else {
+                    self.others.push_back(Told::Exited(exit));
                     return Ok(());
                 };
+                if matches!(device.process, Process::Unplugged) {
+                    self.others.push_back(Told::Exited(exit));
+                    return Ok(());
+                }
                 error!(
                     "device {}: process {} ended ({:?}): {}",
                     device.spec.id(),
@@ -296,6 +339,8 @@ impl Supervisor {
                     .map(|device| &mut device.process)
                 {
                     *known = pid;
+                } else {
+                    self.others.push_back(Told::Serves { index, pid });
                 }
                 Ok(())
             }
@@ -306,18 +351,126 @@ impl Supervisor {
                     _ => Ok(()),
                 }
             }
-            Notice::Started { index, pid, socket } => {
-                self.asked.pop_front();
-                self.started(index as usize, pid, socket, cx)
+            Notice::Started { index, pid, socket } => match self.asked.pop_front() {
+                Some(Asked::Other(number)) => {
+                    let notice = Notice::Started { index, pid, socket };
+                    self.others.push_back(Told::Answer(number, Ok(notice)));
+                    Ok(())
+                }
+                _ => self.started(index as usize, pid, socket, cx),
+            },
+            Notice::Added | Notice::Removed | Notice::Unplugged { .. } => {
+                if let Some(Asked::Other(number)) = self.asked.pop_front() {
+                    self.others.push_back(Told::Answer(number, Ok(notice)));
+                }
+                Ok(())
             }
-            Notice::Refused { message } => {
-                let Some(index) = self.asked.pop_front() else {
+            Notice::Refused { message } => match self.asked.pop_front() {
+                Some(Asked::Start(index)) => {
+                    error!("{message}");
+                    self.start(index, cx)
+                }
+                Some(Asked::Other(number)) => {
+                    self.others.push_back(Told::Answer(number, Err(message)));
+                    Ok(())
+                }
+                None => {
                     warn!("broker: {message}");
-                    return Ok(());
-                };
-                error!("{message}");
-                self.start(index, cx)
-            }
+                    Ok(())
+                }
+            },
+        }
+    }
+
+    /// Sends somebody else's request to the broker; the answer comes as [`Told::Answer`] with `number`.
+    pub(super) fn request(
+        &mut self,
+        number: u64,
+        request: &Request,
+        fds: &[OwnedFd],
+        cx: &Context<'_>,
+    ) -> Result<(), ClientError> {
+        cx.broker.send_with(request, fds)?;
+        self.asked.push_back(Asked::Other(number));
+        Ok(())
+    }
+
+    /// The oldest message that is for others.
+    pub(super) fn told(&mut self) -> Option<Told> {
+        self.others.pop_front()
+    }
+
+    /// Watches over one device more, whose process `pid` serves: the one after all others.
+    pub(super) fn add(
+        &mut self,
+        spec: DeviceSpec,
+        transport: &SharedTransport,
+        most: u16,
+        pid: i32,
+        cx: &Context<'_>,
+    ) -> Result<(), Errno> {
+        let attention = lock(transport).attention().clone();
+        cx.poller.add(
+            borrow(attention.event()),
+            self.attentions + self.devices.len() as u64,
+            EpollFlags::EPOLLIN,
+        )?;
+        self.devices.push(Device {
+            spec,
+            transport: transport.clone(),
+            attention,
+            budget: Budget::new(most),
+            process: Process::Serving { pid },
+            since: None,
+        });
+        Ok(())
+    }
+
+    /// Another device is behind the registers of `index`, which was unplugged. `pid` serves.
+    pub(super) fn replace(
+        &mut self,
+        index: usize,
+        spec: DeviceSpec,
+        most: u16,
+        pid: i32,
+        cx: &Context<'_>,
+    ) -> Result<(), Errno> {
+        let Some(device) = self.devices.get_mut(index) else {
+            return Ok(());
+        };
+        let attention = lock(&device.transport).attention().clone();
+        if !Arc::ptr_eq(&attention, &device.attention) {
+            cx.poller.remove(borrow(device.attention.event()))?;
+            cx.poller.add(
+                borrow(attention.event()),
+                self.attentions + index as u64,
+                EpollFlags::EPOLLIN,
+            )?;
+        }
+        device.attention = attention;
+        device.spec = spec;
+        device.budget = Budget::new(most);
+        device.process = Process::Serving { pid };
+        device.since = None;
+        Ok(())
+    }
+
+    /// Whether device `index` may be taken out now: not while one of its processes takes the place of another.
+    pub(super) fn is_settled(&self, index: usize) -> bool {
+        self.devices.get(index).is_some_and(|device| {
+            matches!(
+                device.process,
+                Process::Serving { .. } | Process::Failed | Process::Foreign
+            )
+        })
+    }
+
+    /// Device `index` is taken out: its process is not missed any more.
+    pub(super) fn unplug(&mut self, index: usize) {
+        if let Some(device) = self.devices.get_mut(index) {
+            device.process = Process::Unplugged;
+            // A vCPU that waits for this holds the transport's lock.
+            device.attention.ended();
         }
     }
 

@@ -99,6 +99,12 @@ impl Bus {
         Ok(())
     }
 
+    /// Takes the device off whose range begins at `base`. An access that is under way ends first or reaches it once more.
+    pub fn remove(&self, base: u64) {
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        ranges.retain(|range| range.base != base);
+    }
+
     fn find(&self, address: u64, length: usize) -> Option<(u64, SharedDevice)> {
         let ranges = self.ranges();
         let index = ranges
@@ -177,6 +183,10 @@ mod tests {
         assert_eq!(device.lock().unwrap().0, [(4, vec![1, 2])]);
         bus.reset();
         assert!(device.lock().unwrap().0.is_empty());
+        bus.remove(0x1000);
+        bus.write(0x1004, &[1]);
+        assert!(device.lock().unwrap().0.is_empty());
+        bus.add(0x1000, 0x10, device).unwrap();
     }
 
     #[test]

@@ -93,7 +93,11 @@ pub const RTC_PORTS: u16 = 2;
 pub const POWER_PORT: u16 = 0x600;
 /// Number of ports of the power block.
 pub const POWER_PORTS: u16 = 4;
-/// Line of the generic event device (power button).
+/// Hot-plug registers: see `platform::slots`.
+pub const SLOT_PORT: u16 = 0x610;
+/// Number of ports of the hot-plug registers.
+pub const SLOT_PORTS: u16 = 8;
+/// Line of the generic event device (power button, hot-plug).
 pub const GED_GSI: u32 = 9;
 
 /// Line that tells of a new generation id: once the FPU's, which no driver of a stock kernel claims.

@@ -17,7 +17,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{power, rtc};
+use super::{power, rtc, slots};
 use crate::machine::layout;
 
 const OEM: [u8; 6] = *b"STRATO";
@@ -48,6 +48,8 @@ pub struct Description<'a> {
     pub io_apic_id: u8,
     /// The devices.
     pub windows: &'a [VirtioWindow],
+    /// Windows that may get a device while the guest runs.
+    pub slots: &'a [VirtioWindow],
     /// Whether there is a serial port.
     pub serial: bool,
 }
@@ -145,7 +147,10 @@ fn dsdt(description: &Description<'_>) -> Sdt {
         serial(&mut devices);
     }
     clock(&mut devices);
-    events(&mut devices);
+    events(description, &mut devices);
+    if !description.slots.is_empty() {
+        hotplug(description.slots, &mut devices);
+    }
     generation(&mut devices);
     for window in description.windows {
         virtio(window, &mut devices);
@@ -207,8 +212,8 @@ fn clock(out: &mut dyn AmlSink) {
     .to_aml_bytes(out);
 }
 
-/// The power button, and the generic event device whose method finds out that it was pressed.
-fn events(out: &mut dyn AmlSink) {
+/// The power button, and the generic event device whose method finds out that it was pressed, or that slots changed.
+fn events(description: &Description<'_>, out: &mut dyn AmlSink) {
     aml::Device::new(
         "PWRB".into(),
         vec![
@@ -218,6 +223,17 @@ fn events(out: &mut dyn AmlSink) {
     )
     .to_aml_bytes(out);
     let status: Path = "ESTS".into();
+    // Reading clears it, so read once.
+    let store = aml::Store::new(&aml::Local(0), &status);
+    let masked = aml::And::new(&aml::Local(1), &aml::Local(0), &power::EVENT_POWER_BUTTON);
+    let button = Path::new("\\_SB_.PWRB");
+    let press = aml::Notify::new(&button, &0x80u8);
+    let pressed = aml::If::new(&aml::Local(1), vec![&press]);
+    let scan = aml::MethodCall::new("\\_SB_.HPSC".into(), Vec::new());
+    let mut actions: Vec<&dyn Aml> = vec![&store, &masked, &pressed];
+    if !description.slots.is_empty() {
+        actions.push(&scan);
+    }
     aml::Device::new(
         "GED_".into(),
         vec![
@@ -240,20 +256,7 @@ fn events(out: &mut dyn AmlSink) {
                 aml::FieldUpdateRule::WriteAsZeroes,
                 vec![aml::FieldEntry::Named(*b"ESTS", 8)],
             ),
-            &aml::Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![
-                    // Reading clears it, so read once.
-                    &aml::Store::new(&aml::Local(0), &status),
-                    &aml::And::new(&aml::Local(1), &aml::Local(0), &power::EVENT_POWER_BUTTON),
-                    &aml::If::new(
-                        &aml::Local(1),
-                        vec![&aml::Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
-                    ),
-                ],
-            ),
+            &aml::Method::new("_EVT".into(), 1, true, actions),
         ],
     )
     .to_aml_bytes(out);
@@ -295,6 +298,101 @@ fn generation(out: &mut dyn AmlSink) {
         ],
     )
     .to_aml_bytes(out);
+}
+
+/// A window's bit in the registers of [`slots`].
+const fn bit(window: &VirtioWindow) -> u16 {
+    1 << window.slot
+}
+
+/// The registers of [`slots`], the method that notifies of what changed there, and a container a slot.
+fn hotplug(windows: &[VirtioWindow], out: &mut dyn AmlSink) {
+    let port = u32::from(layout::SLOT_PORT);
+    aml::OpRegion::new(
+        "HPRG".into(),
+        aml::OpRegionSpace::SystemIO,
+        &port,
+        &(layout::SLOT_PORTS as u8),
+    )
+    .to_aml_bytes(out);
+    // In the order of their offsets.
+    const _: () = assert!(slots::PRESENT == 0 && slots::PLUGGED == 2);
+    const _: () = assert!(slots::EJECT == 4 && slots::EJECTED == 6);
+    aml::Field::new(
+        "HPRG".into(),
+        aml::FieldAccessType::Word,
+        aml::FieldLockRule::NoLock,
+        aml::FieldUpdateRule::WriteAsZeroes,
+        [*b"HPPR", *b"HPAD", *b"HPEJ", *b"HPDN"]
+            .map(|name| aml::FieldEntry::Named(name, 16))
+            .into(),
+    )
+    .to_aml_bytes(out);
+    for window in windows {
+        slot(window, out);
+    }
+
+    const DEVICE_CHECK: u8 = 1;
+    const EJECT_REQUEST: u8 = 3;
+    let mut body = Vec::new();
+    // Reading clears them, so read once.
+    let (plugged, eject): (Path, Path) = ("HPAD".into(), "HPEJ".into());
+    aml::Store::new(&aml::Local(0), &plugged).to_aml_bytes(&mut body);
+    aml::Store::new(&aml::Local(1), &eject).to_aml_bytes(&mut body);
+    for window in windows {
+        let container = Path::new(&format!("HP{:02}", window.slot));
+        for (changed, what) in [
+            (aml::Local(0), DEVICE_CHECK),
+            (aml::Local(1), EJECT_REQUEST),
+        ] {
+            aml::And::new(&aml::Local(2), &changed, &bit(window)).to_aml_bytes(&mut body);
+            aml::If::new(&aml::Local(2), vec![&aml::Notify::new(&container, &what)])
+                .to_aml_bytes(&mut body);
+        }
+    }
+    aml::Method::new("HPSC".into(), 0, true, vec![&Raw(body)]).to_aml_bytes(out);
+}
+
+/// A container with a window in it, both absent until the window has a device.
+fn slot(window: &VirtioWindow, out: &mut dyn AmlSink) {
+    let (present, ejected): (Path, Path) = ("HPPR".into(), "HPDN".into());
+    let bit = bit(window);
+    let mut device = Vec::new();
+    virtio(window, &mut device);
+    aml::Device::new(
+        format!("HP{:02}", window.slot).as_str().into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"ACPI0004"),
+            &aml::Name::new("_UID".into(), &window.slot),
+            &aml::Method::new(
+                "_STA".into(),
+                0,
+                false,
+                vec![
+                    &aml::And::new(&aml::Local(0), &present, &bit),
+                    &aml::If::new(&aml::Local(0), vec![&aml::Return::new(&0x0Fu8)]),
+                    &aml::Return::new(&aml::ZERO),
+                ],
+            ),
+            &aml::Method::new(
+                "_EJ0".into(),
+                1,
+                false,
+                vec![&aml::Store::new(&ejected, &bit)],
+            ),
+            &Raw(device),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+/// AML that was put together before.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
 }
 
 fn virtio(window: &VirtioWindow, out: &mut dyn AmlSink) {
@@ -344,6 +442,7 @@ mod tests {
                 apic_ids: &ids,
                 io_apic_id: cpus,
                 windows: &windows(devices),
+                slots: &windows(11)[usize::from(devices)..],
                 serial: true,
             },
         )
@@ -420,7 +519,26 @@ mod tests {
                 count(&block(1, 3)),
                 count(&block(1, 11))
             ],
-            [0, 3, 11]
+            [11, 11, 11],
+            "each once: as a device, or in a slot"
         );
+        let containers = |devices| {
+            let block = block(1, devices);
+            let found = block.windows(8).filter(|bytes| bytes == b"ACPI0004");
+            found.count()
+        };
+        assert_eq!([containers(0), containers(3), containers(11)], [11, 8, 0]);
+        let none = build(
+            AT,
+            &Description {
+                apic_ids: &[0],
+                io_apic_id: 1,
+                windows: &windows(2),
+                slots: &[],
+                serial: false,
+            },
+        );
+        assert_eq!(count(&none), 2);
+        assert!(!none.windows(4).any(|bytes| bytes == b"HPSC"));
     }
 }

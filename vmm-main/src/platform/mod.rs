@@ -13,3 +13,4 @@ pub mod mptable;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod slots;

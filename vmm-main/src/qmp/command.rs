@@ -384,6 +384,16 @@ pub enum VmCommand {
     Register(Reply<u64>, u64, String),
     /// `query-sandbox`
     Sandbox(Reply<super::SandboxReport>),
+    /// `blockdev-add`, `netdev_add`, `fsdev-add`
+    BackendAdd(Box<super::NewBackend>, Reply<()>),
+    /// `blockdev-del`, `netdev_del`, `fsdev-del`
+    BackendDel(super::BackendKind, String, Reply<()>),
+    /// `device_add`
+    DeviceAdd(Box<super::NewDevice>, Reply<()>),
+    /// `device_del`
+    DeviceDel(String, Reply<()>),
+    /// A command with an argument that is wrong for this reason.
+    Wrong(String, Reply<()>),
     /// `stop`: pauses the vCPUs; emits STOP before it answers.
     Stop(Reply<()>),
     /// `cont`: lets them run; emits RESUME before it answers.

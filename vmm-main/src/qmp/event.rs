@@ -94,6 +94,11 @@ pub enum Event {
     },
     /// A snapshot has come to its next step.
     Migration(MigrationStatus),
+    /// A device was taken out, and its process is gone.
+    DeviceDeleted {
+        /// Id of the device.
+        device: String,
+    },
     /// There will be no other process: the guest sees a device that needs a reset, for good.
     DeviceFailed {
         /// Id of the device.
@@ -114,6 +119,7 @@ impl Event {
             Self::Powerdown => "POWERDOWN",
             Self::DeviceCrashed { .. } => "DEVICE_CRASHED",
             Self::DeviceRecovered { .. } => "DEVICE_RECOVERED",
+            Self::DeviceDeleted { .. } => "DEVICE_DELETED",
             Self::DeviceFailed { .. } => "DEVICE_FAILED",
             Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
             Self::Migration(_) => "MIGRATION",
@@ -156,6 +162,9 @@ impl Event {
                 // Milliseconds with three digits behind the point.
                 let stall = stall.as_micros() as f64 / 1000.0;
                 json!({ "device": device, "pid": pid, "stall-ms": stall })
+            }
+            Self::DeviceDeleted { device } => {
+                json!({ "device": device, "path": format!("/machine/peripheral/{device}") })
             }
             Self::DeviceFailed { device, reason } => json!({ "device": device, "reason": reason }),
             Self::Migration(status) => json!({ "status": status.name() }),

@@ -26,6 +26,7 @@ mod json;
 mod objects;
 mod pace;
 mod parse;
+mod plug;
 mod sandbox;
 pub mod schema;
 mod server;
@@ -37,6 +38,7 @@ pub use command::{
 };
 pub use event::{Cause, Event};
 pub(crate) use parse::json_object;
+pub use plug::{BackendKind, NewBackend, NewDevice, NewKind};
 pub use sandbox::{SandboxDevice, SandboxReport, SandboxTree};
 pub use server::{Commands, Server, ServerError, ServerHandle, Source, StartHook};
 pub use session::Info;

@@ -409,16 +409,9 @@ impl Core {
             return Ok(());
         }
         if self.device.is_active() {
-            let mut bases = vec![0; self.state.queues.len()];
-            let stopped = self.device.stop_queues().inspect_err(|_| {
+            self.stop_queues().inspect_err(|_| {
                 self.attention.unwanted();
             })?;
-            for (index, base) in stopped {
-                if let Some(place) = bases.get_mut(usize::from(index)) {
-                    *place = base;
-                }
-            }
-            self.bases = bases;
         } else if self.is_running() && !self.has(NEEDS_RESET) {
             // Its process is being replaced.
             return Err(RemoteError::Failed {
@@ -426,6 +419,18 @@ impl Core {
             });
         }
         self.held = true;
+        Ok(())
+    }
+
+    /// Has the device process stop its queues in order, and remembers where each goes on.
+    fn stop_queues(&mut self) -> Result<(), RemoteError> {
+        let mut bases = vec![0; self.state.queues.len()];
+        for (index, base) in self.device.stop_queues()? {
+            if let Some(place) = bases.get_mut(usize::from(index)) {
+                *place = base;
+            }
+        }
+        self.bases = bases;
         Ok(())
     }
 
@@ -456,6 +461,22 @@ impl Core {
         self.device.restore_inflight(state.inflight);
         self.held = true;
         Ok(())
+    }
+
+    /// The device is taken out: the driver is told, then what is under way is ended in order; `false` if that failed. The
+    /// process is ended after this.
+    pub fn take_out(&mut self, lines: &impl Interrupts) -> bool {
+        if self.device.show_absence() {
+            self.state.config_generation = self.state.config_generation.wrapping_add(1);
+            if self.is_running() {
+                self.state.config_changed = true;
+                lines.signal_config();
+            }
+        }
+        if !self.device.is_active() {
+            return true;
+        }
+        self.stop_queues().map_err(|e| self.report(&e)).is_ok()
     }
 
     /// The device process is gone for good: it is given up, and the driver told.

@@ -114,6 +114,11 @@ impl MmioTransport {
         self.core.device_lost(&self.line);
     }
 
+    /// See [`Core::take_out`].
+    pub fn take_out(&mut self) -> bool {
+        self.core.take_out(&self.line)
+    }
+
     /// The vhost-user socket, if there is a process that can be talked to.
     pub fn device_socket(&self) -> Option<BorrowedFd<'_>> {
         self.core.device().socket()

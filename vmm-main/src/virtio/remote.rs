@@ -51,6 +51,10 @@ const DEVICE_TYPE_FEATURES: u64 = 0x00ff_ffff | !((1 << 50) - 1);
 const OFFERABLE: u64 =
     DEVICE_TYPE_FEATURES | F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_IN_ORDER;
 
+/// Device IDs (virtio 1.3, section 5).
+const VIRTIO_ID_NET: u32 = 1;
+const VIRTIO_ID_BLOCK: u32 = 2;
+
 /// Without these a device process cannot be used.
 const REQUIRED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::REPLY_ACK)
@@ -561,6 +565,27 @@ impl RemoteDevice {
         self.process_ended();
         self.failed = true;
         self.inflight = None;
+    }
+
+    /// What the guest reads from now on is a disk without a medium, a card without a link. `true` if that is something new.
+    pub fn show_absence(&mut self) -> bool {
+        let before = self.config.clone();
+        match self.virtio_id {
+            // Capacity (virtio 1.3, 5.2.4).
+            VIRTIO_ID_BLOCK => {
+                if let Some(capacity) = self.config.get_mut(..8) {
+                    capacity.fill(0);
+                }
+            }
+            // Status, of which bit 0 says that there is a link (virtio 1.3, 5.1.4).
+            VIRTIO_ID_NET => {
+                if let Some(status) = self.config.get_mut(6) {
+                    *status &= !1;
+                }
+            }
+            _ => {}
+        }
+        self.config != before
     }
 
     /// Goes on with another process, whose handshake gave `fresh`. The guest has negotiated with the one before, so this

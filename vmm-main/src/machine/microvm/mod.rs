@@ -44,6 +44,7 @@ use crate::platform::mptable;
 use crate::platform::power::{self, PowerButton, PowerControl, PowerPorts};
 use crate::platform::rtc::Rtc;
 use crate::platform::serial::{SerialInput, SerialPort, SerialSink};
+use crate::platform::slots::Slots;
 
 pub use snapshot::MachineState;
 
@@ -163,6 +164,9 @@ pub struct Microvm {
     topology: Topology,
     cpuid: CpuidTemplate,
     windows: [bool; MMIO_SLOTS],
+    /// Windows that may get a device later are described to the guest.
+    offers_slots: bool,
+    slots: Slots,
     boot: Option<BootSource>,
     serial: Option<SerialPort>,
     button: PowerButton,
@@ -226,6 +230,12 @@ impl Microvm {
             layout::POWER_PORTS,
             Arc::new(Mutex::new(PowerPorts::new(control.clone(), button.clone()))),
         )?;
+        let slots = Slots::new(irq_line(&vm, layout::GED_GSI, "the slots")?);
+        pio(
+            layout::SLOT_PORT,
+            layout::SLOT_PORTS,
+            Arc::new(Mutex::new(slots.clone())),
+        )?;
         let keyboard_line = irq_line(&vm, layout::I8042_GSI, "the keyboard controller")?;
         let keyboard = Arc::new(Mutex::new(I8042::new(control, keyboard_line)));
         pio(layout::I8042_PORT, layout::I8042_PORTS, keyboard.clone())?;
@@ -239,6 +249,8 @@ impl Microvm {
             topology,
             cpuid,
             windows: [false; MMIO_SLOTS],
+            offers_slots: false,
+            slots,
             boot: None,
             serial: None,
             button,
@@ -321,6 +333,51 @@ impl Microvm {
         self.buses.mmio.add(window.base, window.size, device)?;
         self.windows[slot] = true;
         Ok(window)
+    }
+
+    /// Describes windows without a device as slots that may get one while the guest runs. Comes before [`Self::load`].
+    pub fn offer_slots(&mut self) {
+        self.offers_slots = true;
+    }
+
+    /// Tells the guest that the device behind window `slot` is new. Comes after [`Self::attach_mmio`], once the device's
+    /// eventfds are in place.
+    ///
+    /// # Errors
+    /// The line cannot be raised.
+    pub fn announce_mmio(&self, slot: usize) -> Result<(), Error> {
+        self.slots
+            .plug(slot as u8)
+            .map_err(eventfd_error("the slots"))
+    }
+
+    /// Takes back an [`Self::attach_mmio`] that the guest was not told of.
+    pub fn detach_mmio(&mut self, slot: usize) {
+        if let Some(window) = mmio_slots().get(slot) {
+            self.buses.mmio.remove(window.base);
+            self.windows[slot] = false;
+        }
+    }
+
+    /// The device behind window `slot` is to go: the guest is asked to let go of it, and from the next [`Self::reset`] on
+    /// it is not described any more. Its registers stay where they are until then.
+    ///
+    /// # Errors
+    /// The line cannot be raised.
+    pub fn retire_mmio(&mut self, slot: usize) -> Result<(), Error> {
+        if let Some(window) = self.windows.get_mut(slot) {
+            *window = false;
+        }
+        self.slots
+            .eject(slot as u8)
+            .map_err(eventfd_error("the slots"))
+    }
+
+    /// A device is behind the registers of window `slot` again, which [`Self::retire_mmio`] left in place.
+    pub fn revive_mmio(&mut self, slot: usize) {
+        if let Some(window) = self.windows.get_mut(slot) {
+            *window = true;
+        }
     }
 
     /// Loads the kernel and describes the machine to it. Keeps `source` for resets.
@@ -421,16 +478,16 @@ impl Microvm {
 
     /// Kernel, tables and boot registers, into RAM that reads as zero.
     fn write_guest(&mut self) -> Result<Loaded, Error> {
-        let windows: Vec<_> = mmio_slots()
+        let (windows, free): (Vec<_>, Vec<_>) = mmio_slots()
             .into_iter()
-            .filter(|slot| self.windows[slot.index])
             .map(|slot| VirtioWindow {
                 slot: slot.index as u8,
                 base: slot.base,
                 size: slot.size,
                 gsi: slot.gsi,
             })
-            .collect();
+            .partition(|window| self.windows[usize::from(window.slot)]);
+        let slots: &[VirtioWindow] = if self.offers_slots { &free } else { &[] };
         let parameters: Vec<_> = windows
             .iter()
             .map(|window| {
@@ -458,6 +515,7 @@ impl Microvm {
             apic_ids: &apic_ids,
             io_apic_id,
             windows: &windows,
+            slots,
             serial: self.serial.is_some(),
         };
         self.write(

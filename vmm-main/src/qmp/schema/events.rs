@@ -106,6 +106,11 @@ pub static EVENTS: &[EventDef] = &[
          tries the request again. Failures that the guest is told of are in the log only",
     ),
     event(
+        "DEVICE_DELETED",
+        &[DEVICE, must("path", Type::TEXT, "path that the device had")],
+        "A device was taken out by `device_del`, and its process is gone",
+    ),
+    event(
         "DEVICE_FAILED",
         &[DEVICE, must("reason", Type::TEXT, "why, for people")],
         "A device is given up: the guest sees one that needs a reset, for good; the VM goes on",

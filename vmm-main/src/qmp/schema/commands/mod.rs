@@ -1,6 +1,7 @@
 //! The commands, in groups: the chapters of the manual page, one file each.
 
 mod devices;
+mod hotplug;
 mod machine;
 mod migration;
 mod objects;
@@ -47,6 +48,10 @@ pub static GROUPS: &[Group] = &[
     Group {
         title: "Snapshots",
         commands: migration::COMMANDS,
+    },
+    Group {
+        title: "Hot-plug",
+        commands: hotplug::COMMANDS,
     },
     Group {
         title: "Sandbox",

@@ -1,0 +1,506 @@
+//! # Devices that come and go while the guest runs
+//!
+//! **Job.** Disks, cards and folders are added to a running VM, used by a stock kernel without any agent, and taken out again;
+//! each is jailed as one that was there from the start, and whatever cannot be added leaves nothing behind.
+//! **Who is not trusted.** The VMM; and the guest, whose files are read on the host side.
+//! **Why this way.** The guest says what it sees and waits for a line between the steps, so nothing depends on time.
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+#![allow(clippy::needless_pass_by_value)] // json!() at each call
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tests::host::{Tap, check_ext4, ext4_image, read_from_ext4, require_kvm, require_root};
+use tests::jail::check::check;
+use tests::jail::expect::{BackEnd, Device, Setting};
+use tests::lab::{Flavour, Guest, Script, where_linux_boots};
+use tests::payload::Payload;
+use tests::procfs;
+use tests::qmp::{Qmp, QmpError};
+use tests::test_path;
+use tests::vm::{Vm, VmBuilder};
+
+/// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
+const LIMIT: Duration = Duration::from_secs(90);
+const IMAGE: u64 = 8 << 20;
+
+#[track_caller]
+fn expect(vm: &mut Vm, text: &str) -> String {
+    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
+}
+
+#[track_caller]
+fn run(qmp: &mut Qmp, command: &str, arguments: Value) {
+    let returned = qmp.execute(command, arguments.clone());
+    assert_eq!(
+        returned.unwrap_or_else(|e| panic!("{command} {arguments}: {e}")),
+        json!({})
+    );
+}
+
+#[track_caller]
+fn refused(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
+    match qmp.execute(command, arguments.clone()) {
+        Err(QmpError::Refused { description, .. }) => description,
+        other => panic!("{command} {arguments}: {other:?}"),
+    }
+}
+
+fn image(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    fs::File::create(&path).unwrap().set_len(IMAGE).unwrap();
+    path
+}
+
+/// A bare guest with one disk, which has read and written it and halts.
+fn bare(more: &[String]) -> (VmBuilder, tempfile::TempDir) {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("images")).unwrap();
+    let disk = image(dir.path(), "cold.img");
+    let builder = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::BlkRw.path(), "end=halt")
+        .disk("d0", &disk, "")
+        .args(more)
+        .arg("-hotplug")
+        .arg(format!("images={}", dir.path().join("images").display()))
+        .with_qmp();
+    (builder, dir)
+}
+
+fn add_disk(qmp: &mut Qmp, node: &str, path: &Path, more: Value) {
+    let mut arguments = json!({
+        "node-name": node,
+        "driver": "raw",
+        "file": { "driver": "file", "filename": path },
+        "cache": { "direct": false },
+    });
+    if let (Some(all), Some(more)) = (arguments.as_object_mut(), more.as_object()) {
+        all.extend(more.clone());
+    }
+    run(qmp, "blockdev-add", arguments);
+}
+
+#[test]
+fn a_device_that_is_added_has_the_jail_of_one_that_was_there() {
+    let tap = Tap::new("sv-plug", "10.7.40.1/24").unwrap();
+    let shared = tempfile::tempdir().unwrap();
+    let (builder, dir) = bare(&[
+        "-hotplug".into(),
+        "tap=sv-plug".into(),
+        "-hotplug".into(),
+        format!("folders={}", shared.path().display()),
+    ]);
+    let second = image(&dir.path().join("images"), "second.img");
+    let mut vm = builder.start().unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    expect(&mut vm, "BLK-RW OK");
+    add_disk(&mut qmp, "node", &second, json!({ "read-only": true }));
+    run(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "hot", "driver": "virtio-blk-device", "drive": "node" }),
+    );
+    // As StratoVirt's clients write it.
+    run(
+        &mut qmp,
+        "netdev_add",
+        json!({ "id": "net-0", "ifname": "sv-plug" }),
+    );
+    run(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "net-0", "driver": "virtio-net-mmio", "addr": "0x0" }),
+    );
+    run(
+        &mut qmp,
+        "fsdev-add",
+        json!({ "id": "share", "path": shared.path() }),
+    );
+    run(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "share", "driver": "virtio-fs-device" }),
+    );
+    let block = Device {
+        id: "d0",
+        binary: "block",
+        back_end: BackEnd::Image {
+            path: "/cold.img",
+            writes: true,
+            size: IMAGE,
+        },
+        queues: 1,
+        started: 1,
+    };
+    let setting = Setting {
+        devices: vec![
+            block,
+            Device {
+                id: "hot",
+                binary: "block",
+                back_end: BackEnd::Image {
+                    path: "/second.img",
+                    writes: false,
+                    size: IMAGE,
+                },
+                queues: 1,
+                started: 0,
+            },
+            Device {
+                id: "net-0",
+                binary: "net",
+                back_end: BackEnd::Tap,
+                queues: 2,
+                started: 0,
+            },
+            Device {
+                id: "share",
+                binary: "fs",
+                back_end: BackEnd::Folder {
+                    path: shared.path().display().to_string(),
+                    readonly: false,
+                    capabilities: 0xdb,
+                },
+                queues: 2,
+                started: 0,
+            },
+        ],
+        vcpus: 1,
+        clients: 1,
+        held: vec![
+            "/images".into(),
+            "/second.img".into(),
+            shared.path().display().to_string(),
+            shared.path().display().to_string(),
+        ],
+    };
+    let reply = qmp.execute("query-sandbox", json!({})).unwrap();
+    let findings = check(&mut vm, &setting, &reply).unwrap();
+    assert!(findings.is_empty(), "{findings:#?}");
+    drop(tap);
+}
+
+#[test]
+fn what_cannot_be_added_leaves_nothing_behind() {
+    let (builder, dir) = bare(&[]);
+    let images = dir.path().join("images");
+    let second = image(&images, "second.img");
+    let mut vm = builder.start().unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    expect(&mut vm, "BLK-RW OK");
+    let processes = vm.processes().unwrap();
+    let broker = vm.process("broker").unwrap().unwrap();
+    let held = |pid: i32| -> Vec<String> {
+        let mut held: Vec<String> = procfs::fds(pid)
+            .unwrap()
+            .into_values()
+            .map(|fd| fd.kind().to_owned())
+            .collect();
+        held.sort_unstable();
+        held
+    };
+    let before = (held(broker), held(vm.pid()));
+
+    // A file is asked for that nobody granted, or that is not there.
+    let file = |path: &Path| json!({ "node-name": "x", "file": { "filename": path } });
+    let outside = dir.path().join("cold.img");
+    let said = refused(&mut qmp, "blockdev-add", file(&outside));
+    assert!(
+        said.contains("not beneath a folder that may be used") && said.contains("images="),
+        "{said}"
+    );
+    let said = refused(&mut qmp, "blockdev-add", file(&images.join("none")));
+    assert!(said.contains("No such file"), "{said}");
+    let said = refused(&mut qmp, "netdev_add", json!({ "id": "n", "ifname": "lo" }));
+    assert!(said.contains("-hotplug: none"), "{said}");
+    // Devices without a back end, or with one of another kind, or too many of them.
+    let said = refused(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "y", "driver": "virtio-blk-device", "drive": "x" }),
+    );
+    assert!(said.contains("Block node 'x'"), "{said}");
+    add_disk(&mut qmp, "node", &second, json!({}));
+    let said = refused(
+        &mut qmp,
+        "blockdev-add",
+        file(&second).as_object().map_or(Value::Null, |members| {
+            let mut members = members.clone();
+            members.insert("node-name".into(), "node".into());
+            Value::Object(members)
+        }),
+    );
+    assert!(said.contains("exists already"), "{said}");
+    for (arguments, part) in [
+        (
+            json!({ "id": "dev-d0", "driver": "virtio-blk-device", "drive": "node" }),
+            "'dev-d0' exists already",
+        ),
+        (
+            json!({ "id": "y", "driver": "virtio-blk-device", "drive": "node", "addr": "0x6" }),
+            "0x0 to 0x5",
+        ),
+        (
+            json!({ "id": "y", "driver": "virtio-blk-device", "drive": "node", "addr": "0x0" }),
+            "taken by device 'dev-d0'",
+        ),
+        (
+            json!({ "id": "y", "driver": "virtio-blk-device", "drive": "node", "queue-size": 100 }),
+            "not a power of two",
+        ),
+        (
+            json!({ "id": "y", "driver": "virtio-blk-device", "drive": "node", "iothread": "z" }),
+            "iothread z",
+        ),
+    ] {
+        let said = refused(&mut qmp, "device_add", arguments);
+        assert!(said.contains(part), "{said}");
+    }
+    let said = refused(&mut qmp, "device_del", json!({ "id": "y" }));
+    assert!(said.contains("'y' not found"), "{said}");
+    // The broker has opened the image; its process cannot: somebody else has locked it meanwhile.
+    let lock = lock_image(&second);
+    let said = refused(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "y", "driver": "virtio-blk-device", "drive": "node" }),
+    );
+    assert!(said.contains("holds a lock"), "{said}");
+    drop(lock);
+    run(&mut qmp, "blockdev-del", json!({ "node-name": "node" }));
+    let said = refused(&mut qmp, "blockdev-del", json!({ "node-name": "node" }));
+    assert!(said.contains("removed already"), "{said}");
+
+    assert_eq!(vm.processes().unwrap(), processes);
+    assert_eq!((held(broker), held(vm.pid())), before, "descriptors");
+
+    // What failed can be done now, and undone.
+    add_disk(&mut qmp, "node", &second, json!({}));
+    run(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "y", "driver": "virtio-blk-device", "drive": "node" }),
+    );
+    assert_eq!(vm.processes().unwrap().len(), processes.len() + 1);
+    let said = refused(&mut qmp, "blockdev-del", json!({ "node-name": "node" }));
+    assert!(said.contains("in use by device 'y'"), "{said}");
+    run(&mut qmp, "device_del", json!({ "id": "y" }));
+    let deleted = qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+    assert_eq!(
+        deleted["data"],
+        json!({ "device": "y", "path": "/machine/peripheral/y" })
+    );
+    run(&mut qmp, "blockdev-del", json!({ "node-name": "node" }));
+    assert_eq!(vm.processes().unwrap(), processes);
+    assert_eq!(held(broker), before.0, "the broker's descriptors");
+}
+
+/// A write lock on an image, as another VM would hold.
+fn lock_image(path: &Path) -> fs::File {
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let lock = libc_lock();
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+    file
+}
+
+fn libc_lock() -> nix::libc::flock {
+    nix::libc::flock {
+        l_type: nix::libc::F_WRLCK as nix::libc::c_short,
+        l_whence: nix::libc::SEEK_SET as nix::libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
+/// What the guest does in each round. `wait` polls, as a guest without udev has to.
+const SCRIPT: &str = r#"
+set -e
+wait() { until eval "$1"; do usleep 20000; done; }
+mkdir -p /d /f /load
+mount -t ext4 /dev/vda /load
+(
+  n=0
+  while [ ! -e /stop ]; do
+    dd if=/dev/urandom of=/tmp-load bs=16k count=8 2>/dev/null
+    cp /tmp-load /load/file; sync; echo 3 > /proc/sys/vm/drop_caches
+    cmp /tmp-load /load/file || { echo LOAD-WRONG; break; }
+    n=$((n+1))
+  done
+  echo LOAD-ROUNDS $n
+) &
+i=0
+echo READY
+while read what && [ "$what" = go ]; do
+  wait '[ "$(cat /sys/block/vdb/size 2>/dev/null || echo 0)" != 0 ]'
+  wait '[ -b /dev/vdb ]'
+  mount -t ext4 /dev/vdb /d
+  dd if=/dev/urandom of=/d/round-$i bs=16k count=16 2>/dev/null
+  echo DISK $(cat /d/name) $(md5sum < /d/round-$i | cut -d' ' -f1)
+  umount /d
+  wait '[ -e /sys/class/net/eth0 ]'
+  ip link set eth0 up
+  ip addr show dev eth0 | grep -q 10.7.41.2 || ip addr add 10.7.41.2/24 dev eth0
+  wait '[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]'
+  wait 'ping -c 1 -W 2 10.7.41.1 > /dev/null'
+  echo CARD
+  wait 'mount -t virtiofs share /f 2>/dev/null'
+  cp /f/from-host /f/from-guest-$i
+  echo FOLDER $(cat /f/from-host)
+  umount /f
+  echo USED $i
+  read what
+  wait '[ "$(cat /sys/block/vdb/size)" = 0 ]'
+  wait '[ "$(cat /sys/class/net/eth0/carrier)" = 0 ]'
+  echo GONE $i
+  i=$((i+1))
+done
+touch /stop
+wait '[ -z "$(jobs -r 2>/dev/null)" ]' || true
+umount /load
+dmesg | grep -i -E 'error|warn|BUG|stall|fail' | grep -v -i -E 'correctable|EBUSY|RAS:' || true
+echo SCRIPT-END
+"#;
+
+#[test]
+fn a_stock_kernel_uses_what_comes_and_goes() {
+    where_linux_boots(test_path!(), || comes_and_goes(4));
+}
+
+#[test]
+#[ignore = "takes three minutes: run by `cargo xtask test hotplug --long`"]
+fn a_stock_kernel_uses_what_comes_and_goes_twenty_times() {
+    where_linux_boots(test_path!(), || comes_and_goes(20));
+}
+
+/// Disk, card and folder come and go so many times.
+fn comes_and_goes(rounds: usize) {
+    let guest = Guest::ready(Flavour::Cloud).unwrap();
+    let tap = Tap::new("sv-hot", "10.7.41.1/24").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir(at("content")).unwrap();
+    ext4_image(&at("cold.img"), 16, &at("content")).unwrap();
+    fs::create_dir(at("images")).unwrap();
+    fs::create_dir(at("folder")).unwrap();
+    fs::write(at("folder/from-host"), "folder-of-the-host").unwrap();
+    // Two disks take turns: what the guest reads must be of the one that is there.
+    for name in ["first", "second"] {
+        fs::write(at("content/name"), name).unwrap();
+        ext4_image(&at(&format!("images/{name}")), 16, &at("content")).unwrap();
+    }
+    let initrd = guest.initrd_with(&Script::new(SCRIPT)).unwrap();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "256"])
+        .kernel(&guest.kernel.elf, "console=ttyS0 quiet panic=-1 reboot=k")
+        .arg("-initrd")
+        .arg(initrd.path())
+        .disk("d0", &at("cold.img"), "")
+        .arg("-hotplug")
+        .arg(format!("images={}", at("images").display()))
+        .arg("-hotplug")
+        .arg(format!("folders={}", at("folder").display()))
+        .args(["-hotplug", "tap=sv-hot"])
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    expect(&mut vm, "READY");
+    let mut sums = Vec::new();
+    let begin = std::time::Instant::now();
+    for round in 0..rounds {
+        let name = ["first", "second"][round % 2];
+        let image = at(&format!("images/{name}"));
+        add_disk(&mut qmp, "node", &image, json!({}));
+        run(
+            &mut qmp,
+            "device_add",
+            json!({ "id": "disk", "driver": "virtio-blk-device", "drive": "node", "addr": "0x1" }),
+        );
+        run(
+            &mut qmp,
+            "netdev_add",
+            json!({ "id": "net", "type": "tap", "ifname": "sv-hot" }),
+        );
+        run(
+            &mut qmp,
+            "device_add",
+            json!({ "id": "card", "driver": "virtio-net-device", "netdev": "net", "addr": "0x0" }),
+        );
+        run(
+            &mut qmp,
+            "fsdev-add",
+            json!({ "id": "fs", "path": at("folder") }),
+        );
+        run(
+            &mut qmp,
+            "device_add",
+            json!({ "id": "folder", "driver": "virtio-fs-device", "fsdev": "fs", "tag": "share", "addr": "0x0" }),
+        );
+        vm.console.send("go\n").unwrap();
+        expect(&mut vm, &format!("DISK {name} "));
+        let sum = vm.console.rest_of_line(LIMIT).unwrap();
+        sums.push((image, format!("/round-{round}"), sum.trim().to_owned()));
+        expect(&mut vm, "CARD");
+        expect(&mut vm, "FOLDER folder-of-the-host");
+        expect(&mut vm, &format!("USED {round}"));
+        for id in ["disk", "card", "folder"] {
+            run(&mut qmp, "device_del", json!({ "id": id }));
+            let deleted = qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+            assert_eq!(deleted["data"]["device"], id);
+        }
+        run(&mut qmp, "blockdev-del", json!({ "node-name": "node" }));
+        run(&mut qmp, "netdev_del", json!({ "id": "net" }));
+        run(&mut qmp, "fsdev-del", json!({ "id": "fs" }));
+        vm.console.send("gone\n").unwrap();
+        expect(&mut vm, &format!("GONE {round}"));
+    }
+    println!("{rounds} rounds in {:.1} s", begin.elapsed().as_secs_f64());
+    vm.console.send("stop\n").unwrap();
+    expect(&mut vm, "LOAD-ROUNDS ");
+    let loaded: usize = vm
+        .console
+        .rest_of_line(LIMIT)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    assert!(loaded > 0, "the load did nothing");
+    expect(&mut vm, "GUEST-END status=0");
+    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    for name in ["first", "second"] {
+        check_ext4(&at(&format!("images/{name}"))).unwrap();
+    }
+    check_ext4(&at("cold.img")).unwrap();
+    for (image, file, sum) in sums {
+        assert_eq!(md5(&read_from_ext4(&image, &file).unwrap()), sum, "{file}");
+    }
+    for round in 0..rounds {
+        let copy = fs::read(at(&format!("folder/from-guest-{round}"))).unwrap();
+        assert_eq!(copy, b"folder-of-the-host");
+    }
+    drop(tap);
+}
+
+fn md5(bytes: &[u8]) -> String {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+    let mut child = Command::new("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = child.wait_with_output().unwrap();
+    String::from_utf8(output.stdout).unwrap()[..32].to_owned()
+}

@@ -1,0 +1,897 @@
+//! Devices that come and go while the VM runs.
+//!
+//! **Job.** Carry out `blockdev-add`, `device_add` and the like: the broker opens and starts, the handshake goes on in the main
+//! loop, then the device is put behind the registers of a window and the guest is told. Whatever fails on the way leaves
+//! nothing behind. Take devices out again.
+//!
+//! **Who is not trusted.** QMP's clients, whose ids may be any text; the new device process, as in every handshake; the
+//! guest, whose driver may go on using a device that is taken out.
+//!
+//! **Why this way.** A window's registers, once a guest's driver knows them, stay for the life of the VM: no stock kernel
+//! takes a virtio-mmio device away that its driver holds, on whatever notice (its platform device goes only with its
+//! ACPI table). So a device that is taken out leaves its registers, as StratoVirt's replaceable devices do: the disk has no
+//! medium, the card no link. `addr` puts another back end behind the same registers. Without `addr` a new device gets a
+//! window that no driver holds, since data that a guest has cached of one disk must not reach another one.
+//!
+//! ```text
+//! blockdev-add ─Add─▶ broker      device_add ─Plug─▶ broker ─socket─▶ handshake ─▶ window ─▶ guest
+//! device_del: absence shown ─▶ queues taken back ─Unplug─▶ broker ─▶ DEVICE_DELETED
+//! ```
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use ipc::control::{BackendGrant, DeviceGrant, Request};
+use ipc::limits::{MAX_ADDED_BACKENDS, MAX_MICROVM_DISKS, MAX_MICROVM_NICS, MAX_MMIO_DEVICES};
+use ipc::log::{error, info};
+use ipc::spec::DeviceSpec;
+use ipc::spec::vm::{DeviceKind, DeviceOption, RestartPolicy, VmSpec};
+use nix::sys::epoll::EpollFlags;
+
+use super::event_loop::{DEVICES, End, PLUGS, Parts, Vm, borrow, lock};
+use super::start::SharedTransport;
+use super::supervise::Told;
+use super::with_causes;
+use crate::broker::{DeviceExit, Notice};
+use crate::machine::microvm::{self, Microvm};
+use crate::qmp::{BackendKind, Event, NewBackend, NewDevice, QmpError, Reply};
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::remote::Handshake;
+
+/// Everything that was added or is about to be.
+#[derive(Debug)]
+pub(super) struct Hotplug {
+    backends: Vec<Backend>,
+    units: Vec<Unit>,
+    /// Requests that the broker has not answered yet.
+    waiting: Vec<(u64, Waiting)>,
+    plugging: Vec<Plugging>,
+    next: u64,
+}
+
+/// A back end that was added.
+#[derive(Debug)]
+struct Backend {
+    what: NewBackend,
+    number: u32,
+    /// The broker has opened it.
+    open: bool,
+    /// Id of the device that it belongs to.
+    user: Option<String>,
+}
+
+/// What is known of one window that has or had a device: units are numbered as windows and as the broker's devices are.
+#[derive(Debug)]
+struct Unit {
+    kind: Kind,
+    /// Number among those of its kind.
+    addr: u8,
+    /// Id of the device that is there now.
+    device: Option<String>,
+}
+
+/// Kinds of devices, by how they are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Disk,
+    Card,
+    Folder,
+}
+
+impl Kind {
+    const fn of(spec: &DeviceSpec) -> Self {
+        match spec {
+            DeviceSpec::Block(_) => Self::Disk,
+            DeviceSpec::Net(_) => Self::Card,
+            _ => Self::Folder,
+        }
+    }
+
+    const fn most(self) -> usize {
+        match self {
+            Self::Disk => MAX_MICROVM_DISKS,
+            Self::Card => MAX_MICROVM_NICS,
+            Self::Folder => MAX_MMIO_DEVICES,
+        }
+    }
+
+    const fn noun(self) -> &'static str {
+        match self {
+            Self::Disk => "disks",
+            Self::Card => "network cards",
+            Self::Folder => "devices",
+        }
+    }
+}
+
+/// A request under way.
+#[derive(Debug)]
+enum Waiting {
+    Add {
+        number: u32,
+        reply: Reply<()>,
+    },
+    Remove {
+        reply: Reply<()>,
+    },
+    Plug {
+        unit: usize,
+    },
+    /// A device that failed on its way in.
+    Undo,
+    Unplug {
+        unit: usize,
+        device: String,
+    },
+}
+
+/// A device on its way in.
+#[derive(Debug)]
+struct Plugging {
+    unit: usize,
+    addr: u8,
+    new: NewDevice,
+    spec: DeviceSpec,
+    pid: i32,
+    handshake: Option<Handshake>,
+    /// Its process hung up; its end, with its last words, is about to be told.
+    failed: Option<String>,
+    reply: Option<Reply<()>>,
+}
+
+impl Hotplug {
+    /// With the devices of the command line.
+    pub(super) fn new(spec: &VmSpec) -> Self {
+        let mut units: Vec<Unit> = Vec::new();
+        for device in &spec.devices {
+            let kind = match device.kind {
+                DeviceKind::Block { .. } => Kind::Disk,
+                DeviceKind::Net { .. } => Kind::Card,
+                DeviceKind::Fs { .. } => Kind::Folder,
+            };
+            units.push(Unit {
+                kind,
+                addr: units.iter().filter(|unit| unit.kind == kind).count() as u8,
+                device: Some(device.id.clone()),
+            });
+        }
+        Self {
+            backends: Vec::new(),
+            units,
+            waiting: Vec::new(),
+            plugging: Vec::new(),
+            next: 0,
+        }
+    }
+
+    /// When the next device on its way in has to have answered.
+    pub(super) fn deadline(&self) -> Option<std::time::Instant> {
+        self.plugging
+            .iter()
+            .filter_map(|plugging| Some(plugging.handshake.as_ref()?.deadline()))
+            .min()
+    }
+
+    fn backend(&mut self, kind: BackendKind, id: &str) -> Option<&mut Backend> {
+        self.backends
+            .iter_mut()
+            .find(|backend| backend.what.kind() == kind && backend.what.id() == id)
+    }
+
+    fn free_user(&mut self, device: &str) {
+        for backend in &mut self.backends {
+            if backend.user.as_deref() == Some(device) {
+                backend.user = None;
+            }
+        }
+    }
+
+    fn take_waiting(&mut self, number: u64) -> Option<Waiting> {
+        let at = self.waiting.iter().position(|(one, _)| *one == number)?;
+        Some(self.waiting.swap_remove(at).1)
+    }
+
+    fn is_plugging(&self, unit: usize) -> bool {
+        self.plugging.iter().any(|plugging| plugging.unit == unit)
+    }
+
+    /// Devices of this kind that are there or on their way.
+    fn count(&self, kind: Kind) -> usize {
+        let there = self
+            .units
+            .iter()
+            .filter(|unit| unit.kind == kind && unit.device.is_some());
+        let coming = self
+            .plugging
+            .iter()
+            .filter(|plugging| Kind::of(&plugging.spec) == kind);
+        there.count() + coming.count()
+    }
+
+    /// The lowest number that no device of this kind has ever had.
+    fn fresh_addr(&self, kind: Kind) -> u8 {
+        (0..=u8::MAX)
+            .find(|addr| {
+                let taken = |unit: &Unit| unit.kind == kind && unit.addr == *addr;
+                let coming = |one: &Plugging| Kind::of(&one.spec) == kind && one.addr == *addr;
+                !self.units.iter().any(taken) && !self.plugging.iter().any(coming)
+            })
+            .unwrap_or(u8::MAX)
+    }
+}
+
+/// Why nothing may come or go now.
+const SNAPSHOT: &str = "A snapshot is being made: wait for its end";
+
+fn generic(text: impl Into<String>) -> QmpError {
+    QmpError::generic(text)
+}
+
+impl Vm {
+    /// Sends a request of this part's to the broker.
+    fn ask_broker(&mut self, request: &Request, waiting: Waiting) -> Result<(), End> {
+        let number = self.hotplug.next;
+        self.hotplug.next += 1;
+        self.hotplug.waiting.push((number, waiting));
+        self.supervise(|supervisor, cx| supervisor.request(number, request, &[], cx))
+    }
+
+    /// `blockdev-add`, `netdev_add`, `fsdev-add`
+    pub(super) fn add_backend(&mut self, what: NewBackend, reply: Reply<()>) -> Result<(), End> {
+        let (kind, id) = (what.kind(), what.id().to_owned());
+        let spec = &self.parts.spec;
+        let cold = match kind {
+            BackendKind::Drive => spec.drives.iter().any(|one| one.id == id),
+            BackendKind::Netdev => spec.netdevs.iter().any(|one| one.id == id),
+            BackendKind::Fsdev => spec.fsdevs.iter().any(|one| one.id == id),
+        };
+        if cold || self.hotplug.backend(kind, &id).is_some() {
+            reply.send(Err(generic(format!(
+                "{} '{id}' exists already",
+                kind.noun()
+            ))));
+            return Ok(());
+        }
+        let used = |number: &u32| {
+            self.hotplug
+                .backends
+                .iter()
+                .all(|one| one.number != *number)
+        };
+        let Some(number) = (0..MAX_ADDED_BACKENDS).find(used) else {
+            reply.send(Err(generic(format!(
+                "{} '{id}' is one too many; allowed: {MAX_ADDED_BACKENDS} that were added and not removed",
+                kind.noun()
+            ))));
+            return Ok(());
+        };
+        let request = Request::Add {
+            backend: number,
+            addition: what.addition(),
+        };
+        self.hotplug.backends.push(Backend {
+            what,
+            number,
+            open: false,
+            user: None,
+        });
+        self.ask_broker(&request, Waiting::Add { number, reply })
+    }
+
+    /// `blockdev-del`, `netdev_del`, `fsdev-del`
+    pub(super) fn remove_backend(
+        &mut self,
+        kind: BackendKind,
+        id: &str,
+        reply: Reply<()>,
+    ) -> Result<(), End> {
+        let refused = match self.hotplug.backend(kind, id) {
+            None => Some(format!(
+                "{} '{id}' was not added, or was removed already",
+                kind.noun()
+            )),
+            Some(Backend {
+                user: Some(user), ..
+            }) => Some(format!(
+                "{} '{id}' is in use by device '{user}'",
+                kind.noun()
+            )),
+            Some(Backend { open: false, .. }) => {
+                Some(format!("{} '{id}' is being added", kind.noun()))
+            }
+            Some(_) => None,
+        };
+        if let Some(refused) = refused {
+            reply.send(Err(generic(refused)));
+            return Ok(());
+        }
+        let mut number = 0;
+        self.hotplug.backends.retain(|backend| {
+            let gone = backend.what.kind() == kind && backend.what.id() == id;
+            if gone {
+                number = backend.number;
+            }
+            !gone
+        });
+        self.ask_broker(
+            &Request::Remove { backend: number },
+            Waiting::Remove { reply },
+        )
+    }
+
+    /// `device_add`
+    pub(super) fn add_device(&mut self, new: NewDevice, reply: Reply<()>) -> Result<(), End> {
+        match self.prepare(&new) {
+            Ok((unit, addr, number, spec)) => {
+                let (kind, name) = new.backend();
+                if let Some(backend) = self.hotplug.backend(kind, name) {
+                    backend.user = Some(new.id.clone());
+                }
+                let request = Request::Plug {
+                    index: unit as u32,
+                    backend: number,
+                    spec: spec.clone(),
+                };
+                self.hotplug.plugging.push(Plugging {
+                    unit,
+                    addr,
+                    new,
+                    spec,
+                    pid: 0,
+                    handshake: None,
+                    failed: None,
+                    reply: Some(reply),
+                });
+                self.ask_broker(&request, Waiting::Plug { unit })
+            }
+            Err(error) => {
+                reply.send(Err(error));
+                Ok(())
+            }
+        }
+    }
+
+    /// Unit, number among its kind, back end and spec of a device to come.
+    fn prepare(&mut self, new: &NewDevice) -> Result<(usize, u8, u32, DeviceSpec), QmpError> {
+        if self.parts.machine.is_none() {
+            return Err(generic("Machine 'none' takes no devices"));
+        }
+        if self.job.is_some() {
+            return Err(generic(SNAPSHOT));
+        }
+        let id = &new.id;
+        let there = self
+            .hotplug
+            .units
+            .iter()
+            .any(|unit| unit.device.as_ref() == Some(id))
+            || self.hotplug.plugging.iter().any(|one| one.new.id == *id);
+        if there {
+            return Err(generic(format!("Device '{id}' exists already")));
+        }
+        if let Some(iothread) = &new.iothread
+            && !self.parts.spec.iothreads.contains(iothread)
+        {
+            return Err(generic(format!(
+                "iothread {iothread} of device '{id}' does not exist"
+            )));
+        }
+        let mac = self.unused_mac();
+        let vcpus = u16::from(self.parts.spec.cpus.cpus);
+        let (kind, name) = new.backend();
+        let Some(backend) = self.hotplug.backend(kind, name) else {
+            return Err(generic(format!(
+                "{} '{name}' of device '{id}' was not added",
+                kind.noun()
+            )));
+        };
+        if !backend.open {
+            return Err(generic(format!("{} '{name}' is being added", kind.noun())));
+        }
+        if let Some(user) = &backend.user {
+            return Err(generic(format!(
+                "{} '{name}' is in use by device '{user}'",
+                kind.noun()
+            )));
+        }
+        let number = backend.number;
+        let spec = new
+            .spec(&backend.what, vcpus, mac)
+            .ok_or_else(|| generic(format!("{} '{name}' is of another kind", kind.noun())))?;
+        spec.check()
+            .map_err(|what| generic(format!("Device '{id}': {what}")))?;
+        let kind = Kind::of(&spec);
+        if self.hotplug.count(kind) >= kind.most() {
+            return Err(generic(format!(
+                "Device '{id}' is one too many; allowed: {} {}",
+                kind.most(),
+                kind.noun()
+            )));
+        }
+        let (unit, addr) = self.place(new, &spec)?;
+        Ok((unit, addr, number, spec))
+    }
+
+    /// Where a device goes: see the module's page.
+    fn place(&self, new: &NewDevice, spec: &DeviceSpec) -> Result<(usize, u8), QmpError> {
+        let hotplug = &self.hotplug;
+        let kind = Kind::of(spec);
+        if let Some(addr) = new.addr {
+            let known = hotplug
+                .units
+                .iter()
+                .position(|unit| unit.kind == kind && unit.addr == addr);
+            if let Some(unit) = known {
+                if let Some(user) = &hotplug.units[unit].device {
+                    return Err(generic(format!(
+                        "addr {addr:#x} is taken by device '{user}'"
+                    )));
+                }
+                if hotplug.is_plugging(unit) || self.is_leaving(unit) {
+                    return Err(generic(format!("addr {addr:#x} is being changed")));
+                }
+                return Ok((unit, addr));
+            }
+        }
+        let addr = new.addr.unwrap_or_else(|| hotplug.fresh_addr(kind));
+        // Only the next one: units that nobody had yet are taken in order.
+        let next = hotplug.units.len();
+        if next < MAX_MMIO_DEVICES && !hotplug.is_plugging(next) {
+            return Ok((next, addr));
+        }
+        let given_up = hotplug.units.iter().enumerate().position(|(at, unit)| {
+            unit.device.is_none()
+                && !hotplug.is_plugging(at)
+                && !self.is_leaving(at)
+                && self
+                    .parts
+                    .transports
+                    .get(at)
+                    .is_some_and(|transport| lock(transport).core().status() == 0)
+        });
+        match given_up {
+            Some(unit) => Ok((unit, addr)),
+            None if next < MAX_MMIO_DEVICES => Err(generic(
+                "Another device is being added; wait for its answer",
+            )),
+            None => Err(generic(format!(
+                "Device '{}': no window is free: all {MAX_MMIO_DEVICES} have a device, or a driver of the guest still holds them; give the addr of a device that was taken out, or reset the guest",
+                new.id
+            ))),
+        }
+    }
+
+    fn is_leaving(&self, unit: usize) -> bool {
+        self.hotplug.waiting.iter().any(|(_, waiting)| {
+            matches!(waiting, Waiting::Unplug { unit: leaving, .. } if *leaving == unit)
+        })
+    }
+
+    fn unused_mac(&self) -> [u8; 6] {
+        let used: Vec<[u8; 6]> = self
+            .parts
+            .spec
+            .devices
+            .iter()
+            .filter_map(|device| match device.kind {
+                DeviceKind::Net { mac, .. } => Some(mac),
+                _ => None,
+            })
+            .collect();
+        let mut mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
+        while used.contains(&mac) {
+            mac[5] = mac[5].wrapping_add(1);
+        }
+        mac
+    }
+
+    /// `device_del`
+    pub(super) fn remove_device(&mut self, id: &str, reply: Reply<()>) -> Result<(), End> {
+        let unit = self
+            .hotplug
+            .units
+            .iter()
+            .position(|unit| unit.device.as_deref() == Some(id));
+        let Some(unit) = unit else {
+            reply.send(Err(QmpError::device_not_found(id)));
+            return Ok(());
+        };
+        if self.job.is_some() {
+            reply.send(Err(generic(SNAPSHOT)));
+            return Ok(());
+        }
+        if !self.supervisor.is_settled(unit) {
+            reply.send(Err(generic(format!(
+                "Device '{id}' is about to get another process; wait for DEVICE_RECOVERED or DEVICE_FAILED"
+            ))));
+            return Ok(());
+        }
+        if let Some(transport) = self.parts.transports.get(unit) {
+            // One that does not stop is ended by the broker, as all are.
+            lock(transport).take_out();
+        }
+        self.supervisor.unplug(unit);
+        if let Some(machine) = &mut self.parts.machine
+            && let Err(e) = machine.retire_mmio(unit)
+        {
+            error!("{}", with_causes(&e));
+        }
+        self.hotplug.units[unit].device = None;
+        self.hotplug.free_user(id);
+        reply.send(Ok(()));
+        self.ask_broker(
+            &Request::Unplug { index: unit as u32 },
+            Waiting::Unplug {
+                unit,
+                device: id.to_owned(),
+            },
+        )
+    }
+
+    /// Takes what the broker said to this part.
+    pub(super) fn told(&mut self) -> Result<(), End> {
+        while let Some(told) = self.supervisor.told() {
+            match told {
+                Told::Exited(exit) => self.plug_exited(&exit)?,
+                Told::Serves { index, pid } => {
+                    let unit = index as usize;
+                    for plugging in &mut self.hotplug.plugging {
+                        if plugging.unit == unit {
+                            plugging.pid = pid;
+                        }
+                    }
+                }
+                Told::Answer(number, answer) => {
+                    if let Some(waiting) = self.hotplug.take_waiting(number) {
+                        self.answered(waiting, answer)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self, waiting: Waiting, answer: Result<Notice, String>) -> Result<(), End> {
+        match (waiting, answer) {
+            (Waiting::Add { number, reply }, Ok(_)) => {
+                for backend in &mut self.hotplug.backends {
+                    backend.open |= backend.number == number;
+                }
+                reply.send(Ok(()));
+            }
+            (Waiting::Add { number, reply }, Err(why)) => {
+                self.hotplug
+                    .backends
+                    .retain(|backend| backend.number != number);
+                reply.send(Err(generic(why)));
+            }
+            (Waiting::Remove { reply }, answer) => {
+                reply.send(answer.map(drop).map_err(generic));
+            }
+            (Waiting::Plug { unit }, Ok(Notice::Started { pid, socket, .. })) => {
+                return self.plug_started(unit, pid, socket);
+            }
+            (Waiting::Plug { unit }, answer) => {
+                let why = answer.err().unwrap_or_else(|| "no socket".into());
+                // The broker has undone its part.
+                self.drop_plug(unit, why);
+            }
+            (Waiting::Undo, answer) => {
+                if let Err(why) = answer {
+                    error!("{why}");
+                }
+            }
+            (Waiting::Unplug { unit, device }, answer) => {
+                if let Err(why) = answer {
+                    error!("{why}");
+                }
+                if let Some(transport) = self.parts.transports.get(unit) {
+                    lock(transport).device_gone();
+                }
+                info!("device {device} is taken out");
+                self.parts.qmp.emit(&Event::DeviceDeleted { device });
+            }
+        }
+        Ok(())
+    }
+
+    fn plug_started(&mut self, unit: usize, pid: i32, socket: UnixStream) -> Result<(), End> {
+        let Some(plugging) = self.hotplug.plugging.iter_mut().find(|p| p.unit == unit) else {
+            return Ok(());
+        };
+        plugging.pid = pid;
+        let begun = Handshake::begin(socket, &plugging.spec)
+            .map_err(|e| with_causes(&e))
+            .and_then(|handshake| {
+                self.poller
+                    .add(&handshake, PLUGS + unit as u64, EpollFlags::EPOLLIN)
+                    .map_err(|e| format!("epoll_ctl: {}", e.desc()))?;
+                plugging.handshake = Some(handshake);
+                Ok(())
+            });
+        match begun {
+            Ok(()) => Ok(()),
+            Err(why) => self.undo(unit, why),
+        }
+    }
+
+    /// The process of a device on its way in has something to say, or its time is over.
+    pub(super) fn plug_event(&mut self, unit: usize) -> Result<(), End> {
+        let Some(plugging) = self.hotplug.plugging.iter_mut().find(|p| p.unit == unit) else {
+            return Ok(());
+        };
+        let Some(handshake) = &mut plugging.handshake else {
+            return Ok(());
+        };
+        match handshake.advance() {
+            Ok(false) => return Ok(()),
+            Ok(true) => {}
+            Err(error) => {
+                let why = with_causes(&error);
+                if error.is_hang_up() && plugging.failed.is_none() {
+                    // Its last words say more.
+                    let deaf = self.poller.remove(&*handshake);
+                    plugging.failed = Some(why.clone());
+                    if deaf.is_ok() {
+                        return Ok(());
+                    }
+                }
+                return self.undo(unit, why);
+            }
+        }
+        let Some(handshake) = plugging.handshake.take() else {
+            return Ok(());
+        };
+        let done = self
+            .poller
+            .remove(&handshake)
+            .map_err(|e| format!("epoll_ctl: {}", e.desc()))
+            .and_then(|()| self.put_in(unit, handshake));
+        match done {
+            Ok(()) => Ok(()),
+            Err(why) => self.undo(unit, why),
+        }
+    }
+
+    /// Ends what takes too long.
+    pub(super) fn plug_overdue(&mut self) -> Result<(), End> {
+        let now = std::time::Instant::now();
+        let late: Vec<usize> = self
+            .hotplug
+            .plugging
+            .iter()
+            .filter(|plugging| {
+                plugging
+                    .handshake
+                    .as_ref()
+                    .is_some_and(|handshake| handshake.deadline() <= now)
+            })
+            .map(|plugging| plugging.unit)
+            .collect();
+        for unit in late {
+            self.plug_event(unit)?;
+        }
+        Ok(())
+    }
+
+    fn plug_exited(&mut self, exit: &DeviceExit) -> Result<(), End> {
+        let unit = exit.index as usize;
+        let Some(plugging) = self
+            .hotplug
+            .plugging
+            .iter()
+            .find(|plugging| plugging.unit == unit && plugging.pid == exit.pid)
+        else {
+            return Ok(());
+        };
+        let words = if exit.last_words.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", exit.last_words)
+        };
+        let why = format!("device {}: its process ended{words}", plugging.spec.id());
+        self.undo(unit, why)
+    }
+
+    /// A device failed on its way in, and the broker has to know.
+    fn undo(&mut self, unit: usize, why: String) -> Result<(), End> {
+        self.drop_plug(unit, why);
+        self.ask_broker(&Request::Unplug { index: unit as u32 }, Waiting::Undo)
+    }
+
+    fn drop_plug(&mut self, unit: usize, why: String) {
+        let Some(at) = self.hotplug.plugging.iter().position(|p| p.unit == unit) else {
+            return;
+        };
+        // Its socket leaves the poller by being closed.
+        let plugging = self.hotplug.plugging.remove(at);
+        self.hotplug.free_user(&plugging.new.id);
+        error!("{why}");
+        if let Some(reply) = plugging.reply {
+            reply.send(Err(generic(why)));
+        }
+    }
+
+    /// Puts a device that serves behind its registers, and tells the guest.
+    fn put_in(&mut self, unit: usize, handshake: Handshake) -> Result<(), String> {
+        let told = |e: &dyn std::error::Error| with_causes(e);
+        let fresh = handshake.finish().map_err(|e| told(&e))?;
+        let Some(at) = self.hotplug.plugging.iter().position(|p| p.unit == unit) else {
+            return Ok(());
+        };
+        let (spec, pid, most) = {
+            let plugging = &self.hotplug.plugging[at];
+            (plugging.spec.clone(), plugging.pid, plugging.new.most)
+        };
+        let Some(machine) = &mut self.parts.machine else {
+            return Err("machine none takes no devices".into());
+        };
+        let memory = machine.ram().memory().clone();
+        match self.parts.transports.get(unit).cloned() {
+            None => {
+                let transport = MmioTransport::new(fresh, memory).map_err(|e| told(&e))?;
+                let transport = Arc::new(Mutex::new(transport));
+                machine
+                    .attach_mmio(unit, transport.clone())
+                    .map_err(|e| told(&e))?;
+                let added = connect(machine, unit, &transport)
+                    .map_err(|e| told(&e))
+                    .and_then(|()| {
+                        self.poller
+                            .add(
+                                borrow(lock(&transport).error_event()),
+                                DEVICES + unit as u64,
+                                EpollFlags::EPOLLIN,
+                            )
+                            .map_err(|e| format!("epoll_ctl: {}", e.desc()))
+                    });
+                if let Err(why) = added {
+                    disconnect(machine, unit, &transport);
+                    machine.detach_mmio(unit);
+                    return Err(why);
+                }
+                self.parts.transports.push(transport.clone());
+                self.supervise_unit(|supervisor, cx| {
+                    supervisor.add(spec.clone(), &transport, most, pid, cx)
+                })?;
+            }
+            Some(transport) => {
+                let free = lock(&transport).core().status() == 0;
+                if free {
+                    // No driver knows what was here before: registers, doorbells and interrupts are made anew.
+                    disconnect(machine, unit, &transport);
+                    let _ = self.poller.remove(borrow(lock(&transport).error_event()));
+                    *lock(&transport) = MmioTransport::new(fresh, memory).map_err(|e| told(&e))?;
+                    connect(machine, unit, &transport).map_err(|e| told(&e))?;
+                    self.poller
+                        .add(
+                            borrow(lock(&transport).error_event()),
+                            DEVICES + unit as u64,
+                            EpollFlags::EPOLLIN,
+                        )
+                        .map_err(|e| format!("epoll_ctl: {}", e.desc()))?;
+                } else {
+                    let back = lock(&transport).device_back(fresh).map_err(|e| {
+                        format!(
+                            "{}; the driver of the guest still holds a device with those: give another addr, or the same properties",
+                            with_causes(&e)
+                        )
+                    })?;
+                    if !back {
+                        return Err(format!(
+                            "device {}: its process does not take its queues",
+                            spec.id()
+                        ));
+                    }
+                }
+                machine.revive_mmio(unit);
+                self.supervise_unit(|supervisor, cx| {
+                    supervisor.replace(unit, spec.clone(), most, pid, cx)
+                })?;
+            }
+        }
+        let plugging = self.hotplug.plugging.remove(at);
+        self.record(unit, &plugging);
+        if let Some(machine) = &self.parts.machine
+            && let Err(e) = machine.announce_mmio(unit)
+        {
+            error!("{}", with_causes(&e));
+        }
+        info!("device {} is process {pid}", plugging.spec.id());
+        if let Some(reply) = plugging.reply {
+            reply.send(Ok(()));
+        }
+        Ok(())
+    }
+
+    fn supervise_unit(
+        &mut self,
+        work: impl FnOnce(
+            &mut super::supervise::Supervisor,
+            &mut super::supervise::Context<'_>,
+        ) -> Result<(), nix::errno::Errno>,
+    ) -> Result<(), String> {
+        let mut outcome = Ok(());
+        let done = self.supervise(|supervisor, cx| {
+            outcome = work(supervisor, cx);
+            Ok(())
+        });
+        match (done, outcome) {
+            (Ok(()), Ok(())) => Ok(()),
+            (_, Err(e)) => Err(format!("epoll_ctl: {}", e.desc())),
+            (Err(_), Ok(())) => Err("the broker is gone".into()),
+        }
+    }
+
+    /// Everything that lists devices lists this one too.
+    fn record(&mut self, unit: usize, plugging: &Plugging) {
+        let option = DeviceOption {
+            id: plugging.new.id.clone(),
+            kind: plugging.new.option(&plugging.spec),
+            iothread: plugging.new.iothread.clone(),
+            restart: RestartPolicy {
+                most: plugging.new.most,
+            },
+        };
+        // What the broker has; only the spec is of interest here.
+        let grant = DeviceGrant {
+            spec: plugging.spec.clone(),
+            backend: BackendGrant::Given,
+        };
+        let record = Unit {
+            kind: Kind::of(&plugging.spec),
+            addr: plugging.addr,
+            device: Some(plugging.new.id.clone()),
+        };
+        let Parts { spec, plan, .. } = &mut self.parts;
+        put(&mut spec.devices, unit, option);
+        put(&mut plan.policy.devices, unit, grant);
+        put(&mut plan.devices, unit, unit as u32);
+        put(&mut self.hotplug.units, unit, record);
+    }
+}
+
+/// Replaces number `at`, or appends it.
+fn put<T>(list: &mut Vec<T>, at: usize, one: T) {
+    match list.get_mut(at) {
+        Some(place) => *place = one,
+        None => list.push(one),
+    }
+}
+
+/// Registers the doorbells and interrupts of the device behind window `unit` with KVM.
+fn connect(
+    machine: &Microvm,
+    unit: usize,
+    transport: &SharedTransport,
+) -> Result<(), microvm::Error> {
+    let Some(window) = microvm::mmio_slots().get(unit).copied() else {
+        return Err(microvm::Error::Slot { slot: unit });
+    };
+    let guard = lock(transport);
+    for (offset, value, kick) in guard.ioeventfds() {
+        machine
+            .vm()
+            .register_ioeventfd(kick, window.base + offset, Some(value))?;
+    }
+    for call in guard.irqfds() {
+        machine.vm().register_irqfd(call, window.gsi)?;
+    }
+    Ok(())
+}
+
+/// Undoes what [`connect`] did, as far as it came.
+fn disconnect(machine: &Microvm, unit: usize, transport: &SharedTransport) {
+    let Some(window) = microvm::mmio_slots().get(unit).copied() else {
+        return;
+    };
+    let guard = lock(transport);
+    for (offset, value, kick) in guard.ioeventfds() {
+        let _ = machine
+            .vm()
+            .unregister_ioeventfd(kick, window.base + offset, Some(value));
+    }
+    for call in guard.irqfds() {
+        let _ = machine.vm().unregister_irqfd(call, window.gsi);
+    }
+}

@@ -1,0 +1,293 @@
+//! What comes to the running VM and goes.
+
+use crate::qmp::command::{Reply, Ticket, VmCommand};
+use crate::qmp::plug::{BackendKind, DRIVERS, NewBackend, NewDevice};
+use crate::qmp::schema::types::{Command, Enum, Member, Object, Type, main, may, must, object};
+use ipc::limits;
+use serde_json::json;
+
+const PATH: Type = Type::Text(4095);
+
+const AIO: Type = Type::Enum(&Enum {
+    name: "BlockdevAioOptions",
+    values: &["native", "io_uring", "threads", "off"],
+});
+
+const FILE_DRIVER: Type = Type::Enum(&Enum {
+    name: "BlockdevFileDriver",
+    values: &["file", "host_device"],
+});
+
+const FILE: Object = object(
+    "BlockdevFile",
+    &[
+        may(
+            "driver",
+            FILE_DRIVER,
+            "both open what is there: a file or a block device",
+        ),
+        must(
+            "filename",
+            PATH,
+            "absolute path, beneath a folder that `-hotplug images=` grants",
+        ),
+        may("aio", AIO, "as `-drive aio=`; threads means off"),
+        may("node-name", Type::ID, "accepted, without effect"),
+        may("locking", ON_OFF_AUTO, "accepted: images are always locked"),
+        may("auto-read-only", Type::Bool, "accepted: never done"),
+        may("discard", DISCARD, "accepted: the node's own counts"),
+    ],
+);
+
+const ON_OFF_AUTO: Type = Type::Enum(&Enum {
+    name: "OnOffAuto",
+    values: &["auto", "on", "off"],
+});
+
+const DISCARD: Type = Type::Enum(&Enum {
+    name: "BlockdevDiscardOptions",
+    values: &["ignore", "unmap"],
+});
+
+const CACHE: Object = object(
+    "BlockdevCacheOptions",
+    &[
+        may("direct", Type::Bool, "as `-drive direct=`, default true"),
+        may("no-flush", Type::Bool, "accepted: flushes are always done"),
+    ],
+);
+
+const BLOCKDEV: &[Member] = &[
+    must("node-name", Type::ID, "name that a device refers to"),
+    may(
+        "driver",
+        Type::Enum(&Enum {
+            name: "BlockdevDriver",
+            values: &["raw", "file", "host_device"],
+        }),
+        "format, or file in one; all are raw",
+    ),
+    may("file", Type::Object(&FILE), "where the image is"),
+    may(
+        "filename",
+        PATH,
+        "where the image is, with driver file or host_device",
+    ),
+    may("read-only", Type::Bool, "default false"),
+    may("auto-read-only", Type::Bool, "accepted: never done"),
+    may("cache", Type::Object(&CACHE), "the host's page cache"),
+    may("discard", DISCARD, "as `-drive discard=`"),
+    may(
+        "detect-zeroes",
+        Type::Enum(&Enum {
+            name: "BlockdevDetectZeroesOptions",
+            values: &["off", "on", "unmap"],
+        }),
+        "as `-drive detect-zeroes=`",
+    ),
+    may(
+        "iops",
+        Type::Int(0, limits::MAX_IOPS as u64),
+        "as `-drive throttling.iops-total=`",
+    ),
+];
+
+const NETDEV: &[Member] = &[
+    must("id", Type::ID, "name that a device refers to"),
+    may(
+        "type",
+        Type::Enum(&Enum {
+            name: "NetClientDriver",
+            values: &["tap"],
+        }),
+        "default tap",
+    ),
+    must(
+        "ifname",
+        Type::Text(15),
+        "a tap that `-hotplug tap=` grants",
+    ),
+    may(
+        "queues",
+        Type::Int(1, limits::MAX_NET_QUEUE_PAIRS as u64),
+        "queue pairs, default 1",
+    ),
+    may(
+        "vhost",
+        Type::Bool,
+        "accepted: packets never go through the host kernel's vhost",
+    ),
+];
+
+const FSDEV: &[Member] = &[
+    must("id", Type::ID, "name that a device refers to"),
+    must(
+        "path",
+        PATH,
+        "absolute path of a folder, beneath or the one that `-hotplug folders=` grants",
+    ),
+    may("readonly", Type::Bool, "default false"),
+    may(
+        "cache",
+        Type::Enum(&Enum {
+            name: "FsdevCache",
+            values: &["never", "metadata", "auto", "always"],
+        }),
+        "as `-fsdev cache=`",
+    ),
+    may("xattr", Type::Bool, "as `-fsdev xattr=`"),
+    may(
+        "posix-acl",
+        Type::Bool,
+        "as `-fsdev posix-acl=`; switches xattr on",
+    ),
+];
+
+const DEVICE: &[Member] = &[
+    must("id", Type::ID, "name of the device"),
+    must(
+        "driver",
+        Type::Enum(&Enum {
+            name: "HotplugDriver",
+            values: &DRIVERS,
+        }),
+        "kind of device",
+    ),
+    may(
+        "drive",
+        Type::ID,
+        "for a disk: name of its block node, default the device's id",
+    ),
+    may(
+        "netdev",
+        Type::ID,
+        "for a card: its netdev, default the device's id",
+    ),
+    may(
+        "fsdev",
+        Type::ID,
+        "for a folder: its fsdev, default the device's id",
+    ),
+    may(
+        "addr",
+        Type::Text(8),
+        "number among the devices of its kind, as in 0x1: one that was used before is used again, whatever the guest still has open there; default: one that nobody used",
+    ),
+    may(
+        "serial",
+        Type::Text(limits::BLOCK_ID_BYTES),
+        "for a disk: its serial number",
+    ),
+    may("mac", Type::Text(17), "for a card: its MAC address"),
+    may(
+        "tag",
+        Type::Text(limits::MAX_FS_TAG),
+        "for a folder: name that the guest mounts, default the device's id",
+    ),
+    may(
+        "num-queues",
+        Type::Int(1, limits::MAX_BLOCK_QUEUES as u64),
+        "for a disk: default one a vCPU",
+    ),
+    may(
+        "num-request-queues",
+        Type::Int(1, limits::MAX_FS_REQUEST_QUEUES as u64),
+        "for a folder: default 1",
+    ),
+    may(
+        "queue-size",
+        Type::Int(4, limits::MAX_QUEUE_SIZE as u64),
+        "entries of each queue",
+    ),
+    may("iothread", Type::ID, "id of an -object iothread"),
+    may("restart", Type::Bool, "as `-device restart=`"),
+    may(
+        "max-restarts",
+        Type::Int(0, limits::MAX_RESTARTS as u64),
+        "as `-device max-restarts=`",
+    ),
+];
+
+fn nothing(ticket: Ticket) -> Reply<()> {
+    Reply::new(ticket, |_, ()| json!({}))
+}
+
+pub(super) static COMMANDS: &[Command] = &[
+    main(
+        "blockdev-add",
+        "Opens an image for a disk to come",
+        |ticket, arguments| {
+            VmCommand::BackendAdd(Box::new(NewBackend::drive(arguments)), nothing(ticket))
+        },
+    )
+    .takes(BLOCKDEV),
+    main(
+        "blockdev-del",
+        "Closes an image that no disk uses",
+        |ticket, mut arguments| {
+            VmCommand::BackendDel(
+                BackendKind::Drive,
+                arguments.required_text("node-name"),
+                nothing(ticket),
+            )
+        },
+    )
+    .takes(&[must("node-name", Type::ID, "its name")]),
+    main(
+        "netdev_add",
+        "Takes a tap for a card to come",
+        |ticket, arguments| {
+            VmCommand::BackendAdd(Box::new(NewBackend::netdev(arguments)), nothing(ticket))
+        },
+    )
+    .takes(NETDEV),
+    main(
+        "netdev_del",
+        "Gives up a tap that no card uses",
+        |ticket, mut arguments| {
+            VmCommand::BackendDel(
+                BackendKind::Netdev,
+                arguments.required_text("id"),
+                nothing(ticket),
+            )
+        },
+    )
+    .takes(&[must("id", Type::ID, "its id")]),
+    main(
+        "fsdev-add",
+        "Opens a folder for a device to come",
+        |ticket, arguments| {
+            VmCommand::BackendAdd(Box::new(NewBackend::fsdev(arguments)), nothing(ticket))
+        },
+    )
+    .takes(FSDEV),
+    main(
+        "fsdev-del",
+        "Closes a folder that no device uses",
+        |ticket, mut arguments| {
+            VmCommand::BackendDel(
+                BackendKind::Fsdev,
+                arguments.required_text("id"),
+                nothing(ticket),
+            )
+        },
+    )
+    .takes(&[must("id", Type::ID, "its id")]),
+    main(
+        "device_add",
+        "Starts a device's process and shows the device to the guest: at once to one that reads ACPI, and at its next start to others",
+        |ticket, arguments| match NewDevice::read(arguments) {
+            Ok(device) => VmCommand::DeviceAdd(Box::new(device), nothing(ticket)),
+            Err(why) => VmCommand::Wrong(why, nothing(ticket)),
+        },
+    )
+    .takes(DEVICE),
+    main(
+        "device_del",
+        "Takes a device out: a disk loses its medium, a card its link, and requests that are under way are ended first; what the guest asks for after that is not answered until a device with the same addr is added",
+        |ticket, mut arguments| {
+            VmCommand::DeviceDel(arguments.required_text("id"), nothing(ticket))
+        },
+    )
+    .takes(&[must("id", Type::ID, "its id")]),
+];
