@@ -457,6 +457,40 @@ fn the_daemon_that_came_with_qemu_serves_a_vm() {
 }
 
 #[test]
+fn a_vm_finds_a_daemon_that_left_and_came_back() {
+    require_kvm();
+    require_root();
+    let (dir, tree) = tree();
+    let socket = dir.path().join("socket");
+    let daemon = own_daemon(&tree, &socket);
+    let vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::FirstByte.path(), "")
+        .arg("-chardev")
+        .arg(format!("socket,id=c,path={}", socket.display()))
+        .arg("-device")
+        .arg("vhost-user-fs-device,chardev=c,tag=share,id=fs0,restart=on")
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let mut daemon = Some(daemon);
+    for _ in 0..3 {
+        drop(daemon.take());
+        let gone = qmp.wait_event("DEVICE_CRASHED", LIMIT).unwrap();
+        assert_eq!(gone["data"]["device"], "fs0");
+        // Somebody listens at the same place who is no daemon and hangs up: that is no reason to give up.
+        let _ = fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).unwrap();
+        drop(listener.accept().unwrap());
+        drop(listener);
+        daemon = Some(own_daemon(&tree, &socket));
+        let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+        assert_eq!(back["data"]["device"], "fs0");
+    }
+}
+
+#[test]
 fn a_vm_goes_on_without_a_daemon_that_left() {
     require_kvm();
     require_root();

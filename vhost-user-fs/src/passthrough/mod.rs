@@ -139,6 +139,9 @@ impl Default for Config {
     }
 }
 
+/// In [`Word::Agreed`]: there is a session, whatever flags it has. `FUSE_INIT` has no such flag.
+const SESSION: u64 = 1 << 63;
+
 /// What becomes of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -356,6 +359,16 @@ impl Passthrough {
         }
         let header = &request.header;
         let node = header.nodeid;
+        // A guest that had a session with a daemon before this one has numbers of inodes which would be other files here.
+        if self.store.load(Word::Agreed) == 0 {
+            match request.body {
+                Body::Init { .. } | Body::Destroy => {}
+                Body::Forget { .. } | Body::BatchForget(_) | Body::Interrupt { .. } => {
+                    return Ok(Outcome::Silent);
+                }
+                _ => return Err(Errno::ESTALE),
+            }
+        }
         self.need(nodes(header, &request.body))?;
         match request.body {
             Body::Lookup { name } => self.lookup(node, name, reply)?,
@@ -544,7 +557,7 @@ impl Passthrough {
         if agreed & init::INIT_EXT == 0 {
             agreed &= 0xffff_ffff;
         }
-        self.store.store(Word::Agreed, agreed);
+        self.store.store(Word::Agreed, agreed | SESSION);
         let max_write = self.config.max_write;
         // 4096 is the smallest page of any guest.
         let pages = (max_write / 4096).clamp(1, u32::from(u16::MAX)) as u16;

@@ -267,7 +267,10 @@ impl super::Draft {
                 .push(format!("-device {}: bootindex", props.raw()));
         }
         let given = props.small::<u16>("max-restarts");
-        let most = if props.bool("restart").unwrap_or(true) {
+        // Somebody else's daemon may not know what the guest has open when it comes back, and then another file may have the
+        // same number.
+        let own = props.shape() != "vhost-user-fs-device";
+        let most = if props.bool("restart").unwrap_or(own) {
             given.unwrap_or(limits::DEFAULT_RESTARTS)
         } else if given.is_some() {
             return Err(props.error("max-restarts contradicts restart=off; allowed with it: none"));

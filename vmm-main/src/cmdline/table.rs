@@ -641,6 +641,12 @@ const DEVICE: &[Shape] = &[
             ),
             FS_QUEUES,
             FS_QUEUE_SIZE,
+            key(
+                "restart",
+                Kind::Bool,
+                "off",
+                "when the daemon leaves, its socket is tried again until one is there; for a daemon that keeps what the guest has open",
+            ),
         ],
     ),
 ];

@@ -8,7 +8,8 @@
 //! **Who is not trusted**: device processes. One that hangs up may still have guest memory mapped, so it is ended in any
 //! case before another starts; one that answers its handshake slowly, in drips or never is ended when its time is over.
 //!
-//! A device whose daemon is somebody else's has no process here: when that daemon leaves, the device is given up.
+//! A device whose daemon is somebody else's has no process here: when that daemon leaves, the device is given up, or, with
+//! `restart=on`, its socket is tried again every [`RECONNECT_MS`] without end, each time with the whole handshake.
 //!
 //! **Why this way.** Nothing here waits for a device process: replies of the broker and of the handshake are events of the
 //! main loop, and vCPUs stop only if they touch the registers of a device at the moment when it gets its queues back.
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use ipc::control::{DeviceGrant, Exit, Request};
 use ipc::limits::RESTART_WINDOW_MS;
-use ipc::log::{error, info, warn};
+use ipc::log::{debug, error, info, warn};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::IoStop;
 use nix::errno::Errno;
@@ -40,6 +41,9 @@ use crate::broker::{Client, ClientError, DeviceExit, Notice};
 use crate::qmp::{Event, ServerHandle, Workload};
 use crate::virtio::attention::Attention;
 use crate::virtio::remote::{Handshake, RemoteError};
+
+/// Milliseconds between two tries to reach somebody else's daemon.
+const RECONNECT_MS: u64 = 500;
 
 /// What the supervisor works with.
 pub(super) struct Context<'a> {
@@ -91,6 +95,8 @@ pub(super) enum Told {
 
 #[derive(Debug)]
 struct Device {
+    /// Where its daemon listens, if that is somebody else's.
+    foreign: Option<DeviceGrant>,
     spec: DeviceSpec,
     transport: SharedTransport,
     attention: Arc<Attention>,
@@ -122,6 +128,8 @@ enum Process {
     Foreign,
     /// It has ended because the host failed a request; another one comes when the guest goes on.
     Waiting(IoStop),
+    /// Somebody else's has left; its socket is tried again at this time.
+    Away(Instant),
     /// None will come.
     Failed,
     /// The device was taken out; another one may be put in.
@@ -134,9 +142,12 @@ impl Process {
             Self::Serving { pid } | Self::Stopping { pid, .. } | Self::Handshaking { pid, .. } => {
                 Some(*pid)
             }
-            Self::Starting | Self::Foreign | Self::Waiting(_) | Self::Failed | Self::Unplugged => {
-                None
-            }
+            Self::Starting
+            | Self::Foreign
+            | Self::Waiting(_)
+            | Self::Away(_)
+            | Self::Failed
+            | Self::Unplugged => None,
         }
     }
 }
@@ -201,6 +212,7 @@ impl Supervisor {
                     .add(socket, sockets + u64::from(index), EpollFlags::EPOLLRDHUP)?;
             }
             devices.push(Device {
+                foreign: grant.is_foreign().then(|| grant.clone()),
                 spec: grant.spec.clone(),
                 transport: transport.clone(),
                 attention,
@@ -237,6 +249,7 @@ impl Supervisor {
                     Process::Waiting(_) => "waiting",
                     Process::Foreign => "foreign",
                     Process::Failed | Process::Unplugged => "failed",
+                    Process::Away(_) => "starting",
                 },
                 pid: device.process.pid(),
             })
@@ -366,6 +379,11 @@ impl Supervisor {
                 Ok(())
             }
             Notice::Refused { message } => match self.asked.pop_front() {
+                Some(Asked::Start(index)) if self.devices[index].foreign.is_some() => {
+                    debug!("{message}");
+                    self.try_later(index);
+                    Ok(())
+                }
                 Some(Asked::Start(index)) => {
                     error!("{message}");
                     self.start(index, cx)
@@ -416,6 +434,7 @@ impl Supervisor {
             EpollFlags::EPOLLIN,
         )?;
         self.devices.push(Device {
+            foreign: None,
             spec,
             transport: transport.clone(),
             attention,
@@ -474,6 +493,12 @@ impl Supervisor {
         }
     }
 
+    /// Somebody else's daemon is not there, or not as it should be.
+    fn try_later(&mut self, index: usize) {
+        let again = Instant::now() + Duration::from_millis(RECONNECT_MS);
+        self.devices[index].process = Process::Away(again);
+    }
+
     /// Ends processes that do not give their queues back, and waits for that. Guest memory may then get a new owner. The
     /// guest does not run meanwhile.
     pub(super) fn settle(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
@@ -504,6 +529,7 @@ impl Supervisor {
             .iter()
             .filter_map(|device| match &device.process {
                 Process::Handshaking { handshake, .. } => Some(handshake.deadline()),
+                Process::Away(again) => Some(*again),
                 _ => None,
             })
             .min()
@@ -513,6 +539,13 @@ impl Supervisor {
     pub(super) fn overdue(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
         let now = Instant::now();
         for index in 0..self.devices.len() {
+            if matches!(self.devices[index].process, Process::Away(again) if again <= now) {
+                self.devices[index].process = Process::Starting;
+                self.asked.push_back(Asked::Start(index));
+                cx.broker.send(&Request::Start {
+                    index: index as u32,
+                })?;
+            }
             let late = match &self.devices[index].process {
                 Process::Handshaking { handshake, .. } => handshake.deadline() <= now,
                 _ => false,
@@ -529,6 +562,12 @@ impl Supervisor {
         let device = &mut self.devices[index];
         if matches!(device.process, Process::Foreign) {
             self.left(index, cx);
+            return Ok(());
+        }
+        if device.foreign.is_some() {
+            if matches!(device.process, Process::Handshaking { .. }) {
+                self.try_later(index);
+            }
             return Ok(());
         }
         let Some(pid) = device.process.pid() else {
@@ -614,7 +653,11 @@ impl Supervisor {
         let Some(device) = self.devices.get_mut(index) else {
             return Ok(());
         };
-        match Handshake::begin(socket, &device.spec) {
+        let begun = match &device.foreign {
+            Some(grant) => Handshake::begin_for(socket, grant),
+            None => Handshake::begin(socket, &device.spec),
+        };
+        match begun {
             Ok(handshake) => {
                 let watched =
                     cx.poller
@@ -629,6 +672,11 @@ impl Supervisor {
                 }
                 Ok(())
             }
+            Err(e) if device.foreign.is_some() => {
+                debug!("{}", with_causes(&e));
+                self.try_later(index);
+                Ok(())
+            }
             Err(e) => {
                 device.process = Process::Serving { pid };
                 self.complain(index, &e, cx)
@@ -639,13 +687,27 @@ impl Supervisor {
     /// The connection to somebody else's daemon is over, by its will or because it does not do as it should.
     fn left(&mut self, index: usize, cx: &Context<'_>) {
         let device = &mut self.devices[index];
-        device.process = Process::Failed;
         // A vCPU that waits for this holds the transport's lock.
         device.attention.ended();
         let mut transport = lock(&device.transport);
         transport.device_gone();
-        transport.device_lost();
         let id = device.spec.id().to_owned();
+        if device.budget.most > 0 {
+            device.since.get_or_insert_with(Instant::now);
+            device.process = Process::Away(Instant::now());
+            error!(
+                "device {id}: its daemon has left, or does not answer as it should; its socket is tried again"
+            );
+            // Nobody here knows its number.
+            cx.qmp.emit(&Event::DeviceCrashed {
+                device: id,
+                pid: 0,
+                how: None,
+            });
+            return;
+        }
+        device.process = Process::Failed;
+        transport.device_lost();
         let reason = "its daemon has left, or does not answer as it should".to_owned();
         error!("device {id}: given up: {reason}");
         cx.qmp.emit(&Event::DeviceFailed { device: id, reason });
@@ -669,7 +731,12 @@ impl Supervisor {
             Ok(true) => {}
             Err(e) => return self.complain(index, &e, cx),
         }
-        let process = std::mem::replace(&mut device.process, Process::Serving { pid });
+        let next = if device.foreign.is_some() {
+            Process::Foreign
+        } else {
+            Process::Serving { pid }
+        };
+        let process = std::mem::replace(&mut device.process, next);
         let Process::Handshaking { handshake, .. } = process else {
             return Ok(());
         };
@@ -687,6 +754,14 @@ impl Supervisor {
                     .take()
                     .map_or(Duration::ZERO, |since| since.elapsed());
                 let id = device.spec.id().to_owned();
+                if device.foreign.is_some()
+                    && let Some(socket) = lock(&device.transport).device_socket()
+                    && let Err(e) =
+                        cx.poller
+                            .add(socket, self.sockets + index as u64, EpollFlags::EPOLLRDHUP)
+                {
+                    error!("device {id}: epoll_ctl: {}", e.desc());
+                }
                 info!(
                     "device {id}: process {pid} goes on after {:.1} ms",
                     stall.as_secs_f64() * 1000.0
