@@ -254,7 +254,7 @@ fn try_case(suite: &Suite, case: &Case) -> Result<(), String> {
         f.check == wanted || case.also.contains(&f.check) || matches!(f.check, Check::Unread(_))
     });
     if found && only {
-        return told(case.caught, &reply);
+        return told(&suite.setting, case.caught, &reply);
     }
     Err(format!(
         "{wanted:?} should have been found of {process}, but this was:\n{}",
@@ -263,7 +263,7 @@ fn try_case(suite: &Suite, case: &Case) -> Result<(), String> {
 }
 
 /// Whether `query-sandbox` names the layer as missing too, if it knows it and could read it.
-fn told((process, check): (&str, Check), reply: &Value) -> Result<(), String> {
+fn told(setting: &Setting, (process, check): (&str, Check), reply: &Value) -> Result<(), String> {
     let (layer, member) = match check {
         Check::SeccompMode => ("seccomp", "threads"),
         Check::NoNewPrivileges => ("no-new-privs", "threads"),
@@ -286,13 +286,15 @@ fn told((process, check): (&str, Check), reply: &Value) -> Result<(), String> {
         Check::ForeignFile => ("no-foreign-files", "memory"),
         _ => return Ok(()),
     };
-    // Each device has one, and those with a keeper another.
-    let is_it = |facts: &&Value| match process {
-        "control" | "broker" => facts["role"] == process,
-        id => facts["role"] == "device" && facts["id"] == id,
+    let at = match process {
+        "control" => 0,
+        "broker" => 1,
+        id => setting.devices.iter().position(|d| d.id == id).unwrap() + 2,
     };
+    // Each device has one process in this order; a keeper comes in between.
     let all = reply["processes"].as_array().unwrap();
-    let facts = all.iter().find(is_it).unwrap();
+    let mut own = all.iter().filter(|facts| facts["role"] != "keeper");
+    let facts = own.nth(at).unwrap();
     let missing = facts["missing-layers"].as_array().unwrap();
     if missing.contains(&json!(layer)) || facts["unreadable"][member].is_string() {
         return Ok(());
