@@ -284,7 +284,7 @@ impl Setting {
         ];
         all.extend((0..self.vcpus).map(|n| Want::some(&format!("kvm-vcpu:{n}"), "rw")));
         all.extend((0..self.clients).map(|_| Want::some("socket", "rw")));
-        // The board's own: serial port, events of the machine, power button, slots, pauses; two of the QMP thread.
+        // The board's own: serial port, events of the machine, power button, slots, generation id, pauses; two of the QMP thread.
         all.extend((0..CONTROL_EVENTFDS).map(|_| Want::some("eventfd", "rw")));
         for device in &self.devices {
             all.push(Want::some("socket", "rw"));
@@ -328,7 +328,7 @@ impl Setting {
 }
 
 /// Eventfds of a control process that belong to no device.
-const CONTROL_EVENTFDS: usize = 9;
+const CONTROL_EVENTFDS: usize = 10;
 
 /// A thread that KVM makes in the process that first runs a vCPU. It is the kernel's: it runs no instruction of the process,
 /// and there is none where KVM splits no huge pages.
