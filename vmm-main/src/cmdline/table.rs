@@ -1086,7 +1086,7 @@ pub static OPTIONS: &[OptionDef] = &[
         Group::Devices,
         "hotplug",
         props(HOTPLUG),
-        "Where disks, folders and cards may come from that QMP adds to the running VM by name; descriptors that a QMP client passes need no grant. Whoever takes the VM over reaches what is granted here.",
+        "Where disks, folders and cards may come from that QMP adds to the running VM. Whoever takes the VM over reaches what is granted here.",
     ),
     repeated(
         Group::Devices,
