@@ -245,11 +245,12 @@ impl Supervisor {
                 state: match device.process {
                     Process::Serving { .. } => "serving",
                     Process::Stopping { .. } => "stopping",
-                    Process::Starting | Process::Handshaking { .. } => "starting",
+                    Process::Starting | Process::Handshaking { .. } | Process::Away(_) => {
+                        "starting"
+                    }
                     Process::Waiting(_) => "waiting",
                     Process::Foreign => "foreign",
                     Process::Failed | Process::Unplugged => "failed",
-                    Process::Away(_) => "starting",
                 },
                 pid: device.process.pid(),
             })
