@@ -196,7 +196,13 @@ fn judge(suite: &Suite) {
         // A heap grows.
         let rest = before.as_object().unwrap().iter();
         for (member, value) in rest.filter(|(member, _)| *member != "memory") {
-            assert_eq!(value, &after[member], "{member} of {}", before["role"]);
+            let (mut then, mut now) = (value.clone(), after[member].clone());
+            if member == "root" && then["entries"].is_null() {
+                // The host's own root, where others mount as they like.
+                then["mounts"].take();
+                now["mounts"].take();
+            }
+            assert_eq!(then, now, "{member} of {}", before["role"]);
         }
     }
     qmp.execute("quit", json!({})).unwrap();
