@@ -14,7 +14,7 @@ use super::{Archive, LabError, initramfs, packages};
 use crate::wait::{Deadline, readable};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::fs::{self, File};
-use std::io::{IsTerminal, Read};
+use std::io::{IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -151,12 +151,10 @@ impl Nested {
             shares.push((tag, socket));
         }
 
-        let (mut status, theirs) =
-            UnixStream::pair().map_err(LabError::system("make a socket pair"))?;
-        let theirs = OwnedFd::from(theirs);
-        keep_over_exec(&theirs)?;
+        let (mut status, theirs) = pair_over_exec()?;
+        let (mut monitor, its_monitor) = pair_over_exec()?;
         let log = work.path().join("qemu.log");
-        let mut qemu = self.qemu(&kernel, &boot, &shares, theirs.as_raw_fd());
+        let mut qemu = self.qemu(&kernel, &boot, &shares, &theirs, &its_monitor);
         if !terminal {
             qemu.stdin(Stdio::null());
         }
@@ -171,10 +169,13 @@ impl Nested {
             source,
         })?;
         let mut machine = KilledOnDrop(child);
-        drop(theirs);
+        drop((theirs, its_monitor));
 
         let result = read_status(&mut status, self.limit);
-        if result.is_ok() {
+        if result.is_err() && panic_on_request(&mut monitor).is_ok() {
+            // What it was at stands in the output then; it leaves with the panic.
+            let _ = read_status(&mut status, Some(LAST_WORDS));
+        } else if result.is_ok() {
             // A clean end lets QEMU give the terminal back as it found it.
             let pid = nix::unistd::Pid::from_raw(i32::try_from(machine.0.id()).unwrap_or(0));
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
@@ -234,7 +235,8 @@ impl Nested {
         kernel: &Kernel,
         initrd: &Path,
         shares: &[(&str, PathBuf)],
-        status: i32,
+        status: &OwnedFd,
+        monitor: &OwnedFd,
     ) -> Command {
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
@@ -261,8 +263,11 @@ impl Nested {
                 "chardev:output",
             ])
             .arg("-chardev")
-            .arg(format!("socket,id=status,fd={status}"))
+            .arg(format!("socket,id=status,fd={}", status.as_raw_fd()))
             .args(["-serial", "chardev:status"])
+            .arg("-chardev")
+            .arg(format!("socket,id=monitor,fd={}", monitor.as_raw_fd()))
+            .args(["-mon", "chardev=monitor,mode=control"])
             .arg("-kernel")
             .arg(&kernel.bzimage)
             .arg("-initrd")
@@ -271,7 +276,7 @@ impl Nested {
             // them was seen to spin for ever.
             .args([
                 "-append",
-                "console=ttyS0 panic=-1 quiet loglevel=1 cryptomgr.notests",
+                "console=ttyS0 panic=-1 quiet loglevel=1 cryptomgr.notests unknown_nmi_panic panic_print=0x61",
             ]);
         for node in 0..self.nodes {
             let size = self.memory / self.nodes;
@@ -289,6 +294,23 @@ impl Nested {
         qemu.args(&self.qemu);
         qemu
     }
+}
+
+/// How long a machine that hangs may take to tell what it was at.
+const LAST_WORDS: Duration = Duration::from_secs(60);
+
+/// A pair of sockets, the second of which stays open in the program that is started next.
+fn pair_over_exec() -> Result<(UnixStream, OwnedFd), LabError> {
+    let (ours, theirs) = UnixStream::pair().map_err(LabError::system("make a socket pair"))?;
+    let theirs = OwnedFd::from(theirs);
+    keep_over_exec(&theirs)?;
+    Ok((ours, theirs))
+}
+
+/// Has QEMU send an NMI, on which L1's kernel panics and prints its log, each task's stack and each processor's
+/// (`unknown_nmi_panic`, `panic_print`).
+fn panic_on_request(monitor: &mut UnixStream) -> std::io::Result<()> {
+    monitor.write_all(br#"{"execute":"qmp_capabilities"}{"execute":"inject-nmi"}"#)
 }
 
 /// Waits for the line with the status.

@@ -123,7 +123,7 @@ impl Added {
                 if !self.taps.contains(ifname) {
                     let there = granted(self.taps.iter().map(|tap| format!("tap={tap}")));
                     return Err(format!(
-                        "ifname {ifname} is not one of the taps that may be added (-hotplug: {there}); pass a descriptor, or grant it when the VM is started"
+                        "ifname {ifname} is not one of the taps that may be added (-hotplug: {there}); grant it when the VM is started"
                     ));
                 }
                 if !(1..=MAX_NET_QUEUE_PAIRS).contains(queues) {
@@ -317,7 +317,7 @@ fn find(roots: &[Root], what: &str, path: &Path, readonly: bool) -> Result<File,
             )
         }));
         return Err(told(format!(
-            "not beneath a folder that may be used for this (-hotplug: {there}); pass a descriptor, or grant its folder when the VM is started"
+            "not beneath a folder that may be used for this (-hotplug: {there}); grant its folder when the VM is started"
         )));
     };
     let name = path.strip_prefix(&root.path).unwrap_or(Path::new(""));
