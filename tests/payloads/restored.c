@@ -1,5 +1,6 @@
-/* For measuring restores: writes a word to each of touch=MEBIBYTES (from 32 MiB on, behind this program), then one dot after the other to the
- * serial port, for ever; now and then it looks whether the words are still there. */
+/* For restores: writes a word to each page of touch=MEBIBYTES (from 32 MiB on, behind this program), then one dot after the other to the
+ * serial port, for ever. With each it looks at one page more: the words must still be there, and what comes behind them,
+ * empty=MEBIBYTES that nobody writes, must be zero. */
 #include "payload.h"
 
 int payload_main(const struct boot *boot)
@@ -7,11 +8,16 @@ int payload_main(const struct boot *boot)
     u64 from = 32ull << 20, end = from + (number(boot, "touch", 0) << 20);
     for (u64 at = from; at < end; at += 4096)
         *(volatile u64 *)at = at;
-    for (u64 at = from;; at += 4096) {
+    u64 empty_end = end + (number(boot, "empty", 0) << 20);
+    for (u64 at = from, empty = end;; at += 4096, empty += 4096) {
         put(".");
         if (at >= end)
             at = from;
         if (at < end && *(volatile u64 *)at != at)
+            return 1;
+        if (empty >= empty_end)
+            empty = end;
+        if (empty < empty_end && *(volatile u64 *)empty != 0)
             return 1;
     }
 }

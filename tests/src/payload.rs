@@ -17,7 +17,7 @@ pub enum Payload {
     VirtioProbe,
     /// Writes, flushes, reads and compares sectors.
     BlkRw,
-    /// Writes a dot again and again, and keeps as much memory as it was told.
+    /// Writes a dot again and again, keeps as much memory as it was told, and looks whether other memory is zero.
     Restored,
     /// Writes, reads and compares without a pause.
     BlkLoop,

@@ -1,14 +1,14 @@
 //! # Waiting on events with a limit
 //!
 //! **Job.** Deadlines, "is this descriptor readable", and "has this process ended" for any process, not only for
-//! a child. **Who is not trusted.** The awaited side: each wait has a limit.
+//! a child; and what such a process has open. **Who is not trusted.** The awaited side: each wait has a limit.
 //! **Why this way.** A pidfd becomes readable when its process ends, so the end of a stranger's process is an
-//! event as well. `unsafe` is here because the C library's wrapper has no safe form for `pidfd_open`.
-#![allow(unsafe_code)] // pidfd_open, by number
+//! event as well. `unsafe` is here because the C library's wrapper has no safe form for pidfds.
+#![allow(unsafe_code)] // pidfd_open and pidfd_getfd, by number
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// A moment after which waiting ends.
@@ -56,6 +56,17 @@ pub fn readable(fds: &[BorrowedFd<'_>], deadline: Deadline) -> io::Result<Option
     }
 }
 
+/// What a call that makes a descriptor answered.
+fn made(answer: libc::c_long) -> io::Result<OwnedFd> {
+    let fd =
+        i32::try_from(answer).map_err(|_| io::Error::other("a descriptor number out of range"))?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor, and nobody else has its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A process that is watched, whoever its parent is.
 #[derive(Debug)]
 pub struct Watched {
@@ -71,15 +82,17 @@ impl Watched {
     /// When there is no such process.
     pub fn new(pid: i32) -> io::Result<Self> {
         // SAFETY: the call takes two integers and touches no memory of this process.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let fd =
-            i32::try_from(fd).map_err(|_| io::Error::other("a descriptor number out of range"))?;
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just made this descriptor, and nobody else has its number.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let pidfd = made(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
         Ok(Self { pid, pidfd })
+    }
+
+    /// A duplicate of its descriptor `number`, as root can have of any process.
+    ///
+    /// # Errors
+    /// It has no such descriptor, or this process may not.
+    pub fn descriptor(&self, number: i32) -> io::Result<OwnedFd> {
+        // SAFETY: the call takes three integers and touches no memory of this process.
+        made(unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) })
     }
 
     /// Waits for its end; false when the time is over. A zombie counts as ended.

@@ -5,11 +5,13 @@
 //! **Why this way.** A bare guest checks every byte and every buffer itself; signals come at any moment of its loop.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{Shutdown, SockType, getsockopt, shutdown, sockopt};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tests::host::{Tap, require_kvm, require_root};
@@ -18,6 +20,7 @@ use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::Qmp;
 use tests::vm::{Vm, VmBuilder};
+use tests::wait::{Deadline, Watched};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -275,6 +278,73 @@ fn a_process_that_hangs_is_ended_before_the_machine_is_reset() {
     guest.expect("LOOP 10\r");
     guest.type_a_byte();
     guest.expect("BLK-LOOP OK");
+    guest.ends_well();
+}
+
+/// A guest that has started the device of a shared folder.
+fn with_folder() -> Guest {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = builder(Payload::StartDevice, "device=26 queues=2")
+        .arg("-fsdev")
+        .arg(format!("local,id=f,path={}", dir.path().display()))
+        .args(["-device", "virtio-fs-device,fsdev=f,tag=share,id=share"])
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    let mut guest = Guest { vm, qmp, _dir: dir };
+    guest.expect("STARTED");
+    guest
+}
+
+#[test]
+fn a_folders_process_that_hangs_is_ended_by_its_keeper() {
+    let mut guest = with_folder();
+    let (keeper, pid) = (guest.pid("fs-keeper"), guest.pid("fs"));
+    signal(pid, Signal::SIGSTOP);
+    guest.qmp.execute("system_reset", json!({})).unwrap();
+    let crashed = guest.event("DEVICE_CRASHED");
+    assert_eq!(
+        crashed,
+        json!({ "device": "share", "pid": pid, "unresponsive": true })
+    );
+    guest.event("RESET");
+    let next = guest.event("DEVICE_RECOVERED")["pid"].clone();
+    guest.expect("STARTED");
+    // The same keeper has started another one, and what the keeper has is still there.
+    assert_eq!(guest.pid("fs-keeper"), keeper);
+    assert_eq!(json!(guest.pid("fs")), next);
+    assert_ne!(next, json!(pid));
+    guest.qmp.execute("quit", json!({})).unwrap();
+    guest.ends_well();
+}
+
+/// A keeper cannot do anything for anybody without its line to the broker: it ends, and its jail with it.
+#[test]
+fn a_keeper_without_its_line_ends_and_the_folder_gets_another_jail() {
+    let mut guest = with_folder();
+    let (keeper, pid) = (guest.pid("fs-keeper"), guest.pid("fs"));
+    let watched = [keeper, pid].map(|pid| Watched::new(pid).unwrap());
+    let held = procfs::fds(keeper).unwrap();
+    let sockets = held.iter().filter(|(_, fd)| fd.kind() == "socket");
+    let copies = sockets.map(|(number, _)| watched[0].descriptor(*number).unwrap());
+    // The front end's is a stream.
+    let lines: Vec<_> = copies
+        .filter(|fd| getsockopt(fd, sockopt::SockType).unwrap() == SockType::SeqPacket)
+        .collect();
+    assert_eq!(lines.len(), 1, "{held:?}");
+    shutdown(lines[0].as_raw_fd(), Shutdown::Both).unwrap();
+    for process in &watched {
+        let gone = process.ended(Deadline::after(LIMIT)).unwrap();
+        assert!(gone, "{}: {}", process.pid, guest.vm.messages());
+    }
+    let crashed = guest.event("DEVICE_CRASHED");
+    assert_eq!(
+        crashed,
+        json!({ "device": "share", "pid": pid, "status": 0 })
+    );
+    guest.event("DEVICE_RECOVERED");
+    assert!(guest.pid("fs-keeper") != keeper && guest.pid("fs") != pid);
+    guest.qmp.execute("quit", json!({})).unwrap();
     guest.ends_well();
 }
 

@@ -160,6 +160,39 @@ fn memory_comes_in_while_the_guest_runs() {
     ends_well(&mut vm);
 }
 
+/// The guest looks at pages that it has written and at pages that it has not while the former come in.
+#[test]
+fn pages_that_nobody_wrote_are_zero_while_others_come_in() {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let template = dir.path().join("template");
+    let guest = || {
+        Vm::builder()
+            .args(["-machine", "microvm", "-m", "128"])
+            .kernel(&Payload::Restored.path(), "touch=64 empty=16")
+            .arg("-snapshot-dir")
+            .arg(dir.path())
+            .with_qmp()
+    };
+    let mut vm = guest().start().unwrap();
+    expect(&mut vm, "....");
+    migrate(&vm, &template).unwrap();
+    vm.kill().unwrap();
+    let mut vm = guest()
+        .arg("-incoming")
+        .arg(format!("file:{},lazy=on", template.display()))
+        .start()
+        .unwrap();
+    // A round is 16384 pages that were written, and four through those that were not. It ends with the first wrong one.
+    expect(&mut vm, &".".repeat(16384));
+    let mut qmp = vm.qmp().unwrap();
+    let status = qmp.execute("query-status", json!({})).unwrap();
+    assert_eq!(status["status"], "running", "{}", vm.messages());
+    // Only what is whole can be saved.
+    migrate(&vm, &template).unwrap();
+}
+
 /// What is damaged never reaches the guest.
 #[test]
 fn a_damaged_block_that_comes_in_late_ends_the_vm() {

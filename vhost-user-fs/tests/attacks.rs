@@ -692,7 +692,7 @@ fn attributes_and_locks_work_when_asked_for() {
     assert!(client.finish().success());
 }
 
-/// No attack, but the calls behind it have a filter before them: data is made durable in both ways, and found among holes.
+/// No attack, but the calls behind it have a filter before them: data is made durable in every way, and found among holes.
 #[test]
 fn files_are_synced_and_their_holes_are_found() {
     let place = Place::new();
@@ -705,6 +705,13 @@ fn files_are_synced_and_their_holes_are_found() {
     for data_only in [0, 1] {
         let body = Body::new().u64(fh).u32(data_only).u32(0);
         assert_eq!(client.call(opcode::FSYNC, file, body), Ok(vec![]));
+    }
+    // The whole file system, as the guest asks for when it unmounts.
+    symlink("sparse", place.tree.join("link")).unwrap();
+    let link = client.lookup(1, "link").unwrap();
+    for (node, answer) in [(1, Ok(vec![])), (file, Ok(vec![])), (link, Err(EINVAL))] {
+        let body = Body::new().zeros(8);
+        assert_eq!(client.call(opcode::SYNCFS, node, body), answer);
     }
     let mut seek = |from: u64, whence: i32| {
         let body = Body::new().u64(fh).u64(from).u32(whence as u32).u32(0);
