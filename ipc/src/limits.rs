@@ -85,6 +85,9 @@ pub const MAX_QMP_REQUEST: usize = 1 << 20;
 pub const MAX_QMP_NESTING: usize = 64;
 /// QMP clients at once on one socket.
 pub const MAX_QMP_CLIENTS: usize = 8;
+/// Descriptors that clients of QMP have passed and that have a name or are in a set, of all clients together: a card with the
+/// most queues takes two for each pair.
+pub const MAX_QMP_FDS: usize = 128;
 /// Bytes that wait for a QMP client that does not read; beyond it the client is dropped.
 pub const MAX_QMP_BACKLOG: usize = 8 << 20;
 /// Bytes that wait for a QMP client, beyond which no further command of it is taken.

@@ -6,10 +6,11 @@
 //! published client works as well is a test of its own.
 
 use crate::wait::{Deadline, Watched, readable};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -124,13 +125,26 @@ impl Qmp {
     /// # Errors
     /// When it is refused, or no reply comes.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.execute_with(command, arguments, &[])
+    }
+
+    /// As [`Self::execute`], with descriptors that go with the command.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Value, QmpError> {
         let id = self.next_id;
         self.next_id += 1;
         let mut request = json!({"execute": command, "id": id});
         if arguments.as_object().is_none_or(|a| !a.is_empty()) {
             request["arguments"] = arguments;
         }
-        self.send_raw(&format!("{request}\r\n"))?;
+        self.send_with(&format!("{request}\r\n"), fds)?;
         let reply = self.reply(command)?;
         if reply.get("id") != Some(&json!(id)) {
             return Err(QmpError::Malformed(format!(
@@ -156,6 +170,25 @@ impl Qmp {
     /// When the socket cannot be written.
     pub fn send_raw(&mut self, text: &str) -> Result<(), QmpError> {
         Ok(self.stream.write_all(text.as_bytes())?)
+    }
+
+    /// The same, with descriptors.
+    ///
+    /// # Errors
+    /// When the socket cannot be written.
+    pub fn send_with(&mut self, text: &str, fds: &[BorrowedFd<'_>]) -> Result<(), QmpError> {
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+        let sent = sendmsg::<()>(
+            self.stream.as_raw_fd(),
+            &[IoSlice::new(text.as_bytes())],
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .map_err(io::Error::from)?;
+        self.send_raw(&text[sent..])
     }
 
     /// The next object that is no event.

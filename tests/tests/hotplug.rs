@@ -8,9 +8,12 @@
 #![allow(clippy::needless_pass_by_value)] // json!() at each call
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tests::host::{Tap, check_ext4, ext4_image, read_from_ext4, require_kvm, require_root};
 use tests::jail::check::check;
@@ -178,6 +181,7 @@ fn a_device_that_is_added_has_the_jail_of_one_that_was_there() {
             shared.path().display().to_string(),
             shared.path().display().to_string(),
         ],
+        given: Vec::new(),
     };
     let reply = qmp.execute("query-sandbox", json!({})).unwrap();
     let findings = check(&mut vm, &setting, &reply).unwrap();
@@ -300,6 +304,163 @@ fn what_cannot_be_added_leaves_nothing_behind() {
     assert_eq!(held(broker), before.0, "the broker's descriptors");
 }
 
+fn open(path: &Path, write: bool) -> fs::File {
+    fs::File::options()
+        .read(true)
+        .write(write)
+        .open(path)
+        .unwrap()
+}
+
+#[track_caller]
+fn process_of(qmp: &mut Qmp, device: &str) -> Pid {
+    let all = qmp.execute("query-workloads", json!({})).unwrap();
+    let pid = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|one| one["module"] == device)
+        .and_then(|one| one["pid"].as_i64());
+    Pid::from_raw(i32::try_from(pid.unwrap()).unwrap())
+}
+
+/// A client that wants nothing granted opens everything itself.
+#[test]
+fn descriptors_that_a_client_passes_become_devices() {
+    let tap = Tap::new("sv-given", "10.7.42.1/24").unwrap();
+    let (builder, dir) = bare(&[]);
+    let outside = image(dir.path(), "outside.img");
+    let mut vm = builder.start().unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    expect(&mut vm, "BLK-RW OK");
+    let broker = vm.process("broker").unwrap().unwrap();
+    let held = |pid: i32| procfs::fds(pid).unwrap().len();
+    let before = (held(broker), held(vm.pid()));
+
+    let blockdev = json!({
+        "node-name": "node",
+        "driver": "raw",
+        "read-only": false,
+        "file": { "driver": "file", "filename": "/dev/fdset/3" },
+        "cache": { "direct": false },
+    });
+    let said = refused(&mut qmp, "blockdev-add", blockdev.clone());
+    assert!(said.contains("no such set"), "{said}");
+    let said = refused(&mut qmp, "add-fd", json!({ "fdset-id": 3 }));
+    assert_eq!(said, "No file descriptor supplied via SCM_RIGHTS");
+    // What is no image is found to be none by who opens it.
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let set = json!({ "fdset-id": 3, "opaque": "rw:outside" });
+    qmp.execute_with("add-fd", set.clone(), &[socket.as_fd()])
+        .unwrap();
+    let said = refused(&mut qmp, "blockdev-add", blockdev.clone());
+    assert!(said.contains("neither a regular file"), "{said}");
+    run(&mut qmp, "remove-fd", json!({ "fdset-id": 3 }));
+    // One for reading only does not do.
+    let reading = open(&outside, false);
+    qmp.execute_with("add-fd", set.clone(), &[reading.as_fd()])
+        .unwrap();
+    let said = refused(&mut qmp, "blockdev-add", blockdev.clone());
+    assert!(said.contains("open for reading and writing"), "{said}");
+    let writing = open(&outside, true);
+    let added = qmp.execute_with("add-fd", set, &[writing.as_fd()]).unwrap();
+    assert_eq!(added["fdset-id"], 3);
+    drop((reading, writing));
+    run(&mut qmp, "blockdev-add", blockdev);
+    let sets = qmp.execute("query-fdsets", json!({})).unwrap();
+    assert_eq!(
+        sets[0]["fds"][1],
+        json!({ "fd": added["fd"], "opaque": "rw:outside" })
+    );
+    assert_eq!(sets[0]["fds"].as_array().unwrap().len(), 2);
+    run(&mut qmp, "remove-fd", json!({ "fdset-id": 3 }));
+    run(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "hot", "driver": "virtio-blk-device", "drive": "node" }),
+    );
+
+    // A card on a tap that the client has opened; one that is none first.
+    let file = open(&outside, true);
+    let name = json!({ "fdname": "queue0" });
+    qmp.execute_with("getfd", name.clone(), &[file.as_fd()])
+        .unwrap();
+    let netdev = json!({ "id": "net", "type": "tap", "fds": "queue0" });
+    let said = refused(&mut qmp, "netdev_add", netdev.clone());
+    assert!(said.contains("not an open tap"), "{said}");
+    let said = refused(&mut qmp, "netdev_add", netdev.clone());
+    assert_eq!(said, "File descriptor named 'queue0' not found");
+    drop(file);
+    let queue = tap.queue().unwrap();
+    qmp.execute_with("getfd", name, &[queue.as_fd()]).unwrap();
+    drop(queue);
+    run(&mut qmp, "netdev_add", netdev);
+    run(
+        &mut qmp,
+        "device_add",
+        json!({ "id": "card", "driver": "virtio-net-device", "netdev": "net" }),
+    );
+
+    let setting = Setting {
+        devices: vec![
+            Device {
+                id: "d0",
+                binary: "block",
+                back_end: BackEnd::Image {
+                    path: "/cold.img",
+                    writes: true,
+                    size: IMAGE,
+                },
+                queues: 1,
+                started: 1,
+            },
+            Device {
+                id: "hot",
+                binary: "block",
+                back_end: BackEnd::Image {
+                    path: "/outside.img",
+                    writes: true,
+                    size: IMAGE,
+                },
+                queues: 1,
+                started: 0,
+            },
+            Device {
+                id: "card",
+                binary: "net",
+                back_end: BackEnd::Tap,
+                queues: 2,
+                started: 0,
+            },
+        ],
+        vcpus: 1,
+        clients: 1,
+        held: vec!["/images".into()],
+        given: vec!["hot", "card"],
+    };
+    for round in 0..2 {
+        let reply = qmp.execute("query-sandbox", json!({})).unwrap();
+        let findings = check(&mut vm, &setting, &reply).unwrap();
+        assert!(findings.is_empty(), "{round}: {findings:#?}");
+        if round == 0 {
+            // The next process gets the same descriptors.
+            for device in ["hot", "card"] {
+                kill(process_of(&mut qmp, device), Signal::SIGKILL).unwrap();
+                qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+            }
+        }
+    }
+    for device in ["hot", "card"] {
+        run(&mut qmp, "device_del", json!({ "id": device }));
+        qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+    }
+    run(&mut qmp, "blockdev-del", json!({ "node-name": "node" }));
+    run(&mut qmp, "netdev_del", json!({ "id": "net" }));
+    assert_eq!(held(broker), before.0, "the broker's descriptors");
+    // Nobody has the queue any more.
+    tap.queue().unwrap();
+}
+
 /// A write lock on an image, as another VM would hold.
 fn lock_image(path: &Path) -> fs::File {
     let file = fs::File::options()
@@ -420,7 +581,25 @@ fn comes_and_goes(rounds: usize) {
     for round in 0..rounds {
         let name = ["first", "second"][round % 2];
         let image = at(&format!("images/{name}"));
-        add_disk(&mut qmp, "node", &image, json!({}));
+        // By names that were granted and by descriptors, in turns.
+        let given = round % 2 == 1;
+        if given {
+            let file = open(&image, true);
+            let set = qmp.execute_with("add-fd", json!({}), &[file.as_fd()]);
+            let set = set.unwrap()["fdset-id"].clone();
+            add_disk(
+                &mut qmp,
+                "node",
+                Path::new(&format!("/dev/fdset/{set}")),
+                json!({}),
+            );
+            run(&mut qmp, "remove-fd", json!({ "fdset-id": set }));
+            let queue = tap.queue().unwrap();
+            let name = json!({ "fdname": "queue" });
+            qmp.execute_with("getfd", name, &[queue.as_fd()]).unwrap();
+        } else {
+            add_disk(&mut qmp, "node", &image, json!({}));
+        }
         run(
             &mut qmp,
             "device_add",
@@ -429,7 +608,11 @@ fn comes_and_goes(rounds: usize) {
         run(
             &mut qmp,
             "netdev_add",
-            json!({ "id": "net", "type": "tap", "ifname": "sv-hot" }),
+            if given {
+                json!({ "id": "net", "type": "tap", "fd": "queue" })
+            } else {
+                json!({ "id": "net", "type": "tap", "ifname": "sv-hot" })
+            },
         );
         run(
             &mut qmp,

@@ -63,6 +63,8 @@ pub struct Setting {
     /// Ends of the paths of what the broker holds for devices that are added later: folders that are granted, and images
     /// and folders that were added.
     pub held: Vec<String>,
+    /// Ids of the devices whose descriptors a client passed: the broker keeps these for a restart.
+    pub given: Vec<&'static str>,
 }
 
 /// What all device processes of one program have in common.
@@ -252,7 +254,7 @@ impl Setting {
         let taps = self
             .devices
             .iter()
-            .any(|d| matches!(d.back_end, BackEnd::Tap));
+            .any(|d| matches!(d.back_end, BackEnd::Tap) && !self.given.contains(&d.id));
         let always = 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 7;
         always | u64::from(taps) << 12 | u64::from(self.folders()) << 31
     }
@@ -314,7 +316,12 @@ impl Setting {
             all.push(Want::some("pipe", "r")); // its log
             all.push(Want::some("pidfd", "rw"));
             // The same image or folder again, for a restart.
+            let given = self.given.contains(&device.id);
             match &device.back_end {
+                BackEnd::Image { path, writes, .. } if given => {
+                    all.push(Want::some(path, if *writes { "rw" } else { "r" }));
+                }
+                BackEnd::Tap if given => all.push(Want::some("/dev/net/tun", "rw")),
                 BackEnd::Image { path, .. } => all.push(Want::some(path, "")),
                 BackEnd::Folder { path, .. } => {
                     all.push(Want::some(path, ""));

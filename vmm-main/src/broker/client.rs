@@ -10,6 +10,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use ipc::channel::{Channel, ChannelError};
 use ipc::control::sandbox::ProcessFacts;
@@ -211,7 +212,7 @@ impl Client {
     }
 
     /// Sends a request with descriptors, while the VM runs.
-    pub fn send_with(&self, request: &Request, fds: &[OwnedFd]) -> Result<(), ClientError> {
+    pub fn send_with(&self, request: &Request, fds: &[Arc<OwnedFd>]) -> Result<(), ClientError> {
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         Ok(self.channel.send(request, &fds)?)
     }

@@ -450,7 +450,7 @@ impl Vm {
                     .send(&Request::Inspect)
                     .map_err(|e| host_error(&e))?;
             }
-            VmCommand::BackendAdd(what, reply) => self.add_backend(*what, reply)?,
+            VmCommand::BackendAdd(what, fds, reply) => self.add_backend(*what, &fds, reply)?,
             VmCommand::BackendDel(kind, id, reply) => self.remove_backend(kind, &id, reply)?,
             VmCommand::DeviceAdd(new, reply) => self.add_device(*new, reply)?,
             VmCommand::DeviceDel(id, reply) => self.remove_device(&id, reply)?,

@@ -18,6 +18,7 @@
 //! device_del: absence shown ─▶ queues taken back ─Unplug─▶ broker ─▶ DEVICE_DELETED
 //! ```
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
@@ -230,14 +231,29 @@ fn generic(text: impl Into<String>) -> QmpError {
 impl Vm {
     /// Sends a request of this part's to the broker.
     fn ask_broker(&mut self, request: &Request, waiting: Waiting) -> Result<(), End> {
+        self.ask_broker_with(request, &[], waiting)
+    }
+
+    /// The same, with descriptors.
+    fn ask_broker_with(
+        &mut self,
+        request: &Request,
+        fds: &[Arc<OwnedFd>],
+        waiting: Waiting,
+    ) -> Result<(), End> {
         let number = self.hotplug.next;
         self.hotplug.next += 1;
         self.hotplug.waiting.push((number, waiting));
-        self.supervise(|supervisor, cx| supervisor.request(number, request, &[], cx))
+        self.supervise(|supervisor, cx| supervisor.request(number, request, fds, cx))
     }
 
     /// `blockdev-add`, `netdev_add`, `fsdev-add`
-    pub(super) fn add_backend(&mut self, what: NewBackend, reply: Reply<()>) -> Result<(), End> {
+    pub(super) fn add_backend(
+        &mut self,
+        what: NewBackend,
+        fds: &[Arc<OwnedFd>],
+        reply: Reply<()>,
+    ) -> Result<(), End> {
         let (kind, id) = (what.kind(), what.id().to_owned());
         let spec = &self.parts.spec;
         let cold = match kind {
@@ -267,7 +283,7 @@ impl Vm {
         };
         let request = Request::Add {
             backend: number,
-            addition: what.addition(),
+            addition: what.addition(!fds.is_empty()),
         };
         self.hotplug.backends.push(Backend {
             what,
@@ -275,7 +291,7 @@ impl Vm {
             open: false,
             user: None,
         });
-        self.ask_broker(&request, Waiting::Add { number, reply })
+        self.ask_broker_with(&request, fds, Waiting::Add { number, reply })
     }
 
     /// `blockdev-del`, `netdev_del`, `fsdev-del`

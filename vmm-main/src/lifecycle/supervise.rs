@@ -406,7 +406,7 @@ impl Supervisor {
         &mut self,
         number: u64,
         request: &Request,
-        fds: &[OwnedFd],
+        fds: &[Arc<OwnedFd>],
         cx: &Context<'_>,
     ) -> Result<(), ClientError> {
         cx.broker.send_with(request, fds)?;

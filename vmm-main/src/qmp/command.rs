@@ -1,6 +1,6 @@
 //! What crosses from QMP to the main thread, and how the answer gets back.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -384,8 +384,8 @@ pub enum VmCommand {
     Register(Reply<u64>, u64, String),
     /// `query-sandbox`
     Sandbox(Reply<super::SandboxReport>),
-    /// `blockdev-add`, `netdev_add`, `fsdev-add`
-    BackendAdd(Box<super::NewBackend>, Reply<()>),
+    /// `blockdev-add`, `netdev_add`, `fsdev-add`, with descriptors that the client passed
+    BackendAdd(Box<super::NewBackend>, Vec<Arc<OwnedFd>>, Reply<()>),
     /// `blockdev-del`, `netdev_del`, `fsdev-del`
     BackendDel(super::BackendKind, String, Reply<()>),
     /// `device_add`

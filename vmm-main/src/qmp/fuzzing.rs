@@ -10,6 +10,7 @@ use std::sync::mpsc::channel;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::command::{Inbox, Outbox};
+use super::descriptors::Descriptors;
 use super::session::{Info, Session, Step};
 
 /// Answers to `pieces`, as they would be sent. `forwarded` is shown each command that is for main.
@@ -19,6 +20,7 @@ pub fn converse<'a>(
     mut forwarded: impl FnMut(&super::VmCommand),
 ) -> Vec<String> {
     let mut session = Session::default();
+    let mut descriptors = Descriptors::default();
     let mut answers = Vec::new();
     let (sender, inbox) = channel();
     let Ok(wake) = EventFd::from_flags(EfdFlags::EFD_NONBLOCK) else {
@@ -29,8 +31,10 @@ pub fn converse<'a>(
         wake: Arc::new(wake),
     };
     for piece in pieces {
-        session.push(piece);
-        while let Some(step) = session.step(info) {
+        // With each piece a descriptor, as a client may pass one.
+        let fd = std::fs::File::open("/dev/null").ok().map(Into::into);
+        session.push(piece, fd);
+        while let Some(step) = session.step(info, 0, &mut descriptors) {
             match step {
                 Step::Answer(value) => answers.push(value),
                 Step::HangUp(value) => {

@@ -35,12 +35,25 @@ pub(super) struct Splitter {
     escaped: bool,
     /// Rubbish is being skipped.
     skipping: bool,
+    /// Bytes that have arrived so far.
+    received: u64,
 }
 
 impl Splitter {
     /// Adds what has arrived.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
+        self.received += bytes.len() as u64;
+    }
+
+    /// How many bytes have arrived.
+    pub(super) fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// How many of them were before the end of the value that was given last.
+    pub(super) fn position(&self) -> u64 {
+        self.received - (self.buffer.len() - self.at) as u64
     }
 
     /// The next complete value, or what is wrong; `None` when more has to arrive.

@@ -16,9 +16,11 @@
 //!
 //! **Why this way.** Main never touches JSON or a client's socket, so nothing that a client does can delay the VM. Answers
 //! and events share one queue: a client sees them in the order in which they happened. The thread gets sockets that are
-//! open already and opens nothing, so its system call filter knows no path.
+//! open already and opens nothing, so its system call filter knows no path. Descriptors that clients pass
+//! ([`descriptors`]) are kept and handed on, never used.
 
 mod command;
+mod descriptors;
 mod event;
 #[cfg(fuzzing)]
 pub mod fuzzing;

@@ -77,11 +77,17 @@ impl NewBackend {
     }
 
     /// `netdev_add`
-    pub(super) fn netdev(mut arguments: Arguments) -> Self {
+    pub(super) fn netdev(mut arguments: Arguments, fds: usize) -> Self {
+        let given = u16::try_from(fds).ok().filter(|count| *count > 0);
+        let queues = given.or_else(|| small(&arguments, "queues"));
         Self::Netdev(NetdevSpec {
             id: arguments.required_text("id"),
-            backend: NetBackend::TapName(arguments.required_text("ifname")),
-            queues: small(&arguments, "queues").unwrap_or(1),
+            backend: match arguments.text("ifname") {
+                Some(name) => NetBackend::TapName(name),
+                // Their numbers are the broker's.
+                None => NetBackend::TapFds(Vec::new()),
+            },
+            queues: queues.unwrap_or(1),
         })
     }
 
@@ -122,9 +128,13 @@ impl NewBackend {
         }
     }
 
-    /// What the broker is asked for.
-    pub fn addition(&self) -> Addition {
+    /// What the broker is asked for; `given` tells whether descriptors go along.
+    pub fn addition(&self, given: bool) -> Addition {
         match self {
+            Self::Drive(drive) if given => Addition::GivenImage {
+                readonly: drive.readonly,
+                direct: drive.direct,
+            },
             Self::Drive(drive) => Addition::Image {
                 path: drive.file.clone(),
                 readonly: drive.readonly,

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, channel, sync_channel};
 use std::time::{Duration, Instant};
@@ -14,16 +15,19 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{MsgFlags, SockFlag, accept4, recv, send};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockFlag, accept4, recvmsg, send};
 use thiserror::Error;
 
 use super::command::{Inbox, Outbox, QmpError, VmCommand, answer, wake};
+use super::descriptors::Descriptors;
 use super::event::Event;
 use super::pace::Pace;
 use super::session::{Info, Session, Step, greeting};
 
 /// Bytes read from a client at once.
 const CHUNK: usize = 16 * 1024;
+/// Most descriptors that one packet can carry (Linux, `include/net/scm.h`).
+const SCM_MAX_FD: usize = 253;
 /// Mark of the inbox in epoll. Sources follow it.
 const INBOX: u64 = 0;
 /// Mark of the first client in epoll; beyond any source's.
@@ -177,6 +181,7 @@ impl Server {
             epoll,
             listeners,
             clients: HashMap::new(),
+            descriptors: Descriptors::default(),
             next_client: FIRST_CLIENT,
             info: Arc::new(info),
             inbox,
@@ -317,6 +322,7 @@ struct Worker {
     epoll: Epoll,
     listeners: Vec<Listener>,
     clients: HashMap<u64, Client>,
+    descriptors: Descriptors,
     next_client: u64,
     info: Arc<Info>,
     inbox: Receiver<Inbox>,
@@ -514,7 +520,7 @@ impl Worker {
             if client.held.is_some_and(|until| now < until) {
                 break;
             }
-            let step = client.session.step(&self.info);
+            let step = client.session.step(&self.info, id, &mut self.descriptors);
             client.held = step.as_ref().and_then(|_| client.pace.take(now).err());
             match step {
                 None => {
@@ -570,6 +576,7 @@ impl Worker {
         }
         // Closing takes it out of epoll. What it had in use may be what a listener waits for.
         drop(client);
+        self.descriptors.forget(id);
         for (at, listener) in self
             .listeners
             .iter_mut()
@@ -672,10 +679,10 @@ impl Client {
     /// Takes one chunk. Whether there may be more.
     fn read(&mut self) -> bool {
         let mut chunk = [0; CHUNK];
-        match recv(self.fd.as_raw_fd(), &mut chunk, MsgFlags::MSG_DONTWAIT) {
-            Ok(0) => self.eof = true,
-            Ok(count) => {
-                self.session.push(&chunk[..count]);
+        match receive(&self.fd, &mut chunk) {
+            Ok((0, _)) => self.eof = true,
+            Ok((count, fd)) => {
+                self.session.push(&chunk[..count], fd);
                 return true;
             }
             Err(Errno::EINTR) => return true,
@@ -701,4 +708,25 @@ fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 has just made this descriptor, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What has come from `socket`: how many bytes, and the first of the descriptors that came with them. A command uses one; the
+/// others are closed, as QEMU does.
+#[allow(unsafe_code)] // the kernel hands descriptors over as numbers
+fn receive(socket: &OwnedFd, chunk: &mut [u8]) -> Result<(usize, Option<OwnedFd>), Errno> {
+    // Room for all that the kernel ever passes: a cut list would leave them open and unknown.
+    let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
+    let mut slices = [IoSliceMut::new(chunk)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
+    let mut fds = Vec::new();
+    for one in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = one {
+            for fd in received {
+                // SAFETY: the kernel made this descriptor for us with this message; nothing else knows its number.
+                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+    Ok((message.bytes, fds.into_iter().next()))
 }

@@ -1,13 +1,16 @@
 //! One client's side of the protocol, without its socket: bytes in, steps out.
 
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use ipc::limits::MAX_QMP_REQUEST;
+use ipc::limits::{MAX_QMP_FDS, MAX_QMP_REQUEST};
 use ipc::spec::vm::{CpuSpec, MachineKind, VmSpec};
 
 use super::command::{Outbox, QmpError, Ticket, VmCommand, answer};
+use super::descriptors::{Descriptors, Desk};
 use super::json::{Broken, Splitter};
 use super::parse::Parsed;
 use super::schema::check::shown;
@@ -80,6 +83,10 @@ impl Forward {
 pub(super) struct Session {
     input: Splitter,
     negotiated: bool,
+    /// Descriptors that came with bytes which were not looked at yet, and where these begin.
+    arrived: VecDeque<(u64, OwnedFd)>,
+    /// The last one that came with bytes that were.
+    fresh: Option<OwnedFd>,
 }
 
 /// The first message to each client.
@@ -88,8 +95,15 @@ pub(super) fn greeting() -> String {
 }
 
 impl Session {
-    /// Takes what has arrived.
-    pub(super) fn push(&mut self, bytes: &[u8]) {
+    /// Takes what has arrived: bytes, and the first of the descriptors that came with them.
+    pub(super) fn push(&mut self, bytes: &[u8], fd: Option<OwnedFd>) {
+        if let Some(fd) = fd {
+            self.arrived.push_back((self.input.received(), fd));
+            // As the newest counts, nobody misses the oldest of so many.
+            if self.arrived.len() > MAX_QMP_FDS {
+                self.arrived.pop_front();
+            }
+        }
         self.input.push(bytes);
     }
 
@@ -99,9 +113,16 @@ impl Session {
     }
 
     /// The next step; `None` when more has to arrive.
-    pub(super) fn step(&mut self, info: &Info) -> Option<Step> {
-        let parsed = match self.input.next()? {
-            Ok(bytes) => super::parse::parse(bytes),
+    /// `client` is whose session this is, `all` the descriptors that were passed before.
+    pub(super) fn step(&mut self, info: &Info, client: u64, all: &mut Descriptors) -> Option<Step> {
+        let parsed = self.input.next()?.map(super::parse::parse);
+        // Those that came with the request or before it: the newest counts, as in QEMU.
+        let position = self.input.position();
+        while self.arrived.front().is_some_and(|(at, _)| *at < position) {
+            self.fresh = self.arrived.pop_front().map(|(_, fd)| fd);
+        }
+        let parsed = match parsed {
+            Ok(parsed) => parsed,
             Err(Broken::TooLarge) => {
                 let error = QmpError::generic(format!(
                     "Request is too large; allowed: {MAX_QMP_REQUEST} bytes"
@@ -120,7 +141,7 @@ impl Session {
             Ok(Parsed {
                 value: Value::Object(request),
                 id,
-            }) => (id, self.execute(info, request)),
+            }) => (id, self.execute(info, client, all, request)),
             Ok(_) => (
                 None,
                 Err(QmpError::generic("QMP input must be a JSON object")),
@@ -145,6 +166,8 @@ impl Session {
     fn execute(
         &mut self,
         info: &Info,
+        client: u64,
+        all: &mut Descriptors,
         mut request: Map<String, Value>,
     ) -> Result<Executed, QmpError> {
         if request.contains_key("exec-oob") {
@@ -206,7 +229,25 @@ impl Session {
                 schema::assert_conforms(command.name, command.returns, &value);
                 Ok(Executed::Done(value))
             }
-            Run::Main(build) => Ok(Executed::Forward(command, arguments, build)),
+            Run::Desk(run) => {
+                let value = run(&mut self.desk(client, all), arguments)?;
+                schema::assert_conforms(command.name, command.returns, &value);
+                Ok(Executed::Done(value))
+            }
+            Run::Main(build) => {
+                if let Some(brings) = command.brings {
+                    brings(&mut self.desk(client, all), &mut arguments)?;
+                }
+                Ok(Executed::Forward(command, arguments, build))
+            }
+        }
+    }
+
+    fn desk<'a>(&'a mut self, client: u64, all: &'a mut Descriptors) -> Desk<'a> {
+        Desk {
+            client,
+            fresh: &mut self.fresh,
+            all,
         }
     }
 }
@@ -240,8 +281,10 @@ mod tests {
             "[{\"a\":null}]",
         ] {
             let mut session = Session::default();
-            session.push(format!("{{\"execute\":\"qmp_capabilities\",\"id\":{id}}}").as_bytes());
-            let Some(Step::Answer(answer)) = session.step(&info) else {
+            let request = format!("{{\"execute\":\"qmp_capabilities\",\"id\":{id}}}");
+            session.push(request.as_bytes(), None);
+            let mut none = Descriptors::default();
+            let Some(Step::Answer(answer)) = session.step(&info, 0, &mut none) else {
                 panic!("{id} was not answered");
             };
             assert_eq!(answer, format!("{{\"return\":{{}},\"id\":{id}}}"));

@@ -641,3 +641,68 @@ fn no_socket_no_thread() {
     assert!(commands.next().is_none());
     handle.finish();
 }
+
+/// Sends `text` with `fds`.
+fn pass(client: &Client, text: &str, fds: &[&OwnedFd]) {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use std::os::fd::AsRawFd;
+    let raw: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+    let sent = sendmsg::<()>(
+        client.write.as_raw_fd(),
+        &[std::io::IoSlice::new(text.as_bytes())],
+        &[ControlMessage::ScmRights(&raw)],
+        MsgFlags::empty(),
+        None,
+    );
+    assert_eq!(sent, Ok(text.len()));
+}
+
+fn pipe() -> (std::io::PipeReader, OwnedFd) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    (reader, writer.into())
+}
+
+/// Waits until nobody has the other end.
+fn is_closed(mut reader: std::io::PipeReader) {
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+}
+
+fn is_open(reader: &std::io::PipeReader) -> bool {
+    let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).unwrap() == 0
+}
+
+#[test]
+fn each_command_gets_the_descriptor_that_came_with_it() {
+    let (mut client, _handle, _commands) = pair();
+    client.negotiate();
+    let ((first, one), (second, two), (surplus, three)) = (pipe(), pipe(), pipe());
+    // One after the other, without a look at the answers, and one of them in pieces.
+    pass(
+        &client,
+        "{'execute':'getfd','arguments':{'fdname':'a'}}",
+        &[&one, &three],
+    );
+    pass(&client, "{'execute':'getfd',", &[&two]);
+    client.send("'arguments':{'fdname':'b'}}{'execute':'closefd','arguments':{'fdname':'a'}}");
+    for _ in 0..3 {
+        assert_eq!(client.line(), json!({ "return": {} }));
+    }
+    drop((one, two, three));
+    is_closed(surplus);
+    is_closed(first);
+    assert!(is_open(&second));
+    // One that comes with a command that wants none is the next one's, unless a newer one comes.
+    let ((older, one), (newer, two)) = (pipe(), pipe());
+    pass(&client, "{'execute':'query-name'}", &[&one]);
+    assert_eq!(client.line()["return"]["name"], "vm");
+    assert!(is_open(&older));
+    pass(&client, "{'execute':'add-fd'}", &[&two]);
+    assert_eq!(client.line()["return"]["fdset-id"], 0);
+    drop((one, two));
+    is_closed(older);
+    // Names go with their client, sets stay until they are removed.
+    drop(client);
+    is_closed(second);
+    assert!(is_open(&newer));
+}

@@ -7,6 +7,7 @@
 use serde_json::{Map, Value};
 
 use super::super::command::{QmpError, Ticket, VmCommand};
+use super::super::descriptors::Desk;
 use super::super::session::Info;
 use super::Arguments;
 
@@ -141,6 +142,8 @@ pub(crate) enum Run {
     Capabilities,
     /// This thread.
     Here(fn(&Info, Arguments) -> Result<Value, QmpError>),
+    /// This thread, from what it keeps of descriptors.
+    Desk(fn(&mut Desk<'_>, Arguments) -> Result<Value, QmpError>),
     /// The main thread.
     Main(fn(Ticket, Arguments) -> VmCommand),
 }
@@ -161,8 +164,13 @@ pub struct Command {
     pub returns: Type,
     /// What to use instead, for one that is only there for old clients.
     pub deprecated: &'static str,
+    /// Puts descriptors to the arguments that name some.
+    pub(crate) brings: Option<Brings>,
     pub(crate) run: Run,
 }
+
+/// See [`Command::brings`].
+pub(crate) type Brings = fn(&mut Desk<'_>, &mut Arguments) -> Result<(), QmpError>;
 
 impl std::fmt::Debug for Command {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -179,6 +187,7 @@ const fn command(name: &'static str, help: &'static str, run: Run) -> Command {
         open: false,
         returns: Type::NOTHING,
         deprecated: "",
+        brings: None,
         run,
     }
 }
@@ -190,6 +199,15 @@ pub(super) const fn here(
     run: fn(&Info, Arguments) -> Result<Value, QmpError>,
 ) -> Command {
     command(name, help, Run::Here(run))
+}
+
+/// A command about descriptors, which the QMP thread keeps.
+pub(super) const fn desk(
+    name: &'static str,
+    help: &'static str,
+    run: fn(&mut Desk<'_>, Arguments) -> Result<Value, QmpError>,
+) -> Command {
+    command(name, help, Run::Desk(run))
 }
 
 /// A command for the main thread.
@@ -228,6 +246,12 @@ impl Command {
     #[allow(dead_code)] // of use to device_add
     pub(super) const fn takes_more(mut self) -> Self {
         self.open = true;
+        self
+    }
+
+    /// With descriptors that its arguments name.
+    pub(super) const fn brings(mut self, brings: Brings) -> Self {
+        self.brings = Some(brings);
         self
     }
 

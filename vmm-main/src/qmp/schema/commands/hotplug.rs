@@ -1,10 +1,12 @@
 //! What comes to the running VM and goes.
 
-use crate::qmp::command::{Reply, Ticket, VmCommand};
+use crate::qmp::command::{QmpError, Reply, Ticket, VmCommand};
+use crate::qmp::descriptors::Desk;
 use crate::qmp::plug::{BackendKind, DRIVERS, NewBackend, NewDevice};
+use crate::qmp::schema::Arguments;
 use crate::qmp::schema::types::{Command, Enum, Member, Object, Type, main, may, must, object};
 use ipc::limits;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const PATH: Type = Type::Text(4095);
 
@@ -29,7 +31,7 @@ const FILE: Object = object(
         must(
             "filename",
             PATH,
-            "absolute path, beneath a folder that `-hotplug images=` grants",
+            "absolute path, beneath a folder that `-hotplug images=` grants; or `/dev/fdset/N`, a set of `add-fd`'s",
         ),
         may("aio", AIO, "as `-drive aio=`; threads means off"),
         may("node-name", Type::ID, "accepted, without effect"),
@@ -102,10 +104,20 @@ const NETDEV: &[Member] = &[
         }),
         "default tap",
     ),
-    must(
+    may(
         "ifname",
         Type::Text(15),
         "a tap that `-hotplug tap=` grants",
+    ),
+    may(
+        "fd",
+        Type::ID,
+        "instead of ifname: the name of an open tap that `getfd` took, which the name loses, or the number of one that `add-fd` took",
+    ),
+    may(
+        "fds",
+        Type::TEXT,
+        "instead of ifname: one for each queue pair, with colons between them",
     ),
     may(
         "queues",
@@ -117,6 +129,8 @@ const NETDEV: &[Member] = &[
         Type::Bool,
         "accepted: packets never go through the host kernel's vhost",
     ),
+    may("vhostfd", Type::ID, "accepted: this descriptor is closed"),
+    may("vhostfds", Type::TEXT, "accepted: these are closed"),
 ];
 
 const FSDEV: &[Member] = &[
@@ -208,6 +222,80 @@ const DEVICE: &[Member] = &[
     ),
 ];
 
+fn add(
+    ticket: Ticket,
+    mut arguments: Arguments,
+    make: fn(Arguments, usize) -> NewBackend,
+) -> VmCommand {
+    let fds = arguments.descriptors();
+    let what = make(arguments, fds.len());
+    VmCommand::BackendAdd(Box::new(what), fds, nothing(ticket))
+}
+
+/// The descriptor that `/dev/fdset/N` stands for.
+fn image_descriptor(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(), QmpError> {
+    let readonly = arguments.flag("read-only").unwrap_or(false);
+    let path = arguments
+        .at(&["file", "filename"])
+        .or_else(|| arguments.at(&["filename"]))
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    let fd = desk.open(path, readonly)?;
+    arguments.bring(fd.into_iter().collect());
+    Ok(())
+}
+
+/// The descriptors that `fd` or `fds` name.
+fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(), QmpError> {
+    let wrong = |what: String| Err(QmpError::generic(what));
+    let given: Vec<&str> = ["ifname", "fd", "fds"]
+        .into_iter()
+        .filter(|name| arguments.at(&[name]).is_some())
+        .collect();
+    let [argument] = given.as_slice() else {
+        return wrong(format!(
+            "netdev_add takes one of ifname, fd and fds; given: {}",
+            if given.is_empty() {
+                "none".into()
+            } else {
+                given.join(", ")
+            }
+        ));
+    };
+    // Those of vhost are taken and closed, whatever follows.
+    for argument in ["vhostfd", "vhostfds"] {
+        if let Some(text) = arguments.text(argument) {
+            desk.take(argument, &text.split(':').collect::<Vec<_>>())?;
+        }
+    }
+    if *argument == "ifname" {
+        return Ok(());
+    }
+    let text = arguments.text(argument).unwrap_or_default();
+    let names: Vec<&str> = text.split(':').collect();
+    let most = match *argument {
+        "fd" => 1,
+        _ => usize::from(limits::MAX_NET_QUEUE_PAIRS),
+    };
+    if names.len() > most {
+        return wrong(format!(
+            "Parameter '{argument}' names {} descriptors; allowed: 1 to {most}",
+            names.len()
+        ));
+    }
+    if let Some(queues) = arguments.uint("queues")
+        && queues != names.len() as u64
+    {
+        return wrong(format!(
+            "Parameter 'queues' is {queues}, and '{argument}' names {} descriptors; one for each queue pair is needed",
+            names.len()
+        ));
+    }
+    let fds = desk.take(argument, &names)?;
+    arguments.bring(fds);
+    Ok(())
+}
+
 fn nothing(ticket: Ticket) -> Reply<()> {
     Reply::new(ticket, |_, ()| json!({}))
 }
@@ -217,10 +305,11 @@ pub(super) static COMMANDS: &[Command] = &[
         "blockdev-add",
         "Opens an image for a disk to come",
         |ticket, arguments| {
-            VmCommand::BackendAdd(Box::new(NewBackend::drive(arguments)), nothing(ticket))
+            add(ticket, arguments, |arguments, _| NewBackend::drive(arguments))
         },
     )
-    .takes(BLOCKDEV),
+    .takes(BLOCKDEV)
+    .brings(image_descriptor),
     main(
         "blockdev-del",
         "Closes an image that no disk uses",
@@ -237,10 +326,11 @@ pub(super) static COMMANDS: &[Command] = &[
         "netdev_add",
         "Takes a tap for a card to come",
         |ticket, arguments| {
-            VmCommand::BackendAdd(Box::new(NewBackend::netdev(arguments)), nothing(ticket))
+            add(ticket, arguments, NewBackend::netdev)
         },
     )
-    .takes(NETDEV),
+    .takes(NETDEV)
+    .brings(tap_descriptors),
     main(
         "netdev_del",
         "Gives up a tap that no card uses",
@@ -257,7 +347,7 @@ pub(super) static COMMANDS: &[Command] = &[
         "fsdev-add",
         "Opens a folder for a device to come",
         |ticket, arguments| {
-            VmCommand::BackendAdd(Box::new(NewBackend::fsdev(arguments)), nothing(ticket))
+            add(ticket, arguments, |arguments, _| NewBackend::fsdev(arguments))
         },
     )
     .takes(FSDEV),

@@ -1,5 +1,6 @@
 //! The commands, in groups: the chapters of the manual page, one file each.
 
+mod descriptors;
 mod devices;
 mod hotplug;
 mod machine;
@@ -52,6 +53,10 @@ pub static GROUPS: &[Group] = &[
     Group {
         title: "Hot-plug",
         commands: hotplug::COMMANDS,
+    },
+    Group {
+        title: "Descriptors",
+        commands: descriptors::COMMANDS,
     },
     Group {
         title: "Sandbox",
