@@ -14,9 +14,11 @@
 pub mod channel;
 pub mod codec;
 pub mod control;
+pub mod image;
 pub mod keeper;
 pub mod limits;
 pub mod log;
+pub mod relay;
 pub mod spec;
 pub mod start;
 

@@ -26,7 +26,9 @@ pub mod tree;
 mod watch;
 
 pub use layer::{Layer, LayerReport, Sandbox, State};
-pub use self_lock::{SelfLockError, SelfReport, self_lock, while_open_to_inspection};
+pub use self_lock::{
+    SelfLockError, SelfReport, keep_starting, self_lock, while_open_to_inspection,
+};
 pub use spawn::{Child, DeviceLaunch, Pending, SharedTree, SpawnError, spawn};
 pub use steps::idmap::Identity;
 pub use steps::landlock::{LandlockReport, abi as landlock_abi};

@@ -62,6 +62,31 @@ pub fn while_open_to_inspection<T>(work: impl FnOnce() -> T) -> Result<T, SelfLo
     }
 }
 
+/// For a process that does nothing but start others with [`spawn()`](crate::spawn()): keeps the rights that the next start
+/// takes, if it has them, and gives up all others. Both hold for what it starts, too. The host must allow it to make user
+/// namespaces, since nothing else of a jail is possible afterwards.
+///
+/// # Errors
+/// [`SelfLockError`]; the process should then end.
+pub fn keep_starting() -> Result<(), SelfLockError> {
+    /// `CAP_SETGID`, `CAP_SETUID`: to map another user into a namespace.
+    const MAPPING: u64 = 1 << 6 | 1 << 7;
+    let step = |what| move |source| SelfLockError::Step { what, source };
+    match threads::count_lasting().map_err(step("counting threads"))? {
+        1 => {}
+        more => return Err(SelfLockError::Threads(more)),
+    }
+    faults::report_plainly().map_err(step("resetting fault signals"))?;
+    let own = caps::read().map_err(step("reading capabilities"))?;
+    caps::keep(own.main.permitted & MAPPING).map_err(step("dropping capabilities"))?;
+    no_new_privs::set().map_err(step("setting no_new_privs"))?;
+    if dumpable::switch_off().map_err(step("switching dumps off"))? {
+        Ok(())
+    } else {
+        Err(step("switching dumps off")(Errno::EPERM))
+    }
+}
+
 /// Locks this process down. Descriptors that are open keep working; nothing can be opened by path
 /// afterwards.
 ///

@@ -1,7 +1,8 @@
 //! # Our device processes behind a front end that nobody here wrote
 //!
 //! **Job.** QEMU in pure emulation boots Debian's kernel with our `block` and `net` processes as its vhost-user back ends: the
-//! guest reads and writes the disk and pings the host. No KVM is needed.
+//! guest reads and writes the disk and pings the host. No KVM is needed. Once as a broker would start them, and once as a person
+//! does: `block --socket-path`, whose serving process is killed while the guest works.
 //! **Who is not trusted.** The device processes, which are under test with their filters on.
 //! **Why this way.** Our own front end and our back end could share a misreading of the specification; QEMU does not share it.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
@@ -10,17 +11,23 @@ use device_host::test_frontend::DeviceProcess;
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
 use ipc::spec::net::NetSpec;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd;
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
+use tests::console::Console;
 use tests::host::{Tap, require_root};
+use tests::jail::{Jail, NAMESPACES};
 use tests::lab::{Flavour, Guest, Script, ensure_packages};
 use tests::vm::binary;
-use tests::wait::{Deadline, readable};
+use tests::wait::{Deadline, Watched, readable};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
@@ -46,6 +53,22 @@ fn digest(path: &Path, skip: u64, count: u64) -> String {
     std::fs::write(part.path(), bytes).unwrap();
     let output = Command::new("md5sum").arg(part.path()).output().unwrap();
     String::from_utf8(output.stdout).unwrap()[..32].to_owned()
+}
+
+/// QEMU with the guest, without any device yet.
+fn qemu(guest: &Guest, initrd: &Path) -> Command {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg,thread=multi", "-M", "q35"])
+        .args(["-m", "512", "-smp", "2"])
+        .args(["-object", "memory-backend-memfd,id=ram,size=512M,share=on"])
+        .args(["-numa", "node,memdev=ram", "-nodefaults", "-nographic"])
+        .args(["-no-reboot", "-serial", "stdio"])
+        .arg("-kernel")
+        .arg(&guest.kernel.bzimage)
+        .arg("-initrd")
+        .arg(initrd)
+        .args(["-append", "console=ttyS0 quiet no_timer_check"]);
+    qemu
 }
 
 #[test]
@@ -81,31 +104,7 @@ fn qemu_drives_block_and_net() {
     let chardev =
         |index: usize, id: &str| format!("socket,id={id},path={}", sockets[index].display());
     // Without MSI-X for the card: QEMU 7.2 crashes when it sets its vectors up for a vhost-user card without KVM.
-    let mut qemu = Command::new("qemu-system-x86_64")
-        .args([
-            "-accel",
-            "tcg,thread=multi",
-            "-M",
-            "q35",
-            "-m",
-            "512",
-            "-smp",
-            "2",
-        ])
-        .args(["-object", "memory-backend-memfd,id=ram,size=512M,share=on"])
-        .args([
-            "-numa",
-            "node,memdev=ram",
-            "-nodefaults",
-            "-nographic",
-            "-no-reboot",
-        ])
-        .args(["-serial", "stdio"])
-        .arg("-kernel")
-        .arg(&guest.kernel.bzimage)
-        .arg("-initrd")
-        .arg(initrd.path())
-        .args(["-append", "console=ttyS0 quiet no_timer_check"])
+    let mut qemu = qemu(&guest, initrd.path())
         .args(["-chardev", &chardev(0, "c0")])
         .args(["-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"])
         .args(["-chardev", &chardev(1, "c1")])
@@ -154,7 +153,7 @@ fn qemu_drives_block_and_net() {
     let output = qemu.stdout.take().unwrap();
     let text = std::thread::spawn(move || std::io::read_to_string(output).unwrap());
     // The guest powers off by itself; QEMU's end closes the pipe.
-    let watched = tests::wait::Watched::new(qemu.id() as i32).unwrap();
+    let watched = Watched::new(qemu.id() as i32).unwrap();
     if !watched.ended(Deadline::after(LIMIT)).unwrap() {
         qemu.kill().unwrap();
     }
@@ -177,4 +176,192 @@ fn qemu_drives_block_and_net() {
     );
     assert!(text.contains("3 packets received"), "{all}");
     assert!(block_status.success() && net_status.success(), "{all}");
+}
+
+/// A stand-alone `block`, which is killed if the test does not get that far.
+struct Alone {
+    child: Child,
+    log: BufReader<ChildStderr>,
+}
+
+impl Alone {
+    /// Returns once it listens.
+    fn start(image: &Path, socket: &Path, more: &[&str]) -> Self {
+        let mut child = Command::new(binary("block").unwrap())
+            .arg("--file")
+            .arg(image)
+            .arg("--socket-path")
+            .arg(socket)
+            .args(["--log-level", "info"])
+            .args(more)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        let mut alone = Self { child, log };
+        alone.log_until("listening");
+        alone
+    }
+
+    /// Reads the log up to a line with `text` in it, and returns that.
+    fn log_until(&mut self, text: &str) -> String {
+        let mut line = String::new();
+        while !line.contains(text) {
+            line.clear();
+            assert!(
+                self.log.read_line(&mut line).unwrap() > 0,
+                "it ended before it said {text:?}"
+            );
+        }
+        line
+    }
+
+    /// The process that serves the front end that came last.
+    fn serving(&mut self) -> i32 {
+        let line = self.log_until("serving a front end, process ");
+        line.trim_end().rsplit(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// As much as for a disk's process that a broker started.
+fn is_jailed(pid: i32, image: &Path) {
+    let jail = Jail::of(pid).unwrap();
+    assert_eq!(jail.own_namespaces, NAMESPACES, "{jail:?}");
+    assert_eq!((jail.uid, jail.no_new_privs), (65534, true), "{jail:?}");
+    assert_eq!(jail.capabilities, [0; 5], "{jail:?}");
+    assert!(jail.read_only_root && jail.root.is_empty(), "{jail:?}");
+    assert!(jail.threads.iter().all(|(_, mode)| *mode == 2), "{jail:?}");
+    let kinds: Vec<&str> = (0..7).map(|fd| jail.fds[&fd].kind()).collect();
+    let image = image.to_str().unwrap();
+    let want = [
+        "pipe",
+        "pipe",
+        "pipe",
+        "socket",
+        "io_uring",
+        image,
+        "eventpoll",
+    ];
+    assert_eq!(kinds, want, "{jail:?}");
+    let others: BTreeSet<&str> = jail.fds.range(7..).map(|(_, fd)| fd.kind()).collect();
+    assert_eq!(others, BTreeSet::from(["eventfd", "memfd"]), "{jail:?}");
+}
+
+#[test]
+fn qemu_drives_a_stand_alone_block_whose_process_is_killed() {
+    require_root();
+    ensure_packages(&["qemu-system-x86"]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (image, socket) = (dir.path().join("disk.img"), dir.path().join("disk.sock"));
+    let file = File::create(&image).unwrap();
+    file.set_len(32 * MIB).unwrap();
+    let guest = Guest::ready(Flavour::Cloud).unwrap();
+    // The last sector is where the host says that the process is gone: from then on, the guest's reads are another one's.
+    let script = Script::new(
+        "set -e\n\
+         dd if=/dev/urandom of=/data bs=1M count=4 2>/dev/null\n\
+         dd if=/data of=/dev/vda bs=1M conv=fsync 2>/dev/null\n\
+         echo SERIAL $(cat /sys/block/vda/serial) RO $(cat /sys/block/vda/ro)\n\
+         echo FIRST-PART\n\
+         until dd if=/dev/vda bs=512 skip=65535 count=1 2>/dev/null | grep -q gone; do\n\
+         echo 1 > /proc/sys/vm/drop_caches; done\n\
+         dd if=/data of=/dev/vda bs=1M seek=8 conv=fsync 2>/dev/null\n\
+         echo 1 > /proc/sys/vm/drop_caches\n\
+         echo READ $(dd if=/dev/vda bs=1M count=4 2>/dev/null | md5sum)\n\
+         echo WROTE $(md5sum < /data)\n\
+         echo ALL-DONE\n",
+    );
+    let initrd = guest.initrd_with(&script).unwrap();
+    let mut block = Alone::start(&image, &socket, &["--serial=alone-1", "--aio=io_uring"]);
+
+    let chardev = format!("socket,id=c0,path={},reconnect=1", socket.display());
+    let mut qemu = qemu(&guest, initrd.path())
+        .args(["-chardev", &chardev])
+        .args(["-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut console = Console::new(OwnedFd::from(qemu.stdout.take().unwrap()), None);
+    let first = block.serving();
+    let before = console.wait_for("FIRST-PART", LIMIT).unwrap();
+    assert!(before.contains("SERIAL alone-1 RO 0"), "{before}");
+    is_jailed(first, &image);
+    let outside = Jail::of(block.child.id().cast_signed()).unwrap();
+    let mapping = 1 << 6 | 1 << 7;
+    assert_eq!(outside.capabilities.map(|set| set & !mapping), [0; 5]);
+    assert!(outside.no_new_privs);
+
+    let watched = Watched::new(first).unwrap();
+    nix::sys::signal::kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    assert!(watched.ended(Deadline::after(LIMIT)).unwrap());
+    file.write_all_at(b"gone", 32 * MIB - 512).unwrap();
+    let second = block.serving();
+    assert_ne!(first, second);
+    let after = console.wait_for("ALL-DONE", LIMIT).unwrap();
+    is_jailed(second, &image);
+    let wrote = after.split("WROTE ").nth(1).unwrap()[..32].to_owned();
+    assert_eq!(digest(&image, 0, 4), wrote, "before the kill");
+    assert_eq!(digest(&image, 8, 4), wrote, "after it");
+    assert!(after.contains(&format!("READ {wrote}")), "{after}");
+    console.wait_end(LIMIT).unwrap();
+    assert!(qemu.wait().unwrap().success());
+    assert!(block.child.wait().unwrap().success());
+    assert!(!socket.exists(), "the socket is gone with the program");
+}
+
+#[test]
+fn a_stand_alone_block_that_is_told_to_end_leaves_nothing() {
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let (image, socket) = (dir.path().join("disk.img"), dir.path().join("disk.sock"));
+    File::create(&image).unwrap().set_len(MIB).unwrap();
+    let mut block = Alone::start(&image, &socket, &["--keep"]);
+    // A front end that leaves, and one that stays.
+    drop(UnixStream::connect(&socket).unwrap());
+    let first = block.serving();
+    block.log_until("the front end left");
+    let front_end = UnixStream::connect(&socket).unwrap();
+    let second = block.serving();
+    assert_ne!(first, second);
+    // Another program may not have the image meanwhile, nor the socket.
+    let other = |image: &Path, socket: &Path| {
+        let output = Command::new(binary("block").unwrap())
+            .arg("--file")
+            .arg(image)
+            .arg("--socket-path")
+            .arg(socket)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = other(&image, &dir.path().join("other.sock"));
+    assert!(
+        said.contains("another process holds a lock on this image"),
+        "{said}"
+    );
+    let free = dir.path().join("free.img");
+    File::create(&free).unwrap();
+    let said = other(&free, &socket);
+    assert!(said.contains("another process listens there"), "{said}");
+
+    let watched = Watched::new(second).unwrap();
+    nix::sys::signal::kill(
+        Pid::from_raw(block.child.id().cast_signed()),
+        Signal::SIGTERM,
+    )
+    .unwrap();
+    assert!(block.child.wait().unwrap().success());
+    // It was ended before the program did.
+    assert!(watched.ended(Deadline::after(Duration::ZERO)).unwrap());
+    assert!(!socket.exists());
+    drop(front_end);
 }

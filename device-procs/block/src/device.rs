@@ -33,7 +33,7 @@ use crate::request::{Extent, HEADER, RANGE, Request, Status, place};
 use crate::throttle::Throttle;
 
 /// Smallest ring: header, one buffer, status, and a power of two.
-const MIN_QUEUE_SIZE: u16 = 4;
+pub(crate) const MIN_QUEUE_SIZE: u16 = 4;
 
 /// Names of requests in the log.
 const READ: &str = "read";

@@ -69,6 +69,34 @@ impl Backends {
     }
 }
 
+/// Closes every descriptor but 0 to 2 and `kept`: a caller that forgot to close one on exec does not lend it to what is started
+/// from here. To be called before anything is opened.
+pub(crate) fn close_others(kept: Option<RawFd>) -> Result<(), Errno> {
+    let close = |first: u32, last: u32| {
+        if first > last {
+            return Ok(());
+        }
+        // SAFETY: nothing in this process owns a descriptor from 3 on yet.
+        Errno::result(unsafe { libc::close_range(first, last, 0) }).map(drop)
+    };
+    match kept.and_then(|fd| u32::try_from(fd).ok()) {
+        Some(kept) => close(3, kept - 1).and_then(|()| close(kept + 1, u32::MAX)),
+        None => close(3, u32::MAX),
+    }
+}
+
+/// Takes descriptor `fd`, which nothing else in this process uses: it is 3 or more, nothing has been opened before, and no
+/// fixed descriptors were taken.
+pub(crate) fn take_one(fd: RawFd) -> Result<OwnedFd, Errno> {
+    if fd <= FD_LOG || TAKEN.swap(true, Ordering::SeqCst) {
+        return Err(Errno::EBADF);
+    }
+    // SAFETY: F_SETFD takes any number and touches no memory.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open, and by the flag above this is the only place that ever owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 fn is_open(fd: RawFd) -> bool {
     // SAFETY: F_GETFD takes any number and touches no memory.
     let result = unsafe { libc::fcntl(fd, libc::F_GETFD) };

@@ -8,6 +8,7 @@
 //!
 //! **Why this way.** One reviewed place for what every device would otherwise do in its own way; device crates forbid `unsafe`.
 
+pub mod alone;
 mod chain;
 mod device;
 mod fault;

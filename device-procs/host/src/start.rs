@@ -286,7 +286,13 @@ fn started(name: &'static str, run: impl FnOnce(Inherited) -> Result<(), RunErro
     let Some(inherited) = Inherited::take() else {
         // Not started by the broker; whoever reads this is at a terminal.
         eprintln!(
-            "{name}: a part of stratovirt, which starts it with a log, a vhost-user socket and a start message on descriptors 2, 3 and 4"
+            "{name}: a part of stratovirt, which starts it with a log, a vhost-user socket and a start message on descriptors 2, 3 and 4{}",
+            // Not all can do without.
+            if name == "block" {
+                "; --help tells how to use it alone"
+            } else {
+                ""
+            }
         );
         return ExitCode::from(2);
     };

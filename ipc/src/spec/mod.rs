@@ -9,6 +9,7 @@ use crate::limits;
 
 pub mod block;
 pub mod fs;
+pub mod needs;
 pub mod net;
 pub mod template;
 pub mod vm;
@@ -78,7 +79,7 @@ impl DeviceSpec {
                     return Err("poll-us or throttling.iops-total is out of range".into());
                 }
                 within("num-queues", spec.num_queues, 1, limits::MAX_BLOCK_QUEUES)?;
-                size(4, 1024)
+                size(4, limits::MAX_DISK_QUEUE_SIZE)
             }
             Self::Net(spec) => {
                 within("queues", spec.queue_pairs, 1, limits::MAX_NET_QUEUE_PAIRS)?;

@@ -407,7 +407,7 @@ fn given_image(fds: Vec<OwnedFd>, readonly: bool, direct: bool) -> Result<Backen
         }
         other => told(other.desc().into()),
     })?;
-    open::lock(&fd, readonly).map_err(told)?;
+    ipc::image::lock(&fd, readonly).map_err(|e| told(e.to_string()))?;
     Ok(Backend {
         grant: BackendGrant::Given,
         hold: None,

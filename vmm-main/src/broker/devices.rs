@@ -7,7 +7,6 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -18,10 +17,8 @@ use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
 use ipc::control::sandbox::Role;
 use ipc::control::{DeviceGrant, Exit, Policy, Reply};
-use ipc::limits::{
-    FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_INFLIGHT_REGION, MAX_LOG_LINE,
-};
-use ipc::log::{RateLimit, error, trace};
+use ipc::log::{error, trace};
+use ipc::relay::LogLines;
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::{BACKEND_FDS, FD_KEEPER, FD_PROCESSES, FD_TREE};
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
@@ -122,7 +119,7 @@ impl Devices {
         })
         .map_err(|e| told("start message", &e))?;
 
-        let longest_file = longest_file(&grant.spec, &backend).map_err(|e| told("image", &e))?;
+        let limits = limits(&grant.spec, &backend).map_err(|e| told("image", &e))?;
         let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
         let mut backend = backend;
         let folder = match &grant.spec {
@@ -152,7 +149,13 @@ impl Devices {
 
         let name = grant.spec.binary();
         let binary = find_binary(name)?;
-        let argv = [grant.spec.process(), id]
+        // By a first dash the program would know a person's options.
+        let shown = if id.starts_with('-') {
+            format!("id={id}")
+        } else {
+            id.to_owned()
+        };
+        let argv = [grant.spec.process(), &shown]
             .map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default());
         let pending = ozone::spawn(DeviceLaunch {
             name: id,
@@ -170,7 +173,7 @@ impl Devices {
                 }),
                 _ => None,
             },
-            limits: limits(&grant.spec, longest_file),
+            limits,
             mode: match policy.sandbox {
                 SandboxMode::BestEffort => Sandbox::BestEffort,
                 SandboxMode::Strict => Sandbox::Strict,
@@ -184,7 +187,7 @@ impl Devices {
             pid,
             told: pid,
             stage: Stage::Pending(pending),
-            lines: LogLines::new(id, log_reader.into()),
+            lines: LogLines::new(id, log_reader),
             keeper,
         });
         Ok((ours.into(), pid))
@@ -225,7 +228,7 @@ impl Devices {
     pub(super) fn watched(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
         self.slots.iter().enumerate().flat_map(|(index, slot)| {
             slot.iter().flat_map(move |process| {
-                let pipe = process.lines.open.then(|| process.lines.pipe.as_fd());
+                let pipe = process.lines.pipe();
                 let life = match &process.stage {
                     Stage::Pending(pending) => Some(pending.as_fd()),
                     Stage::Running(child) => Some(child.pidfd.as_fd()),
@@ -250,7 +253,7 @@ impl Devices {
         };
         // What it wrote just before it ended is still in the pipe.
         process.lines.relay(self.log);
-        let last_words = last_words.unwrap_or_else(|| std::mem::take(&mut process.lines.last));
+        let last_words = last_words.unwrap_or_else(|| process.lines.take_last());
         // With its keeper a process that serves has ended too.
         let pid = process.told;
         *slot = None;
@@ -355,7 +358,7 @@ impl Process {
                     index,
                     pid,
                     how,
-                    last_words: std::mem::take(&mut self.lines.last),
+                    last_words: self.lines.take_last(),
                 })
             }
             Err(e) => {
@@ -405,41 +408,16 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
-/// How far a device may write into any file, in bytes; `None` without limit. A disk that is written keeps the size that it
-/// has, so that its process cannot fill the host's file system; a shared folder's files are the guest's; all others make one memfd, for their in-flight region.
-fn longest_file(spec: &DeviceSpec, backend: &[OwnedFd]) -> std::io::Result<Option<u64>> {
-    let image = match (spec, backend) {
-        (DeviceSpec::Block(block), [image]) if !block.readonly => image,
-        (DeviceSpec::Fs(fs), _) if !fs.readonly => return Ok(None),
-        _ => return Ok(Some(MAX_INFLIGHT_REGION)),
-    };
-    let image = File::from(image.try_clone()?).metadata()?;
-    // Others, block devices above all, have their size from elsewhere.
-    Ok(image
-        .is_file()
-        .then(|| image.len().max(MAX_INFLIGHT_REGION)))
-}
-
 /// Limits by what the device does.
-fn limits(spec: &DeviceSpec, longest_file: Option<u64>) -> Limits {
-    let queues = u64::from(spec.num_queues());
-    Limits {
-        // Its own, and for each queue a kick, a call and an error eventfd, with room for a second set in a message.
-        descriptors: match spec {
-            DeviceSpec::Fs(_) => MAX_FS_DESCRIPTORS,
-            _ => 64 + 6 * queues + ipc::limits::MAX_MEMORY_REGIONS as u64,
-        },
-        memory: match spec {
-            DeviceSpec::Fs(_) => MAX_DEVICE_MEMORY + MAX_FS_DESCRIPTORS * FS_INODE_MEMORY,
-            _ => MAX_DEVICE_MEMORY,
-        },
-        file_size: longest_file,
-        locked_memory: match spec {
-            DeviceSpec::Block(_) => ipc::limits::MAX_RING_MEMORY,
-            _ => 0,
-        },
+fn limits(spec: &DeviceSpec, backend: &[OwnedFd]) -> std::io::Result<Limits> {
+    let needs = spec.needs(backend)?;
+    Ok(Limits {
+        descriptors: needs.descriptors,
+        memory: needs.memory,
+        file_size: needs.file_size,
+        locked_memory: needs.locked_memory,
         ..Limits::default()
-    }
+    })
 }
 
 #[allow(unsafe_code)] // nix has no pidfd_send_signal
@@ -478,101 +456,4 @@ fn find_binary(name: &str) -> Result<OwnedFd, String> {
         folder.display(),
         folder.join("../libexec/stratovirt").display()
     ))
-}
-
-/// The log pipe of one device process.
-#[derive(Debug)]
-struct LogLines {
-    /// Id of the device. Each of its lines begins with it, so that none can pass for another process's.
-    id: String,
-    pipe: File,
-    open: bool,
-    partial: Vec<u8>,
-    last: String,
-    limit: RateLimit,
-}
-
-impl LogLines {
-    fn new(id: &str, pipe: File) -> Self {
-        Self {
-            id: id.to_owned(),
-            pipe,
-            open: true,
-            partial: Vec::new(),
-            last: String::new(),
-            limit: RateLimit::new(),
-        }
-    }
-
-    /// Moves what is in the pipe to the log, line by line; at most one pipe's worth, so that a flood cannot hold the loop.
-    fn relay(&mut self, log: Option<BorrowedFd<'_>>) {
-        let mut buffer = [0u8; 4096];
-        for _ in 0..16 {
-            match self.pipe.read(&mut buffer) {
-                Ok(0) => {
-                    self.open = false;
-                    break;
-                }
-                Ok(len) => {
-                    for &byte in &buffer[..len] {
-                        self.take(byte, log);
-                    }
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-        if !self.open && !self.partial.is_empty() {
-            self.take(b'\n', log);
-        }
-    }
-
-    fn take(&mut self, byte: u8, log: Option<BorrowedFd<'_>>) {
-        if byte != b'\n' {
-            if self.partial.len() < MAX_LOG_LINE {
-                self.partial.push(byte);
-            }
-            return;
-        }
-        let line: String = String::from_utf8_lossy(&self.partial)
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect();
-        self.partial.clear();
-        if let (Some(dropped), Some(log)) = (self.limit.admit(), log) {
-            let note = if dropped > 0 {
-                format!(" ({dropped} lines dropped before)")
-            } else {
-                String::new()
-            };
-            let _ = nix::unistd::write(log, format!("[{}] {line}{note}\n", self.id).as_bytes());
-        }
-        self.last = line;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    #[test]
-    fn log_lines_are_cut_and_cleaned() {
-        let (reader, mut writer) = std::io::pipe().unwrap();
-        let (mut out, log) = std::io::pipe().unwrap();
-        let log = OwnedFd::from(log);
-        let mut lines = LogLines::new("d0", OwnedFd::from(reader).into());
-        writer.write_all(b"one\x1b[31m\n").unwrap();
-        writer.write_all(&[b'x'; 3 * MAX_LOG_LINE]).unwrap();
-        drop(writer);
-        lines.relay(Some(log.as_fd()));
-        drop(log);
-        let mut text = String::new();
-        out.read_to_string(&mut text).unwrap();
-        let mut got = text.lines();
-        assert_eq!(got.next(), Some("[d0] one [31m"));
-        assert_eq!(got.next().map(str::len), Some("[d0] ".len() + MAX_LOG_LINE));
-        assert_eq!(got.next(), None);
-        assert_eq!(lines.last.len(), MAX_LOG_LINE);
-    }
 }

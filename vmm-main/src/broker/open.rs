@@ -347,63 +347,9 @@ impl Hold {
 
 /// Opens the image at `at`, which the user knows as `path`.
 fn image(path: &Path, at: &Path, readonly: bool, direct: bool) -> Result<OwnedFd, String> {
-    let told = |what: String| format!("-drive file={}: {what}", path.display());
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if direct { libc::O_DIRECT } else { 0 };
-    let file = File::options()
-        .read(true)
-        .write(!readonly)
-        .custom_flags(flags)
-        .open(at)
-        .map_err(|e| match e.raw_os_error() {
-            Some(libc::EINVAL) if direct => {
-                told("its file system does not support O_DIRECT; use direct=off".into())
-            }
-            Some(libc::EACCES | libc::EROFS | libc::EPERM) if !readonly => told(format!(
-                "cannot open for writing: {e}; use readonly=on if the guest only reads"
-            )),
-            _ => told(format!("cannot open: {e}")),
-        })?;
-    let kind = file
-        .metadata()
-        .map_err(|e| told(e.to_string()))?
-        .file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(told("neither a regular file nor a block device".into()));
-    }
-    lock(&file, readonly).map_err(told)?;
-    // O_NONBLOCK was only for opening.
-    let keep = if direct {
-        OFlag::O_DIRECT
-    } else {
-        OFlag::empty()
-    };
-    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(keep))
-        .map_err(|e| told(e.to_string()))?;
-    Ok(file.into())
-}
-
-/// Two VMs that write one image destroy it: an advisory lock on the open file description, which lives as long as the
-/// device process, keeps a second writer away. Readers share.
-pub(super) fn lock(file: impl AsFd, readonly: bool) -> Result<(), String> {
-    let lock = libc::flock {
-        l_type: if readonly {
-            libc::F_RDLCK
-        } else {
-            libc::F_WRLCK
-        } as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    match nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)) {
-        Err(Errno::EAGAIN | Errno::EACCES) => Err(format!(
-            "another process holds a lock on this image{}",
-            if readonly { " for writing" } else { "" }
-        )),
-        // Some file systems have no locks; that is no reason not to start.
-        Ok(_) | Err(_) => Ok(()),
-    }
+    ipc::image::open(at, readonly, direct)
+        .map(OwnedFd::from)
+        .map_err(|e| format!("-drive file={}: {e}", path.display()))
 }
 
 mod tap_ioctl {
