@@ -11,6 +11,7 @@
 //! **Why this way.** Readiness is an event (a byte, an end of file, a pidfd), never a pause, so a slow machine
 //! makes a test slower, not red. A host that lacks something is an error that names it, not a silent pass.
 
+pub mod calls;
 pub mod console;
 pub mod escape;
 pub mod host;

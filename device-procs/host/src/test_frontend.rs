@@ -15,6 +15,9 @@
     clippy::needless_pass_by_value
 )] // test code
 
+pub mod polled;
+pub mod tap;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};

@@ -4,17 +4,16 @@
 #![allow(unsafe_code)] // taps and packet sockets
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
+use device_host::test_frontend::tap::Tap;
 use device_host::test_frontend::{
     Buffer, DeviceProcess, DriverQueue, EVENT_IDX, TestFrontend, wait_readable,
 };
 use ipc::spec::DeviceSpec;
 use ipc::spec::net::NetSpec;
-use nix::errno::Errno;
-use nix::sched::{CloneFlags, unshare};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_net");
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
@@ -31,82 +30,6 @@ const MRG_RXBUF: u64 = 1 << 15;
 const CTRL_VQ: u64 = 1 << 17;
 const MQ: u64 = 1 << 22;
 
-#[repr(C)]
-struct Ifreq {
-    name: [u8; 16],
-    value: [u8; 24],
-}
-
-impl Ifreq {
-    fn new(flags: i32) -> Self {
-        let mut name = [0; 16];
-        name[..4].copy_from_slice(b"tap0");
-        let mut value = [0; 24];
-        value[..2].copy_from_slice(&(flags as u16).to_ne_bytes());
-        Self { name, value }
-    }
-}
-
-fn check(result: libc::c_int) -> libc::c_int {
-    Errno::result(result).unwrap()
-}
-
-/// A tap with `queues` queues in a fresh network namespace, up, and a packet socket on its other side. `None` where the test
-/// may not have one.
-fn tap(queues: u16) -> Option<(Vec<OwnedFd>, File)> {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: a network namespace and a tap need root");
-        return None;
-    }
-    unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if queues > 1 {
-        flags |= libc::IFF_MULTI_QUEUE;
-    }
-    let fds = (0..queues)
-        .map(|_| {
-            let fd = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open("/dev/net/tun")
-                .unwrap();
-            let request = Ifreq::new(flags);
-            // SAFETY: the structure has the size that the kernel reads and writes.
-            check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw const request) });
-            OwnedFd::from(fd)
-        })
-        .collect();
-    // Nothing that the kernel sends by itself (neighbour discovery) shall come in between.
-    std::fs::write("/proc/sys/net/ipv6/conf/tap0/disable_ipv6", "1").unwrap();
-    // SAFETY: numbers only; the new descriptor is ours.
-    let socket = unsafe {
-        let fd = libc::socket(
-            libc::AF_PACKET,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            i32::from((libc::ETH_P_ALL as u16).to_be()),
-        );
-        File::from(OwnedFd::from_raw_fd(check(fd)))
-    };
-    let up = Ifreq::new(libc::IFF_UP | libc::IFF_RUNNING);
-    // SAFETY: the structure has the size that the kernel reads.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const up) });
-    let index = nix::net::if_::if_nametoindex("tap0").unwrap();
-    // SAFETY: all-zero bytes are a valid address structure, which holds integers only.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-    address.sll_ifindex = index as i32;
-    // SAFETY: the address and its size belong together.
-    check(unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_ll>() as u32,
-        )
-    });
-    Some((fds, socket))
-}
-
 struct Card {
     process: DeviceProcess,
     front: TestFrontend,
@@ -115,7 +38,7 @@ struct Card {
 }
 
 fn card(pairs: u16, features: u64) -> Option<Card> {
-    let (fds, host) = tap(pairs)?;
+    let Tap { queues: fds, host } = Tap::in_new_namespace(pairs, true)?;
     let spec = DeviceSpec::Net(NetSpec {
         id: "net0".into(),
         mac: MAC,

@@ -7,7 +7,6 @@
 
 #![allow(missing_docs, clippy::unwrap_used)] // a tool for developers
 
-mod calls;
 mod fio;
 mod loads;
 mod options;
@@ -22,6 +21,7 @@ use loads::Load;
 use options::Options;
 use parties::{Party, Place};
 use report::{Round, Row, Sample};
+use tests::calls::Counter;
 use tests::procfs::processor_time;
 
 /// One turn of one back end.
@@ -82,7 +82,7 @@ fn main() {
     tests::lab::ensure_packages(&["fio", "qemu-system-common"]).unwrap();
     let place = Place::make(&options);
     let mut parties = parties::all(&options, &place);
-    let counter = calls::Counter::new();
+    let counter = Counter::new();
     println!(
         "a file of {} MiB in {}, {}; load average before: {}",
         options.mebibytes,

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use device_host::test_frontend::DeviceProcess;
+use device_host::test_frontend::polled::PolledFrontend;
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -58,7 +59,7 @@ pub(crate) struct Party {
     pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) rings: Vec<Ring>,
-    front: vhost::vhost_user::Frontend,
+    front: PolledFrontend,
     process: Process,
 }
 

@@ -1,4 +1,4 @@
-//! # `cargo xtask bench fs` and `bench block`
+//! # `cargo xtask bench fs`, `bench block` and `bench net`
 //!
 //! **Job.** A device beside others of its kind: the crate's `benches/front_end` with its options, built for release.
 //! **Who is not trusted.** The machine's load; see the parent module.

@@ -18,8 +18,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         Some((name, rest)) if name == "startup" => startup::run(rest),
         Some((name, rest)) if name == "fs" => front_end::run("vhost-user-fs", rest),
         Some((name, rest)) if name == "block" => front_end::run("block", rest),
+        Some((name, rest)) if name == "net" => front_end::run("net", rest),
         Some((name, rest)) if name == "jail" => jail::run(rest),
         Some((name, rest)) if name == "restore" => restore::run(rest),
-        _ => Err("the benches are: startup, fs, block, jail, restore".into()),
+        _ => Err("the benches are: startup, fs, block, net, jail, restore".into()),
     }
 }

@@ -1,4 +1,4 @@
-//! # System calls of a process
+//! System calls of a process, counted.
 //!
 //! **Job.** Counts them while a turn lasts, by the kernel's trace point. **Who is not trusted.** Nobody.
 //! **Why this way.** Only the ring buffer's own counters are read, so nothing is lost when it is full, and nobody stops the
@@ -8,15 +8,16 @@ use std::fs;
 use std::path::PathBuf;
 
 /// An instance of the kernel's tracer, which goes away with this.
-pub(crate) struct Counter {
+#[derive(Debug)]
+pub struct Counter {
     dir: PathBuf,
 }
 
 impl Counter {
     /// `None`, with a line, where this is not root's kernel.
-    pub(crate) fn new() -> Option<Self> {
+    pub fn new() -> Option<Self> {
         let dir = PathBuf::from(format!(
-            "/sys/kernel/tracing/instances/bench-block-{}",
+            "/sys/kernel/tracing/instances/bench-{}",
             std::process::id()
         ));
         if let Err(error) = fs::create_dir(&dir) {
@@ -31,7 +32,7 @@ impl Counter {
     }
 
     /// Counts from now on what the process calls, and all that it starts.
-    pub(crate) fn begin(&self, pid: i32) {
+    pub fn begin(&self, pid: i32) {
         self.set("trace", "");
         let threads: Vec<String> = fs::read_dir(format!("/proc/{pid}/task"))
             .unwrap()
@@ -42,7 +43,7 @@ impl Counter {
     }
 
     /// System calls since then.
-    pub(crate) fn end(&self) -> u64 {
+    pub fn end(&self) -> u64 {
         self.set("events/raw_syscalls/sys_enter/enable", "0");
         let mut sum = 0;
         for cpu in fs::read_dir(self.dir.join("per_cpu")).unwrap() {

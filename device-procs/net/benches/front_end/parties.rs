@@ -1,0 +1,243 @@
+//! # Who takes part
+//!
+//! **Job.** Starts each back end on a tap of its own, and its queues. **Who is not trusted.** Nobody.
+//! **Why this way.** Ours is the process that ships, with its filter on. `dpdk-testpmd` forwards between its vhost-user port and its
+//! tap port on a core that it never gives up; it takes frames from a tap whether or not there are buffers for them, so
+//! it sends only.
+
+use std::fs::File;
+use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use device_host::test_frontend::DeviceProcess;
+use device_host::test_frontend::tap::Tap;
+use ipc::spec::DeviceSpec;
+use ipc::spec::net::NetSpec;
+use nix::time::{ClockId, clock_gettime};
+use tests::procfs::processor_time;
+
+use crate::card::{Card, SIZE};
+use crate::floor::Floor;
+use crate::loads::{Load, NET_HEADER};
+use crate::options::Options;
+use crate::report::Sample;
+
+enum Kind {
+    Ours(Card, DeviceProcess),
+    Peer(Card, Child),
+    Floor(Floor),
+}
+
+/// One way for packets, and where they are put in.
+pub(crate) struct Party {
+    pub(crate) name: &'static str,
+    kind: Kind,
+    host: Option<File>,
+    /// A flow for each queue of the tap.
+    flows: Vec<usize>,
+}
+
+/// Frames of a load that wait for a reader of the tap, `count` in each queue.
+fn fill(mut host: &File, load: &Load, flows: &[usize], count: usize) {
+    for flow in flows {
+        let packet = load.packet(*flow);
+        // The socket's header lacks the last two bytes of the card's.
+        let mut frame = packet[..NET_HEADER - 2].to_vec();
+        frame.extend_from_slice(&packet[NET_HEADER..]);
+        for _ in 0..count {
+            assert_eq!(host.write(&frame).unwrap(), frame.len());
+        }
+    }
+}
+
+impl Party {
+    /// The process, if it is one of its own.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        match &self.kind {
+            Kind::Ours(_, process) => i32::try_from(process.id()).ok(),
+            Kind::Peer(_, child) => i32::try_from(child.id()).ok(),
+            Kind::Floor(_) => None,
+        }
+    }
+
+    fn cpu(&self) -> Duration {
+        match self.pid() {
+            Some(pid) => processor_time(pid).unwrap_or_default(),
+            None => clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+                .unwrap()
+                .into(),
+        }
+    }
+
+    /// `None` where it has no part in such a load.
+    pub(crate) fn turn(&mut self, load: &Load, slice: Duration) -> Option<Sample> {
+        let (mut packets, mut time, mut cpu) = (0, Duration::ZERO, Duration::ZERO);
+        if load.send {
+            let before = self.cpu();
+            (packets, time) = match &mut self.kind {
+                Kind::Ours(card, _) | Kind::Peer(card, _) => card.send(load, slice),
+                Kind::Floor(floor) => floor.send(load, slice),
+            };
+            cpu = self.cpu() - before;
+        } else {
+            let host = self.host.as_ref()?;
+            let each = load.burst() / load.queues;
+            let start = Instant::now();
+            while start.elapsed() < slice {
+                fill(host, load, &self.flows, each);
+                let before = self.cpu();
+                time += match &mut self.kind {
+                    Kind::Ours(card, _) | Kind::Peer(card, _) => card.receive(load, each),
+                    Kind::Floor(floor) => floor.receive(each),
+                };
+                cpu += self.cpu() - before;
+                packets += load.burst();
+            }
+        }
+        Some(Sample {
+            packets: packets as f64,
+            rate: packets as f64 / time.as_secs_f64(),
+            cpu: cpu.as_secs_f64() * 1e9 / packets as f64,
+        })
+    }
+
+    /// Closes the connection, with which a back end ends.
+    pub(crate) fn finish(self) {
+        match self.kind {
+            Kind::Ours(card, process) => {
+                drop(card);
+                process.finish_well();
+            }
+            Kind::Peer(card, mut child) => {
+                drop(card);
+                // It would wait for the next front end.
+                child.kill().unwrap();
+                child.wait().unwrap();
+            }
+            Kind::Floor(_) => {}
+        }
+    }
+}
+
+fn tap(queues: usize) -> Option<Tap> {
+    let tap = Tap::in_new_namespace(queues as u16, false)?;
+    tap.set_queue_len(4096);
+    tap.send_with_headers();
+    Some(tap)
+}
+
+/// A flow for each queue: which one a frame goes to depends on a number that the kernel keeps to itself, but not on the tap.
+fn flows(floor: &mut Floor, host: &File, queues: usize) -> Vec<usize> {
+    let load = Load {
+        send: false,
+        size: 64,
+        queues,
+    };
+    let mut flows = vec![None; queues];
+    for flow in 100.. {
+        fill(host, &load, &[flow], 1);
+        flows[floor.queue_with_frame()].get_or_insert(flow);
+        if flows.iter().all(Option::is_some) {
+            break;
+        }
+    }
+    flows.into_iter().flatten().collect()
+}
+
+fn ours(queues: usize, flows: Vec<usize>) -> Option<Party> {
+    let tap = tap(queues)?;
+    let spec = DeviceSpec::Net(NetSpec {
+        id: "bench".into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        queue_pairs: queues as u16,
+        queue_size: SIZE,
+    });
+    let mut process = DeviceProcess::start(env!("CARGO_BIN_EXE_net"), spec, tap.queues);
+    let card = Card::connect(process.socket(), queues, true);
+    Some(Party {
+        name: "net",
+        kind: Kind::Ours(card, process),
+        host: Some(tap.host),
+        flows,
+    })
+}
+
+/// The namespace of the tap that it makes is one more.
+fn testpmd(queues: usize) -> Party {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vhost");
+    let mut child = Command::new("dpdk-testpmd")
+        .args([
+            "--no-huge",
+            "-m",
+            "256",
+            "--no-pci",
+            "--no-telemetry",
+            "-l",
+            "0,1",
+        ])
+        .arg(format!("--file-prefix=bench-{}", std::process::id()))
+        .arg(format!(
+            "--vdev=net_vhost0,iface={},queues={queues},tso=1",
+            path.display()
+        ))
+        .arg("--vdev=net_tap0,iface=tap0")
+        .arg("--")
+        .args([
+            "--forward-mode=io",
+            "--auto-start",
+            "--total-num-mbufs=16384",
+        ])
+        .args([format!("--rxq={queues}"), format!("--txq={queues}")])
+        // It ends with its standard input.
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let socket = loop {
+        match UnixStream::connect(&path) {
+            Ok(socket) => break socket,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                ) =>
+            {
+                assert!(child.try_wait().unwrap().is_none(), "dpdk-testpmd ended");
+                std::thread::yield_now();
+            }
+            Err(error) => panic!("dpdk-testpmd: {error}"),
+        }
+    };
+    // The socket's name has done its work.
+    drop(folder);
+    let card = Card::connect(socket, queues, false);
+    Party {
+        name: "dpdk-testpmd",
+        kind: Kind::Peer(card, child),
+        host: None,
+        flows: Vec::new(),
+    }
+}
+
+/// Ours first, the floor second. `None` where there may be no taps.
+pub(crate) fn all(options: &Options, queues: usize) -> Option<Vec<Party>> {
+    let tap = tap(queues)?;
+    let mut floor = Floor::new(tap.queues);
+    let flows = flows(&mut floor, &tap.host, queues);
+    let floor = Party {
+        name: "floor",
+        kind: Kind::Floor(floor),
+        host: Some(tap.host),
+        flows: flows.clone(),
+    };
+    let mut all = vec![ours(queues, flows)?, floor];
+    if options.peers {
+        all.push(testpmd(queues));
+    }
+    Some(all)
+}
