@@ -4,6 +4,8 @@
 //! **Why this way.** Only the ring buffer's own counters are read, so nothing is lost when it is full, and nobody stops the
 //! process at each call as strace does.
 
+#![allow(clippy::unwrap_used)] // a bench that cannot count ends
+
 use std::fs;
 use std::path::PathBuf;
 

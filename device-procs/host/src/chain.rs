@@ -70,6 +70,17 @@ pub(crate) fn walk(
 ) -> Result<(), FaultKind> {
     readable.clear();
     writable.clear();
+    walk_on(ram, table, head, readable, writable)
+}
+
+/// Adds the chain that starts at `head` to both lists.
+pub(crate) fn walk_on(
+    ram: &GuestRam,
+    table: Table,
+    head: u16,
+    readable: &mut SegmentList,
+    writable: &mut SegmentList,
+) -> Result<(), FaultKind> {
     let mut address = table.address;
     let mut size = u32::from(table.size);
     let mut may_be_indirect = table.indirect;

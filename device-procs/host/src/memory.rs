@@ -329,6 +329,16 @@ impl SegmentList {
         self.0.clear();
     }
 
+    /// Pieces.
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Bytes of all pieces.
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.iter().map(|s| s.iov_len).sum()
+    }
+
     /// Lends the pieces to a device. The list must have been filled from `ram` since it was last cleared, which
     /// [`walk`](crate::chain::walk) does for each chain; nothing outside of this crate can call it.
     pub(crate) fn buffers<'m>(&'m mut self, ram: &'m Rc<GuestRam>) -> GuestBuffers<'m> {
@@ -347,6 +357,39 @@ pub struct GuestBuffers<'m> {
     segments: &'m mut [libc::iovec],
     len: usize,
     ram: &'m Rc<GuestRam>,
+}
+
+/// At most [`PACKET_SEGMENTS`] pieces with one before or behind them. Most packets have a few, for which a large array
+/// would be cleared in vain.
+fn with_one_more<R>(
+    segments: &[libc::iovec],
+    first: Option<libc::iovec>,
+    last: Option<libc::iovec>,
+    call: impl FnOnce(&[libc::iovec]) -> R,
+) -> R {
+    fn put<'a>(
+        all: &'a mut [libc::iovec],
+        segments: &[libc::iovec],
+        first: Option<libc::iovec>,
+        last: Option<libc::iovec>,
+    ) -> &'a [libc::iovec] {
+        let pieces = first.iter().chain(segments).chain(last.iter());
+        let mut count = 0;
+        for (to, from) in all.iter_mut().zip(pieces) {
+            *to = *from;
+            count += 1;
+        }
+        &all[..count]
+    }
+    const NONE: libc::iovec = libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    };
+    if segments.len() < 4 {
+        call(put(&mut [NONE; 4], segments, first, last))
+    } else {
+        call(put(&mut [NONE; PACKET_SEGMENTS + 1], segments, first, last))
+    }
 }
 
 /// The last byte of a request's buffers, where many devices put a status.
@@ -711,19 +754,15 @@ impl<'m> GuestBuffers<'m> {
         rest: &mut [u8],
     ) -> Result<usize, Errno> {
         self.keep_segments(PACKET_SEGMENTS);
-        let mut all = [libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        }; PACKET_SEGMENTS + 1];
-        let n = self.segments.len();
-        all[..n].copy_from_slice(self.segments);
-        all[n] = libc::iovec {
+        let last = libc::iovec {
             iov_base: rest.as_mut_ptr().cast(),
             iov_len: rest.len(),
         };
-        let count = (n + 1) as libc::c_int; // at most PACKET_SEGMENTS + 1
-        // SAFETY: the pieces are in mapped RAM that the lifetime keeps, and `rest` is borrowed mutably for the call.
-        retry(|| unsafe { libc::readv(stream.as_raw_fd(), all.as_ptr(), count) })
+        with_one_more(self.segments, None, Some(last), |all| {
+            let count = all.len() as libc::c_int; // at most PACKET_SEGMENTS + 1
+            // SAFETY: the pieces are in mapped RAM that the lifetime keeps, and `rest` is borrowed mutably for the call.
+            retry(|| unsafe { libc::readv(stream.as_raw_fd(), all.as_ptr(), count) })
+        })
     }
 
     /// `writev` of `head` and then the buffers, as one packet. `EMSGSIZE` if there are more than [`PACKET_SEGMENTS`] pieces.
@@ -732,24 +771,20 @@ impl<'m> GuestBuffers<'m> {
         head: &[u8],
         stream: BorrowedFd<'_>,
     ) -> Result<usize, Errno> {
-        let mut all = [libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        }; PACKET_SEGMENTS + 1];
-        let n = self.segments.len();
-        if n > PACKET_SEGMENTS {
+        if self.segments.len() > PACKET_SEGMENTS {
             return Err(Errno::EMSGSIZE);
         }
-        all[0] = libc::iovec {
+        let first = libc::iovec {
             // writev does not write through this pointer.
             iov_base: head.as_ptr().cast_mut().cast(),
             iov_len: head.len(),
         };
-        all[1..=n].copy_from_slice(self.segments);
-        let count = (n + 1) as libc::c_int; // at most PACKET_SEGMENTS + 1
-        // SAFETY: `head` is borrowed for the call, the other pieces are in mapped RAM that the lifetime keeps; the kernel
-        // only reads all of them.
-        retry(|| unsafe { libc::writev(stream.as_raw_fd(), all.as_ptr(), count) })
+        with_one_more(self.segments, Some(first), None, |all| {
+            let count = all.len() as libc::c_int; // at most PACKET_SEGMENTS + 1
+            // SAFETY: `head` is borrowed for the call, the other pieces are in mapped RAM that the lifetime keeps; the
+            // kernel only reads all of them.
+            retry(|| unsafe { libc::writev(stream.as_raw_fd(), all.as_ptr(), count) })
+        })
     }
 
     fn count(&self) -> libc::c_int {

@@ -24,15 +24,17 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use crate::chain::{Chain, Table, Token, walk};
+use crate::chain::{Chain, Table, Token, walk, walk_on};
 use crate::fault::{FaultKind, GuestFault};
 use crate::inflight::InflightQueue;
-use crate::memory::{GuestBuffers, GuestRam, SegmentList};
+use crate::memory::{GuestBuffers, GuestRam, PACKET_SEGMENTS, SegmentList};
 
 /// Requests between two looks at the clock.
 const UNCLOCKED: u8 = 7;
 /// Bytes of a request after which the clock is looked at in any case.
 const LARGE: usize = 1 << 20;
+/// Requests that are given back without being shown to the driver at once: it looks at the index that each would move.
+const LATER: usize = 32;
 
 /// Where the front end says that the parts of a queue are, in its own address space.
 #[derive(Debug, Clone, Copy, Default)]
@@ -64,6 +66,10 @@ pub struct Ring {
     writable: SegmentList,
     /// Chains that the device may still take in this turn.
     budget: u16,
+    /// The available index as it was when it was last looked at: a driver that polls writes to the same line of the cache.
+    known: u16,
+    /// Heads and lengths that the driver has not been shown yet.
+    later: Vec<(u16, u32)>,
     /// When this turn's end is, once it has been looked at.
     until: Option<Instant>,
     /// Requests that may be taken before the clock is looked at.
@@ -102,6 +108,8 @@ impl Ring {
             readable: SegmentList::default(),
             writable: SegmentList::default(),
             budget: 0,
+            known: 0,
+            later: Vec::new(),
             until: None,
             unclocked: 0,
             exhausted: false,
@@ -225,8 +233,10 @@ impl Ring {
             return Ok(None);
         };
         let memory = ram.map();
-        let available = self.available(ram)?;
-        if available == 0 {
+        if self.known == self.queue.next_avail() {
+            self.known = self.available_index(ram)?;
+        }
+        if self.known == self.queue.next_avail() {
             self.drained = Some(self.queue.next_avail());
             return Ok(None);
         }
@@ -252,8 +262,8 @@ impl Ring {
         Ok(Some((head, false)))
     }
 
-    /// Chains that are available and not yet taken.
-    fn available(&self, ram: &GuestRam) -> Result<u16, FaultKind> {
+    /// The available index, which is ahead of what was taken by no more than there are entries.
+    fn available_index(&self, ram: &GuestRam) -> Result<u16, FaultKind> {
         let index = self
             .queue
             .avail_idx(ram.map(), Ordering::Acquire)
@@ -265,7 +275,73 @@ impl Ring {
                 size: self.queue.size(),
             });
         }
-        Ok(ahead)
+        Ok(index.0)
+    }
+
+    /// Takes requests until their writable buffers have room for `want` bytes, as one run of bytes, or until there are no more
+    /// or [`PACKET_SEGMENTS`] pieces. `taken` gets the room in each. `None` if there is not one.
+    ///
+    /// # Errors
+    /// As for [`pop`](Self::pop).
+    pub fn gather(
+        &mut self,
+        want: usize,
+        taken: &mut Vec<(Token, usize)>,
+    ) -> Result<Option<GuestBuffers<'_>>, GuestFault> {
+        let index = self.index;
+        let at = move |kind| GuestFault { queue: index, kind };
+        self.readable.clear();
+        self.writable.clear();
+        taken.clear();
+        let mut room = 0;
+        while taken.is_empty() || (room < want && self.writable.count() < PACKET_SEGMENTS) {
+            let Some((head, replayed)) = self.next_head().map_err(at)? else {
+                break;
+            };
+            let table = self.table();
+            let Some(ram) = &self.ram else { break };
+            walk_on(ram, table, head, &mut self.readable, &mut self.writable).map_err(at)?;
+            let now = self.writable.bytes();
+            taken.push((Token { head, replayed }, now - room));
+            room = now;
+        }
+        let Some(ram) = self.ram.as_ref().filter(|_| !taken.is_empty()) else {
+            return Ok(None);
+        };
+        Ok(Some(self.writable.buffers(ram)))
+    }
+
+    /// Gives several requests back: the driver sees all of them at once or none, maybe with later ones, at the end of this turn
+    /// at last.
+    ///
+    /// # Errors
+    /// As for [`complete`](Self::complete).
+    pub fn complete_later(
+        &mut self,
+        done: impl Iterator<Item = (Token, u32)>,
+    ) -> Result<(), GuestFault> {
+        if self.broken {
+            return Ok(());
+        }
+        // Before, so that all of `done` are shown at once.
+        if self.later.len() >= LATER {
+            self.show().map_err(|kind| self.fault(kind))?;
+        }
+        self.later
+            .extend(done.map(|(token, written)| (token.head, written)));
+        Ok(())
+    }
+
+    /// Shows the driver what was kept back.
+    fn show(&mut self) -> Result<(), FaultKind> {
+        if self.later.is_empty() {
+            return Ok(());
+        }
+        let mut later = std::mem::take(&mut self.later);
+        let result = self.publish(later.iter().copied());
+        later.clear();
+        self.later = later;
+        result
     }
 
     /// Gives a request back with `written` bytes of its writable buffers filled, from the front (virtio 1.3, 2.7.8).
@@ -291,18 +367,8 @@ impl Ring {
         if self.broken {
             return Ok(());
         }
-        self.signal_driver().map_err(|kind| self.fault(kind))
-    }
-
-    /// Gives several requests back at once: the driver sees all of them or none.
-    ///
-    /// # Errors
-    /// As for [`complete`](Self::complete).
-    pub fn complete_all(
-        &mut self,
-        done: impl Iterator<Item = (Token, u32)>,
-    ) -> Result<(), GuestFault> {
-        self.publish(done.map(|(token, written)| (token.head, written)))
+        self.show()
+            .and_then(|()| self.signal_driver())
             .map_err(|kind| self.fault(kind))
     }
 
@@ -417,6 +483,7 @@ impl Ring {
         self.drained = None;
         self.quiet = false;
         self.replay.clear();
+        self.later.clear();
         self.queue.set_event_idx(event_idx);
         self.place(ram)
             .and_then(|()| self.resume())
@@ -471,6 +538,7 @@ impl Ring {
             }
             None => self.queue.set_next_avail(self.base),
         }
+        self.known = self.queue.next_avail();
         Ok(())
     }
 
@@ -529,6 +597,10 @@ impl Ring {
             "queue {}: {kind}; the queue stays broken until the driver resets the device",
             self.index
         );
+        // What was done before is done.
+        if self.show().is_err() {
+            self.later.clear();
+        }
         self.broken = true;
         self.due = false;
         if let Some(error) = &self.error {
@@ -560,6 +632,7 @@ impl Ring {
 
     /// After the device's turn: interrupts the driver if it wants that, and decides what wakes the device next.
     pub(crate) fn end_turn(&mut self) -> Result<(), FaultKind> {
+        self.show()?;
         self.signal_driver()?;
         if self.drained.is_some() {
             self.quiet = true;

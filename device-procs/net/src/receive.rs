@@ -1,11 +1,11 @@
 //! From the tap to the guest.
 //!
-//! **Job.** A packet that fits into the driver's next buffers is read straight into them. One that does not, which a driver with
-//! mergeable buffers must expect (virtio 1.3, 5.1.6.4), is read partly into them and partly behind, put together here, and
-//! copied into as many buffers as it needs; if there are not enough, it waits here until the driver adds more.
+//! **Job.** A packet is read straight into the driver's next buffers: one, or with mergeable buffers (virtio 1.3, 5.1.6.4) as many
+//! as lately were enough. One that is larger all the same is read partly behind them, put together here, and copied into as
+//! many buffers as it needs; if there are not enough, it waits here until the driver adds more.
 //! **Who is not trusted.** The driver, for the number and size of its buffers; the packet is not looked at.
-//! **Why this way.** The common case copies nothing and looks at one chain; only packets larger than the driver's buffers cost a
-//! second look.
+//! **Why this way.** A tap does not tell how long its next packet is. Packets of one kind come in rows, so that the last ones are a good
+//! guess; a wrong one costs a look at buffers in vain, or a copy.
 
 use device_host::{Chain, DeviceFault, FaultKind, HostFault, Ring, Token};
 use nix::errno::Errno;
@@ -35,6 +35,10 @@ pub(crate) struct Receiver {
     waiting: usize,
     /// Buffers that the current packet takes, kept for its capacity.
     taken: Vec<(Token, u32)>,
+    /// Buffers that the next packet may take, with their sizes.
+    gathered: Vec<(Token, usize)>,
+    /// Bytes that the next packet is expected to have.
+    expected: usize,
 }
 
 impl Receiver {
@@ -42,6 +46,8 @@ impl Receiver {
     pub(crate) fn reset(&mut self) {
         self.waiting = 0;
         self.taken.clear();
+        self.gathered.clear();
+        self.expected = 0;
     }
 
     /// Hands packets over until something is missing.
@@ -59,15 +65,18 @@ impl Receiver {
             if self.waiting > 0 && !self.deliver(ring, features)? {
                 return Ok(Stopped::NoBuffers);
             }
-            let Some(Chain {
-                token,
-                mut writable,
-                ..
-            }) = ring.pop()?
-            else {
+            // A driver without mergeable buffers gives room for a whole packet in each.
+            let want = if features.mergeable() {
+                self.expected.min(self.buffer.len())
+            } else {
+                0
+            };
+            let Some(mut buffers) = ring.gather(want, &mut self.gathered)? else {
                 return Ok(Stopped::NoBuffers);
             };
-            if writable.len() < HEADER {
+            if self.gathered.iter().any(|(_, room)| *room == 0)
+                || self.gathered.first().is_none_or(|(_, room)| *room < HEADER)
+            {
                 return Err(ring
                     .fault(FaultKind::Request(
                         "receive buffer is smaller than a header",
@@ -75,26 +84,43 @@ impl Receiver {
                     .into());
             }
             // A packet is at most this long, so that nothing of it is cut off.
-            writable.truncate(self.buffer.len());
-            writable.keep_segments(device_host::PACKET_SEGMENTS);
-            let room = writable.len();
+            buffers.truncate(self.buffer.len());
+            buffers.keep_segments(device_host::PACKET_SEGMENTS);
+            let room = buffers.len();
             let behind = self.buffer.get_mut(room..).unwrap_or(&mut []);
-            match writable.fill_from_stream(tap.fd(), behind) {
+            match buffers.fill_from_stream(tap.fd(), behind) {
                 Ok(len) if len <= room => {
-                    // 5.1.6.4.1: 1 even without mergeable buffers.
-                    writable.write_at(NUM_BUFFERS, &1u16.to_le_bytes());
+                    self.expected = len.max(self.expected - self.expected / 8);
+                    let mut left = len;
+                    let used = self.gathered.iter().take_while(|(_, room)| {
+                        let more = left > 0;
+                        left = left.saturating_sub(*room);
+                        more
+                    });
+                    let count = used.count();
+                    // 5.1.6.4.1: 1 even without mergeable buffers. At most one for each entry of the queue.
+                    buffers.write_at(NUM_BUFFERS, &(count as u16).to_le_bytes());
                     if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
                         // 5.1.6.4.1: no flags for a driver that cannot know them.
-                        writable.write_at(0, &[0]);
+                        buffers.write_at(0, &[0]);
                     }
-                    // At most HEADER + MAX_PACKET.
-                    ring.complete(token, len as u32)?;
+                    for (token, _) in self.gathered.drain(count..).rev() {
+                        ring.put_back(token)?;
+                    }
+                    let mut left = len;
+                    ring.complete_later(self.gathered.drain(..).map(|(token, room)| {
+                        let part = room.min(left);
+                        left -= part;
+                        // At most HEADER + MAX_PACKET.
+                        (token, part as u32)
+                    }))?;
                 }
                 Ok(len) => {
                     // The buffers are still the device's; what the guest makes of its own packet meanwhile harms no one.
-                    writable.read_at(0, &mut self.buffer[..room]);
-                    ring.put_back(token)?;
+                    buffers.read_at(0, &mut self.buffer[..room]);
+                    self.put_back(ring)?;
                     if features.mergeable() {
+                        self.expected = self.buffer.len();
                         self.waiting = len;
                     } else {
                         ipc::guest_warn!(
@@ -104,22 +130,30 @@ impl Receiver {
                     }
                 }
                 Err(Errno::EAGAIN) => {
-                    ring.put_back(token)?;
+                    self.put_back(ring)?;
                     return Ok(Stopped::Idle);
                 }
                 Err(errno @ Errno::EBADFD) => {
-                    ring.put_back(token)?;
+                    self.put_back(ring)?;
                     // The interface was deleted. Only a process with another descriptor could go on, or none: whoever
                     // manages the VM is told either way.
                     return Err(HostFault::of("reading the tap, which is gone,")(errno).into());
                 }
                 Err(errno) => {
-                    ring.put_back(token)?;
+                    self.put_back(ring)?;
                     ipc::guest_log!(error, "tap cannot be read any more: {errno}");
                     return Ok(Stopped::Gone);
                 }
             }
         }
+    }
+
+    /// Leaves the driver what was taken for a packet that did not come.
+    fn put_back(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
+        for (token, _) in self.gathered.drain(..).rev() {
+            ring.put_back(token)?;
+        }
+        Ok(())
     }
 
     /// Copies the packet that waits into as many buffers as it needs; `false` if there are not enough.
@@ -161,7 +195,7 @@ impl Receiver {
             ring.writable_of(first)?
                 .write_at(NUM_BUFFERS, &count.to_le_bytes());
         }
-        ring.complete_all(self.taken.drain(..))?;
+        ring.complete_later(self.taken.drain(..))?;
         Ok(true)
     }
 }

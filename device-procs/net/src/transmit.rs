@@ -28,7 +28,7 @@ pub(crate) fn process(
     }) = ring.pop()?
     {
         match send(readable, tap, features, copy) {
-            Fate::Sent | Fate::Dropped => ring.complete(token, 0)?,
+            Fate::Sent | Fate::Dropped => ring.complete_later(std::iter::once((token, 0)))?,
             Fate::Full => {
                 ring.put_back(token)?;
                 return Ok(true);
