@@ -1,7 +1,6 @@
 //! The network card, as a live process with its filter on, between a driver's queues and a tap in a network namespace of the
 //! test's own thread.
 
-#![allow(unsafe_code)] // taps and packet sockets
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
 use std::fs::File;

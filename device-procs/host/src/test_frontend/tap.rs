@@ -5,6 +5,8 @@
 //! **Who is not trusted.** Nobody: this is test code.
 //! **Why this way.** A packet socket sees and sends frames as they are, without addresses or routes.
 
+#![allow(unsafe_code)] // taps and packet sockets
+
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 

@@ -15,7 +15,9 @@ use device_host::test_frontend::DeviceProcess;
 use device_host::test_frontend::tap::Tap;
 use ipc::spec::DeviceSpec;
 use ipc::spec::net::NetSpec;
+use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 use tests::procfs::processor_time;
 
 use crate::card::{Card, SIZE};
@@ -71,8 +73,22 @@ impl Party {
         }
     }
 
-    /// `None` where it has no part in such a load.
+    /// One turn; `None` where it has no part in such a load. Who never sleeps would take the others' time, so it is held
+    /// but for its turns.
     pub(crate) fn turn(&mut self, load: &Load, slice: Duration) -> Option<Sample> {
+        self.signal(Signal::SIGCONT);
+        let sample = self.awake(load, slice);
+        self.signal(Signal::SIGSTOP);
+        sample
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Kind::Peer(_, child) = &self.kind {
+            kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        }
+    }
+
+    fn awake(&mut self, load: &Load, slice: Duration) -> Option<Sample> {
         let (mut packets, mut time, mut cpu) = (0, Duration::ZERO, Duration::ZERO);
         if load.send {
             let before = self.cpu();
@@ -216,12 +232,14 @@ fn testpmd(queues: usize) -> Party {
     // The socket's name has done its work.
     drop(folder);
     let card = Card::connect(socket, queues, false);
-    Party {
+    let party = Party {
         name: "dpdk-testpmd",
         kind: Kind::Peer(card, child),
         host: None,
         flows: Vec::new(),
-    }
+    };
+    party.signal(Signal::SIGSTOP);
+    party
 }
 
 /// Ours first, the floor second. `None` where there may be no taps.
