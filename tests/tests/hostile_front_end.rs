@@ -20,7 +20,7 @@ use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
 use ipc::spec::net::NetSpec;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -28,6 +28,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
+use tests::daemon::Daemon;
 use tests::host::{Tap, require_root};
 use tests::procfs;
 use tests::vhost_user::{VERSION, frame, request as req, words};
@@ -389,29 +390,15 @@ fn the_next_client_at_the_same_path_is_served() {
         },
     ];
     for misbehave in kinds {
-        let mut child = Command::new(binary("vhost_user_fs").unwrap())
-            .arg("-socket-path")
-            .arg(&path)
-            .arg("-source")
-            .arg(place.dir.path().join("tree"))
-            .args(["-log-level", "info"])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("listening") {
-            line.clear();
-            assert_ne!(log.read_line(&mut line).unwrap(), 0, "it does not listen");
-        }
+        let tree = place.dir.path().join("tree");
+        let program = binary("vhost_user_fs").unwrap();
+        let mut daemon = Daemon::sharing(&program, &tree, &path, &[]).unwrap();
         let mut front = Front::new(UnixStream::connect(&path).unwrap(), false);
         // Served like the first one.
         front.greet();
         misbehave(&mut front);
         drop(front);
-        let watched = Watched::new(i32::try_from(child.id()).unwrap()).unwrap();
-        assert!(watched.ended(Deadline::after(LIMIT)).unwrap(), "it hangs");
-        let status = child.wait().unwrap();
+        let status = daemon.wait(LIMIT).unwrap();
         assert!(matches!(status.code(), Some(0 | 1)), "{status}");
         assert!(!path.exists(), "the socket stays behind");
     }

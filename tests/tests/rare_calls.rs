@@ -131,18 +131,24 @@ fn a_card_takes_a_tap_that_was_opened_before() {
     assert!(messages.contains("not an open tap device"), "{messages}");
 }
 
-/// Flushes of a disk that does without io_uring are made one by one.
-#[test]
-fn a_disk_without_a_ring_flushes() {
+/// A guest that has written, flushed and read a disk, and the folder that the disk is in.
+fn worked_on_a_disk(more: &str) -> (Vm, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk.img");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let mut vm = guest(Payload::BlkRw, "end=halt")
-        .disk("d0", &disk, ",aio=off")
+        .disk("d0", &disk, more)
         .start()
         .unwrap();
     vm.wait_for("BLK-RW OK", LIMIT)
         .unwrap_or_else(|e| panic!("{e}"));
+    (vm, dir)
+}
+
+/// Flushes of a disk that does without io_uring are made one by one.
+#[test]
+fn a_disk_without_a_ring_flushes() {
+    let (vm, _dir) = worked_on_a_disk(",aio=off");
     ends_well(vm);
 }
 
@@ -190,15 +196,7 @@ fn memory_that_was_allocated_in_advance_is_so_after_a_reset() {
 /// A manager's freezer, a debugger, or Ctrl-Z: a wait that was interrupted goes on by calls of the kernel's choice.
 #[test]
 fn every_process_goes_on_after_a_stop() {
-    let dir = tempfile::tempdir().unwrap();
-    let disk = dir.path().join("disk.img");
-    fs::write(&disk, vec![0; 1 << 20]).unwrap();
-    let mut vm = guest(Payload::BlkRw, "end=halt")
-        .disk("d0", &disk, "")
-        .start()
-        .unwrap();
-    vm.wait_for("BLK-RW OK", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
+    let (mut vm, _dir) = worked_on_a_disk("");
     let mut all = vm.processes().unwrap();
     all.push(vm.pid());
     assert!(all.len() >= 3, "{all:?}");

@@ -7,15 +7,15 @@
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tests::daemon::Daemon;
 use tests::host::{require_kvm, require_root};
 use tests::jail::{Jail, NAMESPACES};
 use tests::lab::{Flavour, Guest, Script, ensure_packages, where_linux_boots};
@@ -23,7 +23,7 @@ use tests::payload::Payload;
 use tests::procfs;
 use tests::test_path;
 use tests::vm::{Vm, VmBuilder, binary};
-use tests::wait::{Deadline, Watched};
+use tests::wait::Deadline;
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -374,32 +374,6 @@ fn a_reboot_mounts_the_folder_again() {
     });
 }
 
-/// A daemon that somebody started before the VM.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(command: &mut Command, ready: &str) -> Self {
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains(ready) {
-            line.clear();
-            assert!(log.read_line(&mut line).unwrap() > 0, "the daemon ended");
-        }
-        // What comes after it fits into the pipe.
-        child.stderr = Some(log.into_inner());
-        Self(child)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Ended by itself already, when all is well.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Both daemons serve one VM each, by the manual's words.
 fn external(daemon: impl FnOnce(&Path, &Path) -> Daemon) {
     let (dir, tree) = tree();
@@ -418,21 +392,15 @@ fn external(daemon: impl FnOnce(&Path, &Path) -> Daemon) {
     let mut vm = builder.start().unwrap();
     ends_well(&mut vm);
     check_work(&tree);
-    let watched = Watched::new(i32::try_from(daemon.0.id()).unwrap());
-    let ended = watched.map(|w| w.ended(Deadline::after(LIMIT)).unwrap());
-    assert!(ended.unwrap_or(true), "the daemon ends with its front end");
-    daemon.0.wait().unwrap();
+    let ended = daemon.wait(LIMIT);
+    assert!(
+        ended.is_ok(),
+        "the daemon ends with its front end: {ended:?}"
+    );
 }
 
 fn own_daemon(tree: &Path, socket: &Path) -> Daemon {
-    let mut command = Command::new(binary("vhost_user_fs").unwrap());
-    command
-        .arg("-source")
-        .arg(tree)
-        .arg("-socket-path")
-        .arg(socket)
-        .args(["-log-level", "info"]);
-    Daemon::start(&mut command, "listening")
+    Daemon::sharing(&binary("vhost_user_fs").unwrap(), tree, socket, &[]).unwrap()
 }
 
 #[test]
@@ -451,9 +419,25 @@ fn the_daemon_that_came_with_qemu_serves_a_vm() {
                 .arg(format!("--socket-path={}", socket.display()))
                 .arg("-o")
                 .arg(format!("source={},sandbox=chroot", tree.display()));
-            Daemon::start(&mut command, "Waiting for vhost-user socket connection")
+            Daemon::start(&mut command, "Waiting for vhost-user socket connection").unwrap()
         });
     });
+}
+
+/// A bare guest that sleeps, beside a folder that whoever listens at `socket` shares.
+fn served_by(socket: &Path, device: &str) -> Vm {
+    Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::FirstByte.path(), "")
+        .arg("-chardev")
+        .arg(format!("socket,id=c,path={}", socket.display()))
+        .arg("-device")
+        .arg(format!(
+            "vhost-user-fs-device,chardev=c,tag=share,id=fs0{device}"
+        ))
+        .with_qmp()
+        .start()
+        .unwrap()
 }
 
 #[test]
@@ -463,16 +447,7 @@ fn a_vm_finds_a_daemon_that_left_and_came_back() {
     let (dir, tree) = tree();
     let socket = dir.path().join("socket");
     let daemon = own_daemon(&tree, &socket);
-    let vm = Vm::builder()
-        .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::FirstByte.path(), "")
-        .arg("-chardev")
-        .arg(format!("socket,id=c,path={}", socket.display()))
-        .arg("-device")
-        .arg("vhost-user-fs-device,chardev=c,tag=share,id=fs0,restart=on")
-        .with_qmp()
-        .start()
-        .unwrap();
+    let vm = served_by(&socket, ",restart=on");
     let mut qmp = vm.qmp().unwrap();
     let mut daemon = Some(daemon);
     for _ in 0..3 {
@@ -497,15 +472,7 @@ fn a_vm_goes_on_without_a_daemon_that_left() {
     let (dir, tree) = tree();
     let socket = dir.path().join("socket");
     let daemon = own_daemon(&tree, &socket);
-    let vm = Vm::builder()
-        .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::FirstByte.path(), "")
-        .arg("-chardev")
-        .arg(format!("socket,id=c,path={}", socket.display()))
-        .args(["-device", "vhost-user-fs-device,chardev=c,tag=share,id=fs0"])
-        .with_qmp()
-        .start()
-        .unwrap();
+    let vm = served_by(&socket, "");
     let mut qmp = vm.qmp().unwrap();
     drop(daemon);
     let failed = qmp.wait_event("DEVICE_FAILED", LIMIT).unwrap();

@@ -4,12 +4,17 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use tests::daemon::Daemon;
 use tests::lab::{Flavour, Guest, Script};
+
+/// How long the daemon may take to notice that its front end is gone, on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the guest does. Every line that can fail ends the script with the line's number.
 const SCRIPT: &str = r#"
@@ -47,42 +52,6 @@ ls -la . > listing || exit 27
 sync
 cd / && umount /mnt || exit 28
 "#;
-
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(source: &Path, socket: &Path, options: &[&str]) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
-            .arg("-source")
-            .arg(source)
-            .arg("-socket-path")
-            .arg(socket)
-            .args(["-log-level", "info"])
-            .args(options)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut daemon = Self(child);
-        // The front end must not come before the socket is there.
-        let mut log = BufReader::new(daemon.0.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("listening") {
-            line.clear();
-            assert!(log.read_line(&mut line).unwrap() > 0, "the daemon ended");
-        }
-        // What comes after it fits into the pipe.
-        daemon.0.stderr = Some(log.into_inner());
-        daemon
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Ended by itself already, when all is well.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// Boots the guest with the script; returns what it printed.
 fn boot(socket: &Path, script: &str) -> String {
@@ -150,13 +119,14 @@ fn run(options: &[&str], files: usize) {
     fs::create_dir(&tree).unwrap();
     fs::write(tree.join("greeting"), "from the host\n").unwrap();
     symlink("/etc/hostname", tree.join("link")).unwrap();
-    let mut daemon = Daemon::start(&tree, &socket, options);
+    let program = Path::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
+    let mut daemon = Daemon::sharing(program, &tree, &socket, options).unwrap();
     let console = boot(&socket, &SCRIPT.replace("FILES", &files.to_string()));
     assert!(
         console.contains("GUEST-END status=0"),
         "{options:?}: {console}"
     );
-    assert!(daemon.0.wait().unwrap().success(), "{options:?}");
+    assert!(daemon.wait(LIMIT).unwrap().success(), "{options:?}");
     assert!(!socket.exists(), "the socket is gone with the daemon");
 
     let read = |name: &str| fs::read(tree.join(name)).unwrap();

@@ -6,17 +6,20 @@
 mod raw;
 
 use std::fs;
-use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, SystemTime};
 
 use fs_device::fuse::wire::{fopen, init, opcode};
 use libc::{EPERM, EROFS, O_RDONLY, O_RDWR};
 use nix::unistd::geteuid;
 use raw::{Body, Client, u32_at, u64_at};
+use tests::daemon::Daemon;
+
+/// A daemon needs milliseconds; this is for a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn tree() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -354,49 +357,37 @@ fn capabilities_are_added_and_taken_away() {
     assert!(own(&[]) && !own(&["-modcaps=+MKNOD"]));
 }
 
-/// Starts the daemon with a socket of its own; gives it and what it has said when it listens.
-fn listening(dir: &Path, options: &[&str]) -> (Child, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
-        .arg("-source")
-        .arg(dir)
-        .arg("-socket-path")
-        .arg(dir.join("socket"))
-        .args(["-log-level", "info"])
-        .args(options)
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = Vec::new();
-    let stderr = child.stderr.as_mut().unwrap();
-    while !said.ends_with(b"\n") || !said.windows(9).any(|w| w == b"listening") {
-        let mut byte = [0];
-        stderr.read_exact(&mut byte).unwrap();
-        said.push(byte[0]);
-    }
-    (child, String::from_utf8(said).unwrap())
+/// Starts the daemon with a socket of its own.
+fn listening(dir: &Path, options: &[&str]) -> Daemon {
+    let program = Path::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
+    Daemon::sharing(program, dir, &dir.join("socket"), options).unwrap()
 }
 
 /// A front end comes and leaves.
-fn end(mut child: Child, socket: &Path) {
+fn end(mut daemon: Daemon, socket: &Path) {
     drop(UnixStream::connect(socket).unwrap());
-    assert!(child.wait().unwrap().success());
+    assert!(daemon.wait(LIMIT).unwrap().success());
 }
 
 #[test]
 fn the_socket_is_for_its_user_or_for_a_group_too() {
     let dir = tree();
     let socket = dir.path().join("socket");
-    let (child, said) = listening(dir.path(), &[]);
-    assert!(said.contains(socket.to_str().unwrap()), "{said}");
+    let daemon = listening(dir.path(), &[]);
+    assert!(
+        daemon.said.contains(socket.to_str().unwrap()),
+        "{}",
+        daemon.said
+    );
     assert_eq!(fs::metadata(&socket).unwrap().mode() & 0o777, 0o700);
-    end(child, &socket);
+    end(daemon, &socket);
     assert!(!socket.exists());
     if geteuid().is_root() {
         for group in ["65534", "nogroup"] {
-            let (child, _) = listening(dir.path(), &["-socket-group", group]);
+            let daemon = listening(dir.path(), &["-socket-group", group]);
             let made = fs::metadata(&socket).unwrap();
             assert_eq!((made.mode() & 0o777, made.gid()), (0o770, 65534), "{group}");
-            end(child, &socket);
+            end(daemon, &socket);
         }
     }
     let refused = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))

@@ -8,12 +8,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use tests::daemon::Daemon;
 use tests::lab::{Nested, cache_dir, ensure_packages};
+
+/// How long the daemon may take to notice that its front end is gone, on a busy machine.
+const LEAVE: Duration = Duration::from_secs(60);
 
 /// Every line of a script's output that begins with this is an outcome: name and result.
 const MARK: &str = "OUTCOME ";
@@ -50,41 +53,6 @@ const SHORT_STRESSORS: &str = "stress chmod fallocate flock rename xattr\n";
 const LONG_STRESSORS: &str = "stress access chdir chmod chown copy-file dentry dir dirdeep dup fallocate fcntl \
     filename flock fpunch fstat getdent hdd iomix link locka lockf lockofd mknod open rename seek sendfile splice symlink \
     sync-file touch utime xattr\n";
-
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(source: &Path, socket: &Path, options: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
-            .arg("-source")
-            .arg(source)
-            .arg("-socket-path")
-            .arg(socket)
-            .args(["-log-level", "info"])
-            .args(options)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        // The front end must not come before the socket is there.
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("listening") {
-            line.clear();
-            assert!(log.read_line(&mut line).unwrap() > 0, "the daemon ended");
-        }
-        // Whatever else it says must not fill the pipe.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::stderr()));
-        Self(child)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Ended by itself already, when all is well.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// Outcomes by their names.
 type Outcomes = BTreeMap<String, String>;
@@ -125,7 +93,8 @@ fn in_a_guest(script: &str, options: &[&str], limit: Duration) -> (Outcomes, Str
     fs::create_dir(&tree).unwrap();
     fs::create_dir(&results).unwrap();
     fs::write(results.join("script"), format!("{PRELUDE}{script}")).unwrap();
-    let mut daemon = Daemon::start(&tree, &socket, options);
+    let program = Path::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
+    let mut daemon = Daemon::sharing(program, &tree, &socket, options).unwrap();
     let nested = Nested {
         share: Some(results.clone()),
         limit: Some(limit),
@@ -146,7 +115,7 @@ fn in_a_guest(script: &str, options: &[&str], limit: Duration) -> (Outcomes, Str
     let text = fs::read_to_string(dir.path().join("results/output")).unwrap_or_default();
     let status = ended.unwrap_or_else(|error| panic!("{error}\n{text}"));
     assert_eq!(status, 0, "unmounting: {text}");
-    assert!(daemon.0.wait().unwrap().success());
+    assert!(daemon.wait(LEAVE).unwrap().success());
     (outcomes(&text), text)
 }
 

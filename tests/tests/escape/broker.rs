@@ -166,25 +166,8 @@ const LIST: &[Attempt] = &[
         &[NULL, n(4096), n(PROT_READ | PROT_EXEC)],
     ),
     // Rights.
-    refused(
-        "capabilities",
-        SYS_capset,
-        &[
-            Arg::Bytes(&[0x22, 5, 8, 0x20, 0, 0, 0, 0]),
-            Arg::Bytes(&[0xff; 24]),
-        ],
-    ),
-    refused(
-        "ambient",
-        SYS_prctl,
-        &[
-            n(PR_CAP_AMBIENT),
-            n(PR_CAP_AMBIENT_RAISE),
-            n(21),
-            NULL,
-            NULL,
-        ],
-    ),
+    Attempt::new("capabilities", attempts::RAISE_CAPABILITIES).passes(),
+    Attempt::new("ambient", attempts::RAISE_AMBIENT).passes(),
     refused(
         "securebits",
         SYS_prctl,

@@ -7,6 +7,27 @@ use libc::*;
 const ANY_USER: &str =
     "files can be given to any user, so all users are inside; their rights are those on the folder";
 
+/// All capabilities into all sets of this process; version 3 of the call's structures (include/uapi/linux/capability.h).
+pub const RAISE_CAPABILITIES: Act = Act::Call(
+    SYS_capset,
+    &[
+        Arg::Bytes(&[0x22, 5, 8, 0x20, 0, 0, 0, 0]),
+        Arg::Bytes(&[0xff; 24]),
+    ],
+);
+
+/// `CAP_SYS_ADMIN` into the ambient set.
+pub const RAISE_AMBIENT: Act = Act::Call(
+    SYS_prctl,
+    &[
+        n(PR_CAP_AMBIENT),
+        n(PR_CAP_AMBIENT_RAISE),
+        n(21),
+        NULL,
+        NULL,
+    ],
+);
+
 pub(super) const LIST: &[Attempt] = &[
     one("setuid-0", SYS_setuid, &[n(0)])
         .refused(&[EPERM, EINVAL])
@@ -32,25 +53,8 @@ pub(super) const LIST: &[Attempt] = &[
     steps("setfsuid-0", setfsuid)
         .refused(&[EPERM])
         .filter_only_in_fs(ANY_USER),
-    one(
-        "raise-capabilities",
-        SYS_capset,
-        &[
-            Arg::Bytes(&[0x22, 5, 8, 0x20, 0, 0, 0, 0]),
-            Arg::Bytes(&[0xff; 24]),
-        ],
-    ),
-    one(
-        "raise-ambient",
-        SYS_prctl,
-        &[
-            n(PR_CAP_AMBIENT),
-            n(PR_CAP_AMBIENT_RAISE),
-            n(21),
-            NULL,
-            NULL,
-        ],
-    ),
+    Attempt::new("raise-capabilities", RAISE_CAPABILITIES),
+    Attempt::new("raise-ambient", RAISE_AMBIENT),
     one(
         "clear-securebits",
         SYS_prctl,

@@ -15,6 +15,8 @@ mod paths;
 mod processes;
 mod sockets;
 
+pub use identity::{RAISE_AMBIENT, RAISE_CAPABILITIES};
+
 use super::{Act, Arg, Attempt, Machine, Stop, Verdict};
 
 /// All attempts. Names are unique.
