@@ -31,7 +31,8 @@ pub(super) struct Witness {
     pid: i32,
     namespaces: Fact<[u64; 7]>,
     program: Fact<PathBuf>,
-    fds: Fact<Vec<FdFacts>>,
+    /// What its descriptors led to, by number.
+    kinds: BTreeMap<i32, String>,
     /// Its `/proc/PID/fd` and `/proc/PID/maps`, whose rights were checked when they were opened.
     numbers: Fact<Dir>,
     maps: Fact<File>,
@@ -45,7 +46,7 @@ impl Witness {
             pid,
             namespaces: namespaces(&folder),
             program: told("exe", fs::read_link(folder.join("exe"))),
-            fds: descriptors(&folder),
+            kinds: kinds(&folder),
             numbers: told(
                 "fd",
                 Dir::open(
@@ -81,7 +82,6 @@ impl Witness {
     /// Numbers as they are now, kinds as they were.
     fn descriptors(&mut self) -> Fact<Vec<FdFacts>> {
         let folder = self.numbers.as_mut().map_err(|why| why.clone())?;
-        let known = self.fds.as_deref().unwrap_or_default();
         let mut numbers: Vec<i32> = folder
             .iter()
             .filter_map(|entry| entry.ok()?.file_name().to_str().ok()?.parse().ok())
@@ -96,10 +96,9 @@ impl Witness {
                 let mode = fstatat(&*folder, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
                     .ok()
                     .map(|stat| stat.st_mode);
-                let before = known.iter().find(|known| known.fd == fd);
                 FdFacts {
                     fd,
-                    kind: before.and_then(|before| before.kind.clone()),
+                    kind: self.kinds.get(&fd).cloned(),
                     access: mode.map(|mode| (mode & libc::S_IRUSR != 0, mode & libc::S_IWUSR != 0)),
                     since_lock_down: true,
                 }
@@ -229,7 +228,8 @@ fn read(folder: &Path, name: &str) -> Fact<String> {
 }
 
 fn text_of(file: impl Read) -> std::io::Result<String> {
-    let mut bytes = Vec::new();
+    // Most are shorter, and are read by one call then.
+    let mut bytes = Vec::with_capacity(4096);
     file.take(MAX_PROC_FILE).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
@@ -378,20 +378,31 @@ fn descriptors(folder: &Path) -> Fact<Vec<FdFacts>> {
         .filter_map(|fd| {
             // One that is closed by now is none.
             let info = fields(&read(folder, &format!("fdinfo/{fd}")).ok()?);
-            let link = fs::read_link(folder.join(format!("fd/{fd}"))).ok();
-            let kind = match link {
-                Some(target) => Some(clean(&kind(&target.to_string_lossy()))),
-                None => kind_of_info(&info).map(str::to_owned),
-            };
+            let kind = || kind_of_info(&info).map(str::to_owned);
             Some(FdFacts {
                 fd,
-                kind,
+                kind: kind_of_link(folder, fd).or_else(kind),
                 access: info.get("flags").and_then(|flags| access(flags)),
                 since_lock_down: false,
             })
         })
         .collect();
     Ok(facts)
+}
+
+/// What is open under each number, as far as the links tell. A VM starts only once this is known, so that nothing is read
+/// that can still be read later.
+fn kinds(folder: &Path) -> BTreeMap<i32, String> {
+    numbered(folder, "fd", MAX_INSPECTED_FDS)
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|fd| Some((fd, kind_of_link(folder, fd)?)))
+        .collect()
+}
+
+fn kind_of_link(folder: &Path, fd: i32) -> Option<String> {
+    let target = fs::read_link(folder.join(format!("fd/{fd}"))).ok()?;
+    Some(clean(&kind(&target.to_string_lossy())))
 }
 
 /// What a link of `/proc/PID/fd` leads to, without a path of the host's.
