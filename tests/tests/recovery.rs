@@ -429,3 +429,143 @@ fn a_device_that_cannot_be_saved_fails_and_the_vm_goes_on() {
         guest.ends_well();
     }
 }
+
+impl Guest {
+    /// Replaces the process of `device` and gives the id of the next one, and how long neither served, in ms.
+    #[track_caller]
+    fn upgrade(&mut self, device: &str, pid: i32) -> (i32, f64) {
+        let done = self
+            .qmp
+            .execute("device-upgrade", json!({ "id": device }))
+            .unwrap();
+        assert_eq!(done, json!({}));
+        // The answer comes when it is reaped.
+        assert!(procfs::Status::of(pid).is_err(), "{pid} is still there");
+        let event = self.event("DEVICE_UPGRADED");
+        assert_eq!(event["device"], device);
+        let next = i32::try_from(event["pid"].as_i64().unwrap()).unwrap();
+        assert_ne!(next, pid);
+        (next, event["stall-ms"].as_f64().unwrap())
+    }
+
+    #[track_caller]
+    fn no_upgrade(&mut self, device: &str) -> String {
+        match self.qmp.execute("device-upgrade", json!({ "id": device })) {
+            Err(tests::qmp::QmpError::Refused { description, .. }) => description,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_disks_process_is_replaced_under_load_and_nothing_is_lost() {
+    let mut guest = with_disk(Payload::BlkLoop, "spin=1", "");
+    guest.expect("LOOP 0");
+    let mut pid = guest.pid("block");
+    let before = Jail::of(pid).unwrap();
+    let mut stalls = Vec::new();
+    // More often than restarts are allowed: it is not one.
+    for round in 0..50 {
+        if round % 2 == 0 {
+            guest.expect("LOOP ");
+        }
+        let (next, stall) = guest.upgrade("disk", pid);
+        pid = next;
+        stalls.push(stall);
+    }
+    let after = Jail::of(pid).unwrap();
+    assert_eq!(after.uid, before.uid);
+    assert_eq!(after.own_namespaces, before.own_namespaces);
+    assert_eq!(after.capabilities, before.capabilities);
+    // One that dies after that is recovered as any, with the image locked as before.
+    let (next, ..) = guest.kill("disk", pid);
+    guest.upgrade("disk", next);
+    guest.expect("LOOP ");
+    guest.type_a_byte();
+    guest.expect("BLK-LOOP OK bursts ");
+    guest.ends_well();
+    println!("gap in ms, 50 %, 99 %, most: {:.2?}", percentiles(stalls));
+}
+
+#[test]
+fn a_cards_process_is_replaced_under_load_and_no_buffer_is_lost() {
+    let tap = Tap::new("sv-next", "10.7.33.1/24").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let vm = builder(Payload::NetLoop, "host=10.7.33.1 own=10.7.33.2")
+        .args(["-netdev", "tap,id=n0,ifname=sv-next", "-device"])
+        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:33")
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    let mut guest = Guest { vm, qmp, _dir: dir };
+    guest.expect("LOOP 10\r");
+    let mut pid = guest.pid("net");
+    let mut stalls = Vec::new();
+    for _ in 0..20 {
+        guest.expect("LOOP ");
+        let (next, stall) = guest.upgrade("card", pid);
+        pid = next;
+        stalls.push(stall);
+    }
+    // Killed, it attaches to the tap again, which nobody else has.
+    guest.kill("card", pid);
+    guest.expect("LOOP ");
+    guest.expect("LOOP ");
+    guest.type_a_byte();
+    guest.expect("NET-LOOP OK answers ");
+    guest.ends_well();
+    drop(tap);
+    println!("gap in ms, 50 %, 99 %, most: {:.2?}", percentiles(stalls));
+}
+
+/// Puts another program in the place of `to`, as a package manager does.
+fn put(from: &Path, to: &Path) {
+    let beside = to.with_extension("new");
+    std::fs::copy(from, &beside).unwrap();
+    std::fs::rename(&beside, to).unwrap();
+}
+
+#[test]
+fn a_program_that_does_not_come_up_leaves_the_old_process_serving() {
+    let programs = tempfile::tempdir().unwrap();
+    let at = |name: &str| programs.path().join(name);
+    for name in ["stratovirt", "block"] {
+        std::fs::copy(tests::vm::binary(name).unwrap(), at(name)).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = image(dir.path());
+    let vm = builder(Payload::BlkLoop, "spin=1")
+        .program(at("stratovirt"))
+        .disk("d0", &disk, "")
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    let mut guest = Guest { vm, qmp, _dir: dir };
+    guest.expect("LOOP 0");
+    let pid = guest.pid("block");
+    // One that ends at once, one that is no program, none at all.
+    put(&tests::vm::binary("net").unwrap(), &at("block"));
+    let said = guest.no_upgrade("dev-d0");
+    assert!(
+        said.contains("goes on with the process that it has"),
+        "{said}"
+    );
+    put(Path::new("/etc/passwd"), &at("block"));
+    guest.no_upgrade("dev-d0");
+    std::fs::remove_file(at("block")).unwrap();
+    let said = guest.no_upgrade("dev-d0");
+    assert!(said.contains("device binary block"), "{said}");
+    assert_eq!(guest.pid("block"), pid, "the old process");
+    guest.expect("LOOP ");
+    // The next version of it.
+    put(&tests::vm::binary("block").unwrap(), &at("block"));
+    let (next, _) = guest.upgrade("dev-d0", pid);
+    let runs = std::fs::metadata(format!("/proc/{next}/exe")).unwrap();
+    assert_eq!(runs.ino(), std::fs::metadata(at("block")).unwrap().ino());
+    let said = guest.no_upgrade("dev-d1");
+    assert!(said.contains("'dev-d1' not found"), "{said}");
+    guest.expect("LOOP ");
+    guest.type_a_byte();
+    guest.expect("BLK-LOOP OK");
+    guest.ends_well();
+}

@@ -216,6 +216,20 @@ pub enum Request {
         /// Index into the policy's devices.
         index: u32,
     },
+    /// Start another process of device `index` beside the one that runs, from the program that is at its place now, with the
+    /// same descriptors. [`Request::Settle`] ends one of them. A shared folder's cannot be: its keeper has the guest's open
+    /// files.
+    Upgrade {
+        /// Index of the device.
+        index: u32,
+    },
+    /// One of the two processes of device `index` goes on, and the other is ended.
+    Settle {
+        /// Index of the device.
+        index: u32,
+        /// It is the newer one that goes on.
+        newer: bool,
+    },
     /// Make room for a snapshot, one at a time. A snapshot is a folder with two files; until [`Request::SnapshotEnd`] it has
     /// another name, and what is there stays.
     SnapshotBegin {
@@ -290,6 +304,13 @@ pub enum Reply {
     Stopped {
         /// Index of the request.
         index: u32,
+    },
+    /// [`Request::Settle`] worked, and the other process is reaped.
+    Settled {
+        /// Index of the request.
+        index: u32,
+        /// Process id of the one that was ended; 0 if it had ended by itself.
+        ended: i32,
     },
     /// [`Request::SnapshotBegin`] worked; descriptors of the files `memory` and `state` come along.
     SnapshotBegun,
@@ -384,6 +405,7 @@ mod tests {
             Request::Stop { index: 1 },
             Request::Remove { backend: 1 },
             Request::Unplug { index: 1 },
+            Request::Upgrade { index: 1 },
         ] {
             assert_eq!(codec::encode(&request).unwrap().len(), 8);
         }

@@ -321,13 +321,16 @@ impl Setting {
                 BackEnd::Image { path, writes, .. } if given => {
                     all.push(Want::some(path, if *writes { "rw" } else { "r" }));
                 }
-                BackEnd::Tap if given => all.push(Want::some("/dev/net/tun", "rw")),
-                BackEnd::Image { path, .. } => all.push(Want::some(path, "")),
+                BackEnd::Image { path, writes, .. } => {
+                    all.push(Want::some(path, ""));
+                    // The process's own, for one that takes its place while it runs.
+                    all.push(Want::some(path, if *writes { "rw" } else { "r" }));
+                }
                 BackEnd::Folder { path, .. } => {
                     all.push(Want::some(path, ""));
                     all.push(Want::some("socket", "rw")); // the keeper
                 }
-                BackEnd::Tap => {}
+                BackEnd::Tap => all.push(Want::some("/dev/net/tun", "rw")),
             }
         }
         all

@@ -91,6 +91,11 @@ pub enum Notice {
         /// Index of the device.
         index: u32,
     },
+    /// [`Request::Settle`] worked, and one of two processes is reaped.
+    Settled {
+        /// Index of the device.
+        index: u32,
+    },
     /// The oldest request without a reply failed.
     Refused {
         /// For the log.
@@ -430,6 +435,10 @@ impl Client {
             Reply::Unplugged { index } => {
                 self.pids.retain(|(at, _)| *at != index);
                 Ok(Notice::Unplugged { index })
+            }
+            Reply::Settled { index, ended } => {
+                self.pids.retain(|(_, pid)| *pid != ended);
+                Ok(Notice::Settled { index })
             }
             Reply::Failed { message } => Ok(Notice::Refused { message }),
             other => Err(ClientError::OutOfOrder(format!("{other:?}"))),

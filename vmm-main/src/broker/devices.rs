@@ -5,6 +5,7 @@
 //! **Who is not trusted**: the device process. What it logs is cut into lines of bounded length, cleaned of control
 //! characters and rate limited before it reaches the log.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -32,6 +33,8 @@ use ozone::{Child, DeviceLaunch, Identity, Limits, Pending, Sandbox, SharedTree}
 #[derive(Debug)]
 pub(super) struct Devices {
     slots: Vec<Option<Process>>,
+    /// Processes that are about to take the place of those, by the same index.
+    newer: BTreeMap<usize, Process>,
     log: Option<BorrowedFd<'static>>,
 }
 
@@ -63,6 +66,7 @@ impl Devices {
     pub(super) fn new(count: usize) -> Self {
         Self {
             slots: std::iter::repeat_with(|| None).take(count).collect(),
+            newer: BTreeMap::new(),
             log: ipc::log::descriptor(),
         }
     }
@@ -101,96 +105,54 @@ impl Devices {
         if again.is_none() {
             return Err(format!("the policy has no device {index}"));
         }
-        let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
-        let (log_reader, log_writer) =
-            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
-                .map_err(|e| told("log pipe", &e))?;
-        let start = ipc::start::to_memfd(&StartMessage {
-            version: PROTOCOL_VERSION,
-            device: grant.spec.clone(),
-            backend_fds: match &grant.spec {
-                // Two of them are made by the jail.
-                DeviceSpec::Fs(_) => BACKEND_FDS,
-                _ => backend.len() as u32,
-            },
-            seccomp: policy.seccomp,
-            sandbox: policy.sandbox,
-            log_level: policy.log_level,
-        })
-        .map_err(|e| told("start message", &e))?;
+        let (socket, process) = launch(grant, backend, policy)?;
+        let pid = process.pid;
+        self.slots[index] = Some(process);
+        Ok((socket, pid))
+    }
 
-        let limits = limits(&grant.spec, &backend).map_err(|e| told("image", &e))?;
-        let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
-        let mut backend = backend;
-        let folder = match &grant.spec {
-            DeviceSpec::Fs(_) => Some(
-                backend
-                    .pop()
-                    .ok_or_else(|| told("shared folder", &"no descriptor"))?,
-            ),
-            _ => None,
-        };
-        let mut fds = vec![
-            (duplicate(&log_writer)?, 0),
-            (duplicate(&log_writer)?, 1),
-            (log_writer, FD_LOG),
-            (OwnedFd::from(theirs), FD_VHOST_USER),
-            (start, FD_START),
-        ];
-        fds.extend(backend.into_iter().zip(FD_BACKEND..));
-        let keeper = match &grant.spec {
-            DeviceSpec::Fs(_) => {
-                let (ours, theirs) = Channel::pair().map_err(|e| told("keeper", &e))?;
-                fds.push((theirs.into_fd(), FD_KEEPER));
-                Some(Keeper::new(ours))
-            }
-            _ => None,
-        };
+    /// Starts another process of entry `index` beside the one that runs.
+    pub(super) fn upgrade(
+        &mut self,
+        index: usize,
+        grant: &DeviceGrant,
+        backend: Vec<OwnedFd>,
+        policy: &Policy,
+    ) -> Result<(OwnedFd, i32), String> {
+        if !self.is_running(index) || self.newer.contains_key(&index) {
+            return Err(format!(
+                "device {} has no process, or two of them",
+                grant.spec.id()
+            ));
+        }
+        let (socket, process) = launch(grant, backend, policy)?;
+        let pid = process.pid;
+        self.newer.insert(index, process);
+        Ok((socket, pid))
+    }
 
-        let name = grant.spec.binary();
-        let binary = find_binary(name)?;
-        // By a first dash the program would know a person's options.
-        let shown = if id.starts_with('-') {
-            format!("id={id}")
-        } else {
-            id.to_owned()
+    /// Ends one of two processes of entry `index` and reaps it: its id, 0 if it was gone.
+    pub(super) fn settle_on(&mut self, index: usize, newer: bool) -> Result<i32, String> {
+        let slot = self
+            .slots
+            .get_mut(index)
+            .ok_or_else(|| format!("the policy has no device {index}"))?;
+        let ended = match self.newer.remove(&index) {
+            other if !newer => other,
+            // Without a newer one the older one goes as well: it has been told to.
+            other => std::mem::replace(slot, other),
         };
-        let argv = [grant.spec.process(), &shown]
-            .map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default());
-        let pending = ozone::spawn(DeviceLaunch {
-            name: id,
-            binary: binary.as_fd(),
-            argv: argv.into(),
-            fds,
-            identity: Identity::least(),
-            tree: match (&grant.spec, &folder) {
-                (DeviceSpec::Fs(spec), Some(folder)) => Some(SharedTree {
-                    folder: folder.as_fd(),
-                    readonly: spec.readonly,
-                    capabilities: spec.capabilities(),
-                    root: FD_TREE,
-                    processes: FD_PROCESSES,
-                }),
-                _ => None,
-            },
-            limits,
-            mode: match policy.sandbox {
-                SandboxMode::BestEffort => Sandbox::BestEffort,
-                SandboxMode::Strict => Sandbox::Strict,
-            },
-            trace: policy.log_level == ipc::log::Level::Trace,
-        })
-        .map_err(|e| with_causes(&e))?;
-        let pid = pending.pid().as_raw();
-        self.slots[index] = Some(Process {
-            id: id.to_owned(),
-            pid,
-            told: pid,
-            stage: Stage::Pending(pending),
-            lines: LogLines::new(id, log_reader),
-            keeper,
-        });
-        Ok((ours.into(), pid))
+        let Some(mut process) = ended else {
+            return Ok(0);
+        };
+        process.end();
+        process.lines.relay(self.log);
+        Ok(process.pid)
+    }
+
+    /// Whether entry `index` has a process, or one is about to take the place of another that is gone.
+    pub(super) fn is_running(&self, index: usize) -> bool {
+        matches!(self.slots.get(index), Some(Some(_))) || self.newer.contains_key(&index)
     }
 
     /// Waits until it is known of each keeper that runs which process serves.
@@ -221,25 +183,28 @@ impl Devices {
                 None => all.push((Role::Device(index), process.pid)),
             }
         }
+        let newer = self.newer.iter();
+        all.extend(newer.map(|(index, process)| (Role::Device(*index as u32), process.pid)));
         all.into_iter()
     }
 
     /// Every descriptor to poll, with the index of its device.
     pub(super) fn watched(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
-        self.slots.iter().enumerate().flat_map(|(index, slot)| {
-            slot.iter().flat_map(move |process| {
-                let pipe = process.lines.pipe();
-                let life = match &process.stage {
-                    Stage::Pending(pending) => Some(pending.as_fd()),
-                    Stage::Running(child) => Some(child.pidfd.as_fd()),
-                    Stage::Gone => None,
-                };
-                let line = process.keeper.as_ref().map(AsFd::as_fd);
-                pipe.into_iter()
-                    .chain(life)
-                    .chain(line)
-                    .map(move |fd| (index, fd))
-            })
+        let older = self.slots.iter().enumerate();
+        let older = older.filter_map(|(index, slot)| Some((index, slot.as_ref()?)));
+        let newer = self.newer.iter().map(|(index, process)| (*index, process));
+        older.chain(newer).flat_map(|(index, process)| {
+            let pipe = process.lines.pipe();
+            let life = match &process.stage {
+                Stage::Pending(pending) => Some(pending.as_fd()),
+                Stage::Running(child) => Some(child.pidfd.as_fd()),
+                Stage::Gone => None,
+            };
+            let line = process.keeper.as_ref().map(AsFd::as_fd);
+            pipe.into_iter()
+                .chain(life)
+                .chain(line)
+                .map(move |fd| (index, fd))
         })
     }
 
@@ -265,6 +230,23 @@ impl Devices {
         })
     }
 
+    /// The same for the process that is about to take the place of another one of device `index`.
+    pub(super) fn handle_newer(&mut self, index: usize) -> Option<Reply> {
+        let process = self.newer.get_mut(&index)?;
+        process.lines.relay(self.log);
+        let (how, last_words) = process.follow()?;
+        process.lines.relay(self.log);
+        let last_words = last_words.unwrap_or_else(|| process.lines.take_last());
+        let pid = process.pid;
+        self.newer.remove(&index);
+        Some(Reply::Exited {
+            index: index as u32,
+            pid,
+            how,
+            last_words,
+        })
+    }
+
     /// Ends the process of entry `index` and reaps it.
     pub(super) fn stop(&mut self, index: usize) -> Result<(), String> {
         let slot = self
@@ -277,7 +259,7 @@ impl Devices {
                 Err(e) => error!("device {index}: keeper: {}", with_causes(&e)),
             }
         }
-        if let Some(mut process) = slot.take() {
+        for mut process in slot.take().into_iter().chain(self.newer.remove(&index)) {
             process.end();
             process.lines.relay(self.log);
         }
@@ -286,16 +268,118 @@ impl Devices {
 
     /// Ends all: first every signal, then every wait, so that they go side by side.
     pub(super) fn end_all(&mut self) {
-        for process in self.slots.iter().flatten() {
+        for process in self.slots.iter().flatten().chain(self.newer.values()) {
             if let Stage::Running(child) = &process.stage {
                 kill(child);
             }
         }
-        for mut process in self.slots.iter_mut().filter_map(Option::take) {
+        let newer = std::mem::take(&mut self.newer);
+        let older = self.slots.iter_mut().filter_map(Option::take);
+        for mut process in older.chain(newer.into_values()) {
             process.end();
             process.lines.relay(self.log);
         }
     }
+}
+
+/// Starts a process of its own for `grant`: the control process's end of its socket, and the process.
+fn launch(
+    grant: &DeviceGrant,
+    backend: Vec<OwnedFd>,
+    policy: &Policy,
+) -> Result<(OwnedFd, Process), String> {
+    let id = grant.spec.id();
+    let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
+    let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
+    let (log_reader, log_writer) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
+            .map_err(|e| told("log pipe", &e))?;
+    let start = ipc::start::to_memfd(&StartMessage {
+        version: PROTOCOL_VERSION,
+        device: grant.spec.clone(),
+        backend_fds: match &grant.spec {
+            // Two of them are made by the jail.
+            DeviceSpec::Fs(_) => BACKEND_FDS,
+            _ => backend.len() as u32,
+        },
+        seccomp: policy.seccomp,
+        sandbox: policy.sandbox,
+        log_level: policy.log_level,
+    })
+    .map_err(|e| told("start message", &e))?;
+
+    let limits = limits(&grant.spec, &backend).map_err(|e| told("image", &e))?;
+    let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
+    let mut backend = backend;
+    let folder = match &grant.spec {
+        DeviceSpec::Fs(_) => Some(
+            backend
+                .pop()
+                .ok_or_else(|| told("shared folder", &"no descriptor"))?,
+        ),
+        _ => None,
+    };
+    let mut fds = vec![
+        (duplicate(&log_writer)?, 0),
+        (duplicate(&log_writer)?, 1),
+        (log_writer, FD_LOG),
+        (OwnedFd::from(theirs), FD_VHOST_USER),
+        (start, FD_START),
+    ];
+    fds.extend(backend.into_iter().zip(FD_BACKEND..));
+    let keeper = match &grant.spec {
+        DeviceSpec::Fs(_) => {
+            let (ours, theirs) = Channel::pair().map_err(|e| told("keeper", &e))?;
+            fds.push((theirs.into_fd(), FD_KEEPER));
+            Some(Keeper::new(ours))
+        }
+        _ => None,
+    };
+
+    let name = grant.spec.binary();
+    let binary = find_binary(name)?;
+    // By a first dash the program would know a person's options.
+    let shown = if id.starts_with('-') {
+        format!("id={id}")
+    } else {
+        id.to_owned()
+    };
+    let argv = [grant.spec.process(), &shown]
+        .map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default());
+    let pending = ozone::spawn(DeviceLaunch {
+        name: id,
+        binary: binary.as_fd(),
+        argv: argv.into(),
+        fds,
+        identity: Identity::least(),
+        tree: match (&grant.spec, &folder) {
+            (DeviceSpec::Fs(spec), Some(folder)) => Some(SharedTree {
+                folder: folder.as_fd(),
+                readonly: spec.readonly,
+                capabilities: spec.capabilities(),
+                root: FD_TREE,
+                processes: FD_PROCESSES,
+            }),
+            _ => None,
+        },
+        limits,
+        mode: match policy.sandbox {
+            SandboxMode::BestEffort => Sandbox::BestEffort,
+            SandboxMode::Strict => Sandbox::Strict,
+        },
+        trace: policy.log_level == ipc::log::Level::Trace,
+    })
+    .map_err(|e| with_causes(&e))?;
+    let pid = pending.pid().as_raw();
+    let process = Process {
+        id: id.to_owned(),
+        pid,
+        told: pid,
+        stage: Stage::Pending(pending),
+        lines: LogLines::new(id, log_reader),
+        keeper,
+    };
+    Ok((ours.into(), process))
 }
 
 impl Process {

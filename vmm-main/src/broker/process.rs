@@ -225,6 +225,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         cleanup,
         devices,
         holds: BTreeMap::new(),
+        kept: BTreeMap::new(),
         draft: None,
         witness: None,
     })
@@ -242,6 +243,8 @@ struct Broker {
     devices: Devices,
     /// Images that were opened, by their device, for a restart.
     holds: BTreeMap<u32, open::Hold>,
+    /// What the processes that run were given, for those that take their place while they do.
+    kept: BTreeMap<u32, Vec<OwnedFd>>,
     /// A snapshot that is being written.
     draft: Option<Draft>,
     /// What the control process showed of itself at lock-down.
@@ -295,7 +298,14 @@ impl Broker {
             (fired(&polled[0]), ready)
         };
         for index in ready {
-            if let Some(news) = self.devices.handle(index) {
+            for news in [self.devices.handle(index), self.devices.handle_newer(index)]
+                .into_iter()
+                .flatten()
+            {
+                if !self.devices.is_running(index) {
+                    // An image is to be locked, and a tap attached to, no longer than somebody uses it.
+                    self.kept.remove(&(index as u32));
+                }
                 self.channel.send(&news, &[])?;
             }
         }
@@ -310,10 +320,13 @@ impl Broker {
             Request::SetPolicy(_) => Err("the policy is fixed".into()),
             Request::Open { index } => self.open(*index),
             Request::Start { index } => self.start(*index),
-            Request::Stop { index } => self
-                .devices
-                .stop(*index as usize)
-                .map(|()| (Reply::Stopped { index: *index }, None)),
+            Request::Stop { index } => {
+                let stopped = self.devices.stop(*index as usize);
+                self.kept.remove(index);
+                stopped.map(|()| (Reply::Stopped { index: *index }, None))
+            }
+            Request::Upgrade { index } => self.upgrade(*index),
+            Request::Settle { index, newer } => self.settle(*index, *newer),
             Request::Add { backend, addition } => self
                 .added
                 .add(*backend, addition, fds)
@@ -368,6 +381,8 @@ impl Broker {
                 .get(index as usize)
                 .ok_or_else(|| format!("the policy has no device {index}"))?,
         };
+        // What is in use can be neither locked nor attached to again.
+        self.kept.remove(&index);
         // Another file at the same path would be another disk, in the middle of the guest's work.
         let backend = match (self.holds.get(&index), &grant.backend) {
             (_, BackendGrant::Given) => self.added.duplicates(index)?,
@@ -382,10 +397,56 @@ impl Broker {
         if grant.is_foreign() {
             return Ok((Reply::Started { index, pid: 0 }, backend.into_iter().next()));
         }
+        let kept = match grant.backend {
+            BackendGrant::Image { .. } | BackendGrant::Tap { .. } => duplicates(&backend)?,
+            _ => Vec::new(),
+        };
         let (socket, pid) = self
             .devices
             .start(index as usize, grant, backend, &self.policy)?;
+        if !kept.is_empty() {
+            self.kept.insert(index, kept);
+        }
         Ok((Reply::Started { index, pid }, Some(socket)))
+    }
+
+    fn upgrade(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
+        let grant = match self.plugged.get(&index) {
+            Some(grant) => grant,
+            None => self
+                .policy
+                .devices
+                .get(index as usize)
+                .ok_or_else(|| format!("the policy has no device {index}"))?,
+        };
+        let backend = match (&grant.backend, self.kept.get(&index)) {
+            (BackendGrant::Given, _) => self.added.duplicates(index)?,
+            // The very same: a second lock on the image or a second user of the tap would be refused.
+            (BackendGrant::Image { .. } | BackendGrant::Tap { .. }, Some(kept)) => {
+                duplicates(kept)?
+            }
+            (BackendGrant::Nothing | BackendGrant::Inherited { .. }, _) => {
+                open::backend(&grant.backend, grant.spec.id(), &self.inherited)?
+            }
+            _ => {
+                return Err(format!(
+                    "device {}: no other process can take the place of this one",
+                    grant.spec.id()
+                ));
+            }
+        };
+        let (socket, pid) = self
+            .devices
+            .upgrade(index as usize, grant, backend, &self.policy)?;
+        Ok((Reply::Started { index, pid }, Some(socket)))
+    }
+
+    fn settle(&mut self, index: u32, newer: bool) -> Result<(Reply, Option<OwnedFd>), String> {
+        let ended = self.devices.settle_on(index as usize, newer)?;
+        if !self.devices.is_running(index as usize) {
+            self.kept.remove(&index);
+        }
+        Ok((Reply::Settled { index, ended }, None))
     }
 
     fn begin_snapshot(&mut self, folder: u32, name: Option<&str>) -> Result<(), ChannelError> {
@@ -454,6 +515,7 @@ impl Broker {
     fn forget(&mut self, index: u32) {
         self.plugged.remove(&index);
         self.holds.remove(&index);
+        self.kept.remove(&index);
         self.added.free(index);
     }
 
@@ -500,6 +562,11 @@ impl Broker {
         }
         Ok((Reply::ReadyDone, None))
     }
+}
+
+fn duplicates(fds: &[OwnedFd]) -> Result<Vec<OwnedFd>, String> {
+    let all: std::io::Result<Vec<OwnedFd>> = fds.iter().map(OwnedFd::try_clone).collect();
+    all.map_err(|e| format!("a device's descriptors cannot be kept: {e}"))
 }
 
 /// A caller that reads from a pipe until its end must not wait for the broker of a daemon. `and_log`: the log goes there too.

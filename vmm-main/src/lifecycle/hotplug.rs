@@ -544,6 +544,23 @@ impl Vm {
         )
     }
 
+    /// `device-upgrade`
+    pub(super) fn upgrade_device(&mut self, id: &str, reply: Reply<()>) -> Result<(), End> {
+        let units = &self.hotplug.units;
+        let Some(unit) = units
+            .iter()
+            .position(|unit| unit.device.as_deref() == Some(id))
+        else {
+            reply.send(Err(QmpError::device_not_found(id)));
+            return Ok(());
+        };
+        if self.job.is_some() || self.parts.pager.is_some() {
+            reply.send(Err(generic(SNAPSHOT)));
+            return Ok(());
+        }
+        self.supervise(|supervisor, cx| supervisor.upgrade(unit, reply, cx))
+    }
+
     /// Takes what the broker said to this part.
     pub(super) fn told(&mut self) -> Result<(), End> {
         while let Some(told) = self.supervisor.told() {

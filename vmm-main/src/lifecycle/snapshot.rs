@@ -122,6 +122,9 @@ impl Vm {
     pub(super) fn migrate(&mut self, uri: &str, reply: Reply<()>) -> Result<(), End> {
         let refused = match (&self.parts.machine, self.state) {
             _ if self.job.is_some() => Some("A snapshot is being made already".to_owned()),
+            _ if self.supervisor.is_upgrading() => {
+                Some("A device gets another process; wait for DEVICE_UPGRADED".to_owned())
+            }
             _ if self.parts.pager.is_some() => Some(
                 "Guest memory is still coming in; query-migrate tells how far it is".to_owned(),
             ),

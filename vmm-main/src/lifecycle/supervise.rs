@@ -18,6 +18,10 @@
 //! Serving ──Exited──> Starting ──Started──> Handshaking ──answers──> Serving
 //!    └─does not answer─> Stopping ──Stopped──┘    └─garbage, silence─> Stopping
 //! ```
+//!
+//! `device-upgrade` starts a second process beside the one that serves, of the program that is then at the place that the
+//! broker knows; only when its handshake is done is the old one asked to finish what it took and to stop, and the new one
+//! gets the queues in the same breath. Whatever fails before that leaves the old one serving.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -38,7 +42,7 @@ use super::poller::Poller;
 use super::start::SharedTransport;
 use super::with_causes;
 use crate::broker::{Client, ClientError, DeviceExit, Notice};
-use crate::qmp::{Event, ServerHandle, Workload};
+use crate::qmp::{Event, QmpError, Reply, ServerHandle, Workload};
 use crate::virtio::attention::Attention;
 use crate::virtio::remote::{Handshake, RemoteError};
 
@@ -73,6 +77,10 @@ pub(super) struct Supervisor {
 enum Asked {
     /// A start of the process of this device.
     Start(usize),
+    /// Another process beside the one of this device.
+    Upgrade(usize),
+    /// The end of one of two processes of this device; then this is answered.
+    Settle(usize, Option<Reply<()>>),
     /// Somebody else's, known by a number.
     Other(u64),
 }
@@ -104,6 +112,26 @@ struct Device {
     process: Process,
     /// Since when nobody serves.
     since: Option<Instant>,
+    /// The process that is to take the place of the one that serves.
+    upgrade: Option<Upgrade>,
+    /// The one whose place another has taken: its end is no news.
+    retired: Option<i32>,
+}
+
+/// A process on its way in, while another one serves.
+#[derive(Debug)]
+struct Upgrade {
+    reply: Reply<()>,
+    /// Once it has a socket.
+    coming: Option<Coming>,
+}
+
+#[derive(Debug)]
+struct Coming {
+    pid: i32,
+    handshake: Handshake,
+    /// It hung up; its end, with its last words, is about to be told.
+    deaf: bool,
 }
 
 /// A device's process.
@@ -223,6 +251,8 @@ impl Supervisor {
                     None => Process::Failed,
                 },
                 since: None,
+                upgrade: None,
+                retired: None,
             });
         }
         Ok(Self {
@@ -325,6 +355,19 @@ impl Supervisor {
                     self.others.push_back(Told::Exited(exit));
                     return Ok(());
                 }
+                if device.retired == Some(exit.pid) {
+                    device.retired = None;
+                    return Ok(());
+                }
+                let coming = device.upgrade.as_ref();
+                let coming = coming.and_then(|upgrade| upgrade.coming.as_ref());
+                if coming.is_some_and(|coming| coming.pid == exit.pid) {
+                    let why = format!(
+                        "process {} ended ({:?}): {}",
+                        exit.pid, exit.how, exit.last_words
+                    );
+                    return self.give_up(index, &why, cx);
+                }
                 error!(
                     "device {}: process {} ended ({:?}): {}",
                     device.spec.id(),
@@ -366,6 +409,7 @@ impl Supervisor {
                 }
             }
             Notice::Started { index, pid, socket } => match self.asked.pop_front() {
+                Some(Asked::Upgrade(at)) => self.coming(at, pid, socket, cx),
                 Some(Asked::Other(number)) => {
                     let notice = Notice::Started { index, pid, socket };
                     self.others.push_back(Told::Answer(number, Ok(notice)));
@@ -379,7 +423,26 @@ impl Supervisor {
                 }
                 Ok(())
             }
+            Notice::Settled { index } => {
+                if let Some(device) = self.devices.get_mut(index as usize) {
+                    device.retired = None;
+                }
+                if let Some(Asked::Settle(_, Some(reply))) = self.asked.pop_front() {
+                    reply.send(Ok(()));
+                }
+                Ok(())
+            }
             Notice::Refused { message } => match self.asked.pop_front() {
+                Some(Asked::Upgrade(index)) => {
+                    if let Some(upgrade) = self.devices[index].upgrade.take() {
+                        upgrade.reply.send(Err(QmpError::generic(message)));
+                    }
+                    Ok(())
+                }
+                Some(Asked::Settle(..)) => {
+                    error!("{message}");
+                    Ok(())
+                }
                 Some(Asked::Start(index)) if self.devices[index].foreign.is_some() => {
                     debug!("{message}");
                     self.try_later(index);
@@ -442,6 +505,8 @@ impl Supervisor {
             budget: Budget::new(most),
             process: Process::Serving { pid },
             since: None,
+            upgrade: None,
+            retired: None,
         });
         Ok(())
     }
@@ -481,8 +546,205 @@ impl Supervisor {
             matches!(
                 device.process,
                 Process::Serving { .. } | Process::Failed | Process::Foreign
-            )
+            ) && device.upgrade.is_none()
+        }) && !self.is_settling(index)
+    }
+
+    /// Whether one of two processes of device `index` is about to end.
+    fn is_settling(&self, index: usize) -> bool {
+        self.asked.iter().any(|asked| match asked {
+            Asked::Upgrade(at) | Asked::Settle(at, _) => *at == index,
+            _ => false,
         })
+    }
+
+    /// Whether any device is about to get another process while one serves.
+    pub(super) fn is_upgrading(&self) -> bool {
+        self.devices.iter().any(|device| device.upgrade.is_some())
+    }
+
+    /// `device-upgrade`: another process, of the program that is at its place now, is to take the place of the one that
+    /// serves.
+    pub(super) fn upgrade(
+        &mut self,
+        index: usize,
+        reply: Reply<()>,
+        cx: &Context<'_>,
+    ) -> Result<(), ClientError> {
+        let id = self.devices.get(index).map_or("", |one| one.spec.id());
+        let refused = match self.devices.get(index) {
+            Some(device) if matches!(device.spec, DeviceSpec::Fs(_)) => Some(format!(
+                "Device '{id}' is a shared folder, whose process has what the guest opened: take it out and add it again"
+            )),
+            Some(Device {
+                process: Process::Serving { .. },
+                ..
+            }) if self.is_settled(index) => None,
+            _ => Some(format!(
+                "Device '{id}' has no process that serves, or is about to get another one"
+            )),
+        };
+        if let Some(refused) = refused {
+            reply.send(Err(QmpError::generic(refused)));
+            return Ok(());
+        }
+        self.devices[index].upgrade = Some(Upgrade {
+            reply,
+            coming: None,
+        });
+        self.asked.push_back(Asked::Upgrade(index));
+        cx.broker.send(&Request::Upgrade {
+            index: index as u32,
+        })
+    }
+
+    /// The new process has a socket.
+    fn coming(
+        &mut self,
+        index: usize,
+        pid: i32,
+        socket: UnixStream,
+        cx: &mut Context<'_>,
+    ) -> Result<(), ClientError> {
+        let device = &mut self.devices[index];
+        let Some(upgrade) = &mut device.upgrade else {
+            // Given up meanwhile, and so is it.
+            return Ok(());
+        };
+        let watched = Handshake::begin(socket, &device.spec)
+            .map_err(|e| with_causes(&e))
+            .and_then(|handshake| {
+                cx.poller
+                    .add(&handshake, self.sockets + index as u64, EpollFlags::EPOLLIN)
+                    .map_err(|e| format!("epoll_ctl: {}", e.desc()))?;
+                upgrade.coming = Some(Coming {
+                    pid,
+                    handshake,
+                    deaf: false,
+                });
+                Ok(())
+            });
+        match watched {
+            Ok(()) => Ok(()),
+            Err(why) => self.give_up(index, &why, cx),
+        }
+    }
+
+    /// The handshake of a new process goes on, or its time is over.
+    fn coming_answered(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        let device = &mut self.devices[index];
+        let Some(Upgrade {
+            coming: Some(coming),
+            ..
+        }) = &mut device.upgrade
+        else {
+            return Ok(());
+        };
+        match coming.handshake.advance() {
+            Ok(false) => return Ok(()),
+            Ok(true) => {}
+            Err(e) => {
+                let late = coming.handshake.deadline() <= Instant::now();
+                if e.is_hang_up() && !late && !coming.deaf {
+                    // Its last words say more.
+                    coming.deaf = true;
+                    if cx.poller.remove(&coming.handshake).is_ok() {
+                        return Ok(());
+                    }
+                }
+                return self.give_up(index, &with_causes(&e), cx);
+            }
+        }
+        let Some(Upgrade {
+            reply,
+            coming: Some(coming),
+        }) = device.upgrade.take()
+        else {
+            return Ok(());
+        };
+        let (Process::Serving { pid: old }, Ok(())) =
+            (&device.process, cx.poller.remove(&coming.handshake))
+        else {
+            device.upgrade = Some(Upgrade {
+                reply,
+                coming: None,
+            });
+            return self.give_up(index, "the process that serves is not there any more", cx);
+        };
+        let old = *old;
+        let mut stall = Duration::ZERO;
+        let done = coming.handshake.finish().and_then(|fresh| {
+            let mut transport = lock(&device.transport);
+            let since = Instant::now();
+            let done = transport.upgrade(fresh);
+            stall = since.elapsed();
+            done
+        });
+        let id = device.spec.id().to_owned();
+        let done = match done {
+            Ok(done) => done,
+            Err(e) => {
+                device.upgrade = Some(Upgrade {
+                    reply,
+                    coming: None,
+                });
+                return self.give_up(index, &with_causes(&e), cx);
+            }
+        };
+        device.process = Process::Serving { pid: coming.pid };
+        device.retired = Some(old);
+        let reply = if done {
+            info!(
+                "device {id}: process {} has taken the place of {old} within {:.3} ms",
+                coming.pid,
+                stall.as_secs_f64() * 1000.0
+            );
+            cx.qmp.emit(&Event::DeviceUpgraded {
+                device: id,
+                pid: coming.pid,
+                stall,
+            });
+            Some(reply)
+        } else {
+            // It asks for attention, and yet another one follows.
+            reply.send(Err(QmpError::generic(format!(
+                "Device '{id}': the new process failed when it got its queues; it is replaced as after a crash"
+            ))));
+            None
+        };
+        self.settle_on(index, true, reply, cx)
+    }
+
+    fn settle_on(
+        &mut self,
+        index: usize,
+        newer: bool,
+        reply: Option<Reply<()>>,
+        cx: &Context<'_>,
+    ) -> Result<(), ClientError> {
+        self.asked.push_back(Asked::Settle(index, reply));
+        cx.broker.send(&Request::Settle {
+            index: index as u32,
+            newer,
+        })
+    }
+
+    /// The new process, if there is to be one, does not take the place of the old one.
+    fn give_up(&mut self, index: usize, why: &str, cx: &Context<'_>) -> Result<(), ClientError> {
+        let device = &mut self.devices[index];
+        let Some(upgrade) = device.upgrade.take() else {
+            return Ok(());
+        };
+        let text = format!(
+            "Device '{}' goes on with the process that it has: {why}",
+            device.spec.id()
+        );
+        warn!("{text}");
+        upgrade.reply.send(Err(QmpError::generic(text)));
+        // A handshake's socket leaves the poller by being closed. The broker may not have started it yet: requests are
+        // obeyed one after the other.
+        drop(upgrade.coming);
+        self.settle_on(index, false, None, cx)
     }
 
     /// Device `index` is taken out: its process is not missed any more.
@@ -531,7 +793,10 @@ impl Supervisor {
             .filter_map(|device| match &device.process {
                 Process::Handshaking { handshake, .. } => Some(handshake.deadline()),
                 Process::Away(again) => Some(*again),
-                _ => None,
+                _ => {
+                    let coming = device.upgrade.as_ref()?.coming.as_ref()?;
+                    Some(coming.handshake.deadline())
+                }
             })
             .min()
     }
@@ -547,6 +812,11 @@ impl Supervisor {
                     index: index as u32,
                 })?;
             }
+            let coming = self.devices[index].upgrade.as_ref();
+            let coming = coming.and_then(|upgrade| upgrade.coming.as_ref());
+            if coming.is_some_and(|coming| coming.handshake.deadline() <= now) {
+                self.give_up(index, "the new one does not answer in time", cx)?;
+            }
             let late = match &self.devices[index].process {
                 Process::Handshaking { handshake, .. } => handshake.deadline() <= now,
                 _ => false,
@@ -560,6 +830,7 @@ impl Supervisor {
 
     /// Asks the broker to end the process.
     fn stop(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        self.give_up(index, "that one does not answer either and is replaced", cx)?;
         let device = &mut self.devices[index];
         if matches!(device.process, Process::Foreign) {
             self.left(index, cx);
@@ -596,6 +867,7 @@ impl Supervisor {
         how: Option<Exit>,
         cx: &mut Context<'_>,
     ) -> Result<(), ClientError> {
+        self.give_up(index, "that one has ended and is replaced", cx)?;
         let device = &mut self.devices[index];
         // A vCPU that waits for this holds the transport's lock.
         device.attention.ended();
@@ -722,6 +994,9 @@ impl Supervisor {
         if matches!(device.process, Process::Foreign) {
             self.left(index, cx);
             return Ok(());
+        }
+        if device.upgrade.is_some() {
+            return self.coming_answered(index, cx);
         }
         let Process::Handshaking { pid, handshake } = &mut device.process else {
             return Ok(());

@@ -390,6 +390,8 @@ pub enum VmCommand {
     BackendDel(super::BackendKind, String, Reply<()>),
     /// `device_add`
     DeviceAdd(Box<super::NewDevice>, Reply<()>),
+    /// `device-upgrade`
+    DeviceUpgrade(String, Reply<()>),
     /// `device_del`
     DeviceDel(String, Reply<()>),
     /// A command with an argument that is wrong for this reason.

@@ -83,6 +83,15 @@ pub enum Event {
         /// How long there was none, as far as this process knows.
         stall: Duration,
     },
+    /// Another process took the place of one that served.
+    DeviceUpgraded {
+        /// Id of the device.
+        device: String,
+        /// Id of the new process.
+        pid: i32,
+        /// How long neither served.
+        stall: Duration,
+    },
     /// The host failed a request of a disk whose `werror` or `rerror` stops the guest.
     BlockIoError {
         /// Id of the device.
@@ -119,6 +128,7 @@ impl Event {
             Self::Powerdown => "POWERDOWN",
             Self::DeviceCrashed { .. } => "DEVICE_CRASHED",
             Self::DeviceRecovered { .. } => "DEVICE_RECOVERED",
+            Self::DeviceUpgraded { .. } => "DEVICE_UPGRADED",
             Self::DeviceDeleted { .. } => "DEVICE_DELETED",
             Self::DeviceFailed { .. } => "DEVICE_FAILED",
             Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
@@ -158,7 +168,8 @@ impl Event {
                 }
                 None => json!({ "device": device, "pid": pid, "unresponsive": true }),
             },
-            Self::DeviceRecovered { device, pid, stall } => {
+            Self::DeviceRecovered { device, pid, stall }
+            | Self::DeviceUpgraded { device, pid, stall } => {
                 // Milliseconds with three digits behind the point.
                 let stall = stall.as_micros() as f64 / 1000.0;
                 json!({ "device": device, "pid": pid, "stall-ms": stall })

@@ -385,6 +385,33 @@ impl Core {
         Ok(!self.device.is_away())
     }
 
+    /// Another process, whose handshake gave `fresh`, takes the place of the one that serves: that one finishes what it took and
+    /// stops, and the new one goes on from there. `Ok(false)` if the new one failed at that; after an error the old one
+    /// serves on, or has to be ended if it does not stop.
+    pub fn upgrade(
+        &mut self,
+        fresh: RemoteDevice,
+        lines: &impl Interrupts,
+    ) -> Result<bool, RemoteError> {
+        let id = || self.device.id().to_owned();
+        if self.held {
+            return Err(RemoteError::Held { id: id() });
+        }
+        if self.device.is_away() || self.device.is_failed() {
+            return Err(RemoteError::Failed { id: id() });
+        }
+        // While the old one still serves.
+        self.device.fits(&fresh)?;
+        if self.device.is_active() {
+            self.stop_queues().inspect_err(|_| {
+                self.attention.unwanted();
+            })?;
+        }
+        // It has nothing of the guest's any more; without its socket it ends.
+        self.device.process_ended();
+        self.device_back(fresh, lines)
+    }
+
     /// Hands the queues to the process that is there now, if the driver is at work.
     fn go_on(&mut self, lines: &impl Interrupts) {
         if !self.is_running() || self.has(NEEDS_RESET) || self.held {

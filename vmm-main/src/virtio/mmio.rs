@@ -134,6 +134,11 @@ impl MmioTransport {
         self.core.device_back(fresh, &self.line)
     }
 
+    /// See [`Core::upgrade`].
+    pub fn upgrade(&mut self, fresh: RemoteDevice) -> Result<bool, RemoteError> {
+        self.core.upgrade(fresh, &self.line)
+    }
+
     /// See [`Core::hold`].
     pub fn hold(&mut self) -> Result<(), RemoteError> {
         self.core.hold()

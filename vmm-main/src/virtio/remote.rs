@@ -154,6 +154,12 @@ pub enum RemoteError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// Its queues stand still for a snapshot.
+    #[error("device \"{id}\" is part of a snapshot that is being made or read")]
+    Held {
+        /// Device id.
+        id: String,
+    },
     /// It failed before, and no process is there yet or any more.
     #[error("device \"{id}\" has no process that answers")]
     Failed {
@@ -591,6 +597,16 @@ impl RemoteDevice {
     /// Goes on with another process, whose handshake gave `fresh`. The guest has negotiated with the one before, so this
     /// one must offer the same; only configuration space may differ, as it may at any time: then `true`.
     pub fn take_over(&mut self, fresh: Self) -> Result<bool, RemoteError> {
+        self.fits(&fresh)?;
+        let changed = fresh.config != self.config;
+        self.config = fresh.config;
+        self.active.clear();
+        self.link = fresh.link;
+        Ok(changed)
+    }
+
+    /// Whether `fresh` offers what the guest has negotiated.
+    pub fn fits(&self, fresh: &Self) -> Result<(), RemoteError> {
         for (kind, got, need) in [
             ("virtio", fresh.features, self.features),
             ("vhost-user", fresh.protocol.bits(), self.protocol.bits()),
@@ -604,11 +620,7 @@ impl RemoteDevice {
                 });
             }
         }
-        let changed = fresh.config != self.config;
-        self.config = fresh.config;
-        self.active.clear();
-        self.link = fresh.link;
-        Ok(changed)
+        Ok(())
     }
 
     /// Hands `queues` over and starts them. `features` are those that the driver accepted.

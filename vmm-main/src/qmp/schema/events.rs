@@ -73,6 +73,19 @@ pub static EVENTS: &[EventDef] = &[
         "Another process does the work of one that ended, with what had been in flight",
     ),
     event(
+        "DEVICE_UPGRADED",
+        &[
+            DEVICE,
+            must("pid", Type::INT, "id of the new process"),
+            must(
+                "stall-ms",
+                Type::Number,
+                "milliseconds for which neither process served",
+            ),
+        ],
+        "A process of the program that is there now has taken the place of one that served (`device-upgrade`)",
+    ),
+    event(
         "MIGRATION",
         &[must("status", MIGRATION_STATUS, "the step")],
         "A snapshot has come to its next step, as `query-migrate` tells",

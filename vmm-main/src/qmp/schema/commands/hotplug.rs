@@ -373,6 +373,14 @@ pub(super) static COMMANDS: &[Command] = &[
     )
     .takes(DEVICE),
     main(
+        "device-upgrade",
+        "Replaces a disk's or card's process by one of the program that is at its place now, in the same jail, while the guest runs: answers when the old one is gone. If the new one does not come up, the old one serves on. A shared folder's process is not replaced",
+        |ticket, mut arguments| {
+            VmCommand::DeviceUpgrade(arguments.required_text("id"), nothing(ticket))
+        },
+    )
+    .takes(&[must("id", Type::ID, "its id")]),
+    main(
         "device_del",
         "Takes a device out: a disk loses its medium, a card its link, and requests that are under way are ended first; what the guest asks for after that is not answered until a device with the same addr is added",
         |ticket, mut arguments| {
