@@ -34,7 +34,8 @@ pub fn run(data: &[u8]) {
                         // The broker's own check of numbers.
                         let _ = spec.check();
                     }
-                    _ => assert!(data.len() <= 8),
+                    // A number, and a yes or no.
+                    _ => assert!(data.len() <= 9),
                 }
                 crate::planted!(
                     matches!(&request, Request::SetPolicy(policy) if policy.pidfile.is_some())

@@ -601,6 +601,11 @@ fn control() -> Inputs {
             addition: Addition::GivenTap,
         },
         Request::Remove { backend: 3 },
+        Request::Upgrade { index: 0 },
+        Request::Settle {
+            index: 0,
+            newer: true,
+        },
         Request::Unplug { index: 3 },
         Request::Ready,
     ];
