@@ -53,6 +53,8 @@ pub const MAX_QUEUES: u16 = 2 * MAX_NET_QUEUE_PAIRS + 1;
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Entries of the largest virtqueue that a device here offers (manual 2.2: block up to 1024, 2.3: net up to 4096).
 pub const MAX_QUEUE_SIZE: u16 = 4096;
+/// Entries of a disk's virtqueue when its daemon is somebody else's: what such daemons have at least (QEMU's default, too).
+pub const FOREIGN_DISK_QUEUE_SIZE: u16 = 128;
 /// Entries of a disk's largest virtqueue (manual 2.2).
 pub const MAX_DISK_QUEUE_SIZE: u16 = 1024;
 /// Bytes of a block device's serial number (virtio 1.3, 5.2.6: `VIRTIO_BLK_ID_BYTES`).

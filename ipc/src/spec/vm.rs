@@ -288,6 +288,15 @@ pub enum DeviceKind {
         /// `queue-size=`, default 256.
         queue_size: u16,
     },
+    /// `vhost-user-blk-device`
+    ForeignBlock {
+        /// `chardev=`: id of the socket where its daemon listens, which exists.
+        chardev: String,
+        /// `num-queues=`, default min(vCPUs, 32).
+        num_queues: u16,
+        /// `queue-size=`, default 128.
+        queue_size: u16,
+    },
     /// `virtio-net-device`
     Net {
         /// `netdev=`: id of a netdev that exists.

@@ -127,13 +127,14 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
         .iter()
         .filter_map(|device| match device.kind {
             DraftKind::Net { mac, .. } => mac,
-            DraftKind::Block { .. } | DraftKind::Fs { .. } => None,
+            DraftKind::Block { .. } | DraftKind::ForeignBlock { .. } | DraftKind::Fs { .. } => None,
         })
         .collect();
     let (mut disks, mut nics, mut folders) = (0, 0, 0);
     for device in std::mem::take(&mut draft.devices) {
         let spec = &draft.spec;
         let fail = |text: String| CmdlineError::new("-device", &device.arg, text);
+        let queues = u16::from(spec.cpus.cpus).min(limits::MAX_BLOCK_QUEUES);
         if let Some(iothread) = &device.iothread {
             let ids = spec.iothreads.iter().map(String::as_str);
             lookup(("-device", &device.arg), ("iothread", iothread), ids)?;
@@ -153,15 +154,8 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
                 if let Some(user) = user {
                     return Err(fail(format!("drive {drive} is used by device {}", user.id)));
                 }
-                disks += 1;
-                if disks > limits::MAX_MICROVM_DISKS {
-                    return Err(fail(format!(
-                        "one disk too many; allowed: 0 to {}",
-                        limits::MAX_MICROVM_DISKS
-                    )));
-                }
-                let vcpus = u16::from(spec.cpus.cpus);
-                let num_queues = num_queues.unwrap_or(vcpus.min(limits::MAX_BLOCK_QUEUES));
+                count_disk(&mut disks, fail)?;
+                let num_queues = num_queues.unwrap_or(queues);
                 (
                     "virtio-blk",
                     disks,
@@ -169,6 +163,23 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
                         drive,
                         serial,
                         num_queues,
+                        queue_size,
+                    },
+                )
+            }
+            DraftKind::ForeignBlock {
+                chardev,
+                num_queues,
+                queue_size,
+            } => {
+                daemon_socket(spec, &device.arg, &chardev, &done)?;
+                count_disk(&mut disks, fail)?;
+                (
+                    "virtio-blk",
+                    disks,
+                    DeviceKind::ForeignBlock {
+                        chardev,
+                        num_queues: num_queues.unwrap_or(queues),
                         queue_size,
                     },
                 )
@@ -263,6 +274,44 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
     Ok(())
 }
 
+fn count_disk(
+    disks: &mut usize,
+    fail: impl FnOnce(String) -> CmdlineError,
+) -> Result<(), CmdlineError> {
+    *disks += 1;
+    if *disks > limits::MAX_MICROVM_DISKS {
+        return Err(fail(format!(
+            "one disk too many; allowed: 0 to {}",
+            limits::MAX_MICROVM_DISKS
+        )));
+    }
+    Ok(())
+}
+
+/// The socket of a vhost-user daemon is there, and nobody else's.
+fn daemon_socket(
+    spec: &VmSpec,
+    arg: &str,
+    id: &str,
+    done: &[DeviceOption],
+) -> Result<(), CmdlineError> {
+    let fail = |text: String| CmdlineError::new("-device", arg, text);
+    let ids = spec.chardevs.iter().map(|chardev| chardev.id.as_str());
+    let at = lookup(("-device", arg), ("chardev", id), ids)?;
+    if !matches!(spec.chardevs[at].backend, ChardevBackend::Socket { .. }) {
+        return Err(fail(format!(
+            "chardev {id} is not of a kind that a vhost-user daemon has; allowed: socket with path="
+        )));
+    }
+    if spec.serial.as_deref() == Some(id) {
+        return Err(fail(format!("chardev {id} is used by -serial")));
+    }
+    match done.iter().find(|other| daemon(other) == Some(id)) {
+        Some(user) => Err(fail(format!("chardev {id} is used by device {}", user.id))),
+        None => Ok(()),
+    }
+}
+
 /// The fsdev or the socket of a shared folder is there, and nobody else's.
 fn fs_source(
     spec: &VmSpec,
@@ -271,31 +320,19 @@ fn fs_source(
     done: &[DeviceOption],
 ) -> Result<(), CmdlineError> {
     let fail = |text: String| CmdlineError::new("-device", arg, text);
-    let (noun, id) = match source {
+    let id = match source {
         FsSource::Fsdev(id) => {
             let ids = spec.fsdevs.iter().map(|fsdev| fsdev.id.as_str());
             lookup(("-device", arg), ("fsdev", id), ids)?;
-            ("fsdev", id)
+            id
         }
-        FsSource::Chardev(id) => {
-            let ids = spec.chardevs.iter().map(|chardev| chardev.id.as_str());
-            let at = lookup(("-device", arg), ("chardev", id), ids)?;
-            if !matches!(spec.chardevs[at].backend, ChardevBackend::Socket { .. }) {
-                return Err(fail(format!(
-                    "chardev {id} is not of a kind that a vhost-user daemon has; allowed: socket with path="
-                )));
-            }
-            if spec.serial.as_ref() == Some(id) {
-                return Err(fail(format!("chardev {id} is used by -serial")));
-            }
-            ("chardev", id)
-        }
+        FsSource::Chardev(id) => return daemon_socket(spec, arg, id, done),
     };
     let user = done.iter().find(
         |other| matches!(&other.kind, DeviceKind::Fs { source: theirs, .. } if theirs == source),
     );
     match user {
-        Some(user) => Err(fail(format!("{noun} {id} is used by device {}", user.id))),
+        Some(user) => Err(fail(format!("fsdev {id} is used by device {}", user.id))),
         None => Ok(()),
     }
 }
@@ -379,13 +416,19 @@ fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
 
 /// Ids of the chardevs behind which vhost-user daemons are.
 fn daemons(spec: &VmSpec) -> impl Iterator<Item = &str> {
-    spec.devices.iter().filter_map(|device| match &device.kind {
+    spec.devices.iter().filter_map(daemon)
+}
+
+/// Id of the chardev behind which this device's daemon is, if it is somebody else's.
+fn daemon(device: &DeviceOption) -> Option<&str> {
+    match &device.kind {
+        DeviceKind::ForeignBlock { chardev, .. } => Some(chardev),
         DeviceKind::Fs {
             source: FsSource::Chardev(id),
             ..
-        } => Some(id.as_str()),
+        } => Some(id),
         _ => None,
-    })
+    }
 }
 
 /// Two chardevs cannot share a path or a descriptor, nor one with one of the first `qmp` monitors, which are those of

@@ -50,6 +50,12 @@ pub(super) enum DraftKind {
         num_queues: Option<u16>,
         queue_size: u16,
     },
+    /// `vhost-user-blk-device`
+    ForeignBlock {
+        chardev: String,
+        num_queues: Option<u16>,
+        queue_size: u16,
+    },
     /// `virtio-net-device`
     Net {
         netdev: String,
@@ -247,6 +253,13 @@ impl super::Draft {
                 num_queues: props.small("num-queues"),
                 queue_size,
             },
+            "vhost-user-blk-device" => DraftKind::ForeignBlock {
+                chardev: props.required("chardev")?,
+                num_queues: props.small("num-queues"),
+                queue_size: props
+                    .small("queue-size")
+                    .unwrap_or(limits::FOREIGN_DISK_QUEUE_SIZE),
+            },
             "virtio-net-device" => DraftKind::Net {
                 netdev: props.required("netdev")?,
                 mac: props.mac("mac"),
@@ -269,7 +282,7 @@ impl super::Draft {
         let given = props.small::<u16>("max-restarts");
         // Somebody else's daemon may not know what the guest has open when it comes back, and then another file may have the
         // same number.
-        let own = props.shape() != "vhost-user-fs-device";
+        let own = !props.shape().starts_with("vhost-user-");
         let most = if props.bool("restart").unwrap_or(own) {
             given.unwrap_or(limits::DEFAULT_RESTARTS)
         } else if given.is_some() {

@@ -9,7 +9,7 @@ use ipc::control::added::Additions;
 use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, SnapshotGrant};
 use ipc::limits;
 use ipc::spec::DeviceSpec;
-use ipc::spec::block::BlockSpec;
+use ipc::spec::block::{BlockIo, BlockSpec};
 use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::spec::net::NetSpec;
 use ipc::spec::vm::{
@@ -298,6 +298,23 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                 },
             }
         }
+        DeviceKind::ForeignBlock {
+            chardev,
+            num_queues,
+            queue_size,
+        } => DeviceGrant {
+            // What the daemon knows better is not said here: it tells size, serial and whether the disk can be written.
+            spec: DeviceSpec::Block(BlockSpec {
+                id,
+                readonly: false,
+                direct: false,
+                serial: String::new(),
+                num_queues: *num_queues,
+                queue_size: *queue_size,
+                io: BlockIo::default(),
+            }),
+            backend: daemon_socket(spec, chardev)?,
+        },
         DeviceKind::Net {
             netdev,
             mac,
@@ -348,20 +365,23 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                         },
                     }
                 }
-                FsSource::Chardev(name) => {
-                    let chardev = spec.chardevs.iter().find(|one| one.id == *name)?;
-                    let ChardevBackend::Socket { path, .. } = &chardev.backend else {
-                        return None;
-                    };
-                    DeviceGrant {
-                        spec: whole(None),
-                        backend: BackendGrant::Socket {
-                            option: format!("-chardev id={name}"),
-                            path: path.clone(),
-                        },
-                    }
-                }
+                FsSource::Chardev(name) => DeviceGrant {
+                    spec: whole(None),
+                    backend: daemon_socket(spec, name)?,
+                },
             }
         }
+    })
+}
+
+/// Where a vhost-user daemon that is somebody else's listens.
+fn daemon_socket(spec: &VmSpec, chardev: &str) -> Option<BackendGrant> {
+    let found = spec.chardevs.iter().find(|one| one.id == chardev)?;
+    let ChardevBackend::Socket { path, .. } = &found.backend else {
+        return None;
+    };
+    Some(BackendGrant::Socket {
+        option: format!("-chardev id={chardev}"),
+        path: path.clone(),
     })
 }

@@ -561,6 +561,47 @@ const DEVICE: &[Shape] = &[
         ],
     ),
     form(
+        "vhost-user-blk-device",
+        "A disk, served by a daemon that runs already: qemu-storage-daemon, block, …",
+        &[
+            must(
+                "chardev",
+                Kind::Id,
+                "id of the -chardev socket where the daemon listens",
+            ),
+            key(
+                "id",
+                Kind::Id,
+                "made from kind and position",
+                "name of the device",
+            ),
+            key(
+                "num-queues",
+                Kind::Int(1, limits::MAX_BLOCK_QUEUES as u64),
+                "one a vCPU, at most 32",
+                "request queues; the daemon must have as many",
+            ),
+            key(
+                "queue-size",
+                Kind::PowerOfTwo(4, 1024),
+                "128",
+                "entries of each queue",
+            ),
+            key(
+                "restart",
+                Kind::Bool,
+                "off",
+                "when the daemon leaves, its socket is tried again until one is there, which gets the requests that were in flight; for a daemon that keeps account of these (block does, qemu-storage-daemon does not)",
+            ),
+            key(
+                "bootindex",
+                Kind::Int(0, 255),
+                "",
+                "accepted; there is no firmware that would look",
+            ),
+        ],
+    ),
+    form(
         "virtio-net-device",
         "A network card",
         &[
@@ -677,7 +718,6 @@ const LATER_DEVICES: &[&str] = &[
     "usb-storage",
     "usb-tablet",
     "vfio-pci",
-    "vhost-user-blk-device",
     "vhost-user-blk-pci",
     "vhost-user-fs-pci",
     "vhost-vsock-device",

@@ -146,7 +146,7 @@ impl Hotplug {
         let mut units: Vec<Unit> = Vec::new();
         for device in &spec.devices {
             let kind = match device.kind {
-                DeviceKind::Block { .. } => Kind::Disk,
+                DeviceKind::Block { .. } | DeviceKind::ForeignBlock { .. } => Kind::Disk,
                 DeviceKind::Net { .. } => Kind::Card,
                 DeviceKind::Fs { .. } => Kind::Folder,
             };

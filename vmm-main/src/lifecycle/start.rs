@@ -270,6 +270,19 @@ pub(super) fn start(
             let device = handshake
                 .finish()
                 .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?;
+            let most = spec
+                .devices
+                .get(index as usize)
+                .map_or(0, |device| device.restart.most);
+            if most > 0
+                && plan
+                    .policy
+                    .devices
+                    .get(index as usize)
+                    .is_some_and(DeviceGrant::is_foreign)
+            {
+                device.check_account()?;
+            }
             let state = match &mut incoming {
                 Some(incoming) => Some(incoming.device(index as usize, &device)?),
                 None => None,

@@ -116,6 +116,8 @@ struct Device {
     upgrade: Option<Upgrade>,
     /// The one whose place another has taken: its end is no news.
     retired: Option<i32>,
+    /// When the last one took over from another.
+    back: Option<Instant>,
 }
 
 /// A process on its way in, while another one serves.
@@ -253,6 +255,7 @@ impl Supervisor {
                 since: None,
                 upgrade: None,
                 retired: None,
+                back: None,
             });
         }
         Ok(Self {
@@ -507,6 +510,7 @@ impl Supervisor {
             since: None,
             upgrade: None,
             retired: None,
+            back: None,
         });
         Ok(())
     }
@@ -967,7 +971,13 @@ impl Supervisor {
         let id = device.spec.id().to_owned();
         if device.budget.most > 0 {
             device.since.get_or_insert_with(Instant::now);
-            device.process = Process::Away(Instant::now());
+            let pause = Duration::from_millis(RECONNECT_MS);
+            // One that leaves as soon as it has its queues would otherwise be asked without a pause.
+            let again = match device.back {
+                Some(back) => Instant::now().max(back + pause),
+                None => Instant::now(),
+            };
+            device.process = Process::Away(again);
             error!(
                 "device {id}: its daemon has left, or does not answer as it should; its socket is tried again"
             );
@@ -1025,6 +1035,7 @@ impl Supervisor {
             .and_then(|fresh| lock(&device.transport).device_back(fresh));
         match back {
             Ok(true) => {
+                device.back = Some(Instant::now());
                 let stall = device
                     .since
                     .take()

@@ -313,6 +313,18 @@ fn device_object(kind: &DeviceKind) -> (&'static str, Vec<(&'static str, Value)>
                 ("queue-size", json!(queue_size)),
             ],
         ),
+        DeviceKind::ForeignBlock {
+            chardev,
+            num_queues,
+            queue_size,
+        } => (
+            "vhost-user-blk-device",
+            vec![
+                ("chardev", json!(chardev)),
+                ("num-queues", json!(num_queues)),
+                ("queue-size", json!(queue_size)),
+            ],
+        ),
         DeviceKind::Net {
             netdev,
             mac,

@@ -63,6 +63,14 @@ const REQUIRED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
 /// is what the guest reads.
 const REQUIRED_OF_FOREIGN: VhostUserProtocolFeatures =
     VhostUserProtocolFeatures::MQ.union(VhostUserProtocolFeatures::REPLY_ACK);
+/// What a disk of somebody else's must have besides: only its daemon knows its size.
+const REQUIRED_OF_FOREIGN_DISK: VhostUserProtocolFeatures =
+    REQUIRED_OF_FOREIGN.union(VhostUserProtocolFeatures::CONFIG);
+/// `struct virtio_blk_config` up to the fields of write zeroes (virtio 1.2, 5.2.4): qemu-storage-daemon refuses to tell more
+/// than it knows of.
+const DISK_CONFIG: usize = 60;
+/// Where the number of queues is in it.
+const DISK_NUM_QUEUES: usize = 34;
 /// Used if offered.
 const WELCOME: VhostUserProtocolFeatures =
     VhostUserProtocolFeatures::INFLIGHT_SHMFD.union(VhostUserProtocolFeatures::RESET_DEVICE);
@@ -124,9 +132,29 @@ pub enum RemoteError {
         /// What the command line says.
         want: u16,
     },
+    /// Somebody else's disk has fewer queues than the device is to have.
+    #[error(
+        "device \"{id}\": its daemon has {got} queues; with num-queues={want} as many are needed"
+    )]
+    FewDiskQueues {
+        /// Device id.
+        id: String,
+        /// What the daemon has.
+        got: u64,
+        /// What the command line says.
+        want: u16,
+    },
+    /// Another process could not go on with what was in flight.
+    #[error(
+        "device \"{id}\": restart=on needs a daemon that keeps account of requests in flight (VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD), which its daemon does not: leave restart=on out"
+    )]
+    NoAccount {
+        /// Device id.
+        id: String,
+    },
     /// Its configuration space is not what was asked for.
     #[error(
-        "device \"{id}\" answered {got} bytes of configuration space from offset {offset}, asked were {MAX_CONFIG_SPACE} from 0"
+        "device \"{id}\" answered {got} bytes of configuration space from offset {offset}, asked were {want} from 0"
     )]
     Config {
         /// Device id.
@@ -135,6 +163,8 @@ pub enum RemoteError {
         got: usize,
         /// Offset that it named.
         offset: u32,
+        /// Bytes that were asked for.
+        want: usize,
     },
     /// Its in-flight region is not usable.
     #[error("device \"{id}\" gave an in-flight region without {what}")]
@@ -247,8 +277,60 @@ struct Expected {
     virtio_id: u32,
     num_queues: u16,
     queue_size: u16,
-    /// Configuration space of a device whose daemon is somebody else's.
-    foreign: Option<Vec<u8>>,
+    config: ConfigFrom,
+}
+
+/// Who tells configuration space.
+#[derive(Debug, Clone)]
+enum ConfigFrom {
+    /// A process that this VM started.
+    Own,
+    /// The command line: the device's daemon is somebody else's.
+    Fixed(Vec<u8>),
+    /// Somebody else's disk, which has as many queues as the command line says.
+    Disk,
+}
+
+impl ConfigFrom {
+    const fn is_own(&self) -> bool {
+        matches!(self, Self::Own)
+    }
+
+    const fn required(&self) -> VhostUserProtocolFeatures {
+        match self {
+            Self::Own => REQUIRED,
+            Self::Fixed(_) => REQUIRED_OF_FOREIGN,
+            Self::Disk => REQUIRED_OF_FOREIGN_DISK,
+        }
+    }
+
+    /// Bytes to ask the device for.
+    const fn len(&self) -> usize {
+        match self {
+            Self::Own => MAX_CONFIG_SPACE,
+            Self::Fixed(_) => 0,
+            Self::Disk => DISK_CONFIG,
+        }
+    }
+
+    /// What the guest reads, from the device's reply if it was asked.
+    fn space(
+        &self,
+        id: &str,
+        reply: Option<&Vec<u8>>,
+        num_queues: u16,
+    ) -> Result<Vec<u8>, RemoteError> {
+        match self {
+            Self::Own => config_space(id, reply, MAX_CONFIG_SPACE),
+            Self::Fixed(config) => Ok(config.clone()),
+            Self::Disk => {
+                let mut config = config_space(id, reply, DISK_CONFIG)?;
+                config[DISK_NUM_QUEUES..DISK_NUM_QUEUES + 2]
+                    .copy_from_slice(&num_queues.to_le_bytes());
+                Ok(config)
+            }
+        }
+    }
 }
 
 /// Bytes of an in-flight description (vhost-user, "Inflight description": size, offset, queues, queue size, and padding
@@ -289,22 +371,23 @@ pub struct Handshake {
 impl Handshake {
     /// Sends the first half of the handshake; does not wait, not even for the process to start.
     pub fn begin(socket: UnixStream, spec: &DeviceSpec) -> Result<Self, RemoteError> {
-        Self::begin_with(socket, spec, None)
+        Self::begin_with(socket, spec, ConfigFrom::Own)
     }
 
     /// As [`Handshake::begin`], with a process that this VM started or with somebody else's, as `grant` says.
     pub fn begin_for(socket: UnixStream, grant: &DeviceGrant) -> Result<Self, RemoteError> {
-        let foreign = match &grant.spec {
-            DeviceSpec::Fs(spec) if grant.is_foreign() => Some(fs_config(spec)),
-            _ => None,
+        let config = match &grant.spec {
+            DeviceSpec::Fs(spec) if grant.is_foreign() => ConfigFrom::Fixed(fs_config(spec)),
+            DeviceSpec::Block(_) if grant.is_foreign() => ConfigFrom::Disk,
+            _ => ConfigFrom::Own,
         };
-        Self::begin_with(socket, &grant.spec, foreign)
+        Self::begin_with(socket, &grant.spec, config)
     }
 
     fn begin_with(
         socket: UnixStream,
         spec: &DeviceSpec,
-        foreign: Option<Vec<u8>>,
+        config: ConfigFrom,
     ) -> Result<Self, RemoteError> {
         let mut handshake = Self {
             link: Link::new(socket),
@@ -313,7 +396,7 @@ impl Handshake {
                 virtio_id: spec.virtio_id(),
                 num_queues: spec.num_queues(),
                 queue_size: spec.queue_size(),
-                foreign,
+                config,
             },
             negotiated: None,
             answers: None,
@@ -371,8 +454,7 @@ impl Handshake {
             return Err(self.lacks("virtio", features, need));
         }
         let protocol = VhostUserProtocolFeatures::from_bits_truncate(protocol);
-        let own = self.expected.foreign.is_none();
-        let required = if own { REQUIRED } else { REQUIRED_OF_FOREIGN };
+        let (required, config) = (self.expected.config.required(), self.expected.config.len());
         if !protocol.contains(required) {
             return Err(self.lacks("vhost-user", protocol.bits(), required.bits()));
         }
@@ -389,7 +471,10 @@ impl Handshake {
                 link.enable_acks();
                 link.post(FrontendReq::GET_QUEUE_NUM, &[], &[])
             })
-            .and_then(|()| if own { post_get_config(link) } else { Ok(()) })
+            .and_then(|()| match config {
+                0 => Ok(()),
+                len => post_get_config(link, len),
+            })
             .and_then(|()| link.flush());
         self.check(sent)?;
         self.negotiated = Some((features, protocol));
@@ -409,26 +494,30 @@ impl Handshake {
         };
         let id = self.expected.id.clone();
         let queues = number(&values, 0);
-        let foreign = self.expected.foreign.take();
-        if foreign.is_some() && queues < u64::from(self.expected.num_queues) {
-            return Err(RemoteError::FewQueues {
-                id,
-                got: queues,
-                want: self.expected.num_queues,
+        let from = std::mem::replace(&mut self.expected.config, ConfigFrom::Own);
+        if !from.is_own() && queues < u64::from(self.expected.num_queues) {
+            let want = self.expected.num_queues;
+            return Err(match from {
+                ConfigFrom::Disk => RemoteError::FewDiskQueues {
+                    id,
+                    got: queues,
+                    want,
+                },
+                _ => RemoteError::FewQueues {
+                    id,
+                    got: queues,
+                    want,
+                },
             });
         }
-        if foreign.is_none() && queues != u64::from(self.expected.num_queues) {
+        if from.is_own() && queues != u64::from(self.expected.num_queues) {
             return Err(RemoteError::Queues {
                 id,
                 got: queues,
                 want: self.expected.num_queues,
             });
         }
-        let fixed_config = foreign.is_some();
-        let config = match foreign {
-            Some(config) => config,
-            None => config_space(&id, values.get(1))?,
-        };
+        let config = from.space(&id, values.get(1), self.expected.num_queues)?;
         // `negotiate` succeeded, so this is there; an absent value would offer nothing to the guest.
         let (features, protocol) = self
             .negotiated
@@ -441,7 +530,7 @@ impl Handshake {
             features: features & OFFERABLE,
             protocol,
             config,
-            fixed_config,
+            config_from: from,
             inflight: None,
             restored: None,
             active: Vec::new(),
@@ -486,8 +575,8 @@ pub struct RemoteDevice {
     protocol: VhostUserProtocolFeatures,
     /// Configuration space as the device last told it; reads by the guest never wake the device.
     config: Vec<u8>,
-    /// Configuration space is the command line's, and the device is not asked for it.
-    fixed_config: bool,
+    /// Who tells configuration space.
+    config_from: ConfigFrom,
     /// In-flight region. It outlives the device process: a restarted one gets it and replays what had not been answered.
     inflight: Option<InflightRegion>,
     /// Contents that the next region starts with: those of a snapshot.
@@ -531,6 +620,19 @@ impl RemoteDevice {
     /// Configuration space, [`MAX_CONFIG_SPACE`] bytes, zero where the device has none.
     pub fn config(&self) -> &[u8] {
         &self.config
+    }
+
+    /// An error if another process could not know what this one had taken from the queues and not done.
+    pub fn check_account(&self) -> Result<(), RemoteError> {
+        if self
+            .protocol
+            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+        {
+            return Ok(());
+        }
+        Err(RemoteError::NoAccount {
+            id: self.id.clone(),
+        })
     }
 
     /// Whether the device process runs queues.
@@ -757,7 +859,7 @@ impl RemoteDevice {
     /// Writes into configuration space and reads back what became of it. Whether the device takes the bytes is its
     /// decision: a refusal is no failure. The caller has checked the bounds.
     pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), RemoteError> {
-        if self.fixed_config {
+        if self.config_from.len() == 0 {
             return Ok(());
         }
         let header =
@@ -774,14 +876,18 @@ impl RemoteDevice {
 
     /// Reads the configuration space again.
     pub fn refresh_config(&mut self) -> Result<(), RemoteError> {
-        if self.fixed_config {
+        if self.config_from.len() == 0 {
             return Ok(());
         }
+        let len = self.config_from.len();
         let values = self.talk(|link| {
-            post_get_config(link)?;
+            post_get_config(link, len)?;
             link.finish()
         })?;
-        match config_space(&self.id, values.first()) {
+        match self
+            .config_from
+            .space(&self.id, values.first(), self.num_queues)
+        {
             Ok(config) => {
                 self.config = config;
                 Ok(())
@@ -936,12 +1042,13 @@ fn post_queue(link: &mut Link, queue: &QueueHandover<'_>) -> Result<(), LinkErro
     link.post(FrontendReq::SET_VRING_ENABLE, &[enable.as_slice()], &[])
 }
 
-/// Asks for the whole configuration space. The front end's request has to carry as many bytes as it wants back.
-fn post_get_config(link: &mut Link) -> Result<(), LinkError> {
-    let header = VhostUserConfig::new(0, MAX_CONFIG_SPACE as u32, VhostUserConfigFlags::empty());
+/// Asks for the first `len` bytes of configuration space, at most all of it. The front end's request has to carry as many bytes
+/// as it wants back.
+fn post_get_config(link: &mut Link, len: usize) -> Result<(), LinkError> {
+    let header = VhostUserConfig::new(0, len as u32, VhostUserConfigFlags::empty());
     link.post(
         FrontendReq::GET_CONFIG,
-        &[header.as_slice(), &[0; MAX_CONFIG_SPACE]],
+        &[header.as_slice(), &[0; MAX_CONFIG_SPACE][..len]],
         &[],
     )
 }
@@ -957,7 +1064,8 @@ fn fs_config(spec: &FsSpec) -> Vec<u8> {
     config
 }
 
-fn config_space(id: &str, reply: Option<&Vec<u8>>) -> Result<Vec<u8>, RemoteError> {
+/// The `len` bytes that were asked for, filled up with zeros.
+fn config_space(id: &str, reply: Option<&Vec<u8>>, len: usize) -> Result<Vec<u8>, RemoteError> {
     const HEADER: usize = size_of::<VhostUserConfig>();
     let reply = reply.map_or(&[][..], Vec::as_slice);
     let header = reply
@@ -966,14 +1074,17 @@ fn config_space(id: &str, reply: Option<&Vec<u8>>) -> Result<Vec<u8>, RemoteErro
         .copied();
     let (offset, size) = header.map_or((0, 0), |header| (header.offset, header.size as usize));
     let bytes = reply.get(HEADER..).unwrap_or(&[]);
-    if offset != 0 || size != MAX_CONFIG_SPACE || bytes.len() != MAX_CONFIG_SPACE {
+    if offset != 0 || size != len || bytes.len() != len {
         return Err(RemoteError::Config {
             id: id.to_owned(),
             got: bytes.len().max(size),
             offset,
+            want: len,
         });
     }
-    Ok(bytes.to_vec())
+    let mut space = bytes.to_vec();
+    space.resize(MAX_CONFIG_SPACE, 0);
+    Ok(space)
 }
 
 /// Value `index` of a reply list as a number; the link has checked its size.
