@@ -5,7 +5,7 @@
 //! **Why this way.** A bare guest checks every byte and every buffer itself; signals come at any moment of its loop.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::Qmp;
 use tests::vm::{Vm, VmBuilder};
-use tests::wait::{Deadline, Watched};
+use tests::wait::{Deadline, Watched, readable};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -28,6 +28,8 @@ struct Guest {
     vm: Vm,
     qmp: Qmp,
     _dir: tempfile::TempDir,
+    /// Requests in flight when processes died.
+    in_flight: u64,
 }
 
 fn image(dir: &Path) -> PathBuf {
@@ -58,7 +60,12 @@ fn with_disk(payload: Payload, append: &str, restart: &str) -> Guest {
         .start()
         .unwrap();
     let qmp = vm.qmp().unwrap();
-    Guest { vm, qmp, _dir: dir }
+    Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    }
 }
 
 impl Guest {
@@ -85,6 +92,17 @@ impl Guest {
         }
     }
 
+    /// What DEVICE_CRASHED says, but for how many requests were in flight, which is chance.
+    #[track_caller]
+    fn crashed(&mut self) -> Value {
+        let mut event = self.event("DEVICE_CRASHED");
+        if let Some(count) = event.as_object_mut().unwrap().remove("in-flight") {
+            assert!(count.as_u64().unwrap() <= 256, "{count}");
+            self.in_flight += count.as_u64().unwrap();
+        }
+        event
+    }
+
     fn pid(&mut self, name: &str) -> i32 {
         self.vm.process(name).unwrap().unwrap()
     }
@@ -95,7 +113,7 @@ impl Guest {
     fn kill(&mut self, device: &str, pid: i32) -> (i32, f64, Duration) {
         let since = Instant::now();
         signal(pid, Signal::SIGKILL);
-        let crashed = self.event("DEVICE_CRASHED");
+        let crashed = self.crashed();
         assert_eq!(
             crashed,
             json!({ "device": device, "pid": pid, "signal": 9 })
@@ -150,6 +168,7 @@ fn a_disk_loses_nothing_when_its_process_is_killed_fifty_times() {
     guest.ends_well();
     println!("stall in ms, 50 %, 99 %, most: {:.1?}", percentiles(stalls));
     println!("signal to event in ms: {:.1?}", percentiles(totals));
+    println!("requests in flight at the deaths: {}", guest.in_flight);
 }
 
 #[test]
@@ -162,7 +181,12 @@ fn a_network_card_loses_and_repeats_no_buffer_when_its_process_is_killed() {
         .start()
         .unwrap();
     let qmp = vm.qmp().unwrap();
-    let mut guest = Guest { vm, qmp, _dir: dir };
+    let mut guest = Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    };
     guest.expect("LOOP 10\r");
     let mut pid = guest.pid("net");
     let mut stalls = Vec::new();
@@ -195,7 +219,12 @@ fn the_next_process_has_the_same_jail() {
         .start()
         .unwrap();
     let qmp = vm.qmp().unwrap();
-    let mut guest = Guest { vm, qmp, _dir: dir };
+    let mut guest = Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    };
     guest.expect("BLK-RW OK");
     for (name, device) in [("block", "dev-d0"), ("net", "dev-n0")] {
         let pid = guest.pid(name);
@@ -267,7 +296,7 @@ fn a_process_that_hangs_is_ended_before_the_machine_is_reset() {
     let pid = guest.pid("block");
     signal(pid, Signal::SIGSTOP);
     guest.qmp.execute("system_reset", json!({})).unwrap();
-    let crashed = guest.event("DEVICE_CRASHED");
+    let crashed = guest.crashed();
     assert_eq!(
         crashed,
         json!({ "device": "disk", "pid": pid, "unresponsive": true })
@@ -291,7 +320,12 @@ fn with_folder() -> Guest {
         .start()
         .unwrap();
     let qmp = vm.qmp().unwrap();
-    let mut guest = Guest { vm, qmp, _dir: dir };
+    let mut guest = Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    };
     guest.expect("STARTED");
     guest
 }
@@ -302,7 +336,7 @@ fn a_folders_process_that_hangs_is_ended_by_its_keeper() {
     let (keeper, pid) = (guest.pid("fs-keeper"), guest.pid("fs"));
     signal(pid, Signal::SIGSTOP);
     guest.qmp.execute("system_reset", json!({})).unwrap();
-    let crashed = guest.event("DEVICE_CRASHED");
+    let crashed = guest.crashed();
     assert_eq!(
         crashed,
         json!({ "device": "share", "pid": pid, "unresponsive": true })
@@ -337,7 +371,7 @@ fn a_keeper_without_its_line_ends_and_the_folder_gets_another_jail() {
         let gone = process.ended(Deadline::after(LIMIT)).unwrap();
         assert!(gone, "{}: {}", process.pid, guest.vm.messages());
     }
-    let crashed = guest.event("DEVICE_CRASHED");
+    let crashed = guest.crashed();
     assert_eq!(
         crashed,
         json!({ "device": "share", "pid": pid, "status": 0 })
@@ -355,7 +389,7 @@ fn a_process_that_hangs_is_ended_before_the_driver_goes_on() {
     let pid = guest.pid("block");
     signal(pid, Signal::SIGSTOP);
     guest.type_a_byte();
-    let crashed = guest.event("DEVICE_CRASHED");
+    let crashed = guest.crashed();
     assert_eq!(
         crashed,
         json!({ "device": "disk", "pid": pid, "unresponsive": true })
@@ -400,7 +434,7 @@ fn a_stop_while_a_process_is_ended_changes_nothing() {
     );
     signal(control, Signal::SIGCONT);
     signal(broker, Signal::SIGCONT);
-    let crashed = guest.event("DEVICE_CRASHED");
+    let crashed = guest.crashed();
     assert_eq!(
         crashed,
         json!({ "device": "disk", "pid": block, "unresponsive": true })
@@ -419,7 +453,7 @@ fn a_device_that_cannot_be_saved_fails_and_the_vm_goes_on() {
             (pid, ..) = guest.kill("disk", pid);
         }
         signal(pid, Signal::SIGKILL);
-        assert_eq!(guest.event("DEVICE_CRASHED")["pid"], pid);
+        assert_eq!(guest.crashed()["pid"], pid);
         let failed = guest.event("DEVICE_FAILED");
         assert_eq!(failed["device"], "disk", "{failed}");
         let status = guest.qmp.execute("query-status", json!({})).unwrap();
@@ -497,7 +531,12 @@ fn a_cards_process_is_replaced_under_load_and_no_buffer_is_lost() {
         .start()
         .unwrap();
     let qmp = vm.qmp().unwrap();
-    let mut guest = Guest { vm, qmp, _dir: dir };
+    let mut guest = Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    };
     guest.expect("LOOP 10\r");
     let mut pid = guest.pid("net");
     let mut stalls = Vec::new();
@@ -540,7 +579,12 @@ fn a_program_that_does_not_come_up_leaves_the_old_process_serving() {
         .start()
         .unwrap();
     let qmp = vm.qmp().unwrap();
-    let mut guest = Guest { vm, qmp, _dir: dir };
+    let mut guest = Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    };
     guest.expect("LOOP 0");
     let pid = guest.pid("block");
     // One that ends at once, one that is no program, none at all.
@@ -568,4 +612,95 @@ fn a_program_that_does_not_come_up_leaves_the_old_process_serving() {
     guest.type_a_byte();
     guest.expect("BLK-LOOP OK");
     guest.ends_well();
+}
+
+/// Numbers by chance: xorshift (Marsaglia 2003).
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Two guests that write and check a disk each and one that answers a stream of frames, whose device processes are killed and
+/// now and then replaced, one every 50 to 500 ms, for 5 seconds or as many minutes as are asked for. Each guest checks all
+/// of its bytes and frames itself and says so in the end.
+#[test]
+fn devices_die_at_any_moment_and_guests_notice_nothing() {
+    let length = match std::env::var("RECOVERY_MINUTES") {
+        Ok(minutes) => Duration::from_secs(60 * minutes.parse::<u64>().unwrap()),
+        Err(_) => Duration::from_secs(5),
+    };
+    let seed = u64::from(std::process::id()) << 32 | 0x5eed;
+    println!("chance: {seed:#x}");
+    let mut chance = Chance(seed);
+    let tap = Tap::new("sv-soak", "10.7.34.1/24").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let vm = builder(Payload::NetLoop, "host=10.7.34.1 own=10.7.34.2")
+        .args(["-netdev", "tap,id=n0,ifname=sv-soak", "-device"])
+        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:34,max-restarts=1000")
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    let card = Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    };
+    let disk = || with_disk(Payload::BlkLoop, "spin=1", ",max-restarts=1000");
+    let mut guests = [
+        (card, "card", "net"),
+        (disk(), "disk", "block"),
+        (disk(), "disk", "block"),
+    ];
+    let mut pids = Vec::new();
+    for (guest, _, program) in &mut guests {
+        guest.expect("LOOP 10\r");
+        pids.push(guest.pid(program));
+    }
+    let (mut stalls, mut gaps) = (Vec::new(), Vec::new());
+    // Nobody writes to it: the time between two deaths is the time for which nothing is read.
+    let (never, _writer) = std::io::pipe().unwrap();
+    let begin = Instant::now();
+    while begin.elapsed() < length {
+        let pause = Duration::from_millis(50 + chance.below(450));
+        let heard = readable(&[never.as_fd()], Deadline::after(pause)).unwrap();
+        assert!(heard.is_none());
+        let at = chance.below(3) as usize;
+        let (guest, device, _) = &mut guests[at];
+        if chance.below(5) == 0 {
+            let (next, gap) = guest.upgrade(device, pids[at]);
+            pids[at] = next;
+            gaps.push(gap);
+        } else {
+            let (next, stall, _) = guest.kill(device, pids[at]);
+            pids[at] = next;
+            stalls.push(stall);
+        }
+    }
+    for (guest, ..) in &mut guests {
+        // One that had lost a request would wait for it for ever.
+        guest.expect("LOOP ");
+        guest.type_a_byte();
+        guest.expect("-LOOP OK ");
+        guest.ends_well();
+    }
+    drop(tap);
+    let in_flight: u64 = guests.iter().map(|(guest, ..)| guest.in_flight).sum();
+    println!(
+        "{} kills with {in_flight} requests in flight, {} upgrades in {:.0} s",
+        stalls.len(),
+        gaps.len(),
+        begin.elapsed().as_secs_f64()
+    );
+    assert!(!stalls.is_empty());
+    println!("stall in ms, 50 %, 99 %, most: {:.1?}", percentiles(stalls));
+    if !gaps.is_empty() {
+        println!("gap in ms, 50 %, 99 %, most: {:.2?}", percentiles(gaps));
+    }
 }

@@ -20,8 +20,14 @@ const PACKAGES: &[&str] = &[
 
 /// How many operations the hostile guest does.
 const OPERATIONS: &str = "HOSTILE_OPERATIONS";
-/// Flags of the hostile guest's suite, and what it reads.
-const SETTINGS: &[(&str, &str)] = &[("--operations", OPERATIONS), ("--seed", "HOSTILE_SEED")];
+/// How long device processes are killed.
+const MINUTES: &str = "RECOVERY_MINUTES";
+/// Flags of the suites of the hostile guest and of recovery, and what they read.
+const SETTINGS: &[(&str, &str)] = &[
+    ("--operations", OPERATIONS),
+    ("--seed", "HOSTILE_SEED"),
+    ("--minutes", MINUTES),
+];
 
 /// Runs the tests of the selection that take too long for every day, and says so of themselves by `#[ignore]`.
 const LONG: &str = "--long";
@@ -66,7 +72,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         select.push("--workspace".into());
     }
     // A run that was asked for by its length may take long, tells its figures, and is one of what ships.
-    let counted = settings.iter().any(|(name, _)| *name == OPERATIONS);
+    let counted = settings
+        .iter()
+        .any(|(name, _)| [OPERATIONS, MINUTES].contains(name));
     if counted {
         let programs = tool::build_release()?.display().to_string();
         settings.push(("STRATOVIRT_BIN_DIR", programs));

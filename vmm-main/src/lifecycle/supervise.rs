@@ -895,6 +895,7 @@ impl Supervisor {
                 device: device.spec.id().to_owned(),
                 pid,
                 how,
+                in_flight: lock(&device.transport).core().in_flight(),
             });
         }
         self.start(index, cx)
@@ -986,6 +987,7 @@ impl Supervisor {
                 device: id,
                 pid: 0,
                 how: None,
+                in_flight: transport.core().in_flight(),
             });
             return;
         }

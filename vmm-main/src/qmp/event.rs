@@ -73,6 +73,8 @@ pub enum Event {
         pid: i32,
         /// How it ended by itself; `None` if it was unresponsive.
         how: Option<Exit>,
+        /// Requests that it had taken and not answered, if that is known.
+        in_flight: Option<u32>,
     },
     /// Another process does its work, with what had been in flight.
     DeviceRecovered {
@@ -159,15 +161,23 @@ impl Event {
                 json!({ "guest": cause.is_guest(), "reason": cause.name() })
             }
             Self::Stop | Self::Resume | Self::Powerdown => return None,
-            Self::DeviceCrashed { device, pid, how } => match how {
-                Some(Exit::Signal(signal)) => {
-                    json!({ "device": device, "pid": pid, "signal": signal })
+            Self::DeviceCrashed {
+                device,
+                pid,
+                how,
+                in_flight,
+            } => {
+                let mut data = json!({ "device": device, "pid": pid });
+                match how {
+                    Some(Exit::Signal(signal)) => data["signal"] = json!(signal),
+                    Some(Exit::Code(status)) => data["status"] = json!(status),
+                    None => data["unresponsive"] = json!(true),
                 }
-                Some(Exit::Code(status)) => {
-                    json!({ "device": device, "pid": pid, "status": status })
+                if let Some(count) = in_flight {
+                    data["in-flight"] = json!(count);
                 }
-                None => json!({ "device": device, "pid": pid, "unresponsive": true }),
-            },
+                data
+            }
             Self::DeviceRecovered { device, pid, stall }
             | Self::DeviceUpgraded { device, pid, stall } => {
                 // Milliseconds with three digits behind the point.

@@ -360,6 +360,11 @@ impl Core {
         }
     }
 
+    /// How many requests the process has taken and not answered, as far as is known.
+    pub fn in_flight(&self) -> Option<u32> {
+        self.device.in_flight()
+    }
+
     /// The device process is reaped, and another one will come ([`Core::device_back`]).
     pub fn device_gone(&mut self) {
         self.device.process_ended();

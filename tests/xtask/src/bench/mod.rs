@@ -8,6 +8,7 @@ mod front_end;
 mod jail;
 mod meter;
 mod peers;
+mod recovery;
 mod restore;
 mod startup;
 
@@ -21,6 +22,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         Some((name, rest)) if name == "net" => front_end::run("net", rest),
         Some((name, rest)) if name == "jail" => jail::run(rest),
         Some((name, rest)) if name == "restore" => restore::run(rest),
-        _ => Err("the benches are: startup, fs, block, net, jail, restore".into()),
+        Some((name, rest)) if name == "recovery" => recovery::run(rest),
+        _ => Err("the benches are: startup, fs, block, net, jail, restore, recovery".into()),
     }
 }

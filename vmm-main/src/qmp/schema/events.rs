@@ -56,6 +56,11 @@ pub static EVENTS: &[EventDef] = &[
                 Type::Bool,
                 "true if it was ended because it did not answer as it should",
             ),
+            may(
+                "in-flight",
+                Type::UINT,
+                "requests that it had taken and not answered, which the next process answers; absent if that is not known",
+            ),
         ],
         "A device's process has ended; unless DEVICE_FAILED follows, another one takes its place",
     ),
