@@ -142,6 +142,9 @@ pub const FS_INODE_MEMORY: u64 = 1024;
 /// rounded up generously. Also the largest file that a device without a writable image may make.
 pub const MAX_INFLIGHT_REGION: u64 = 4 << 20;
 
+/// Packets or bytes a second that a card can be limited to, and its bucket: 1 TiB.
+pub const MAX_NET_RATE: u64 = 1 << 40;
+
 /// Threads of one process that the broker tells about: more than a VM has vCPUs, and few enough for [`MAX_MESSAGE`].
 pub const MAX_INSPECTED_THREADS: usize = 512;
 /// Descriptors of one process that the broker tells about. A control process with the most devices and queues has some 900.

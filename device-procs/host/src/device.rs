@@ -59,6 +59,26 @@ pub trait Device {
     /// as on a bus.
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
+    /// The host, not the driver, changes configuration space: a cable is pulled. As for [`write_config`](Self::write_config)
+    /// otherwise.
+    fn write_config_as_host(&mut self, _offset: usize, _data: &[u8]) {}
+
+    /// Bytes that the device keeps at most for a process that comes after this one: what the driver told it beside its queues.
+    /// Always the same number.
+    fn kept_len(&self) -> usize {
+        0
+    }
+
+    /// What is to be kept, if that has changed since this was asked last. Asked before the driver sees that what
+    /// changed it is done, if that was given back by [`Ring::complete_later`].
+    fn keep(&mut self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// A process before this one kept `kept`, or somebody says so: nothing of it is to be trusted. Comes before any queue
+    /// starts, and after [`accept`](Self::accept).
+    fn go_on_with(&mut self, _kept: &[u8]) {}
+
     /// Requests may be available on `ring`: take and complete them until [`Ring::pop`] has no more, or leave them there when
     /// they wait for a back end.
     ///

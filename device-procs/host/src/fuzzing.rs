@@ -53,7 +53,7 @@ pub fn backend_fds(fds: Vec<OwnedFd>) -> BackendFds {
 /// # Errors
 /// As [`Serving::run`](crate::Serving::run).
 pub fn serve<D: Device>(device: D, socket: UnixStream) -> Result<(), ServeError> {
-    let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+    let resources = Resources::prepare(&device)?;
     Connection::new(socket, device, resources)?.run()
 }
 
@@ -67,8 +67,7 @@ pub struct Bench<D: Device> {
 impl<D: Device> Bench<D> {
     /// `regions`: guest physical address and bytes of each.
     pub fn new(device: D, regions: &[(u64, u64)]) -> Self {
-        let resources = Resources::prepare(device.num_queues(), device.max_queue_size())
-            .expect("the device has a possible shape");
+        let resources = Resources::prepare(&device).expect("the device has a possible shape");
         let (front, back) = UnixStream::pair().expect("socketpair");
         let bench = Self {
             connection: Connection::new(back, device, resources).expect("a connection"),

@@ -17,6 +17,7 @@ mod inflight;
 mod inherited;
 mod jail;
 mod keeper;
+mod kept;
 mod memory;
 mod patience;
 mod record;

@@ -45,6 +45,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::device::{Device, Interest};
 use crate::fault::{DeviceFault, GuestFault, HostFault};
 use crate::inflight::{InflightQueue, queue_bytes};
+use crate::kept::{KeptArea, area_bytes};
 use crate::memory::{GuestRam, Mapping, MemoryError, Region};
 use crate::patience::Patience;
 use crate::record::{self, Record, Word};
@@ -153,6 +154,8 @@ pub(crate) struct Server<D> {
     /// the jail was shut, since nothing can be made inside, and not duplicated either.
     pub(crate) inflight_memory: Option<File>,
     pub(crate) inflight_given: bool,
+    /// Behind the in-flight region's queues, if this device keeps something.
+    kept: Option<KeptArea>,
     /// How long to look for work before sleeping.
     patience: Patience,
     /// The device has finished something while it was looked for.
@@ -178,8 +181,9 @@ pub(crate) struct Resources {
 }
 
 impl Resources {
-    /// For a device with `queues` queues of at most `queue_size` entries.
-    pub(crate) fn prepare(queues: u16, queue_size: u16) -> Result<Self, ServeError> {
+    /// For a device with all its queues.
+    pub(crate) fn prepare(device: &impl Device) -> Result<Self, ServeError> {
+        let (queues, queue_size) = (device.num_queues(), device.max_queue_size());
         let shape = ServeError::Shape {
             queues,
             size: queue_size,
@@ -195,7 +199,7 @@ impl Resources {
             MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
         )
         .map_err(HostFault::of("memfd_create"))?;
-        let size = usize::from(queues) * queue_bytes(queue_size);
+        let size = usize::from(queues) * queue_bytes(queue_size) + area_bytes(device.kept_len());
         // At most 33 queues of 32768 entries of 16 bytes.
         nix::unistd::ftruncate(&memory, size as libc::off_t)
             .map_err(HostFault::of("ftruncate of the in-flight region"))?;
@@ -264,6 +268,7 @@ impl<D: Device> Connection<D> {
             inflight_shape: (0, 0, 0),
             inflight_memory: Some(inflight_memory),
             inflight_given: false,
+            kept: None,
             patience: Patience::default(),
             finished: false,
             begun: false,
@@ -552,7 +557,17 @@ impl<D: Device> Server<D> {
         Ok(())
     }
 
+    /// For a process that comes after this one.
+    fn keep(&mut self) {
+        if let Some(area) = &self.kept
+            && let Some(what) = self.device.keep()
+        {
+            area.store(&what);
+        }
+    }
+
     fn after_device(&mut self, result: Result<(), DeviceFault>) -> Result<(), HostFault> {
+        self.keep();
         match result {
             Ok(()) => {}
             Err(DeviceFault::Guest(fault)) => self.break_ring(fault),
@@ -707,6 +722,16 @@ impl<D: Device> Server<D> {
             ring.set_inflight(part);
         }
         self.inflight_shape = (region.mmap_offset, region.num_queues, region.queue_size);
+        let most = self.device.kept_len();
+        if most > 0 {
+            let start = usize::from(region.num_queues) * queue_bytes(region.queue_size);
+            let area = KeptArea::new(mapping, start, most);
+            if let Some(kept) = area.load() {
+                self.device.go_on_with(&kept);
+            }
+            self.kept = Some(area);
+            self.keep();
+        }
         Ok(())
     }
 
@@ -718,8 +743,7 @@ impl<D: Device> Server<D> {
         };
         // Who asks for it gets it emptied.
         self.inflight_given = true;
-        let bytes = u64::from(queues) * queue_bytes(size) as u64;
-        let region = VhostUserInflight::new(bytes, 0, queues, size);
+        let region = VhostUserInflight::new(u64::MAX, 0, queues, size);
         let used = self.use_inflight(&region, &file);
         self.inflight_memory = Some(file);
         used.map_err(|source| self.refused_record(source))
@@ -764,7 +788,8 @@ impl<D: Device> Server<D> {
                 allowed: "at most the device's queue size",
             }));
         }
-        Ok(u64::from(region.num_queues) * queue_bytes(region.queue_size) as u64)
+        let queues = u64::from(region.num_queues) * queue_bytes(region.queue_size) as u64;
+        Ok(queues + area_bytes(self.device.kept_len()) as u64)
     }
 }
 
@@ -807,6 +832,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         }
         self.features = 0;
         self.device.reset();
+        self.keep();
         self.poll_backends().map_err(|fault| {
             self.fatal = Some(fault);
             VhostError::BackendInternalError
@@ -1041,7 +1067,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         &mut self,
         offset: u32,
         data: &[u8],
-        _flags: VhostUserConfigFlags,
+        flags: VhostUserConfigFlags,
     ) -> VhostResult<()> {
         let offset = offset as usize;
         if offset > MAX_CONFIG_SPACE || data.len() > MAX_CONFIG_SPACE - offset {
@@ -1050,6 +1076,14 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
                 value: (offset as u64).saturating_add(data.len() as u64),
                 allowed: "up to 256 bytes",
             }));
+        }
+        // The specification's word for what is not the driver's doing.
+        if flags.contains(VhostUserConfigFlags::LIVE_MIGRATION) {
+            self.device.write_config_as_host(offset, data);
+            return self.poll_backends().map_err(|fault| {
+                self.fatal = Some(fault);
+                VhostError::BackendInternalError
+            });
         }
         self.device.write_config(offset, data);
         Ok(())

@@ -122,7 +122,7 @@ impl<D: Device> Prepared<D> {
     /// # Errors
     /// The device's shape is impossible, or the host refuses an epoll set or a memfd.
     pub fn new(device: D, start: StartMessage) -> Result<Self, ServeError> {
-        let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+        let resources = Resources::prepare(&device)?;
         Ok(Self {
             device,
             start,
@@ -156,7 +156,7 @@ impl<D: Device> Standalone<D> {
     /// # Errors
     /// As [`Prepared::new`].
     pub fn new(device: D) -> Result<Self, ServeError> {
-        let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+        let resources = Resources::prepare(&device)?;
         crate::signals::prepare()?;
         Ok(Self { device, resources })
     }
@@ -180,7 +180,7 @@ pub struct Jailed<D> {
 impl<D: Device> Jailed<D> {
     /// In a process that was forked in its jail, as `_jail` proves.
     pub(crate) fn heir(device: D, _jail: &ozone::inner::Jailed) -> Result<Self, ServeError> {
-        let resources = Resources::prepare(device.num_queues(), device.max_queue_size())?;
+        let resources = Resources::prepare(&device)?;
         Ok(Self { device, resources })
     }
 

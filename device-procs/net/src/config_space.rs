@@ -4,6 +4,8 @@ use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
 /// `mac`, `status`, `max_virtqueue_pairs`.
 const LEN: usize = 10;
+/// Where `status` is, le16.
+const STATUS: usize = 6;
 
 /// The encoded structure, little endian.
 #[derive(Debug, Clone)]
@@ -16,6 +18,21 @@ impl ConfigSpace {
         space[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
         space[8..].copy_from_slice(&pairs.to_le_bytes());
         Self(space)
+    }
+
+    /// Whether packets pass.
+    pub(crate) fn link_is_up(&self) -> bool {
+        u32::from(self.0[STATUS]) & VIRTIO_NET_S_LINK_UP != 0
+    }
+
+    /// The host changes `status`; all else stays. Whether `data` is that.
+    pub(crate) fn set_status(&mut self, offset: usize, data: &[u8]) -> bool {
+        let [low, 0] = *data else { return false };
+        if offset != STATUS || u32::from(low) & !VIRTIO_NET_S_LINK_UP != 0 {
+            return false;
+        }
+        self.0[STATUS] = low;
+        true
     }
 
     /// Copies what there is from `offset` on; the rest of `out` stays as it is.
@@ -33,5 +50,22 @@ mod tests {
         let mut all = [0xff; 12];
         ConfigSpace::new([2, 3, 4, 5, 6, 7], 4).read(0, &mut all);
         assert_eq!(all, [2, 3, 4, 5, 6, 7, 1, 0, 4, 0, 0xff, 0xff]);
+    }
+
+    #[test]
+    fn the_host_changes_the_link_and_nothing_else() {
+        let mut space = ConfigSpace::new([2, 3, 4, 5, 6, 7], 4);
+        for (offset, data) in [
+            (0, &[0, 0][..]),
+            (8, &[0, 0]),
+            (6, &[0]),
+            (6, &[2, 0]),
+            (6, &[0, 1]),
+        ] {
+            assert!(!space.set_status(offset, data), "{offset} {data:?}");
+            assert!(space.link_is_up());
+        }
+        assert!(space.set_status(6, &[0, 0]) && !space.link_is_up());
+        assert!(space.set_status(6, &[1, 0]) && space.link_is_up());
     }
 }

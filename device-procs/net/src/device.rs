@@ -4,6 +4,7 @@
 //! driver uses fewer pairs than there are; so tap queue i feeds receive queue i modulo the pairs in use.
 
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use device_host::{BackendFds, Device, DeviceFault, HostFault, Interest, Ring};
 use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_QUEUE_SIZE};
@@ -13,9 +14,11 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
 
 use crate::backend::tap::TapQueue;
 use crate::config_space::ConfigSpace;
-use crate::control;
+use crate::control::{self, Command};
 use crate::error::BuildError;
 use crate::features::Features;
+use crate::kept::{self, Told};
+use crate::limit::Limiter;
 use crate::receive::{Receiver, Stopped};
 use crate::transmit;
 
@@ -31,6 +34,9 @@ struct Pair {
     receiving: bool,
     /// Packets of the guest wait for room in the tap.
     full: bool,
+    /// The limits let nothing pass to the guest, or from it, before then.
+    rx_wait: Option<Instant>,
+    tx_wait: Option<Instant>,
 }
 
 /// A network card.
@@ -41,8 +47,13 @@ pub struct Net {
     queue_size: u16,
     offered: Features,
     accepted: Features,
-    /// Pairs that the driver uses.
-    active: usize,
+    /// On the control queue.
+    told: Told,
+    /// Another one than was kept.
+    unkept: bool,
+    mac: [u8; 6],
+    rx_limit: Limiter,
+    tx_limit: Limiter,
     /// For packets in too many pieces.
     copy: Vec<u8>,
 }
@@ -84,15 +95,22 @@ impl Net {
                 receiver: Receiver::default(),
                 receiving: false,
                 full: false,
+                rx_wait: None,
+                tx_wait: None,
             });
         }
+        let now = Instant::now();
         let uso = list.first().is_some_and(|pair| pair.tap.has_uso());
         Ok(Self {
             config: ConfigSpace::new(spec.mac, pairs),
             queue_size: size,
             offered: Features::offered(pairs, uso),
             accepted: Features::default(),
-            active: 1,
+            told: Told::new(spec.mac),
+            unkept: false,
+            mac: spec.mac,
+            rx_limit: Limiter::new(spec.limits.rx, now),
+            tx_limit: Limiter::new(spec.limits.tx, now),
             copy: Vec::new(),
             pairs: list,
         })
@@ -107,15 +125,31 @@ impl Net {
         }
     }
 
+    /// Pairs in use; the driver's word is held against those that there are.
+    fn active(&self) -> usize {
+        usize::from(self.told.pairs).clamp(1, self.pairs.len())
+    }
+
     /// Takes packets from tap queue `index` for `ring`.
     fn receive(&mut self, index: usize, ring: &mut Ring) -> Result<(), DeviceFault> {
         let features = self.accepted;
-        let Some(pair) = self.pairs.get_mut(index) else {
+        let Some(pair) = self
+            .pairs
+            .get_mut(index)
+            .filter(|_| self.config.link_is_up())
+        else {
             return Ok(());
         };
         pair.receiving = false;
-        let stopped = pair.receiver.process(ring, &pair.tap, features)?;
+        let filter = &self.told.filter;
+        let stopped =
+            pair.receiver
+                .process(ring, &pair.tap, features, filter, &mut self.rx_limit)?;
         pair.receiving = stopped == Stopped::Idle;
+        pair.rx_wait = match stopped {
+            Stopped::Limited(at) => Some(at),
+            _ => None,
+        };
         Ok(())
     }
 
@@ -123,18 +157,83 @@ impl Net {
         let Some(pair) = self.pairs.get_mut(index) else {
             return Ok(());
         };
-        pair.full = transmit::process(ring, &pair.tap, self.accepted, &mut self.copy)?;
+        let tap = self.config.link_is_up().then_some(&pair.tap);
+        let limit = &mut self.tx_limit;
+        let stopped = transmit::process(ring, tap, self.accepted, &mut self.copy, limit)?;
+        pair.full = stopped == transmit::Stopped::Full;
+        pair.tx_wait = match stopped {
+            transmit::Stopped::Limited(at) => Some(at),
+            _ => None,
+        };
         Ok(())
     }
 
     /// Sets the offloads of the tap, which all its queues share.
     fn set_offloads(&self) -> Result<(), HostFault> {
+        let chosen = match self.told.offloads {
+            Some(offloads) => Features(self.accepted.0 & offloads),
+            None => self.accepted,
+        };
         match self.pairs.first() {
-            Some(pair) => {
-                device_host::tap::set_offloads(pair.tap.fd(), self.accepted.tap_offloads())
-                    .map_err(HostFault::of("TUNSETOFFLOAD"))
-            }
+            Some(pair) => device_host::tap::set_offloads(pair.tap.fd(), chosen.tap_offloads())
+                .map_err(HostFault::of("TUNSETOFFLOAD")),
             None => Ok(()),
+        }
+    }
+
+    /// Does one command of the control queue; `false` if it is not possible.
+    fn obey(&mut self, command: Command<'_>) -> bool {
+        let told = &mut self.told;
+        let done = match command {
+            Command::Pairs(count) => {
+                let possible = (1..=self.pairs.len()).contains(&usize::from(count));
+                if possible {
+                    told.pairs = count;
+                    // Each tap queue feeds another ring now, whose buffers it has not looked at.
+                    for pair in &mut self.pairs {
+                        pair.receiving = true;
+                    }
+                }
+                possible
+            }
+            Command::Promiscuous(on) => {
+                told.filter.set_promiscuous(on);
+                true
+            }
+            Command::AllMulticast(on) => {
+                told.filter.set_all_multicast(on);
+                true
+            }
+            Command::Tables(raw) => told.filter.set_tables(raw),
+            Command::Mac(mac) => {
+                told.filter.set_mac(mac);
+                true
+            }
+            Command::Vlan(id, on) => told.filter.set_vlan(id, on),
+            Command::Offloads(offloads) => {
+                // 5.1.6.5.6.2: none that was not negotiated.
+                let possible = offloads & !self.accepted.guest_offloads() == 0;
+                if possible {
+                    told.offloads = Some(offloads);
+                }
+                possible && self.set_offloads().is_ok()
+            }
+        };
+        self.unkept |= done;
+        done
+    }
+
+    /// Packets that came while the link was down are nobody's.
+    fn discard(&mut self) {
+        for pair in &mut self.pairs {
+            // As many as any tap's queue holds; whoever sends on meanwhile keeps this process from nothing.
+            for _ in 0..MAX_QUEUE_SIZE {
+                if pair.tap.discard().is_err() {
+                    break;
+                }
+            }
+            pair.receiver.reset();
+            pair.receiving = true;
         }
     }
 }
@@ -146,8 +245,7 @@ impl Device for Net {
 
     fn num_queues(&self) -> u16 {
         // At most 16 pairs.
-        let pairs = self.pairs.len() as u16;
-        2 * pairs + u16::from(pairs > 1)
+        2 * self.pairs.len() as u16 + 1
     }
 
     fn max_queue_size(&self) -> u16 {
@@ -167,25 +265,47 @@ impl Device for Net {
         self.config.read(offset, out);
     }
 
+    fn write_config_as_host(&mut self, offset: usize, data: &[u8]) {
+        let before = self.config.link_is_up();
+        if !self.config.set_status(offset, data) {
+            ipc::guest_warn!("configuration bytes {data:?} at {offset} are not the host's to set");
+        } else if !before && self.config.link_is_up() {
+            self.discard();
+        }
+    }
+
+    fn kept_len(&self) -> usize {
+        kept::MOST
+    }
+
+    fn keep(&mut self) -> Option<Vec<u8>> {
+        std::mem::take(&mut self.unkept).then(|| self.told.save())
+    }
+
+    fn go_on_with(&mut self, kept: &[u8]) {
+        let Some(told) = Told::load(kept) else {
+            ipc::guest_warn!("what the driver told a process before this one cannot be read");
+            return;
+        };
+        self.told = told;
+        // Features come before queues, and then this is done again.
+        if let Err(fault) = self.set_offloads() {
+            ipc::guest_warn!("{fault}: {}", fault.source);
+        }
+    }
+
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
         let index = usize::from(ring.index());
-        if index == self.control_queue() && self.pairs.len() > 1 {
-            // At most 16 pairs.
-            if let Some(pairs) = control::process(ring, self.pairs.len() as u16)? {
-                self.active = usize::from(pairs);
-                // Each tap queue feeds another ring now, whose buffers it has not looked at.
-                for pair in &mut self.pairs {
-                    pair.receiving = true;
-                }
-            }
-            return Ok(());
+        if index == self.control_queue() {
+            return control::process(ring, self.accepted, |command| self.obey(command));
         }
         let pair = index / 2;
         if index % 2 == 1 {
             return self.transmit(pair, ring);
         }
-        if pair < self.active {
-            for tap in (pair..self.pairs.len()).step_by(self.active) {
+        let active = self.active();
+        if pair < active {
+            for tap in (pair..self.pairs.len()).step_by(active) {
                 self.receive(tap, ring)?;
             }
         }
@@ -200,7 +320,7 @@ impl Device for Net {
         self.pairs
             .get(index)
             .map_or(Interest::NONE, |pair| Interest {
-                readable: pair.receiving,
+                readable: pair.receiving && self.config.link_is_up(),
                 writable: pair.full,
             })
     }
@@ -217,20 +337,48 @@ impl Device for Net {
             self.transmit(index, ring)?;
         }
         if ready.readable
-            && let Some(ring) = rings.get_mut(2 * (index % self.active))
+            && let Some(ring) = rings.get_mut(2 * (index % self.active()))
         {
             self.receive(index, ring)?;
         }
         Ok(())
     }
 
+    fn wake_at(&self) -> Option<Instant> {
+        let waits = self
+            .pairs
+            .iter()
+            .flat_map(|pair| [pair.rx_wait, pair.tx_wait]);
+        waits.flatten().min()
+    }
+
+    fn after_turns(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        if self.rx_limit.is_off() && self.tx_limit.is_off() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let over = |wait: &mut Option<Instant>| wait.take_if(|at| *at <= now).is_some();
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            pair.receiving |= over(&mut pair.rx_wait);
+            if over(&mut pair.tx_wait)
+                && let Some(ring) = rings.get_mut(2 * index + 1)
+            {
+                ring.want_turn();
+            }
+        }
+        Ok(())
+    }
+
     fn reset(&mut self) {
         self.accepted = Features::default();
-        self.active = 1;
+        self.told = Told::new(self.mac);
+        self.unkept = true;
         for pair in &mut self.pairs {
             pair.receiver.reset();
             pair.receiving = false;
             pair.full = false;
+            pair.rx_wait = None;
+            pair.tx_wait = None;
         }
         if let Err(fault) = self.set_offloads() {
             ipc::guest_log!(error, "{fault}: {}", fault.source);

@@ -2,11 +2,13 @@
 
 use device_host::tap;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
-    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
-    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_STATUS,
 };
 
 const fn bit(feature: u32) -> u64 {
@@ -32,14 +34,19 @@ impl Features {
             | bit(VIRTIO_NET_F_HOST_ECN)
             | bit(VIRTIO_NET_F_HOST_UFO)
             | bit(VIRTIO_NET_F_MRG_RXBUF)
-            | bit(VIRTIO_NET_F_STATUS);
+            | bit(VIRTIO_NET_F_STATUS)
+            | bit(VIRTIO_NET_F_CTRL_VQ)
+            | bit(VIRTIO_NET_F_CTRL_RX)
+            | bit(VIRTIO_NET_F_CTRL_VLAN)
+            | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
+            | bit(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS);
         if uso {
             bits |= bit(VIRTIO_NET_F_GUEST_USO4)
                 | bit(VIRTIO_NET_F_GUEST_USO6)
                 | bit(VIRTIO_NET_F_HOST_USO);
         }
         if pairs > 1 {
-            bits |= bit(VIRTIO_NET_F_CTRL_VQ) | bit(VIRTIO_NET_F_MQ);
+            bits |= bit(VIRTIO_NET_F_MQ);
         }
         Self(bits)
     }
@@ -51,6 +58,18 @@ impl Features {
     /// Received packets may be spread over several buffers.
     pub(crate) fn mergeable(self) -> bool {
         self.has(VIRTIO_NET_F_MRG_RXBUF)
+    }
+
+    /// Those of the offloads of received packets (5.1.6.5.6.1) that are in this set.
+    pub(crate) fn guest_offloads(self) -> u64 {
+        self.0
+            & (bit(VIRTIO_NET_F_GUEST_CSUM)
+                | bit(VIRTIO_NET_F_GUEST_TSO4)
+                | bit(VIRTIO_NET_F_GUEST_TSO6)
+                | bit(VIRTIO_NET_F_GUEST_ECN)
+                | bit(VIRTIO_NET_F_GUEST_UFO)
+                | bit(VIRTIO_NET_F_GUEST_USO4)
+                | bit(VIRTIO_NET_F_GUEST_USO6))
     }
 
     /// Flags for `TUNSETOFFLOAD`. A segmentation bit without the bits that it requires (virtio 1.3, 5.1.3.1) is left out, so
@@ -88,9 +107,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_pair_has_no_control_queue() {
+    fn several_pairs_and_uso_are_offered_where_they_are() {
         let one = Features::offered(1, false);
-        assert!(!one.has(VIRTIO_NET_F_CTRL_VQ) && !one.has(VIRTIO_NET_F_MQ));
+        assert!(one.has(VIRTIO_NET_F_CTRL_VQ) && !one.has(VIRTIO_NET_F_MQ));
         assert!(!one.has(VIRTIO_NET_F_HOST_USO));
         let four = Features::offered(4, true);
         assert!(four.has(VIRTIO_NET_F_CTRL_VQ) && four.has(VIRTIO_NET_F_MQ));

@@ -2,9 +2,11 @@
 //!
 //! **Job.** Carries packets between a guest's queues and the queues of one tap. `device.rs` is the device, `header.rs` the
 //! header in front of each packet, `receive.rs` and `transmit.rs` the two directions, `control.rs` the control queue,
+//! `filter.rs` what the driver wants to receive, `limit.rs` how much may pass, `kept.rs` what outlives the process,
 //! `features.rs` what is offered, `config_space.rs` what the driver reads first, `backend/` the tap.
 //!
-//! **Who is not trusted.** The guest: headers, lengths, buffers. The network: packets are bytes and are never parsed here.
+//! **Who is not trusted.** The guest: headers, lengths, buffers. The network: of a packet no more is looked at than two addresses and a VLAN tag, and that only for a
+//! driver that asks for it.
 //!
 //! **Why this way.** The process has the tap's descriptors and its rings; checksums and segmentation are the kernel's work.
 
@@ -16,7 +18,10 @@ mod control;
 mod device;
 mod error;
 mod features;
+mod filter;
 mod header;
+mod kept;
+mod limit;
 mod receive;
 mod transmit;
 

@@ -7,13 +7,17 @@
 //! **Why this way.** A tap does not tell how long its next packet is. Packets of one kind come in rows, so that the last ones are a good
 //! guess; a wrong one costs a look at buffers in vain, or a copy.
 
+use std::time::Instant;
+
 use device_host::{Chain, DeviceFault, FaultKind, HostFault, Ring, Token};
 use nix::errno::Errno;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 
 use crate::backend::tap::TapQueue;
 use crate::features::Features;
+use crate::filter::{Filter, LOOKED_AT};
 use crate::header::{HEADER, MAX_PACKET, NUM_BUFFERS};
+use crate::limit::Limiter;
 
 /// Why receiving stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +26,8 @@ pub(crate) enum Stopped {
     Idle,
     /// The driver has not enough buffers.
     NoBuffers,
+    /// The limit is reached until then.
+    Limited(Instant),
     /// The tap cannot be read any more.
     Gone,
 }
@@ -56,6 +62,8 @@ impl Receiver {
         ring: &mut Ring,
         tap: &TapQueue,
         features: Features,
+        filter: &Filter,
+        limit: &mut Limiter,
     ) -> Result<Stopped, DeviceFault> {
         if self.buffer.is_empty() {
             // Once; pages that no large packet uses stay untouched.
@@ -64,6 +72,10 @@ impl Receiver {
         loop {
             if self.waiting > 0 && !self.deliver(ring, features)? {
                 return Ok(Stopped::NoBuffers);
+            }
+            let now = (!limit.is_off()).then(Instant::now);
+            if let Some(at) = now.and_then(|now| limit.wait(now)) {
+                return Ok(Stopped::Limited(at));
             }
             // A driver without mergeable buffers gives room for a whole packet in each.
             let want = if features.mergeable() {
@@ -88,7 +100,26 @@ impl Receiver {
             buffers.keep_segments(device_host::PACKET_SEGMENTS);
             let room = buffers.len();
             let behind = self.buffer.get_mut(room..).unwrap_or(&mut []);
-            match buffers.fill_from_stream(tap.fd(), behind) {
+            let read = buffers.fill_from_stream(tap.fd(), behind);
+            if let (Ok(len), Some(now)) = (read, now) {
+                limit.take(len.saturating_sub(HEADER), now);
+            }
+            if let Ok(len) = read
+                && !filter.is_open()
+            {
+                let mut start = [0; HEADER + LOOKED_AT];
+                let seen = buffers.read_at(0, &mut start);
+                // What is not in the driver's buffers is in this one, at its place in the packet.
+                for (to, from) in start.iter_mut().zip(&self.buffer).skip(seen) {
+                    *to = *from;
+                }
+                start.iter_mut().skip(len).for_each(|byte| *byte = 0);
+                if start.last_chunk().is_some_and(|frame| !filter.wants(frame)) {
+                    self.put_back(ring)?;
+                    continue;
+                }
+            }
+            match read {
                 Ok(len) if len <= room => {
                     self.expected = len.max(self.expected - self.expected / 8);
                     let mut left = len;

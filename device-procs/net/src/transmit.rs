@@ -1,11 +1,14 @@
 //! From the guest to the tap.
 
+use std::time::Instant;
+
 use device_host::{Chain, DeviceFault, GuestBuffers, PACKET_SEGMENTS, Ring};
 use nix::errno::Errno;
 
 use crate::backend::tap::TapQueue;
 use crate::features::Features;
 use crate::header::{HEADER, MAX_PACKET, checked};
+use crate::limit::Limiter;
 
 /// What became of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,26 +19,54 @@ enum Fate {
     Full,
 }
 
-/// Sends all that is available. `true` if the tap became full: what is left waits until it is writable.
+/// Why sending stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// The driver has no more, or its turn is over.
+    Done,
+    /// The tap became full: what is left waits until it is writable.
+    Full,
+    /// The limit is reached until then.
+    Limited(Instant),
+}
+
+/// Sends all that is available; without a `tap`, since the link is down, to nowhere.
 pub(crate) fn process(
     ring: &mut Ring,
-    tap: &TapQueue,
+    tap: Option<&TapQueue>,
     features: Features,
     copy: &mut Vec<u8>,
-) -> Result<bool, DeviceFault> {
-    while let Some(Chain {
-        token, readable, ..
-    }) = ring.pop()?
-    {
+    limit: &mut Limiter,
+) -> Result<Stopped, DeviceFault> {
+    loop {
+        let now = (!limit.is_off()).then(Instant::now);
+        if let Some(at) = now.and_then(|now| limit.wait(now)) {
+            return Ok(Stopped::Limited(at));
+        }
+        let Some(Chain {
+            token, readable, ..
+        }) = ring.pop()?
+        else {
+            return Ok(Stopped::Done);
+        };
+        let Some(tap) = tap else {
+            ring.complete_later(std::iter::once((token, 0)))?;
+            continue;
+        };
+        let bytes = readable.len().saturating_sub(HEADER);
         match send(readable, tap, features, copy) {
-            Fate::Sent | Fate::Dropped => ring.complete_later(std::iter::once((token, 0)))?,
+            Fate::Sent | Fate::Dropped => {
+                if let Some(now) = now {
+                    limit.take(bytes, now);
+                }
+                ring.complete_later(std::iter::once((token, 0)))?;
+            }
             Fate::Full => {
                 ring.put_back(token)?;
-                return Ok(true);
+                return Ok(Stopped::Full);
             }
         }
     }
-    Ok(false)
 }
 
 fn send(

@@ -15,11 +15,43 @@ pub struct NetSpec {
     pub queue_pairs: u16,
     /// Entries of a queue: a power of two, 256 to 4096.
     pub queue_size: u16,
+    /// What may pass in a time.
+    pub limits: NetLimits,
+}
+
+/// Limits of a card, all its queues together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetLimits {
+    /// To the guest.
+    pub rx: Limit,
+    /// From the guest.
+    pub tx: Limit,
+}
+
+/// Limits of one direction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limit {
+    /// Packets.
+    pub packets: Bucket,
+    /// Bytes of packets, with their Ethernet headers.
+    pub bytes: Bucket,
+}
+
+/// A bucket that is full at first and fills up steadily.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bucket {
+    /// A second; 0 is no limit.
+    pub rate: u64,
+    /// What a full one holds: what may pass at once after a pause.
+    pub burst: u64,
 }
 
 impl NetSpec {
-    /// Virtqueues: a pair each, and the control queue when there is more than one pair (virtio 1.3, 5.1.2).
+    /// Virtqueues: a pair each, and the control queue (virtio 1.3, 5.1.2).
     pub const fn num_queues(&self) -> u16 {
-        2 * self.queue_pairs + if self.queue_pairs > 1 { 1 } else { 0 }
+        2 * self.queue_pairs + 1
     }
 }

@@ -185,6 +185,8 @@ pub struct NetdevSpec {
     pub backend: NetBackend,
     /// `queues=`: queue pairs, 1 to 16.
     pub queues: u16,
+    /// `throttling.…=`
+    pub limits: super::net::NetLimits,
 }
 
 /// Where a card's packets go.

@@ -4,6 +4,7 @@ use ipc::control::added::AdditionGrant;
 use ipc::limits;
 use ipc::spec::block::{Aio, BlockIo, DetectZeroes, OnError};
 use ipc::spec::fs::FsCache;
+use ipc::spec::net::{Bucket, Limit, NetLimits};
 use ipc::spec::vm::{DriveSpec, FsSource, FsdevSpec, NetBackend, NetdevSpec, RestartPolicy};
 
 use super::error::CmdlineError;
@@ -96,6 +97,26 @@ fn block_io(props: &Props<'_>) -> BlockIo {
     }
 }
 
+/// What may pass a `-netdev` in a time.
+fn net_limits(props: &Props<'_>) -> NetLimits {
+    let bucket = |rate: &str, burst: &str| {
+        let rate = props.int(rate).unwrap_or(0);
+        // A tenth of a second's worth.
+        let burst = props.int(burst).unwrap_or(rate.div_ceil(10));
+        Bucket { rate, burst }
+    };
+    NetLimits {
+        rx: Limit {
+            packets: bucket("throttling.rx-packets", "throttling.rx-packets-burst"),
+            bytes: bucket("throttling.rx-bytes", "throttling.rx-bytes-burst"),
+        },
+        tx: Limit {
+            packets: bucket("throttling.tx-packets", "throttling.tx-packets-burst"),
+            bytes: bucket("throttling.tx-bytes", "throttling.tx-bytes-burst"),
+        },
+    }
+}
+
 fn on_error(word: Option<&str>) -> OnError {
     match word {
         Some("ignore") => OnError::Ignore,
@@ -144,6 +165,15 @@ impl super::Draft {
             return Err(props.error(format!("id {id} is used by another -netdev")));
         }
         let given_queues = props.small::<u16>("queues");
+        for name in ["rx-packets", "rx-bytes", "tx-packets", "tx-bytes"] {
+            let (rate, burst) = (
+                format!("throttling.{name}"),
+                format!("throttling.{name}-burst"),
+            );
+            if props.has(&burst) && props.int(&rate).unwrap_or(0) == 0 {
+                return Err(props.error(format!("{burst} needs {rate} above 0")));
+            }
+        }
         if props.has("fd") && props.has("fds") {
             return Err(props.error("fd and fds contradict each other; give one"));
         }
@@ -193,6 +223,7 @@ impl super::Draft {
             id,
             backend,
             queues,
+            limits: net_limits(props),
         });
         self.netdev_args.push(props.raw().to_owned());
         Ok(())

@@ -327,6 +327,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     mac: *mac,
                     queue_pairs: netdev.queues,
                     queue_size: *queue_size,
+                    limits: netdev.limits,
                 }),
                 backend: match &netdev.backend {
                     NetBackend::TapName(ifname) => BackendGrant::Tap {

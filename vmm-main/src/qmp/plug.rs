@@ -8,7 +8,7 @@ use ipc::control::added::Addition;
 use ipc::limits;
 use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes};
 use ipc::spec::fs::{FsCache, FsSpec};
-use ipc::spec::net::NetSpec;
+use ipc::spec::net::{NetLimits, NetSpec};
 use ipc::spec::vm::{DriveSpec, FsdevSpec, NetBackend, NetdevSpec};
 use ipc::spec::{DeviceSpec, vm::DeviceKind, vm::FsSource};
 
@@ -88,6 +88,7 @@ impl NewBackend {
                 None => NetBackend::TapFds(Vec::new()),
             },
             queues: queues.unwrap_or(1),
+            limits: NetLimits::default(),
         })
     }
 
@@ -318,6 +319,7 @@ impl NewDevice {
                 mac: mac.unwrap_or(default_mac),
                 queue_pairs: netdev.queues,
                 queue_size: *queue_size,
+                limits: netdev.limits,
             }),
             (
                 NewKind::Fs {

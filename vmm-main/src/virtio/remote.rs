@@ -1454,6 +1454,7 @@ mod tests {
             mac: [2, 0, 0, 0, 0, 1],
             queue_pairs: 16,
             queue_size: 256,
+            limits: Default::default(),
         });
         let (front, fake) = FakeDevice::start(Script {
             queues: 33,

@@ -5,10 +5,13 @@
 //! **Why this way.** The kernel's header is virtio's own (`struct virtio_net_hdr_v1`), so that packets pass without being
 //! rewritten.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use device_host::tap;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::uio::readv;
 
 use crate::error::BuildError;
 use crate::header::HEADER;
@@ -39,6 +42,13 @@ impl TapQueue {
     pub(crate) fn has_uso(&self) -> bool {
         tap::set_offloads(self.fd(), tap::CSUM | tap::USO).is_ok()
             && tap::set_offloads(self.fd(), 0).is_ok()
+    }
+
+    /// Reads a packet that nobody wants.
+    pub(crate) fn discard(&self) -> Result<(), Errno> {
+        // The kernel drops what does not fit.
+        let mut start = [0; HEADER + 64];
+        readv(&self.0, &mut [IoSliceMut::new(&mut start)]).map(drop)
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
