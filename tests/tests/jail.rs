@@ -88,7 +88,7 @@ fn suite(tap: &str, subnet: u8) -> Suite {
         id: "n0",
         binary: "net",
         back_end: BackEnd::Tap,
-        queues: 2,
+        queues: 3,
         started: 0,
     };
     Suite {
