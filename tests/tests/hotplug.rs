@@ -158,7 +158,7 @@ fn a_device_that_is_added_has_the_jail_of_one_that_was_there() {
                 id: "net-0",
                 binary: "net",
                 back_end: BackEnd::Tap,
-                queues: 2,
+                queues: 3,
                 started: 0,
             },
             Device {
@@ -429,7 +429,7 @@ fn descriptors_that_a_client_passes_become_devices() {
                 id: "card",
                 binary: "net",
                 back_end: BackEnd::Tap,
-                queues: 2,
+                queues: 3,
                 started: 0,
             },
         ],
