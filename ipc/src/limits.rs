@@ -174,6 +174,8 @@ pub const MAX_RANGES: usize = 32;
 pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
 /// I/Os a second that a limit may name (VM configuration page, "Disk QoS").
 pub const MAX_IOPS: u32 = 1_000_000;
+/// Bytes of a disk that `max-size` may name: far from where a byte's place would not fit an `off_t`.
+pub const MAX_IMAGE_SIZE: u64 = 1 << 62;
 /// Requests of one disk in the kernel at once: what the fastest disks have use for. The rest waits in the rings.
 pub const MAX_DISK_DEPTH: u16 = 128;
 /// Bytes of io_uring rings of all disks of one host user: Linux counts them together against each process's limit. A disk takes

@@ -68,6 +68,7 @@ fn broker(dir: &Path) -> Broker {
 fn policy(dir: &Path) -> Policy {
     Policy {
         additions: Additions::default(),
+        growing: Vec::new(),
         version: PROTOCOL_VERSION,
         files: vec![
             FileGrant::Read {
@@ -290,6 +291,8 @@ fn numbers_that_the_policy_does_not_have_are_refused() {
     for index in [2, 3, 255, 65536, u32::MAX / 2, u32::MAX] {
         broker.refuses(&Request::Open { index }, "the policy has no file");
         broker.refuses(&Request::Start { index }, "the policy has no device");
+        let size = 1 << 40;
+        broker.refuses(&Request::Resize { index, size }, "the policy has no device");
         broker.refuses(&Request::Stop { index }, "");
     }
     broker.refuses(&Request::Open { index: 1 }, "absent");

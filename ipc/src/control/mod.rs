@@ -39,6 +39,8 @@ pub struct Policy {
     pub snapshots: Option<SnapshotGrant>,
     /// What may be added while the guest runs.
     pub additions: Additions,
+    /// Disks whose image may grow: their number among the devices, and the bytes that it may have at most.
+    pub growing: Vec<(u32, u64)>,
     /// Seccomp action for the broker and all device processes.
     pub seccomp: SeccompMode,
     /// Whether a missing jail layer refuses the start.
@@ -243,6 +245,15 @@ pub enum Request {
         /// Write them to the disk and give the snapshot its name; otherwise remove them.
         keep: bool,
     },
+    /// Make the image of disk `index` this long, if it is a file and the policy's `growing` allows it. Its process and those
+    /// after it keep the limit that they were started with: an [`Request::Upgrade`] follows. A block device of the host has the
+    /// size that it has; it must be this one.
+    Resize {
+        /// Index of the device.
+        index: u32,
+        /// Bytes, a multiple of 512, and not less than now.
+        size: u64,
+    },
     /// Open a back end for a device to come, as far as [`Policy::additions`] allows it. Descriptors may come along.
     Add {
         /// Its number, which must be free: below [`MAX_ADDED_BACKENDS`](crate::limits::MAX_ADDED_BACKENDS).
@@ -325,6 +336,11 @@ pub enum Reply {
     Added {
         /// Number of the back end.
         backend: u32,
+    },
+    /// [`Request::Resize`] worked.
+    Resized {
+        /// Index of the request.
+        index: u32,
     },
     /// [`Request::Remove`] worked.
     Removed {

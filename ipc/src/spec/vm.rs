@@ -172,6 +172,8 @@ pub struct DriveSpec {
     pub readonly: bool,
     /// `direct=`, default on.
     pub direct: bool,
+    /// `max-size=`: bytes that QMP's `block_resize` may make the image, if it is a file; `None`: it keeps the size that it has.
+    pub max_size: Option<u64>,
     /// `aio=`, `discard=`, `detect-zeroes=`, `throttling.iops-total=`, `poll-us=`
     pub io: super::block::BlockIo,
 }

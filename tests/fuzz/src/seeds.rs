@@ -536,6 +536,7 @@ fn control() -> Inputs {
     ];
     let policy = Policy {
         version: ipc::PROTOCOL_VERSION,
+        growing: vec![(0, 1 << 30)],
         additions: Additions {
             devices: 9,
             grants: vec![
@@ -601,6 +602,10 @@ fn control() -> Inputs {
         },
         Request::Remove { backend: 3 },
         Request::Upgrade { index: 0 },
+        Request::Resize {
+            index: 0,
+            size: 1 << 20,
+        },
         Request::Settle {
             index: 0,
             newer: true,

@@ -86,6 +86,8 @@ pub enum Notice {
     Added,
     /// [`Request::Remove`] worked.
     Removed,
+    /// [`Request::Resize`] worked.
+    Resized,
     /// [`Request::Unplug`] worked, and the process is reaped.
     Unplugged {
         /// Index of the device.
@@ -432,6 +434,7 @@ impl Client {
             }
             Reply::Added { .. } => Ok(Notice::Added),
             Reply::Removed { .. } => Ok(Notice::Removed),
+            Reply::Resized { .. } => Ok(Notice::Resized),
             Reply::Unplugged { index } => {
                 self.pids.retain(|(at, _)| *at != index);
                 Ok(Notice::Unplugged { index })

@@ -35,6 +35,7 @@ mod keeper;
 mod log_target;
 mod open;
 mod process;
+mod resize;
 mod rights;
 mod snapshot;
 

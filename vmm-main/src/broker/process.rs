@@ -327,6 +327,9 @@ impl Broker {
             }
             Request::Upgrade { index } => self.upgrade(*index),
             Request::Settle { index, newer } => self.settle(*index, *newer),
+            Request::Resize { index, size } => self
+                .resize(*index, *size)
+                .map(|()| (Reply::Resized { index: *index }, None)),
             Request::Add { backend, addition } => self
                 .added
                 .add(*backend, addition, fds)
@@ -439,6 +442,29 @@ impl Broker {
             .devices
             .upgrade(index as usize, grant, backend, &self.policy)?;
         Ok((Reply::Started { index, pid }, Some(socket)))
+    }
+
+    /// Makes a disk's image longer, as far as the command line allowed it.
+    fn resize(&self, index: u32, size: u64) -> Result<(), String> {
+        let grant = self.plugged.get(&index);
+        let grant = grant.or_else(|| self.policy.devices.get(index as usize));
+        let disk = match grant.map(|grant| &grant.spec) {
+            Some(DeviceSpec::Block(disk)) => disk,
+            Some(other) => return Err(format!("device {} is no disk", other.id())),
+            None => return Err(format!("the policy has no device {index}")),
+        };
+        let duplicates;
+        let image = match self.kept.get(&index) {
+            Some(kept) => kept.first(),
+            None => {
+                duplicates = self.added.duplicates(index)?;
+                duplicates.first()
+            }
+        }
+        .ok_or_else(|| format!("device {}: its image is not here", disk.id))?;
+        let most = self.policy.growing.iter().find(|(at, _)| *at == index);
+        super::resize::resize(image, disk.readonly, most.map(|(_, most)| *most), size)
+            .map_err(|e| format!("device {}: {e}", disk.id))
     }
 
     fn settle(&mut self, index: u32, newer: bool) -> Result<(Reply, Option<OwnedFd>), String> {

@@ -134,12 +134,16 @@ impl super::Draft {
             file: props.required("file")?.into(),
             readonly: props.bool("readonly").unwrap_or(false),
             direct: props.bool("direct").unwrap_or(true),
+            max_size: props.int("max-size"),
             io: block_io(props),
         };
         if props.text("aio") == Some("native") && !drive.direct {
             return Err(props.error(
                 "aio=native contradicts direct=off; allowed with it: aio=io_uring, aio=off",
             ));
+        }
+        if drive.readonly && drive.max_size.is_some() {
+            return Err(props.error("max-size contradicts readonly=on; allowed with it: none"));
         }
         if self.spec.drives.iter().any(|other| other.id == drive.id) {
             return Err(props.error(format!("id {} is used by another -drive", drive.id)));

@@ -132,6 +132,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
             version: PROTOCOL_VERSION,
             files: files.0,
             additions: additions(spec, devices.len()),
+            growing: growing(spec),
             devices,
             snapshots: snapshots(spec),
             seccomp: spec.seccomp,
@@ -269,6 +270,21 @@ impl Files {
             },
         }
     }
+}
+
+/// The disks that have a `max-size`.
+fn growing(spec: &VmSpec) -> Vec<(u32, u64)> {
+    let most = |device: &DeviceOption| match &device.kind {
+        DeviceKind::Block { drive, .. } => {
+            let drive = spec.drives.iter().find(|one| one.id == *drive)?;
+            drive.max_size
+        }
+        _ => None,
+    };
+    (0_u32..)
+        .zip(&spec.devices)
+        .filter_map(|(index, device)| Some((index, most(device)?)))
+        .collect()
 }
 
 fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {

@@ -392,6 +392,12 @@ const DRIVE: &[Shape] = &[one(
             "report",
             "the same for reads",
         ),
+        key(
+            "max-size",
+            Kind::Int(0, limits::MAX_IMAGE_SIZE),
+            "",
+            "bytes that QMP's block_resize may make the image, if it is a file; without it the image keeps its size",
+        ),
         key("unit", Kind::Later, "", "flash bank of if=pflash"),
     ],
 )];

@@ -453,6 +453,7 @@ impl Vm {
             VmCommand::BackendAdd(what, fds, reply) => self.add_backend(*what, &fds, reply)?,
             VmCommand::BackendDel(kind, id, reply) => self.remove_backend(kind, &id, reply)?,
             VmCommand::DeviceAdd(new, reply) => self.add_device(*new, reply)?,
+            VmCommand::BlockResize(name, size, reply) => self.resize_disk(&name, size, reply)?,
             VmCommand::DeviceUpgrade(id, reply) => self.upgrade_device(&id, reply)?,
             VmCommand::DeviceDel(id, reply) => self.remove_device(&id, reply)?,
             VmCommand::Wrong(why, reply) => reply.send(Err(QmpError::generic(why))),

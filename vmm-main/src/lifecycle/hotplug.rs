@@ -115,6 +115,11 @@ enum Waiting {
     Remove {
         reply: Reply<()>,
     },
+    /// An image has another size; its process does not know it yet.
+    Resize {
+        unit: usize,
+        reply: Reply<()>,
+    },
     Plug {
         unit: usize,
     },
@@ -544,6 +549,50 @@ impl Vm {
         )
     }
 
+    /// `block_resize`: the broker makes the image longer, and another process takes the place of the one that serves, which tells
+    /// the guest.
+    pub(super) fn resize_disk(
+        &mut self,
+        name: &str,
+        size: u64,
+        reply: Reply<()>,
+    ) -> Result<(), End> {
+        let disk = |device: &&DeviceOption| match &device.kind {
+            DeviceKind::Block { drive, .. } => drive == name || device.id == name,
+            DeviceKind::ForeignBlock { .. } => device.id == name,
+            _ => false,
+        };
+        let found = self.parts.spec.devices.iter().find(disk);
+        let unit = found.and_then(|device| {
+            let units = &self.hotplug.units;
+            units
+                .iter()
+                .position(|unit| unit.device.as_ref() == Some(&device.id))
+        });
+        let (Some(device), Some(unit)) = (found, unit) else {
+            reply.send(Err(generic(format!(
+                "Cannot find device='{name}' nor node-name='{name}' behind a disk"
+            ))));
+            return Ok(());
+        };
+        if matches!(device.kind, DeviceKind::ForeignBlock { .. }) {
+            let id = &device.id;
+            reply.send(Err(generic(format!(
+                "Device '{id}' has its image from somebody else's daemon, which alone can resize it"
+            ))));
+            return Ok(());
+        }
+        if self.job.is_some() || self.parts.pager.is_some() {
+            reply.send(Err(generic(SNAPSHOT)));
+            return Ok(());
+        }
+        let request = Request::Resize {
+            index: unit as u32,
+            size,
+        };
+        self.ask_broker(&request, Waiting::Resize { unit, reply })
+    }
+
     /// `device-upgrade`
     pub(super) fn upgrade_device(&mut self, id: &str, reply: Reply<()>) -> Result<(), End> {
         let units = &self.hotplug.units;
@@ -601,6 +650,11 @@ impl Vm {
             (Waiting::Remove { reply }, answer) => {
                 reply.send(answer.map(drop).map_err(generic));
             }
+            (Waiting::Resize { unit, reply }, Ok(_)) => {
+                // Its process has the old size, and the limit that goes with it.
+                return self.supervise(|supervisor, cx| supervisor.upgrade(unit, reply, cx));
+            }
+            (Waiting::Resize { reply, .. }, Err(why)) => reply.send(Err(generic(why))),
             (Waiting::Plug { unit }, Ok(Notice::Started { pid, socket, .. })) => {
                 return self.plug_started(unit, pid, socket);
             }

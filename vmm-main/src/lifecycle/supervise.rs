@@ -420,7 +420,7 @@ impl Supervisor {
                 }
                 _ => self.started(index as usize, pid, socket, cx),
             },
-            Notice::Added | Notice::Removed | Notice::Unplugged { .. } => {
+            Notice::Added | Notice::Removed | Notice::Resized | Notice::Unplugged { .. } => {
                 if let Some(Asked::Other(number)) = self.asked.pop_front() {
                     self.others.push_back(Told::Answer(number, Ok(notice)));
                 }

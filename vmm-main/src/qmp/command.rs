@@ -390,6 +390,8 @@ pub enum VmCommand {
     BackendDel(super::BackendKind, String, Reply<()>),
     /// `device_add`
     DeviceAdd(Box<super::NewDevice>, Reply<()>),
+    /// `block_resize`: of the disk with this drive or id, to so many bytes
+    BlockResize(String, u64, Reply<()>),
     /// `device-upgrade`
     DeviceUpgrade(String, Reply<()>),
     /// `device_del`

@@ -58,6 +58,7 @@ impl NewBackend {
             file: name.unwrap_or_default().into(),
             readonly: arguments.flag("read-only").unwrap_or(false),
             direct: cache.flag("direct").unwrap_or(true),
+            max_size: None,
             io: BlockIo {
                 aio: match file.text("aio").as_deref() {
                     Some("off" | "threads") => Aio::Off,

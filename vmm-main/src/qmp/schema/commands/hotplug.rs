@@ -373,6 +373,30 @@ pub(super) static COMMANDS: &[Command] = &[
     )
     .takes(DEVICE),
     main(
+        "block_resize",
+        "Makes a disk's image longer, up to `max-size=` of its `-drive`, and shows the guest its new size; an image is never made shorter. For a block device of the host, whose size somebody else has changed, `size` must be what it has now. The disk's process is replaced by one that may write that far (DEVICE_UPGRADED)",
+        |ticket, mut arguments| {
+            let names = (arguments.text("device"), arguments.text("node-name"));
+            let ((Some(name), None) | (None, Some(name))) = names else {
+                return VmCommand::Wrong(
+                    "block_resize takes exactly one of 'device' and 'node-name'".into(),
+                    nothing(ticket),
+                );
+            };
+            let size = arguments.uint("size").unwrap_or_default();
+            VmCommand::BlockResize(name, size, nothing(ticket))
+        },
+    )
+    .takes(&[
+        may("device", Type::ID, "id of the drive, or of the disk"),
+        may("node-name", Type::ID, "the same"),
+        must(
+            "size",
+            Type::Int(0, limits::MAX_IMAGE_SIZE),
+            "bytes, a multiple of 512",
+        ),
+    ]),
+    main(
         "device-upgrade",
         "Replaces a disk's or card's process by one of the program that is at its place now, in the same jail, while the guest runs: answers when the old one is gone. If the new one does not come up, the old one serves on. A shared folder's process is not replaced",
         |ticket, mut arguments| {
