@@ -12,7 +12,7 @@
 use crate::{
     layer::{Layer, LayerReport, State},
     steps::{
-        caps, dumpable,
+        caps, dumpable, faults,
         idmap::{self, Identity},
         landlock, namespaces, no_new_privs, parent_death, root, session, threads,
     },
@@ -307,6 +307,7 @@ fn start(
             SigSet::empty()
                 .thread_set_mask()
                 .map_err(step("unblocking signals"))?;
+            faults::report_plainly().map_err(step("resetting signals"))?;
             parent_death::follow(me.as_raw_fd()).map_err(step("following the process outside"))?;
             if !sys::await_byte(childs_end.as_raw_fd()).map_err(step("waiting for users"))? {
                 return Err(step("waiting for users")(Errno::ESRCH));

@@ -105,6 +105,8 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("SIGTERM", 15),
     ("SIGCHLD", 17),
     ("SIGRTMIN", 34), // glibc keeps 32 and 33 for itself
+    // open(2), dup3(2)
+    ("O_CLOEXEC", 0x8_0000),
     // clone(2)
     ("CLONE_VM", 0x100),
     ("CLONE_FS", 0x200),

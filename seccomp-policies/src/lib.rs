@@ -41,6 +41,8 @@ pub enum Policy {
     VhostUserFs,
     /// The process that keeps what a guest holds of a shared folder, and starts those that serve it.
     FsKeeper,
+    /// The process of the file-sharing daemon that waits outside of the jail, and starts others inside.
+    FsOutside,
     /// `ozone`: the process that a manager started.
     OzoneOutside,
     /// `ozone`: the first process of the jail's pid namespace.
@@ -79,7 +81,7 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
@@ -91,6 +93,7 @@ impl Policy {
         Self::Template,
         Self::VhostUserFs,
         Self::FsKeeper,
+        Self::FsOutside,
         Self::OzoneOutside,
         Self::OzoneFirst,
     ];
@@ -110,6 +113,7 @@ impl Policy {
             Self::Template => &generated::TEMPLATE_INFO,
             Self::VhostUserFs => &generated::VHOST_USER_FS_INFO,
             Self::FsKeeper => &generated::FS_KEEPER_INFO,
+            Self::FsOutside => &generated::FS_OUTSIDE_INFO,
             Self::OzoneOutside => &generated::OZONE_OUTSIDE_INFO,
             Self::OzoneFirst => &generated::OZONE_FIRST_INFO,
         }
@@ -139,6 +143,7 @@ impl Policy {
             Self::Template => &generated::TEMPLATE,
             Self::VhostUserFs => &generated::VHOST_USER_FS,
             Self::FsKeeper => &generated::FS_KEEPER,
+            Self::FsOutside => &generated::FS_OUTSIDE,
             Self::OzoneOutside => &generated::OZONE_OUTSIDE,
             Self::OzoneFirst => &generated::OZONE_FIRST,
         }

@@ -266,6 +266,7 @@ fn constants_are_the_kernels() {
         ("SIGKILL", libc::SIGKILL as u64),
         ("CLOCK_MONOTONIC", libc::CLOCK_MONOTONIC as u64),
         ("CLONE_THREAD", libc::CLONE_THREAD as u64),
+        ("O_CLOEXEC", libc::O_CLOEXEC as u64),
         ("CLONE_VM", libc::CLONE_VM as u64),
         ("AT_EMPTY_PATH", libc::AT_EMPTY_PATH as u64),
         ("TCGETS", libc::TCGETS),

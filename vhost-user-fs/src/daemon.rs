@@ -4,14 +4,14 @@
 //! **Who is not trusted.** The front end and the guest, from the moment the front end is connected; by then the process inside
 //! has lost every right but those on the tree, and its first message is read behind the system call filter.
 //! **Why this way.** One daemon serves one front end and ends with it, so that no guest inherits another's state. The process
-//! that serves can be killed at any time: the one outside starts another, which goes on with the guest's open files and the
+//! that serves can be killed at any time: the one outside, which can do nothing else by its filter, starts another, which goes on with the guest's open files and the
 //! front end's connection (`device_host::Record`, `passthrough::Store`). The front end notices nothing.
 
 use std::collections::{HashSet, VecDeque};
 use std::fs::{OpenOptions, Permissions};
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
 use nix::sys::stat::{Mode, umask};
 use ozone::tree::{self, Ended, Inside, Side, TreeError, Wanted};
 use seccomp_policies::{Action, Policy};
@@ -178,6 +178,12 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
             }
             Side::Outside(outside) => outside,
         };
+        // Another process inside has it from here.
+        if seccomp_policies::in_force(Policy::FsOutside).is_none()
+            && let Some(action) = action(options.seccomp)
+        {
+            seccomp_policies::install(Policy::FsOutside, action)?;
+        }
         resident::give_code_back();
         let ended = outside.wait()?;
         match ended {
@@ -322,12 +328,7 @@ fn serve(
             .map_err(DaemonError::Accept)?;
         jailed.serve_on_record(stream, record)?
     };
-    let action = match options.seccomp {
-        Seccomp::Allow => None,
-        Seccomp::Kill => Some(Action::Kill),
-        Seccomp::Log => Some(Action::Log),
-        Seccomp::Trap => Some(Action::Trap),
-    };
+    let action = action(options.seccomp);
     if action != Some(Action::Kill) {
         ipc::log::warn!("-seccomp: unexpected system calls do not end this process");
     }
@@ -339,6 +340,16 @@ fn serve(
     serving.run()?;
     ipc::log::info!("the front end left");
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the filters do; `None` without any.
+fn action(wanted: Seccomp) -> Option<Action> {
+    match wanted {
+        Seccomp::Allow => None,
+        Seccomp::Kill => Some(Action::Kill),
+        Seccomp::Log => Some(Action::Log),
+        Seccomp::Trap => Some(Action::Trap),
+    }
 }
 
 /// What the options need, with the user's changes.
@@ -416,7 +427,12 @@ fn group_id(name: &str) -> Result<u32, DaemonError> {
 
 fn take_socket(socket: Result<OwnedFd, Errno>) -> Result<FrontEnd, Errno> {
     let socket = socket?;
-    // Fails for what is no socket.
+    // Each fails for what is no socket. One of the network would let others in than whoever has the host's word.
+    if getsockopt(&socket, sockopt::SockType)? != SockType::Stream
+        || getsockname::<UnixAddr>(socket.as_raw_fd()).is_err()
+    {
+        return Err(Errno::EPROTOTYPE);
+    }
     if getsockopt(&socket, sockopt::AcceptConn)? {
         Ok(FrontEnd::Listening(socket.into()))
     } else {

@@ -6,7 +6,10 @@ mod raw;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::net::UnixListener;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -14,7 +17,13 @@ use libc::O_RDWR;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
 use raw::Client;
+use seccomp_policies::{Action, Policy};
+use tests::daemon::Daemon;
+use tests::trace::Tracee;
 use tests::wait::{Deadline, Watched};
+
+/// A daemon needs milliseconds; this is for a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn output(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
@@ -40,7 +49,7 @@ fn status(pid: u32) -> BTreeMap<String, String> {
 #[test]
 fn the_serving_process_holds_what_it_needs_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
-    let client = Client::start(dir.path(), &[]);
+    let mut client = Client::start(dir.path(), &[]);
     let pid = serving(client.child.id());
     let status = status(pid);
     for set in ["CapInh", "CapAmb"] {
@@ -67,7 +76,82 @@ fn the_serving_process_holds_what_it_needs_and_nothing_else() {
     for set in ["CapPrm", "CapEff"] {
         assert_eq!(outside[set], "00000000800000c0", "{set}");
     }
+    let filters = |pid: u32| {
+        let stopped = Tracee::stop(pid.cast_signed()).unwrap();
+        stopped.filters().unwrap()
+    };
+    let only = |policy: Policy| policy.program(Action::Kill).to_vec();
+    assert_eq!(filters(client.child.id()), [only(Policy::FsOutside)]);
+    assert_eq!(filters(pid), [only(Policy::VhostUserFs)]);
+    // One that goes on for it has inherited the filter of the process outside.
+    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
+    client.assert_alive();
+    let next = serving(client.child.id());
+    let both = [Policy::FsOutside, Policy::VhostUserFs].map(only);
+    assert_eq!(filters(next), both);
     assert!(client.finish().success());
+}
+
+/// The number of the system call that process `pid` waits in, if it does.
+fn call_of(pid: u32) -> Option<i64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/syscall")).ok()?;
+    text.split(' ').next()?.parse().ok()
+}
+
+#[test]
+fn one_that_waits_for_its_front_end_can_be_killed_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let program = Path::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
+    let mut daemon = Daemon::sharing(program, dir.path(), &socket, &[]).unwrap();
+    let outside = daemon.pid().cast_unsigned();
+    let children = format!("/proc/{outside}/task/{outside}/children");
+    // Killed before, it is one that could not be started. What it waits in shows that it waits; there is no event.
+    let waits = || {
+        let child = fs::read_to_string(&children).ok()?.trim().parse().ok()?;
+        (call_of(child) == Some(libc::SYS_accept4)).then_some(child)
+    };
+    let deadline = Deadline::after(LIMIT);
+    let inside: u32 = loop {
+        if let Some(pid) = waits() {
+            break pid;
+        }
+        assert!(!deadline.left().is_zero(), "{}", daemon.said);
+    };
+    let watched = Watched::new(inside.cast_signed()).unwrap();
+    kill(Pid::from_raw(inside.cast_signed()), Signal::SIGKILL).unwrap();
+    // One that is about to die might still take the connection.
+    assert!(watched.ended(Deadline::after(LIMIT)).unwrap());
+    // Taken by the next one, which ends when its front end leaves.
+    drop(UnixStream::connect(&socket).unwrap());
+    assert!(daemon.wait(LIMIT).unwrap().success());
+    assert!(!socket.exists());
+}
+
+/// A number on the command line says nothing about what is there.
+#[test]
+fn a_descriptor_that_is_no_unix_stream_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let others: [OwnedFd; 3] = [
+        TcpListener::bind("127.0.0.1:0").unwrap().into(),
+        UnixDatagram::unbound().unwrap().into(),
+        fs::File::open(dir.path()).unwrap().into(),
+    ];
+    for other in others {
+        let what = format!("{other:?}");
+        let output = Command::new("sh")
+            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
+            .arg(env!("CARGO_BIN_EXE_vhost_user_fs"))
+            .args(["-fd", "3", "-source"])
+            .arg(dir.path())
+            .stdin(other)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{what}: {said}");
+        let expected = "vhost_user_fs: -fd 3: not an open unix stream socket";
+        assert!(said.starts_with(expected), "{what}: {said}");
+    }
 }
 
 #[test]
@@ -197,6 +281,10 @@ fn it_works_without_root() {
     client.uid = 4321; // nobody here may be that; the file is the daemon's user's
     let (node, fh) = client.create(1, "file", O_RDWR).unwrap();
     assert_eq!(client.write(node, fh, 0, b"hello"), Ok(5));
+    assert_eq!(client.read(node, fh, 0, 10).unwrap(), b"hello");
+    // Another one goes on, which has no rights but its own either.
+    let inside = serving(client.child.id());
+    kill(Pid::from_raw(inside.cast_signed()), Signal::SIGKILL).unwrap();
     assert_eq!(client.read(node, fh, 0, 10).unwrap(), b"hello");
     let made = fs::metadata(dir.path().join("file")).unwrap();
     assert_eq!(std::os::unix::fs::MetadataExt::uid(&made), 65534);

@@ -56,20 +56,18 @@ pub(crate) fn fork(namespaces: c_int) -> Result<Fork, Errno> {
     Ok(Fork::Parent { pid, pidfd })
 }
 
-/// Forks with namespaces, and with one table of descriptors for both: what either opens or closes, the other has opened or
+/// Forks with namespaces, by clone(2), whose flags a filter can see, and with one table of descriptors for both: what either opens or closes, the other has opened or
 /// closed, and what the child had open stays open when it dies. Returns the child's number to the parent and `None` to the
 /// child.
 ///
 /// The caller must be the process's only thread, as for [`fork`]. No object of either side may close a descriptor that the
 /// other uses.
 pub(crate) fn fork_with_descriptors(namespaces: c_int) -> Result<Option<libc::pid_t>, Errno> {
-    let mut args = CloneArgs {
-        flags: (namespaces | libc::CLONE_FILES) as u64 | CLONE_CLEAR_SIGHAND,
-        exit_signal: libc::SIGCHLD as u64,
-        ..CloneArgs::default()
-    };
-    // SAFETY: as in `fork`.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
+    let flags = (namespaces | libc::CLONE_FILES | libc::SIGCHLD) as c_ulong;
+    let none = ptr::null_mut::<c_int>();
+    // SAFETY: as in `fork`: no memory is shared and no stack given. What the order of the last ones is does not matter, since
+    // no flag uses them.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
     let pid = Errno::result(pid)? as libc::pid_t;
     Ok((pid != 0).then_some(pid))
 }
