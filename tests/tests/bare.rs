@@ -192,6 +192,37 @@ fn a_serial_number_reaches_the_guest() {
     ends_well(&mut vm);
 }
 
+/// Two nodes a disk, as libvirt passes them.
+#[test]
+fn a_disk_may_be_made_of_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = image(dir.path(), 4096);
+    std::fs::write(&disk, vec![0; 4096 * 512]).unwrap();
+    let below = serde_json::json!({
+        "driver": "file", "filename": disk, "node-name": "libvirt-1-storage",
+        "auto-read-only": true, "discard": "unmap",
+    });
+    let node = |readonly| {
+        serde_json::json!({
+            "node-name": "libvirt-1-format", "read-only": readonly, "driver": "raw",
+            "file": "libvirt-1-storage",
+        })
+    };
+    for (readonly, append, last) in [(false, "", "BLK-RW OK"), (true, "readonly=1", "BLK-RO OK")] {
+        let mut vm = vm(Payload::BlkRw, append)
+            .arg("-blockdev")
+            .arg(below.to_string())
+            .arg("-blockdev")
+            .arg(node(readonly).to_string())
+            .arg("-device")
+            .arg(r#"{"driver":"virtio-blk-device","drive":"libvirt-1-format","id":"virtio-disk0"}"#)
+            .start()
+            .unwrap();
+        expect(&mut vm, last);
+        ends_well(&mut vm);
+    }
+}
+
 #[test]
 fn a_readonly_disk_takes_no_write() {
     let dir = tempfile::tempdir().unwrap();

@@ -511,7 +511,7 @@ fn unused(draft: &mut Draft) {
     for (drive, arg) in spec.drives.iter().zip(&draft.drive_args) {
         let used = |device: &DeviceOption| matches!(&device.kind, DeviceKind::Block { drive: id, .. } if *id == drive.id);
         if !spec.devices.iter().any(used) {
-            notes.push(format!("-drive {arg}: no device uses it"));
+            notes.push(format!("{arg}: no device uses it"));
         }
     }
     for (netdev, arg) in spec.netdevs.iter().zip(&draft.netdev_args) {

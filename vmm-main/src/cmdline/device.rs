@@ -74,11 +74,14 @@ pub(super) enum DraftKind {
 }
 
 /// How a `-drive` does its I/O.
+/// How arguments of a node begin.
+const NODE: &str = "-blockdev ";
+
 fn block_io(props: &Props<'_>) -> BlockIo {
     let default = BlockIo::default();
     BlockIo {
         aio: match props.text("aio") {
-            Some("off") => Aio::Off,
+            Some("off" | "threads") => Aio::Off,
             Some("io_uring") => Aio::IoUring,
             _ => Aio::Native,
         },
@@ -145,8 +148,66 @@ impl super::Draft {
         if drive.readonly && drive.max_size.is_some() {
             return Err(props.error("max-size contradicts readonly=on; allowed with it: none"));
         }
+        self.add_drive(props, drive)
+    }
+
+    /// `-blockdev`
+    pub(super) fn blockdev(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
+        let id = props.required("node-name")?;
+        let drive = if props.shape() == "raw" {
+            let file = props.required("file")?;
+            let below = self.spec.drives.iter().position(|drive| drive.id == file);
+            let below = below.filter(|at| self.drive_args[*at].starts_with(NODE));
+            let Some(at) = below else {
+                return Err(props.error(format!(
+                    "file={file} is no node that is free; give it by a -blockdev before this one"
+                )));
+            };
+            // From here on it is part of this one.
+            let below = self.spec.drives.remove(at);
+            self.drive_args.remove(at);
+            let readonly = props.bool("read-only").unwrap_or(below.readonly);
+            if below.readonly && !readonly {
+                return Err(props.error(format!(
+                    "read-only=off contradicts node {file}, which is read-only=on"
+                )));
+            }
+            let own = block_io(props);
+            DriveSpec {
+                id,
+                readonly,
+                direct: props.bool("cache.direct").unwrap_or(below.direct),
+                io: BlockIo {
+                    discard: own.discard || below.io.discard && !props.has("discard"),
+                    detect_zeroes: if props.has("detect-zeroes") {
+                        own.detect_zeroes
+                    } else {
+                        below.io.detect_zeroes
+                    },
+                    ..below.io
+                },
+                ..below
+            }
+        } else {
+            let io = block_io(props);
+            DriveSpec {
+                id,
+                file: props.required("filename")?.into(),
+                readonly: props.bool("read-only").unwrap_or(false),
+                direct: props.bool("cache.direct").unwrap_or(false),
+                max_size: None,
+                io,
+            }
+        };
+        if props.text("aio") == Some("native") && !drive.direct {
+            return Err(props.error("aio=native needs cache.direct=on"));
+        }
+        self.add_drive(props, drive)
+    }
+
+    fn add_drive(&mut self, props: &Props<'_>, drive: DriveSpec) -> Result<(), CmdlineError> {
         if self.spec.drives.iter().any(|other| other.id == drive.id) {
-            return Err(props.error(format!("id {} is used by another -drive", drive.id)));
+            return Err(props.error(format!("id {} is used by another drive or node", drive.id)));
         }
         let shared =
             |other: &&DriveSpec| other.file == drive.file && !(other.readonly && drive.readonly);
@@ -158,7 +219,8 @@ impl super::Draft {
             )));
         }
         self.spec.drives.push(drive);
-        self.drive_args.push(props.raw().to_owned());
+        self.drive_args
+            .push(format!("{} {}", props.dashed(), props.raw()));
         Ok(())
     }
 

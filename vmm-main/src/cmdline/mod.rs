@@ -354,6 +354,7 @@ impl Draft {
                 given.value.clone_into(&mut spec.boot.cmdline);
             }
             "drive" => self.drive(&given.props()?)?,
+            "blockdev" => self.blockdev(&given.props()?)?,
             "netdev" => self.netdev(&given.props()?)?,
             "fsdev" => self.fsdev(&given.props()?)?,
             "device" => self.device(&given.props()?)?,

@@ -279,6 +279,11 @@ impl<'a> Props<'a> {
         self.raw
     }
 
+    /// The option, as it is given.
+    pub(super) fn dashed(&self) -> String {
+        self.option.dashed()
+    }
+
     /// The leading word's table name.
     pub(super) fn shape(&self) -> &'static str {
         self.shape.name

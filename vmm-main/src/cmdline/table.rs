@@ -319,6 +319,94 @@ const HOTPLUG: &[Shape] = &[one(
 )];
 
 /// `-drive`
+const NODE_NAME: Key = must(
+    "node-name",
+    Kind::Id,
+    "name that a device or another node refers to",
+);
+const NODE_READONLY: Key = key(
+    "read-only",
+    Kind::Bool,
+    "off",
+    "the guest cannot write, nor can the process that serves it",
+);
+const NODE_DIRECT: Key = key(
+    "cache.direct",
+    Kind::Bool,
+    "off",
+    "the host's page cache is not used (O_DIRECT)",
+);
+const NODE_NO_FLUSH: Key = key(
+    "cache.no-flush",
+    Kind::Fixed(&["off"]),
+    "off",
+    "flushes are always done",
+);
+const NODE_AUTO: Key = key(
+    "auto-read-only",
+    Kind::Bool,
+    "",
+    "accepted; it is never done",
+);
+const NODE_DISCARD: Key = key(
+    "discard",
+    Kind::Choice(&["unmap", "ignore"]),
+    "ignore",
+    "whether a discard of the guest frees space on the host",
+);
+const NODE_ZEROES: Key = key(
+    "detect-zeroes",
+    Kind::Choice(&["unmap", "on", "off"]),
+    "off",
+    "as -drive detect-zeroes=",
+);
+
+const FILE_NODE: &[Key] = &[
+    NODE_NAME,
+    must("filename", Kind::Path, "image or block device of the host"),
+    NODE_READONLY,
+    NODE_DIRECT,
+    NODE_NO_FLUSH,
+    NODE_AUTO,
+    NODE_DISCARD,
+    NODE_ZEROES,
+    key(
+        "aio",
+        Kind::Choice(&["native", "io_uring", "threads"]),
+        "io_uring if the host allows it",
+        "as -drive aio=; threads: one request after the other",
+    ),
+    key(
+        "locking",
+        Kind::Choice(&["auto", "on"]),
+        "",
+        "accepted; images are always locked",
+    ),
+];
+
+const BLOCKDEV: &[Shape] = &[
+    form("file", "An image in a file", FILE_NODE),
+    form("host_device", "A block device of the host", FILE_NODE),
+    form(
+        "raw",
+        "What another node holds, as it is",
+        &[
+            NODE_NAME,
+            must(
+                "file",
+                Kind::Id,
+                "node-name of that node, which then belongs to this one",
+            ),
+            NODE_READONLY,
+            NODE_DIRECT,
+            NODE_NO_FLUSH,
+            NODE_AUTO,
+            NODE_DISCARD,
+            NODE_ZEROES,
+        ],
+    ),
+];
+
 const DRIVE: &[Shape] = &[one(
     "",
     &[
@@ -1156,6 +1244,17 @@ pub static OPTIONS: &[OptionDef] = &[
     ),
     repeated(
         Group::Devices,
+        "blockdev",
+        Arg::Props {
+            selector: "driver",
+            noun: "block driver",
+            shapes: BLOCKDEV,
+            later: &["qcow2", "luks", "nbd", "null-co", "host_cdrom"],
+        },
+        "The same as -drive, as QEMU and libvirt name it: a node, which a -device or another node refers to.",
+    ),
+    repeated(
+        Group::Devices,
         "netdev",
         Arg::Props {
             selector: "type",
@@ -1357,7 +1456,6 @@ pub static OPTIONS: &[OptionDef] = &[
     later("global", "Defaults of a kind of device."),
     later("trace", "Events to trace."),
     later("vnc", "Remote display."),
-    later("blockdev", "A disk's image, as libvirt passes it."),
 ];
 
 /// The option that `name`, without dashes, names.

@@ -404,6 +404,26 @@ fn properties_may_be_json_as_libvirt_writes_them() {
 }
 
 #[test]
+fn nodes_are_drives_and_a_format_takes_its_file_over() {
+    // As libvirt writes it, with a node for the file and one for what it holds, and without the second.
+    let nodes = run("-kernel k \
+         -blockdev '{\"driver\":\"file\",\"filename\":\"/a,b\",\"node-name\":\"one\",\"read-only\":true,\"auto-read-only\":true,\"discard\":\"unmap\",\"cache\":{\"direct\":true,\"no-flush\":false}}' \
+         -blockdev '{\"node-name\":\"two\",\"read-only\":true,\"driver\":\"raw\",\"file\":\"one\"}' \
+         -blockdev driver=host_device,node-name=three,filename=/dev/vg/c,aio=threads \
+         -device virtio-blk-device,drive=two,id=disk -device virtio-blk-device,drive=three,id=other");
+    let drives = run("-kernel k \
+         -drive id=two,file=/a,,b,readonly=on,discard=unmap,direct=on \
+         -drive id=three,file=/dev/vg/c,direct=off,aio=off \
+         -device virtio-blk-device,drive=two,id=disk -device virtio-blk-device,drive=three,id=other");
+    assert_eq!(nodes, drives);
+    let unused = run("-kernel k -blockdev file,node-name=one,filename=f");
+    assert_eq!(
+        unused.ignored,
+        ["-blockdev file,node-name=one,filename=f: no device uses it"]
+    );
+}
+
+#[test]
 fn guest_memory_without_a_file_is_an_object_like_any() {
     let spec = run(
         "-kernel k -machine microvm,memory-backend=m -object memory-backend-memfd,id=m,size=1G,dump=off",
