@@ -557,6 +557,62 @@ fn a_cards_process_is_replaced_under_load_and_no_buffer_is_lost() {
     println!("gap in ms, 50 %, 99 %, most: {:.2?}", percentiles(stalls));
 }
 
+#[test]
+fn a_cards_link_is_down_until_it_is_up_whatever_becomes_of_its_process() {
+    let tap = Tap::new("sv-link", "10.7.35.1/24").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let vm = builder(Payload::NetLoop, "host=10.7.35.1 own=10.7.35.2")
+        .args(["-netdev", "tap,id=n0,ifname=sv-link", "-device"])
+        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:35")
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    let mut guest = Guest {
+        vm,
+        qmp,
+        _dir: dir,
+        in_flight: 0,
+    };
+    let from_guest = || -> u64 {
+        let path = "/sys/class/net/sv-link/statistics/rx_packets";
+        std::fs::read_to_string(path)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    guest.expect("LOOP 10\r");
+    let pid = guest.pid("net");
+    let nobody = json!({ "name": "nobody", "up": false });
+    let error = guest.qmp.execute("set_link", nobody).unwrap_err();
+    assert!(
+        error.to_string().contains("Device 'nobody' not found"),
+        "{error}"
+    );
+    // By its netdev's name, and later by its own.
+    guest
+        .qmp
+        .execute("set_link", json!({ "name": "n0", "up": false }))
+        .unwrap();
+    let sent = from_guest();
+    // The guest sends all the time; another process takes some milliseconds to come.
+    guest.kill("card", pid);
+    assert_eq!(from_guest(), sent, "while the link is down");
+    guest
+        .qmp
+        .execute("set_link", json!({ "name": "card", "up": true }))
+        .unwrap();
+    let more = (0..1000).any(|_| {
+        guest.expect("LOOP ");
+        from_guest() > sent
+    });
+    assert!(more, "nothing comes though the link is up");
+    guest.type_a_byte();
+    guest.expect("NET-LOOP OK answers ");
+    guest.ends_well();
+    drop(tap);
+}
+
 /// Puts another program in the place of `to`, as a package manager does.
 fn put(from: &Path, to: &Path) {
     let beside = to.with_extension("new");

@@ -456,6 +456,7 @@ impl Vm {
             VmCommand::BlockResize(name, size, reply) => self.resize_disk(&name, size, reply)?,
             VmCommand::DeviceUpgrade(id, reply) => self.upgrade_device(&id, reply)?,
             VmCommand::DeviceDel(id, reply) => self.remove_device(&id, reply)?,
+            VmCommand::SetLink(name, up, reply) => reply.send(self.set_link(&name, up)),
             VmCommand::Wrong(why, reply) => reply.send(Err(QmpError::generic(why))),
             VmCommand::Stop(reply) => {
                 let done = match self.state {
@@ -542,6 +543,34 @@ impl Vm {
             cpus: self.cpus()?,
             stopped: self.supervisor.stopped(),
         })
+    }
+
+    /// Pulls the cable of the card with this name, or whose netdev has it, or plugs it in.
+    fn set_link(&self, name: &str, up: bool) -> Result<(), QmpError> {
+        let named = |device: &&ipc::spec::vm::DeviceOption| {
+            device.id == name
+                || matches!(&device.kind, DeviceKind::Net { netdev, .. } if netdev == name)
+        };
+        let Some(device) = self.parts.spec.devices.iter().find(named) else {
+            return Err(QmpError::device_not_found(name));
+        };
+        if !matches!(device.kind, DeviceKind::Net { .. }) {
+            return Err(QmpError::generic(format!(
+                "Device '{name}' is no network card; allowed: the id of one, or of its netdev"
+            )));
+        }
+        let mut transports = self.parts.transports.iter().map(lock);
+        let transport = transports.find(|one| one.core().device().id() == device.id);
+        match transport {
+            Some(transport) if transport.core().device().is_failed() => Err(
+                QmpError::device_not_active(format!("Device '{name}' was given up")),
+            ),
+            Some(mut transport) => {
+                transport.set_link(up);
+                Ok(())
+            }
+            None => Err(QmpError::device_not_found(name)),
+        }
     }
 
     /// A register of a vCPU, which has to stand still for it.

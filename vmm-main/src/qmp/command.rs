@@ -396,6 +396,8 @@ pub enum VmCommand {
     DeviceUpgrade(String, Reply<()>),
     /// `device_del`
     DeviceDel(String, Reply<()>),
+    /// `set_link`: of this device or netdev, up or down
+    SetLink(String, bool, Reply<()>),
     /// A command with an argument that is wrong for this reason.
     Wrong(String, Reply<()>),
     /// `stop`: pauses the vCPUs; emits STOP before it answers.

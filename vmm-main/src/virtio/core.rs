@@ -488,11 +488,30 @@ impl Core {
         if let Some((offset, byte)) = state.written(&self.device) {
             self.device.write_config(offset, &[byte])?;
         }
+        if state.link_is_down(&self.device) {
+            self.device.set_link(false)?;
+        }
         self.state = state.core;
         self.bases = state.bases;
         self.device.restore_inflight(state.inflight);
         self.held = true;
         Ok(())
+    }
+
+    /// Pulls a card's cable or plugs it in; the driver is told.
+    pub fn set_link(&mut self, up: bool, lines: &impl Interrupts) {
+        match self.device.set_link(up) {
+            Ok(false) => {}
+            Ok(true) => {
+                self.state.config_generation = self.state.config_generation.wrapping_add(1);
+                if self.is_running() {
+                    self.state.config_changed = true;
+                    lines.signal_config();
+                }
+            }
+            // The next process is told.
+            Err(error) => self.trouble(&error, lines),
+        }
     }
 
     /// The device is taken out: the driver is told, then what is under way is ended in order; `false` if that failed. The

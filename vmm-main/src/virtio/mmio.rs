@@ -149,6 +149,11 @@ impl MmioTransport {
         self.core.release(&self.line);
     }
 
+    /// See [`Core::set_link`].
+    pub fn set_link(&mut self, up: bool) {
+        self.core.set_link(up, &self.line);
+    }
+
     /// See [`Core::save`].
     pub fn save(&self) -> Result<DeviceState, RemoteError> {
         self.core.save()

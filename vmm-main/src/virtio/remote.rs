@@ -333,6 +333,9 @@ impl ConfigFrom {
     }
 }
 
+/// Where a card's `status` is, of which bit 0 says that there is a link (virtio 1.3, 5.1.4).
+pub(super) const NET_STATUS: usize = 6;
+
 /// Bytes of an in-flight description (vhost-user, "Inflight description": size, offset, queues, queue size, and padding
 /// to a multiple of 8).
 const INFLIGHT_LAYOUT: usize = 24;
@@ -563,6 +566,7 @@ impl Handshake {
             active: Vec::new(),
             exposed: false,
             failed: false,
+            link_down: false,
             link: Some(self.link),
         })
     }
@@ -614,6 +618,8 @@ pub struct RemoteDevice {
     exposed: bool,
     /// No process will come any more.
     failed: bool,
+    /// The host has a card's link down, which each process of it is told.
+    link_down: bool,
     /// `None` while there is no process that can be talked to.
     link: Option<Link>,
 }
@@ -712,26 +718,53 @@ impl RemoteDevice {
                     capacity.fill(0);
                 }
             }
-            // Status, of which bit 0 says that there is a link (virtio 1.3, 5.1.4).
-            VIRTIO_ID_NET => {
-                if let Some(status) = self.config.get_mut(6) {
-                    *status &= !1;
-                }
-            }
+            VIRTIO_ID_NET => self.show_link(false),
             _ => {}
         }
         self.config != before
+    }
+
+    /// What the guest reads of a card's link from now on.
+    fn show_link(&mut self, up: bool) {
+        if let Some(status) = self.config.get_mut(NET_STATUS) {
+            *status = *status & !1 | u8::from(up);
+        }
+    }
+
+    /// Pulls a card's cable, or plugs it in. `true` if that is something new for the guest. A process that comes later is told as well.
+    pub fn set_link(&mut self, up: bool) -> Result<bool, RemoteError> {
+        let before = self.config.clone();
+        self.link_down = !up;
+        self.show_link(up);
+        if self.link.is_some() {
+            self.tell_link()?;
+        }
+        Ok(self.config != before)
+    }
+
+    fn tell_link(&mut self) -> Result<(), RemoteError> {
+        let status = [u8::from(!self.link_down), 0];
+        // Not the driver's doing: the device takes it from nobody else.
+        let flags = VhostUserConfigFlags::LIVE_MIGRATION;
+        let header = VhostUserConfig::new(NET_STATUS as u32, status.len() as u32, flags);
+        self.talk(|link| {
+            link.post(FrontendReq::SET_CONFIG, &[header.as_slice(), &status], &[])?;
+            link.finish().map(drop)
+        })
     }
 
     /// Goes on with another process, whose handshake gave `fresh`. The guest has negotiated with the one before, so this
     /// one must offer the same; only configuration space may differ, as it may at any time: then `true`.
     pub fn take_over(&mut self, fresh: Self) -> Result<bool, RemoteError> {
         self.fits(&fresh)?;
-        let changed = fresh.config != self.config;
-        self.config = fresh.config;
+        let before = std::mem::replace(&mut self.config, fresh.config);
         self.active.clear();
         self.link = fresh.link;
-        Ok(changed)
+        if self.link_down {
+            self.show_link(false);
+            self.tell_link()?;
+        }
+        Ok(self.config != before)
     }
 
     /// Whether `fresh` offers what the guest has negotiated.

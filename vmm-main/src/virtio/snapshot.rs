@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::core::{CoreState, status};
-use super::remote::RemoteDevice;
+use super::remote::{NET_STATUS, RemoteDevice};
 
 /// All that goes on of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +100,12 @@ impl DeviceState {
         differs.then_some((BLOCK_WRITEBACK as u32, saved))
     }
 
+    /// Whether the host had a card's link down.
+    pub(super) fn link_is_down(&self, device: &RemoteDevice) -> bool {
+        let status = self.config.get(NET_STATUS);
+        device.virtio_id() == NET && status.is_some_and(|status| status & 1 == 0)
+    }
+
     /// Whether `device` can go on from this.
     pub fn check(&self, device: &RemoteDevice) -> Result<(), Misfit> {
         let id = || device.id().to_owned();
@@ -149,7 +155,10 @@ impl DeviceState {
         }
         let now = device.config();
         let differs = (0..now.len().max(self.config.len()))
-            .filter(|at| (device.virtio_id(), *at) != (BLOCK, BLOCK_WRITEBACK))
+            .filter(|at| {
+                let free = [(BLOCK, BLOCK_WRITEBACK), (NET, NET_STATUS)];
+                !free.contains(&(device.virtio_id(), *at))
+            })
             .find(|at| now.get(*at) != self.config.get(*at));
         match differs {
             None => Ok(()),

@@ -230,6 +230,21 @@ pub(super) static COMMANDS: &[Command] = &[
         },
     )
     .returns(Type::List(&Type::Object(&CHARDEV))),
+    main(
+        "set_link",
+        "Pulls the cable of a network card, or plugs it in: the guest sees its link go, what it sends goes nowhere, and what comes for it meanwhile is dropped",
+        |ticket, mut arguments| {
+            VmCommand::SetLink(
+                arguments.required_text("name"),
+                arguments.flag("up").unwrap_or(true),
+                Reply::new(ticket, |_, ()| json!({})),
+            )
+        },
+    )
+    .takes(&[
+        must("name", Type::ID, "id of the card or of its netdev"),
+        must("up", Type::Bool, "whether there is a link"),
+    ]),
     main("query-iothreads", "Lists the iothreads", |ticket, _| {
         VmCommand::Iothreads(Reply::new(ticket, |_, threads| {
             let one =
