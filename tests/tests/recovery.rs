@@ -573,13 +573,24 @@ fn a_cards_link_is_down_until_it_is_up_whatever_becomes_of_its_process() {
         _dir: dir,
         in_flight: 0,
     };
-    let from_guest = || -> u64 {
-        let path = "/sys/class/net/sv-link/statistics/rx_packets";
+    let count = |name: &str| -> u64 {
+        let path = format!("/sys/class/net/sv-link/statistics/{name}");
         std::fs::read_to_string(path)
             .unwrap()
             .trim()
             .parse()
             .unwrap()
+    };
+    let host = std::net::UdpSocket::bind("10.7.35.1:0").unwrap();
+    host.set_broadcast(true).unwrap();
+    // Packets to the guest that its card took from the tap, of one that is sent now. A process looks at its tap before
+    // it answers a message, so that the answer is late enough.
+    let taken = |guest: &mut Guest, name: &str, up: bool| {
+        let before = count("tx_packets");
+        host.send_to(&[1], "10.7.35.255:9").unwrap();
+        let link = json!({ "name": name, "up": up });
+        guest.qmp.execute("set_link", link).unwrap();
+        count("tx_packets") - before
     };
     guest.expect("LOOP 10\r");
     let pid = guest.pid("net");
@@ -589,22 +600,28 @@ fn a_cards_link_is_down_until_it_is_up_whatever_becomes_of_its_process() {
         error.to_string().contains("Device 'nobody' not found"),
         "{error}"
     );
-    // By its netdev's name, and later by its own.
+    assert_ne!(taken(&mut guest, "card", true), 0, "the link is up");
+    // By its netdev's name as well as by its own.
     guest
         .qmp
         .execute("set_link", json!({ "name": "n0", "up": false }))
         .unwrap();
-    let sent = from_guest();
-    // The guest sends all the time; another process takes some milliseconds to come.
+    let sent = count("rx_packets");
+    assert_eq!(taken(&mut guest, "n0", false), 0, "the link is down");
     guest.kill("card", pid);
-    assert_eq!(from_guest(), sent, "while the link is down");
+    assert_eq!(
+        taken(&mut guest, "card", false),
+        0,
+        "for another process, too"
+    );
+    assert_eq!(count("rx_packets"), sent);
     guest
         .qmp
         .execute("set_link", json!({ "name": "card", "up": true }))
         .unwrap();
     let more = (0..1000).any(|_| {
         guest.expect("LOOP ");
-        from_guest() > sent
+        count("rx_packets") > sent
     });
     assert!(more, "nothing comes though the link is up");
     guest.type_a_byte();
