@@ -38,7 +38,9 @@ fn card() -> Card {
         id: "net".into(),
         mac: [2, 0, 0, 0, 0, 1],
         queue_pairs: PAIRS,
-        queue_size: 256, limits: Default::default(), }));
+        queue_size: 256,
+        limits: Default::default(),
+    }));
     let mut fds = backend_fds(fds);
     let device = Net::build(&start, &mut fds).expect("a card");
     Card {

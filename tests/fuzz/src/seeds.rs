@@ -511,7 +511,9 @@ fn devices() -> [DeviceSpec; 2] {
             id: "net0".into(),
             mac: [2, 0, 0, 0, 0, 1],
             queue_pairs: 2,
-            queue_size: 256, limits: Default::default(), }),
+            queue_size: 256,
+            limits: Default::default(),
+        }),
     ]
 }
 
