@@ -56,7 +56,7 @@ fn an_image_grows_as_far_as_the_command_line_says_and_no_further() {
         .args(["-machine", "microvm", "-m", "128"])
         .kernel(&Payload::FirstByte.path(), "")
         .args(["-drive", &drive("grows", ",max-size=67108864")])
-        .args(["-device", "virtio-blk-device,drive=grows,id=g"])
+        .args(["-device", "virtio-blk-device,drive=grows,id=g,bootindex=7"])
         .args(["-drive", &drive("stays", "")])
         .args(["-device", "virtio-blk-device,drive=stays,id=s"])
         .args(["-drive", &drive("read", ",readonly=on")])
@@ -103,6 +103,15 @@ fn an_image_grows_as_far_as_the_command_line_says_and_no_further() {
     }
     assert_eq!(grows.metadata().unwrap().len(), 8 * MIB);
     assert_eq!(stays.metadata().unwrap().len(), 8 * MIB);
+
+    // What a firmware would ask for is kept.
+    let bootindex = |qmp: &mut Qmp, id: &str| {
+        let path = format!("/machine/peripheral/{id}");
+        let arguments = json!({ "path": path, "property": "bootindex" });
+        qmp.execute("qom-get", arguments).unwrap()
+    };
+    assert_eq!(bootindex(&mut qmp, "g"), 7);
+    assert_eq!(bootindex(&mut qmp, "s"), -1);
 
     let before = vm.process("block").unwrap().unwrap();
     assert_eq!(procfs::limits(before).unwrap()["Max file size"].0, 8 * MIB);

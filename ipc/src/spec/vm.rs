@@ -269,6 +269,8 @@ pub struct DeviceOption {
     pub iothread: Option<String>,
     /// What happens when its process dies.
     pub restart: RestartPolicy,
+    /// `bootindex=`: its place in the order of boot, 0 first, for a firmware that asks; no other device has the same.
+    pub bootindex: Option<u8>,
 }
 
 /// `-device …,restart=,max-restarts=`

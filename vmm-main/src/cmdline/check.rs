@@ -268,6 +268,7 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
             kind,
             iothread: device.iothread,
             restart: device.restart,
+            bootindex: device.bootindex,
         });
     }
     draft.spec.devices = done;

@@ -38,6 +38,8 @@ pub(super) struct Draft {
     pub(super) iothread: Option<String>,
     /// `restart=`, `max-restarts=`
     pub(super) restart: RestartPolicy,
+    /// `bootindex=`
+    pub(super) bootindex: Option<u8>,
     /// What it is.
     pub(super) kind: DraftKind,
 }
@@ -371,10 +373,14 @@ impl super::Draft {
                 return Err(props.error(format!("device {other} is not available in this build")));
             }
         };
-        if props.has("bootindex") {
-            self.spec
-                .ignored
-                .push(format!("-device {}: bootindex", props.raw()));
+        let bootindex = props.small("bootindex");
+        if let Some(index) = bootindex
+            && self
+                .devices
+                .iter()
+                .any(|other| other.bootindex == Some(index))
+        {
+            return Err(props.error(format!("bootindex {index} is used by another -device")));
         }
         let given = props.small::<u16>("max-restarts");
         // Somebody else's daemon may not know what the guest has open when it comes back, and then another file may have the
@@ -401,6 +407,7 @@ impl super::Draft {
             id,
             iothread: props.text("iothread").map(str::to_owned),
             restart: RestartPolicy { most },
+            bootindex,
             kind,
         });
         Ok(())

@@ -919,6 +919,7 @@ impl Vm {
             restart: RestartPolicy {
                 most: plugging.new.most,
             },
+            bootindex: None,
         };
         // What the broker has; only the spec is of interest here.
         let grant = DeviceGrant {

@@ -263,6 +263,9 @@ fn tree(info: &Info, facts: &VmFacts) -> Vec<Object> {
         let (kind, mut properties) = device_object(&device.kind);
         properties.push(("realized", json!(true)));
         properties.push(("max-restarts", json!(device.restart.most)));
+        // As in QEMU, -1 is none.
+        let bootindex = device.bootindex.map_or(-1, i32::from);
+        properties.push(("bootindex", json!(bootindex)));
         list.push(Object {
             path: format!("/machine/peripheral/{}", device.id),
             kind: kind.into(),
