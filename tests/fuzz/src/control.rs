@@ -37,9 +37,9 @@ pub fn run(data: &[u8]) {
                     // A number, and a yes or no.
                     _ => assert!(data.len() <= 9),
                 }
-                crate::planted!(
-                    matches!(&request, Request::SetPolicy(policy) if policy.pidfile.is_some())
-                );
+                // No first input has two of them.
+                crate::planted!(matches!(&request, Request::SetPolicy(policy)
+                        if policy.restore_terminal && (policy.pidfile.is_some() || policy.daemonize)));
             }
         }
         1 => {

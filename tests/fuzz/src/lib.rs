@@ -15,6 +15,7 @@ pub mod harness;
 pub mod inflight;
 pub mod kernel;
 pub mod link;
+pub mod mmio;
 pub mod net;
 pub mod qmp;
 pub mod seeds;

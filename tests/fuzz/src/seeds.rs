@@ -31,6 +31,7 @@ pub fn all() -> Vec<(&'static str, Inputs)> {
         ("inflight", inflight()),
         ("kernel", kernel()),
         ("link", link()),
+        ("mmio", mmio()),
         ("net", net()),
         ("qmp", qmp()),
         ("snapshot", snapshot()),
@@ -74,7 +75,19 @@ pub fn words() -> Vec<(&'static str, Vec<String>)> {
                 .map(|argument| argument.name.to_owned()),
         );
     }
-    vec![("cmdline", options), ("qmp", qmp)]
+    // Flags that are set, lengths and counts, as bincode writes them.
+    let bytes = || {
+        ["\u{1}\u{1}", "\u{10}\0", "\u{2}\0\0\0\0\0\0\0"]
+            .map(str::to_owned)
+            .to_vec()
+    };
+    vec![
+        ("cmdline", options),
+        ("control", bytes()),
+        ("qmp", qmp),
+        ("snapshot", bytes()),
+        ("start", bytes()),
+    ]
 }
 
 /// place, len, flags, next as `chains` reads them.
@@ -115,30 +128,33 @@ fn block() -> Inputs {
     for (kind, sector) in [(0u32, 3u64), (1, 4), (4, 0), (8, 0), (0, 1 << 60)] {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         let data_flags = if kind == 1 { NEXT } else { NEXT | WRITE };
-        let chain = |first: u8| {
+        let chain = |len: u16| {
             vec![
-                descriptor(0, 16, NEXT, first + 1),
-                descriptor(0x1000, 1024, data_flags, first + 2),
+                descriptor(0, 16, NEXT, 1),
+                descriptor(0x1000, len, data_flags, 2),
                 descriptor(0x100, 1, WRITE, 0),
             ]
         };
+        // A sector where no table is allowed, and what is no sector where one is.
         for readonly in [0, 1] {
             inputs.push(
                 [
                     &[readonly],
-                    &queue(EVENT_IDX, 4, &[0], &chain(0), &[], &header)[..],
+                    &queue(EVENT_IDX, 4, &[0], &chain(512), &[], &header)[..],
                 ]
                 .concat(),
             );
         }
         let table = [descriptor(0, 48, TABLE | 0x10, 0)];
-        inputs.push(
-            [
-                &[2],
-                &queue(EVENT_IDX, 4, &[0, 0], &table, &chain(0), &header)[..],
-            ]
-            .concat(),
-        );
+        for (features, len) in [(EVENT_IDX, 1024), (EVENT_IDX | INDIRECT, 1536)] {
+            inputs.push(
+                [
+                    &[2],
+                    &queue(features, 4, &[0], &table, &chain(len), &header)[..],
+                ]
+                .concat(),
+            );
+        }
     }
     inputs
 }
@@ -492,8 +508,88 @@ fn inflight() -> Inputs {
         .to_vec()
 }
 
+/// The truth in each mode; after that each answer with one bit changed, behind its header and where configuration space has a
+/// disk's size, and one answer after the other that comes twice, with descriptors, in pieces, or longer than it is.
 fn link() -> Inputs {
-    [0, 1, 2, 4, 8, 0x8f].map(|mode| vec![mode; 1]).to_vec()
+    let mut inputs: Inputs = [0, 1, 2, 4, 8, 0x8f].map(|mode| vec![mode]).to_vec();
+    let mut push = |answer: usize, lie: &[u8]| {
+        let mut script = vec![0x8f];
+        script.extend(std::iter::repeat_n(0, answer));
+        script.extend(lie);
+        inputs.push(script);
+    };
+    for answer in 0..12 {
+        push(answer, &[2, 12, 0, 1]);
+        push(answer, &[2, 31, 0, 1]);
+        let lie: [&[u8]; 4] = [&[6 | 1 << 3], &[3 | 1 << 3], &[5, 12, 0], &[7, 31, 0]];
+        push(answer, lie[answer % 4]);
+    }
+    inputs
+}
+
+/// One access as `mmio` reads it: a word that is written, shifted by `nibbles`.
+fn write_word(register: u8, value: u16, nibbles: u8) -> [u8; 4] {
+    let [low, high] = value.to_le_bytes();
+    [nibbles << 4, register / 4, low, high]
+}
+
+fn read_word(register: u8) -> [u8; 4] {
+    [1, register / 4, 0, 0]
+}
+
+/// A driver that does everything as it should: a start; and a start, work, an end, and all of that again.
+fn mmio() -> Inputs {
+    let mut start: Vec<[u8; 4]> = [0x00, 0x04, 0x08, 0x0c].map(read_word).to_vec();
+    start.extend([
+        write_word(0x70, 0, 0),
+        write_word(0x70, 1, 0),
+        write_word(0x70, 3, 0),
+        write_word(0x14, 0, 0),
+        read_word(0x10),
+        write_word(0x14, 1, 0),
+        read_word(0x10),
+        // FLUSH and EVENT_IDX in the first word, VERSION_1 in the second.
+        write_word(0x24, 0, 0),
+        write_word(0x20, 0x200, 0),
+        write_word(0x24, 1, 0),
+        write_word(0x20, 1, 0),
+        write_word(0x70, 11, 0),
+        read_word(0x70),
+        write_word(0x30, 0, 0),
+        read_word(0x34),
+        // Ignored: the size stays the largest.
+        write_word(0x38, 0, 0),
+        write_word(0x80, 0x1000, 0),
+        write_word(0x84, 0, 0),
+        write_word(0x90, 0x2000, 0),
+        write_word(0x94, 0, 0),
+        write_word(0xa0, 0x3000, 0),
+        write_word(0xa4, 0, 0),
+        write_word(0x44, 1, 0),
+        read_word(0x44),
+        write_word(0x70, 15, 0),
+    ]);
+    let work = [
+        write_word(0x50, 0, 0),
+        read_word(0x60),
+        write_word(0x64, 3, 0),
+        read_word(0xfc),
+        // Configuration space: a word of it is read and written.
+        [1, 0x40, 0, 0],
+        [0, 0x48, 1, 0],
+        // What a driver must not do now.
+        write_word(0x38, 64, 0),
+        write_word(0x44, 0, 0),
+        write_word(0x80, 0x10, 4),
+        [0x0a, 0x1c, 1, 1],
+    ];
+    let end = [write_word(0x70, 0, 0), read_word(0x70)];
+    let whole = [&start[..], &work, &end, &start, &work].concat();
+    let mut inputs = Inputs::new();
+    for (mode, accesses) in [(0, &start[..]), (8, &whole), (12, &whole)] {
+        inputs.push([&[mode], accesses.concat().as_slice()].concat());
+    }
+    inputs
 }
 
 fn devices() -> [DeviceSpec; 2] {
@@ -518,8 +614,16 @@ fn devices() -> [DeviceSpec; 2] {
 }
 
 fn start() -> Inputs {
+    // A card without a queue is a well-formed message.
+    let none = DeviceSpec::Net(NetSpec {
+        id: "n".into(),
+        mac: [0; 6],
+        queue_pairs: 0,
+        queue_size: 256,
+    });
     devices()
         .into_iter()
+        .chain([none])
         .filter_map(|device| ipc::codec::encode(&message(device)).ok())
         .collect()
 }
@@ -580,6 +684,30 @@ fn control() -> Inputs {
         restore_terminal: false,
         daemonize: false,
     };
+    // Next to nothing else in them, so that what is in them is hit.
+    let bare = Policy {
+        additions: Additions {
+            devices: 0,
+            grants: Vec::new(),
+        },
+        files: Vec::new(),
+        devices: Vec::new(),
+        snapshots: None,
+        log_file: None,
+        ..policy.clone()
+    };
+    let daemon = Policy {
+        daemonize: true,
+        ..bare.clone()
+    };
+    let pidfile = Policy {
+        pidfile: Some("/p".into()),
+        ..bare.clone()
+    };
+    let terminal = Policy {
+        restore_terminal: true,
+        ..bare
+    };
     let requests = [
         Request::SnapshotBegin {
             folder: 0,
@@ -587,6 +715,10 @@ fn control() -> Inputs {
         },
         Request::SnapshotEnd { keep: true },
         Request::SetPolicy(policy),
+        Request::SetPolicy(daemon),
+        Request::SetPolicy(pidfile),
+        Request::SetPolicy(terminal),
+        Request::Inspect,
         Request::Open { index: 1 },
         Request::Start { index: 0 },
         Request::Stop { index: 0 },
@@ -660,6 +792,7 @@ fn cmdline() -> Inputs {
         "-qmp unix:/tmp/q,server,nowait -qmp tcp:localhost:4444,server,nowait -machine none -name vm -uuid 00000000-0000-0000-0000-000000000001",
         "-chardev socket,id=c,path=/s,server,nowait -mon chardev=c -machine none -D /log -pidfile /p -daemonize -seccomp log -sandbox strict",
         "-chardev file,id=f,path=/o -serial chardev:f -machine microvm -kernel k -smp cpus=2,sockets=1,cores=2,threads=1 -iothread id=i",
+        "-machine microvm -m 256 -smp 2 -kernel k -drive id=d,file=/disk -device virtio-blk-device,drive=d,id=b",
         "-help",
         "-version",
     ]
@@ -684,10 +817,45 @@ fn qmp() -> Inputs {
     inputs
 }
 
+/// `body` with nothing in each list of bytes that has only zeros, and at least 32 of them.
+fn without_zeros(body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut rest = body;
+    while let Some((length, behind)) = rest.split_first_chunk() {
+        let length = u64::from_le_bytes(*length) as usize;
+        let list = behind
+            .get(..length)
+            .filter(|list| length >= 32 && list.iter().all(|byte| *byte == 0));
+        if list.is_some() {
+            out.extend([0; 8]);
+            rest = &behind[length..];
+        } else {
+            out.push(rest[0]);
+            rest = &rest[1..];
+        }
+    }
+    out.extend(rest);
+    out
+}
+
 fn snapshot() -> Inputs {
     let whole = format::encode(&Snapshot::example()).expect("it fits");
-    let body = whole[format::HEADER..].to_vec();
-    vec![[&[0], &whole[..]].concat(), [&[1], &body[..]].concat()]
+    let body = |snapshot: &Snapshot| {
+        let whole = format::encode(snapshot).expect("it fits");
+        whole[format::HEADER..].to_vec()
+    };
+    // Most of it are zeros of KVM's structures and of buffers, which may be shorter. Without them, and with a configuration space
+    // of two bytes, mutations hit what has a length.
+    let mut short = Snapshot::example();
+    short.devices[0].config.truncate(2);
+    short.devices[0].inflight = None;
+    let short = without_zeros(&body(&short));
+    assert!(format::decode(&format::seal(&short)).is_ok());
+    vec![
+        [&[0], &whole[..]].concat(),
+        [&[1], &body(&Snapshot::example())[..]].concat(),
+        [&[1], &short[..]].concat(),
+    ]
 }
 
 fn kernel() -> Inputs {

@@ -20,8 +20,8 @@ const RUSTFLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cllvm-args=-simplifycfg-branch-fold-threshold=0 \
     -Zsanitizer=address -Cdebug-assertions -Ccodegen-units=1 --cfg fuzzing";
-/// Bytes of an input at most; a target says itself if it takes less.
-const MAX_LEN: u32 = 8192;
+/// Bytes of an input at most; a target says itself if it takes less. The largest first input, a snapshot with one vCPU, fits.
+const MAX_LEN: u32 = 12 << 10;
 /// Seconds for one input: none takes a tenth of one.
 const TIMEOUT: u32 = 10;
 /// Megabytes of one target: a parser that allocates by what it reads gets there.
