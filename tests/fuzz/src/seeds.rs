@@ -620,6 +620,7 @@ fn start() -> Inputs {
         mac: [0; 6],
         queue_pairs: 0,
         queue_size: 256,
+        limits: Default::default(),
     });
     devices()
         .into_iter()
