@@ -80,7 +80,7 @@ enum Asked {
     /// Another process beside the one of this device.
     Upgrade(usize),
     /// The end of one of two processes of this device; then this is answered.
-    Settle(usize, Option<Reply<()>>),
+    Settle(usize, Option<(Reply<()>, Result<(), QmpError>)>),
     /// Somebody else's, known by a number.
     Other(u64),
 }
@@ -430,8 +430,8 @@ impl Supervisor {
                 if let Some(device) = self.devices.get_mut(index as usize) {
                     device.retired = None;
                 }
-                if let Some(Asked::Settle(_, Some(reply))) = self.asked.pop_front() {
-                    reply.send(Ok(()));
+                if let Some(Asked::Settle(_, Some((reply, outcome)))) = self.asked.pop_front() {
+                    reply.send(outcome);
                 }
                 Ok(())
             }
@@ -708,7 +708,7 @@ impl Supervisor {
                 pid: coming.pid,
                 stall,
             });
-            Some(reply)
+            Some((reply, Ok(())))
         } else {
             // It asks for attention, and yet another one follows.
             reply.send(Err(QmpError::generic(format!(
@@ -723,7 +723,7 @@ impl Supervisor {
         &mut self,
         index: usize,
         newer: bool,
-        reply: Option<Reply<()>>,
+        reply: Option<(Reply<()>, Result<(), QmpError>)>,
         cx: &Context<'_>,
     ) -> Result<(), ClientError> {
         self.asked.push_back(Asked::Settle(index, reply));
@@ -744,11 +744,11 @@ impl Supervisor {
             device.spec.id()
         );
         warn!("{text}");
-        upgrade.reply.send(Err(QmpError::generic(text)));
-        // A handshake's socket leaves the poller by being closed. The broker may not have started it yet: requests are
+        // Answered when the new one is gone, so that whoever reads it may try again. A handshake's socket leaves the poller by being closed. The broker may not have started it yet: requests are
         // obeyed one after the other.
         drop(upgrade.coming);
-        self.settle_on(index, false, None, cx)
+        let answer = (upgrade.reply, Err(QmpError::generic(text)));
+        self.settle_on(index, false, Some(answer), cx)
     }
 
     /// Device `index` is taken out: its process is not missed any more.
