@@ -87,12 +87,14 @@ fn run(what: &str) -> Result<(), Box<dyn std::error::Error>> {
         }
         _ => None,
     };
+    let device = start.device.clone();
     let jailed = Prepared::new(Idle { queues, size }, start)?.enter_jail()?;
-    // A guest may never start a device that wastes.
-    let last = if exhaust::is_waste(what) {
-        None
-    } else {
-        queues.checked_sub(1)
+    let last = match &device {
+        // A guest may never start a device that wastes.
+        _ if exhaust::is_waste(what) => None,
+        // A driver may leave the control queue alone.
+        DeviceSpec::Net(card) => (2 * card.queue_pairs).checked_sub(1),
+        other => other.num_queues().checked_sub(1),
     };
     let mut held = answer_until_ready(queues, backends, last)?;
     held.ring = ring.as_ref().map_or(-1, |ring| ring.as_fd().as_raw_fd());
