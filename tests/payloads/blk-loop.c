@@ -1,7 +1,8 @@
 /* Writes and reads the first disk without a pause, several requests in flight, and checks every byte (virtio 1.3,
  * section 5.2). Words: bursts=NUMBER (default 200), each of one write and one read to each of DEPTH places; the reads are
  * of what the burst before wrote, to the other half. Says "LOOP n" before every 10th burst. spin=1: goes on until the
- * serial port receives a byte. again=1: says "IDLE" afterwards, waits for a byte, resets the disk and does it once more. */
+ * serial port receives a byte. reads=1: writes nothing, and reads whatever is there. again=1: says "IDLE" afterwards,
+ * waits for a byte, resets the disk and does it once more. */
 #include "virtio.h"
 
 enum { SECTOR = 512, DEPTH = 2, WORDS = 2 * SECTOR / 8, BLK_READ = 0, BLK_WRITE = 1, FIRST = 16 };
@@ -58,7 +59,7 @@ static int loop(const struct boot *boot, u64 window)
         return 1;
     virtio_go(window);
     u64 bursts = number(boot, "bursts", 200), burst = 0;
-    int spin = number(boot, "spin", 0) != 0;
+    int spin = number(boot, "spin", 0) != 0, reads = number(boot, "reads", 0) != 0;
     for (; spin ? !key() : burst < bursts; burst++) {
         if (burst % 10 == 0) {
             put("LOOP ");
@@ -72,7 +73,7 @@ static int loop(const struct boot *boot, u64 window)
                 slots[i].data[w] = pattern(burst, i, w);
                 slots[DEPTH + i].data[w] = ~0ull;
             }
-            submit(i, BLK_WRITE, FIRST + (half * DEPTH + i) * 2);
+            submit(i, reads ? BLK_READ : BLK_WRITE, FIRST + (half * DEPTH + i) * 2);
             submit(DEPTH + i, BLK_READ, FIRST + ((1 - half) * DEPTH + i) * 2);
         }
         u32 seen = 0;
@@ -87,10 +88,10 @@ static int loop(const struct boot *boot, u64 window)
             seen |= 1u << at;
             if (slots[at].status != 0)
                 return fail("status ", slots[at].status);
-            if (length != (at < DEPTH ? 1 : 1 + sizeof slots[at].data))
+            if (length != (at < DEPTH && !reads ? 1 : 1 + sizeof slots[at].data))
                 return fail("used length ", length);
         }
-        for (u64 i = 0; burst && i < DEPTH; i++)
+        for (u64 i = 0; burst && !reads && i < DEPTH; i++)
             for (u64 w = 0; w < WORDS; w++)
                 if (slots[DEPTH + i].data[w] != pattern(burst - 1, i, w))
                     return fail("differs in burst ", burst);

@@ -483,10 +483,10 @@ fn libc_lock() -> nix::libc::flock {
     }
 }
 
-/// What the guest does in each round. `wait` polls, as a guest without udev has to.
+/// What the guest does in each round. `poll` waits, as a guest without udev has to.
 const SCRIPT: &str = r#"
 set -e
-wait() { until eval "$1"; do usleep 20000; done; }
+poll() { until eval "$1"; do usleep 20000; done; }
 mkdir -p /d /f /load
 mount -t ext4 /dev/vda /load
 (
@@ -499,34 +499,35 @@ mount -t ext4 /dev/vda /load
   done
   echo LOAD-ROUNDS $n
 ) &
+load=$!
 i=0
 echo READY
 while read what && [ "$what" = go ]; do
-  wait '[ "$(cat /sys/block/vdb/size 2>/dev/null || echo 0)" != 0 ]'
-  wait '[ -b /dev/vdb ]'
+  poll '[ "$(cat /sys/block/vdb/size 2>/dev/null || echo 0)" != 0 ]'
+  poll '[ -b /dev/vdb ]'
   mount -t ext4 /dev/vdb /d
   dd if=/dev/urandom of=/d/round-$i bs=16k count=16 2>/dev/null
   echo DISK $(cat /d/name) $(md5sum < /d/round-$i | cut -d' ' -f1)
   umount /d
-  wait '[ -e /sys/class/net/eth0 ]'
+  poll '[ -e /sys/class/net/eth0 ]'
   ip link set eth0 up
   ip addr show dev eth0 | grep -q 10.7.41.2 || ip addr add 10.7.41.2/24 dev eth0
-  wait '[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]'
-  wait 'ping -c 1 -W 2 10.7.41.1 > /dev/null'
+  poll '[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]'
+  poll 'ping -c 1 -W 2 10.7.41.1 > /dev/null'
   echo CARD
-  wait 'mount -t virtiofs share /f 2>/dev/null'
+  poll 'mount -t virtiofs share /f 2>/dev/null'
   cp /f/from-host /f/from-guest-$i
   echo FOLDER $(cat /f/from-host)
   umount /f
   echo USED $i
   read what
-  wait '[ "$(cat /sys/block/vdb/size)" = 0 ]'
-  wait '[ "$(cat /sys/class/net/eth0/carrier)" = 0 ]'
+  poll '[ "$(cat /sys/block/vdb/size)" = 0 ]'
+  poll '[ "$(cat /sys/class/net/eth0/carrier)" = 0 ]'
   echo GONE $i
   i=$((i+1))
 done
 touch /stop
-wait '[ -z "$(jobs -r 2>/dev/null)" ]' || true
+wait $load
 umount /load
 dmesg | grep -i -E 'error|warn|BUG|stall|fail' | grep -v -i -E 'correctable|EBUSY|RAS:' || true
 echo SCRIPT-END
