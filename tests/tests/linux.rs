@@ -288,9 +288,11 @@ fn two_processors_are_seen_and_used() {
 fn the_power_button_reaches_the_guest() {
     where_linux_boots(test_path!(), || {
         let guest = guest();
-        // One input event is 24 bytes; the guest reads one and powers off by its own will.
-        let script =
-            Script::new("echo READY; dd if=/dev/input/event0 bs=24 count=1 2>/dev/null | wc -c\n");
+        // One input event is 24 bytes; the guest reads one and powers off by its own will. Nobody keeps an event for who
+        // opens the button later.
+        let script = Script::new(
+            "exec 3</dev/input/event0; echo READY; dd bs=24 count=1 <&3 2>/dev/null | wc -c\n",
+        );
         let initrd = guest.initrd_with(&script).unwrap();
         let mut vm = vm(&guest.kernel.elf, initrd.path(), "")
             .with_qmp()
