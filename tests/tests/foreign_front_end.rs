@@ -16,9 +16,10 @@ use nix::unistd::Pid;
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
@@ -370,4 +371,32 @@ fn a_stand_alone_block_that_is_told_to_end_leaves_nothing() {
     assert!(watched.ended(Deadline::after(Duration::ZERO)).unwrap());
     assert!(!socket.exists());
     drop(front_end);
+}
+
+/// A socket of the network would let others in than whoever has the host's word.
+#[test]
+fn a_stand_alone_block_takes_no_descriptor_but_a_unix_stream() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    let others: [OwnedFd; 3] = [
+        TcpListener::bind("127.0.0.1:0").unwrap().into(),
+        UnixDatagram::unbound().unwrap().into(),
+        image.reopen().unwrap().into(),
+    ];
+    for other in others {
+        let what = format!("{other:?}");
+        let output = Command::new("sh")
+            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
+            .arg(binary("block").unwrap())
+            .args(["--fd", "3", "--file"])
+            .arg(image.path())
+            .stdin(other)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{what}: {said}");
+        assert!(
+            said.contains("--fd 3: not an open unix stream socket"),
+            "{what}: {said}"
+        );
+    }
 }

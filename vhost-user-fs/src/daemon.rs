@@ -8,16 +8,16 @@
 //! front end's connection (`device_host::Record`, `passthrough::Store`). The front end notices nothing.
 
 use std::collections::{HashSet, VecDeque};
-use std::fs::{OpenOptions, Permissions};
+use std::fs::OpenOptions;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use device_host::alone::socket::{self, Inherited, SocketError};
 use device_host::{Record, ServeError, Standalone};
 use fs_device::FsDevice;
 use fs_device::passthrough::{Config, OwnFds, Passthrough, Store};
@@ -25,8 +25,6 @@ use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
-use nix::sys::stat::{Mode, umask};
 use ozone::tree::{self, Ended, Inside, Side, TreeError, Wanted};
 use seccomp_policies::{Action, Policy};
 use thiserror::Error;
@@ -64,11 +62,7 @@ enum DaemonError {
     #[error("-D {0}")]
     Log(PathBuf, #[source] io::Error),
     #[error("-socket-path {0}")]
-    Socket(PathBuf, #[source] io::Error),
-    #[error("-socket-path {0}: another process listens there")]
-    InUse(PathBuf),
-    #[error("-socket-path {0}: exists and is no socket")]
-    NoSocket(PathBuf),
+    Socket(SocketError),
     #[error("-socket-group {0}: neither a number nor a group of /etc/group")]
     Group(String),
     #[error("-fd {0}: not an open unix stream socket")]
@@ -93,22 +87,6 @@ enum DaemonError {
     Seccomp(#[from] seccomp_policies::Error),
     #[error("serving")]
     Serve(#[from] ServeError),
-}
-
-/// A front end that will come, or one that is here.
-#[derive(Debug)]
-enum FrontEnd {
-    Listening(UnixListener),
-    Connected(UnixStream),
-}
-
-impl FrontEnd {
-    fn wait(self) -> io::Result<UnixStream> {
-        match self {
-            Self::Listening(listener) => listener.accept().map(|(stream, _)| stream),
-            Self::Connected(stream) => Ok(stream),
-        }
-    }
 }
 
 /// Shares the folder until the front end leaves.
@@ -149,11 +127,18 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
     // The process outside has it as a number only; who serves closes it.
     let front_end = ManuallyDrop::new(match (&options.socket, inherited) {
         (Socket::Path(path), _) => {
-            FrontEnd::Listening(listen(path, options.socket_group.as_deref())?)
+            let unknown = |name: &String| DaemonError::Group(name.clone());
+            let group = options
+                .socket_group
+                .as_ref()
+                .map(|name| socket::group(name).ok_or_else(|| unknown(name)))
+                .transpose()?;
+            Inherited::Listening(socket::listen(path, group).map_err(DaemonError::Socket)?)
         }
-        (Socket::Fd(fd), socket) => {
-            take_socket(socket.ok_or(Errno::EBADF)).map_err(|e| DaemonError::Fd(*fd, e))?
-        }
+        (Socket::Fd(fd), handed) => handed
+            .ok_or(Errno::EBADF)
+            .and_then(socket::inherited)
+            .map_err(|e| DaemonError::Fd(*fd, e))?,
     });
     let descriptors = limit_descriptors(options.rlimit_nofile)?;
     let capabilities = capabilities(options);
@@ -267,7 +252,7 @@ fn exit_code(ended: Ended) -> ExitCode {
 fn serve(
     options: &Options,
     mut inside: Inside,
-    front_end: ManuallyDrop<FrontEnd>,
+    front_end: ManuallyDrop<Inherited>,
     (descriptors, kept): (usize, Kept),
 ) -> Result<ExitCode, DaemonError> {
     let Kept { store, record, .. } = kept;
@@ -323,9 +308,10 @@ fn serve(
         // What was listened at is closed, or is the connection that is gone on with.
         jailed.resume(record)?
     } else {
-        let stream = ManuallyDrop::into_inner(front_end)
-            .wait()
-            .map_err(DaemonError::Accept)?;
+        let stream = match ManuallyDrop::into_inner(front_end) {
+            Inherited::Listening(listener) => listener.accept().map_err(DaemonError::Accept)?.0,
+            Inherited::Connected(stream) => stream,
+        };
         jailed.serve_on_record(stream, record)?
     };
     let action = action(options.seccomp);
@@ -378,65 +364,6 @@ fn open_log(to: &LogTo) -> Result<OwnedFd, DaemonError> {
             .open(path)
             .map(OwnedFd::from)
             .map_err(|error| DaemonError::Log(path.clone(), error)),
-    }
-}
-
-/// Listens at `path`, for this user only, or for `group` too. A socket that nobody listens at any more is replaced.
-fn listen(path: &Path, group: Option<&str>) -> Result<UnixListener, DaemonError> {
-    let group = group.map(group_id).transpose()?;
-    let failed = |error| DaemonError::Socket(path.to_owned(), error);
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(DaemonError::NoSocket(path.to_owned()));
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(failed)?;
-            }
-            _ => return Err(DaemonError::InUse(path.to_owned())),
-        },
-        Err(_) => {}
-    }
-    let before = umask(Mode::from_bits_truncate(0o077));
-    let listener = UnixListener::bind(path).map_err(failed);
-    umask(before);
-    if let (Ok(_), Some(group)) = (&listener, group) {
-        // In this order, nobody else can connect in between.
-        std::os::unix::fs::chown(path, None, Some(group)).map_err(failed)?;
-        std::fs::set_permissions(path, Permissions::from_mode(0o770)).map_err(failed)?;
-    }
-    ipc::log::info!("listening at {}", path.display());
-    listener
-}
-
-/// The number of a group; a static program has nothing but the file to look names up in.
-fn group_id(name: &str) -> Result<u32, DaemonError> {
-    if let Ok(number) = name.parse() {
-        return Ok(number);
-    }
-    let unknown = || DaemonError::Group(name.to_owned());
-    let groups = std::fs::read_to_string("/etc/group").map_err(|_| unknown())?;
-    groups
-        .lines()
-        .find_map(|line| {
-            let mut fields = line.split(':');
-            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
-        })
-        .ok_or_else(unknown)
-}
-
-fn take_socket(socket: Result<OwnedFd, Errno>) -> Result<FrontEnd, Errno> {
-    let socket = socket?;
-    // Each fails for what is no socket. One of the network would let others in than whoever has the host's word.
-    if getsockopt(&socket, sockopt::SockType)? != SockType::Stream
-        || getsockname::<UnixAddr>(socket.as_raw_fd()).is_err()
-    {
-        return Err(Errno::EPROTOTYPE);
-    }
-    if getsockopt(&socket, sockopt::AcceptConn)? {
-        Ok(FrontEnd::Listening(socket.into()))
-    } else {
-        Ok(FrontEnd::Connected(socket.into()))
     }
 }
 

@@ -1,31 +1,22 @@
 //! Where the front end of a stand-alone device comes from: a socket at a path, or one that was inherited.
 
-use std::fs::Permissions;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
-use nix::sys::socket::{getsockopt, sockopt};
-use nix::sys::stat::{Mode, umask};
 use thiserror::Error;
 
 use super::Socket;
+use super::socket::{self, Inherited, SocketError};
 
 /// Why no front end can come.
 #[derive(Debug, Error)]
 pub enum ListenError {
-    /// The socket cannot be made.
+    /// The path.
     #[error("--socket-path {0}")]
-    Path(PathBuf, #[source] io::Error),
-    /// Somebody is there.
-    #[error("--socket-path {0}: another process listens there")]
-    InUse(PathBuf),
-    /// Something else is there.
-    #[error("--socket-path {0}: exists and is no socket")]
-    NoSocket(PathBuf),
+    Path(SocketError),
     /// No such group.
     #[error("--socket-group {0}: neither a number nor a group of /etc/group")]
     Group(String),
@@ -57,21 +48,24 @@ pub(super) enum Door {
 }
 
 impl Door {
-    pub(super) fn open(socket: &Socket, inherited: Option<OwnedFd>) -> Result<Self, ListenError> {
-        match socket {
+    pub(super) fn open(place: &Socket, inherited: Option<OwnedFd>) -> Result<Self, ListenError> {
+        match place {
             Socket::Path(path, group) => {
-                let listener = listen(path, group.as_deref())?;
+                let unknown = |name: &String| ListenError::Group(name.clone());
+                let group = group
+                    .as_ref()
+                    .map(|name| socket::group(name).ok_or_else(|| unknown(name)))
+                    .transpose()?;
+                let listener = socket::listen(path, group).map_err(ListenError::Path)?;
                 Ok(Self::Listening(listener, Some(path.clone())))
             }
             Socket::Fd(fd) => {
                 let failed = |source| ListenError::Fd { fd: *fd, source };
                 let inherited = inherited.ok_or(failed(Errno::EBADF))?;
-                // Fails for what is no socket.
-                if getsockopt(&inherited, sockopt::AcceptConn).map_err(failed)? {
-                    Ok(Self::Listening(inherited.into(), None))
-                } else {
-                    Ok(Self::Connected(inherited.into()))
-                }
+                Ok(match socket::inherited(inherited).map_err(failed)? {
+                    Inherited::Listening(listener) => Self::Listening(listener, None),
+                    Inherited::Connected(stream) => Self::Connected(stream),
+                })
             }
         }
     }
@@ -95,48 +89,4 @@ impl Door {
             let _ = std::fs::remove_file(path);
         }
     }
-}
-
-/// Listens at `path`, for this user only, or for `group` too. A socket that nobody listens at any more is replaced.
-fn listen(path: &Path, group: Option<&str>) -> Result<UnixListener, ListenError> {
-    let group = group.map(group_id).transpose()?;
-    let failed = |error| ListenError::Path(path.to_owned(), error);
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(ListenError::NoSocket(path.to_owned()));
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(failed)?;
-            }
-            _ => return Err(ListenError::InUse(path.to_owned())),
-        },
-        Err(_) => {}
-    }
-    let before = umask(Mode::from_bits_truncate(0o077));
-    let listener = UnixListener::bind(path).map_err(failed);
-    umask(before);
-    if let (Ok(_), Some(group)) = (&listener, group) {
-        // In this order, nobody else can connect in between.
-        std::os::unix::fs::chown(path, None, Some(group)).map_err(failed)?;
-        std::fs::set_permissions(path, Permissions::from_mode(0o770)).map_err(failed)?;
-    }
-    ipc::log::info!("listening at {}", path.display());
-    listener
-}
-
-/// The number of a group; a static program has nothing but the file to look names up in.
-fn group_id(name: &str) -> Result<u32, ListenError> {
-    if let Ok(number) = name.parse() {
-        return Ok(number);
-    }
-    let unknown = || ListenError::Group(name.to_owned());
-    let groups = std::fs::read_to_string("/etc/group").map_err(|_| unknown())?;
-    groups
-        .lines()
-        .find_map(|line| {
-            let mut fields = line.split(':');
-            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
-        })
-        .ok_or_else(unknown)
 }

@@ -8,6 +8,7 @@
 //! one. What stays outside keeps the right to start processes and nothing else.
 
 mod listen;
+pub mod socket;
 
 use std::collections::VecDeque;
 use std::ffi::CString;
