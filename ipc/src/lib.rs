@@ -1,7 +1,8 @@
 //! What two processes of one VM must agree on.
 //!
 //! **Job.** Plain-data specs of a VM and its devices, the typed messages between control process, broker and device
-//! processes, the socket that carries them together with file descriptors, every size cap, and the log macros.
+//! processes, the socket that carries them together with file descriptors, how memory that they share is mapped ([`guarded`]),
+//! every size cap, and the log macros.
 //! No device logic lives here: a device crate depends on this one, never the other way round.
 //!
 //! **Who is not trusted.** Each side of a message treats the other as hostile: lengths are capped before anything is
@@ -14,6 +15,7 @@
 pub mod channel;
 pub mod codec;
 pub mod control;
+pub mod guarded;
 pub mod image;
 pub mod keeper;
 pub mod limits;

@@ -69,6 +69,9 @@ pub const MAX_SNAPSHOT_STATE: usize = 128 << 20;
 pub const MAX_SNAPSHOT_GRANTS: usize = 16;
 /// Guest RAM regions that a front end may announce (vhost-user: `VHOST_USER_MAX_RAM_SLOTS` of old front ends is 8).
 pub const MAX_MEMORY_REGIONS: usize = 32;
+/// Bytes of address space in front of and behind each mapping of guest RAM that fault when touched: more than any 32-bit length
+/// or offset can skip. Address space is all they cost (32 regions: 256 GiB of 128 TiB).
+pub const RAM_GUARD: usize = 4 << 30;
 /// Pieces of memory of one request. The kernel takes no more in one call (`UIO_MAXIOV`), and QEMU's limit is the same.
 pub const MAX_CHAIN_SEGMENTS: usize = 1024;
 /// Bytes of virtio configuration space that any device here has (vhost-user: 256 is the protocol's own maximum).

@@ -7,22 +7,21 @@
 //! must not overlap. The guest: it writes to these pages while we look at them, so no Rust reference to them ever exists;
 //! a value is copied out once and checked after that.
 //!
-//! **Why this way.** Each region lies between two guards of [`GUARD`] bytes that nothing may touch: whatever 32-bit length or
-//! offset went unchecked would end this process there, and not read or write what else it holds. This file and `inherited.rs` hold all `unsafe` of the harness. Devices forbid it, so what they can do to
-//! guest memory is the list of methods here. Descriptors of RAM are closed once mapped: the process cannot pass them on.
+//! **Why this way.** Each region lies between two guards that nothing may touch ([`ipc::guarded`]): whatever 32-bit length or
+//! offset went unchecked would end this process there, and not read or write what else it holds. Devices forbid `unsafe`, so
+//! what they can do to guest memory is the list of methods here. Descriptors of RAM are closed once mapped: the process cannot
+//! pass them on.
 
-#![allow(unsafe_code)] // mmap, and vectored I/O on memory that no Rust reference may point to
+#![allow(unsafe_code)] // vectored I/O on memory that no Rust reference may point to
 
 use std::fs::File;
 use std::marker::PhantomData;
-use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::NonNull;
 use std::rc::Rc;
 
+use ipc::guarded::{Guarded, GuardedError};
 use ipc::limits::{MAX_CHAIN_SEGMENTS, MAX_MEMORY, MAX_MEMORY_REGIONS};
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 use vm_memory::volatile_memory::VolatileSlice;
@@ -67,6 +66,9 @@ pub enum MemoryError {
     /// `vm-memory` does not take the mapping.
     #[error("memory region cannot be used")]
     Region(#[source] vm_memory::mmap::MmapRegionError),
+    /// It cannot be mapped between guards.
+    #[error("mmap of a memory region failed")]
+    Map(#[source] GuardedError),
     /// A system call failed.
     #[error("{call} of a memory region failed")]
     Call {
@@ -77,44 +79,9 @@ pub enum MemoryError {
     },
 }
 
-/// Bytes of the smallest page of any processor that this runs on.
-const PAGE: usize = 4096;
-/// Bytes of address space in front of and behind each mapping that fault when touched: more than any 32-bit length or offset
-/// can skip. Address space is all they cost (32 regions: 256 GiB of 128 TiB).
-const GUARD: usize = 4 << 30;
-
 /// A shared mapping of a part of a file between two guards; all of it is unmapped when dropped.
 #[derive(Debug)]
-pub(crate) struct Mapping {
-    address: NonNull<libc::c_void>,
-    size: NonZeroUsize,
-    _guarded: Reservation,
-}
-
-/// A range of addresses, unmapped when dropped.
-#[derive(Debug)]
-struct Reservation {
-    start: NonNull<libc::c_void>,
-    size: NonZeroUsize,
-}
-
-impl Reservation {
-    /// Addresses that nobody may touch.
-    fn new(size: NonZeroUsize) -> Result<Self, Errno> {
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
-        let start = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_NONE, flags) }?;
-        Ok(Self { start, size })
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        // SAFETY: this value made the reservation, and what was mapped inside of it belongs to its owner, which is dropped
-        // with it; everything that points there borrows or counts that owner.
-        let _ = unsafe { munmap(self.start, self.size.get()) };
-    }
-}
+pub(crate) struct Mapping(Guarded);
 
 impl Mapping {
     /// Maps `size` bytes of `file` from `offset` on, readable and writable, never executable. The file may be closed then.
@@ -124,14 +91,6 @@ impl Mapping {
             size,
         };
         let end = offset.checked_add(size).ok_or(wraps)?;
-        let file_offset = libc::off_t::try_from(offset).map_err(|_| MemoryError::Wraps {
-            start: offset,
-            size,
-        })?;
-        let len = usize::try_from(size)
-            .ok()
-            .and_then(NonZeroUsize::new)
-            .ok_or(MemoryError::Size { size })?;
         // Without this check a front end could make us touch pages that its file does not have (SIGBUS). One that
         // truncates the file later can still do that; ours seals its memfds against it. Sought and not asked by fstat,
         // which this libc makes a call that takes a path (newfstatat), and the filter allows none of those.
@@ -143,41 +102,19 @@ impl Mapping {
         if has < end {
             return Err(MemoryError::FileTooShort { needed: end, has });
         }
-        let failed = |call| move |source| MemoryError::Call { call, source };
-        let room = len
-            .get()
-            .checked_next_multiple_of(PAGE)
-            .and_then(NonZeroUsize::new)
-            .ok_or(MemoryError::Size { size })?;
-        let guarded = room
-            .checked_add(2 * GUARD)
-            .ok_or(MemoryError::Size { size })?;
-        let guarded = Reservation::new(guarded).map_err(failed("mmap of guards"))?;
-        let place = guarded.start.as_ptr() as usize + GUARD;
-        // SAFETY: the range is inside of the reservation that was just made, which nothing refers to. It is replaced in one
-        // step, so that no other thread's mapping can get in between.
-        let address = unsafe {
-            mmap(
-                NonZeroUsize::new(place),
-                len,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED,
-                file,
-                file_offset,
-            )
-        }
-        .map_err(failed("mmap"))?;
-        Ok(Self {
-            address,
-            size: len,
-            _guarded: guarded,
-        })
+        let mapping = Guarded::new(file, offset, size).map_err(MemoryError::Map)?;
+        Ok(Self(mapping))
+    }
+
+    /// Its first byte.
+    fn address(&self) -> *mut u8 {
+        self.0.address().as_ptr()
     }
 
     /// All of it.
     pub(crate) fn bytes(&self) -> VolatileSlice<'_> {
         // SAFETY: the mapping has `size` bytes and lives as long as `self`, which the slice borrows.
-        unsafe { VolatileSlice::new(self.address.as_ptr().cast(), self.size.get()) }
+        unsafe { VolatileSlice::new(self.address(), self.0.size()) }
     }
 }
 
@@ -256,13 +193,13 @@ impl GuestRam {
         regions.sort_unstable_by_key(|r| r.guest);
         let mut parts = Vec::with_capacity(regions.len());
         for region in &regions {
-            let address = region.mapping.address.as_ptr().cast();
+            let address = region.mapping.address();
             let prot = libc::PROT_READ | libc::PROT_WRITE;
             let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
             // SAFETY: the mapping has that many bytes, is readable and writable, and is kept by `regions`, which is dropped
             // after the map that points into it.
             let part =
-                unsafe { MmapRegion::build_raw(address, region.mapping.size.get(), prot, flags) }
+                unsafe { MmapRegion::build_raw(address, region.mapping.0.size(), prot, flags) }
                     .map_err(MemoryError::Region)?;
             let wraps = MemoryError::Wraps {
                 start: region.guest,
@@ -894,6 +831,7 @@ pub fn direct_io_alignment(file: BorrowedFd<'_>) -> Option<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ipc::limits::RAM_GUARD;
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::os::fd::AsFd;
     use vm_memory::Bytes;
@@ -943,10 +881,10 @@ mod tests {
     #[test]
     fn nothing_may_be_touched_around_a_region_and_nothing_stays_of_it() {
         let mapping = Mapping::new(&memfd(0x3000), 0x1000, 0x1801).unwrap();
-        let first = mapping.address.as_ptr() as usize;
+        let first = mapping.address() as usize;
         let (start, end, rights) = kernel_view(first);
         assert_eq!((start, end, &*rights), (first, first + 0x2000, "rw-s"));
-        let around = [first - 1, first - GUARD, end, end + GUARD - 1];
+        let around = [first - 1, first - RAM_GUARD, end, end + RAM_GUARD - 1];
         for address in around {
             assert_eq!(kernel_view(address).2, "---p", "{address:#x}");
         }

@@ -5,20 +5,22 @@
 //! Who is not trusted: the device processes that get the descriptor. The seals keep them from shrinking the file
 //! (which would turn this process's accesses into SIGBUS), from growing it, and from adding seals.
 //! Why this way: one file with both regions at consecutive offsets, so that one descriptor is all a device gets, and
-//! `zero` frees the pages in the file itself, which empties every process's mapping at once.
+//! `zero` frees the pages in the file itself, which empties every process's mapping at once. Each region lies between guards
+//! ([`ipc::guarded`]), as in the device processes.
 
-#![allow(unsafe_code)] // madvise on our own mapping has no safe wrapper
+#![allow(unsafe_code)] // madvise on our own mapping has no safe wrapper, nor has vm-memory for a mapping between guards
 
 pub mod lazy;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 
+use ipc::guarded::{Guarded, GuardedError};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
 };
 
 use crate::machine::layout::{HIGH_RAM_START, LOW_RAM_END};
@@ -51,8 +53,10 @@ pub enum Error {
     Map {
         address: u64,
         size: u64,
-        source: vm_memory::mmap::MmapRegionError,
+        source: GuardedError,
     },
+    #[error("a mapping of guest RAM cannot be used")]
+    Use(#[source] vm_memory::mmap::MmapRegionError),
     #[error(
         "guest RAM region of {size} bytes at guest address {address:#x} overflows the address space"
     )]
@@ -170,14 +174,7 @@ impl GuestRam {
         let mut file_offset = 0;
         let shared = std::sync::Arc::new(file);
         for (address, size) in ram_ranges(size) {
-            let length = usize::try_from(size).map_err(|_| Error::Region { address, size })?;
-            let mapping =
-                MmapRegion::from_file(FileOffset::from_arc(shared.clone(), file_offset), length)
-                    .map_err(|source| Error::Map {
-                        address,
-                        size,
-                        source,
-                    })?;
+            let mapping = map(&shared, file_offset, address, size)?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(address))
                 .ok_or(Error::Region { address, size })?;
             regions.push(region);
@@ -354,6 +351,30 @@ const PREALLOC_THREADS: u64 = 16;
 fn populate_threads(size: u64) -> u64 {
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
     (size / PREALLOC_SHARE).clamp(1, processors.min(PREALLOC_THREADS))
+}
+
+/// Maps a part of the memory file, for guest address `address`, for as long as the process lives.
+fn map(
+    file: &std::sync::Arc<File>,
+    offset: u64,
+    address: u64,
+    size: u64,
+) -> Result<MmapRegion, Error> {
+    // Never unmapped: KVM's slots and clones of the memory map name these addresses, and neither keeps them from being used for
+    // something else. A process has one guest RAM in its life.
+    let guarded = Guarded::new(file, offset, size).map_err(|source| Error::Map {
+        address,
+        size,
+        source,
+    })?;
+    let guarded = std::mem::ManuallyDrop::new(guarded);
+    let region = MmapRegionBuilder::new(guarded.size())
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::from_arc(file.clone(), offset));
+    // SAFETY: the mapping has that many bytes, is readable and writable, and stays.
+    let region = unsafe { region.with_raw_mmap_pointer(guarded.address().as_ptr()) };
+    region.build().map_err(Error::Use)
 }
 
 fn sealed_memfd(size: u64) -> Result<File, Error> {
