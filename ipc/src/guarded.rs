@@ -209,12 +209,7 @@ mod tests {
             let (start, end, rights) = kernel_view(first);
             assert_eq!((start, end, &*rights), (first, behind, "rw-s"));
             assert_eq!(first % (2 << 20), (offset % (2 << 20)) as usize);
-            let around = [
-                first - 1,
-                first - RAM_GUARD,
-                behind,
-                behind + RAM_GUARD - 1,
-            ];
+            let around = [first - 1, first - RAM_GUARD, behind, behind + RAM_GUARD - 1];
             for address in around {
                 assert_eq!(kernel_view(address).2, "---p", "{address:#x}");
             }

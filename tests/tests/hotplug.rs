@@ -173,6 +173,7 @@ fn a_device_that_is_added_has_the_jail_of_one_that_was_there() {
                 started: 0,
             },
         ],
+        ram: 128 << 20,
         vcpus: 1,
         clients: 1,
         held: vec![
@@ -433,6 +434,7 @@ fn descriptors_that_a_client_passes_become_devices() {
                 started: 0,
             },
         ],
+        ram: 128 << 20,
         vcpus: 1,
         clients: 1,
         held: vec!["/images".into()],

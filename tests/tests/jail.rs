@@ -24,6 +24,7 @@ use tests::jail::expect::{BackEnd, Device, Setting};
 use tests::jail::saboteur;
 use tests::payload::Payload;
 use tests::qmp::Qmp;
+use tests::trace::Tracee;
 use tests::vm::{Vm, VmBuilder, binary};
 use tests::wait::{Deadline, Watched};
 
@@ -95,6 +96,7 @@ fn suite(tap: &str, subnet: u8) -> Suite {
         builder,
         setting: Setting {
             devices: vec![used_disk(), fixed, card],
+            ram: 128 << 20,
             vcpus: 1,
             clients: 1,
             held: Vec::new(),
@@ -105,14 +107,15 @@ fn suite(tap: &str, subnet: u8) -> Suite {
     }
 }
 
-/// A VM with a disk that its guest has used and two folders of the host, one of them read-only.
+/// A VM with a disk that its guest has used and two folders of the host, one of them read-only. Its RAM is on both sides of the
+/// hole below 4 GiB.
 fn suite_with_folders() -> Suite {
     require_kvm();
     require_root();
     let dir = tempfile::tempdir().unwrap();
     let disk = image(&dir, "disk.img");
     let mut builder = Vm::builder()
-        .args(["-machine", "microvm", "-m", "128"])
+        .args(["-machine", "microvm", "-m", "5120"])
         .kernel(&Payload::BlkRw.path(), "end=halt")
         .disk("d0", &disk, "")
         .with_qmp();
@@ -144,6 +147,7 @@ fn suite_with_folders() -> Suite {
         builder,
         setting: Setting {
             devices,
+            ram: 5 << 30,
             vcpus: 1,
             clients: 1,
             held: Vec::new(),
@@ -209,6 +213,28 @@ fn judge(suite: &Suite) {
     }
     qmp.execute("quit", json!({})).unwrap();
     assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
+}
+
+/// A disk's process maps guest RAM when its driver starts, which is later than the cases can change anything.
+#[test]
+fn guards_that_a_disk_loses_while_it_runs_are_missed() {
+    let suite = suite("sv-jail2", 33);
+    for in_front in [true, false] {
+        let mut vm = suite.builder.clone().start().unwrap();
+        vm.wait_for("BLK-RW OK", LIMIT)
+            .unwrap_or_else(|e| panic!("{e}"));
+        let mut qmp = vm.qmp().unwrap();
+        let disk = vm.processes().unwrap()[1];
+        cases::unmap_guard(&mut Tracee::stop(disk).unwrap(), in_front).unwrap();
+        let reply = query(&mut qmp);
+        let findings = check(&mut vm, &suite.setting, &reply).unwrap();
+        let only = findings
+            .iter()
+            .all(|f| f.process == "d0" && f.check == Check::Guards);
+        assert!(only && findings.len() == 1, "{}", shown(&findings));
+        qmp.execute("quit", json!({})).unwrap();
+        assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
+    }
 }
 
 /// The caller's groups are there to be lost, and its limits as high as they may be.

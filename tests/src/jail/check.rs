@@ -5,7 +5,9 @@
 //! **Who is not trusted.** The VM. **Why this way.** Deviations are values, so that a test of a whole VM asserts that there
 //! are none, and a test of a VM with a removed layer asserts that the check for that layer is the one that speaks.
 
-use super::expect::{BackEnd, CONTROL_THREADS, Device, KVM_WORKER, RING_WORKER, Setting, Want};
+use super::expect::{
+    BackEnd, CONTROL_THREADS, Device, KVM_WORKER, RAM_GUARD, RING_WORKER, Setting, Want,
+};
 use super::{NAMESPACES, probe};
 use crate::procfs::{self, Fd, Status};
 use crate::trace::Tracee;
@@ -79,6 +81,8 @@ pub enum Check {
     Seals,
     /// Guest RAM mapped where no driver has shared it, or not mapped where one has.
     GuestRam,
+    /// Guest RAM beside addresses that can be touched.
+    Guards,
     /// Memory that is writable and executable.
     WritableCode,
     /// A mapped file that is not the program.
@@ -154,7 +158,8 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
     report.every(&process)?;
     report.capabilities(&process, [0; 5]);
     report.descriptors(&process, &setting.control_descriptors());
-    report.guest_ram(&process)?;
+    report.seals(&process)?;
+    report.guest_ram(&process, &setting.ram_pieces());
     report.ask(&process, Some(abi), None)?;
     let mut all = vec![process];
 
@@ -166,6 +171,7 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
     let kept = setting.broker_capabilities();
     report.capabilities(&process, [0, kept, kept, kept, 0]);
     report.descriptors(&process, &setting.broker_descriptors());
+    report.guest_ram(&process, &[]);
     report.ask(&process, None, None)?;
     let log_pipes = process.pipes();
     all.push(process);
@@ -217,12 +223,8 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
         }
         report.session(&process, first)?;
         report.limits(&process, device)?;
-        let ram = |m: &&Mapping| m.name.starts_with("/memfd:guest-ram");
-        let mapped = process.maps.iter().filter(ram).count();
-        if mapped != usize::from(device.started > 0) {
-            let found = format!("{mapped} mappings");
-            report.add(device.id, Check::GuestRam, found);
-        }
+        let shared = (device.started > 0).then(|| setting.ram_pieces());
+        report.guest_ram(&process, &shared.unwrap_or_default());
         for (number, fd) in process.fds.iter().filter(|(number, _)| **number < 3) {
             if !log_pipes.contains(&fd.target) {
                 let found = format!("{number} is {}, which the broker does not read", fd.target);
@@ -263,6 +265,8 @@ struct Process {
 }
 
 struct Mapping {
+    start: u64,
+    end: u64,
     rights: String,
     name: String,
     file: bool,
@@ -279,9 +283,14 @@ impl Process {
         let program = program.to_string_lossy();
         let mapping = |line: &str| {
             let mut words = line.splitn(6, ' ');
-            let (rights, inode) = (words.nth(1).unwrap_or_default(), words.nth(2));
+            let range = words.next().and_then(|range| range.split_once('-'));
+            let number = |text| u64::from_str_radix(text, 16).unwrap_or(0);
+            let (start, end) = range.map_or((0, 0), |(from, to)| (number(from), number(to)));
+            let (rights, inode) = (words.next().unwrap_or_default(), words.nth(2));
             let name = words.next().unwrap_or_default().trim_start();
             Mapping {
+                start,
+                end,
                 rights: rights.to_owned(),
                 name: name.to_owned(),
                 file: inode != Some("0")
@@ -560,13 +569,7 @@ impl Report {
         self.owner_of_all(&process)?;
         self.session(&process, pid)?;
         self.limits(&process, device)?;
-        if process
-            .maps
-            .iter()
-            .any(|m| m.name.starts_with("/memfd:guest-ram"))
-        {
-            self.add(&label, Check::GuestRam, "it maps some");
-        }
+        self.guest_ram(&process, &[]);
         self.ask(&process, Some(abi), Some((device, true)))?;
         Ok(process)
     }
@@ -670,7 +673,7 @@ impl Report {
         }
     }
 
-    fn guest_ram(&mut self, process: &Process) -> Result<(), String> {
+    fn seals(&mut self, process: &Process) -> Result<(), String> {
         let label = process.label.as_str();
         for (number, fd) in &process.fds {
             if !fd.target.contains("memfd:guest-ram") {
@@ -687,6 +690,35 @@ impl Report {
             }
         }
         Ok(())
+    }
+
+    /// Guest RAM is mapped in pieces of these sizes, and each lies between guards that nothing can touch.
+    fn guest_ram(&mut self, process: &Process, wanted: &[u64]) {
+        let label = process.label.as_str();
+        let ram = |m: &Mapping| m.name.starts_with("/memfd:guest-ram");
+        let together = |a: &Mapping, b: &Mapping| ram(a) == ram(b) && a.end == b.start;
+        let runs: Vec<&[Mapping]> = process.maps.chunk_by(together).collect();
+        let mut sizes = Vec::new();
+        for run in runs.into_iter().filter(|run| ram(&run[0])) {
+            let (first, last) = (run[0].start, run[run.len() - 1].end);
+            sizes.push(last - first);
+            let guard = |from: u64, to: u64| {
+                // Of one piece: neighbours of one kind are one to the kernel.
+                let mut maps = process.maps.iter();
+                maps.any(|m| m.start <= from && to <= m.end && m.rights == "---p" && !m.file)
+            };
+            for (from, to) in [(first - RAM_GUARD, first), (last, last + RAM_GUARD)] {
+                if !guard(from, to) {
+                    let found = format!("{from:#x} to {to:#x} beside {first:#x} to {last:#x}");
+                    self.add(label, Check::Guards, found);
+                }
+            }
+        }
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        if sizes != wanted {
+            let found = format!("pieces of {sizes:?} bytes instead of {wanted:?}");
+            self.add(label, Check::GuestRam, found);
+        }
     }
 
     /// What only calls in the process's name can tell.

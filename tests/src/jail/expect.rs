@@ -56,6 +56,8 @@ pub enum BackEnd {
 pub struct Setting {
     /// Its devices, in the order of the command line.
     pub devices: Vec<Device>,
+    /// Bytes of its RAM.
+    pub ram: u64,
     /// Its vCPUs.
     pub vcpus: usize,
     /// QMP clients that are connected.
@@ -228,6 +230,12 @@ impl Want {
     }
 }
 
+/// Bytes in front of and behind guest RAM that nothing may touch: what a 32-bit number can skip.
+pub const RAM_GUARD: u64 = 1 << 32;
+
+/// Most RAM below the hole for devices at the end of the first 4 GiB.
+const LOW_RAM: u64 = 3 << 30;
+
 /// Filters of the control process's threads, by the thread's name without digits at its end.
 pub const CONTROL_THREADS: &[(&str, Policy)] = &[
     ("stratovirt", Policy::ControlMain),
@@ -257,6 +265,16 @@ impl Setting {
             .any(|d| matches!(d.back_end, BackEnd::Tap) && !self.given.contains(&d.id));
         let always = 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 7;
         always | u64::from(taps) << 12 | u64::from(self.folders()) << 31
+    }
+
+    /// Sizes of the pieces in which a process maps guest RAM, the largest first.
+    #[must_use]
+    pub fn ram_pieces(&self) -> Vec<u64> {
+        let low = self.ram.min(LOW_RAM);
+        let mut pieces = vec![low, self.ram - low];
+        pieces.retain(|&size| size > 0);
+        pieces.sort_unstable_by(|a, b| b.cmp(a));
+        pieces
     }
 
     fn folders(&self) -> bool {

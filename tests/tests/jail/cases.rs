@@ -5,6 +5,7 @@
 
 use std::io;
 use tests::jail::check::Check;
+use tests::jail::expect::RAM_GUARD;
 use tests::jail::saboteur::{Act, Call, Change, Who};
 use tests::trace::{Registers, Tracee};
 
@@ -403,6 +404,26 @@ fn map_image(tracee: &mut Tracee) -> io::Result<()> {
     map(tracee, &[0, 4096, READ, PRIVATE, 5, 0]).map(drop)
 }
 
+/// Room that nothing may touch, of more than any stack's.
+fn makes_guards(call: &Call<'_>) -> bool {
+    call.arguments[1] > RAM_GUARD && call.arguments[2] == 0
+}
+
+/// Gives back a page in front of guest RAM, or behind it.
+pub(crate) fn unmap_guard(tracee: &mut Tracee, in_front: bool) -> io::Result<()> {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", tracee.tid()))?;
+    let ram = maps.lines().find(|line| line.contains("/memfd:guest-ram"));
+    let range = ram.and_then(|line| line.split_once(' ')?.0.split_once('-'));
+    let (first, behind) = range.ok_or_else(|| io::Error::other("it maps no guest RAM"))?;
+    let number = |text| u64::from_str_radix(text, 16).map_err(io::Error::other);
+    let page = if in_front {
+        number(first)? - 4096
+    } else {
+        number(behind)?
+    };
+    done(tracee.call(libc::SYS_munmap, &[page, 4096])?)
+}
+
 fn map_writable_code(tracee: &mut Tracee) -> io::Result<()> {
     let rights = READ | WRITE | EXECUTE;
     let arguments = [0, 4096, rights, PRIVATE | ANONYMOUS, u64::MAX, 0];
@@ -664,6 +685,13 @@ pub(crate) const CASES: &[Case] = &[
         &[change(MAIN, libc::SYS_landlock_restrict_self, any, Act::Before(leak_host_file))]),
     case("guest RAM is not sealed", ("control", Check::Seals), &[],
         &[change(MAIN, libc::SYS_fcntl, seals_guest_ram, SKIP)]),
+
+    case("what is beside guest RAM can be read", ("control", Check::Guards), &[],
+        &[change(MAIN, libc::SYS_mmap, makes_guards, Act::Argument(2, |_| READ))]),
+    case("guest RAM has no guard in front", ("control", Check::Guards), &[],
+        &[change(MAIN, libc::SYS_landlock_restrict_self, any, Act::Before(|tracee| unmap_guard(tracee, true)))]),
+    case("guest RAM has no guard behind", ("control", Check::Guards), &[],
+        &[change(MAIN, libc::SYS_landlock_restrict_self, any, Act::Before(|tracee| unmap_guard(tracee, false)))]),
 
     // A folder of the host: the root is the folder, and some capabilities stay.
     case("no filter of its own on a folder", ("f0", Check::FilterCount), &[],
