@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use tests::host::{Tap, check_ext4, ext4_image, read_from_ext4};
-use tests::lab::{Flavour, Guest, Nested, Script, where_linux_boots, where_linux_boots_or_in};
+use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::test_path;
 use tests::vm::{Vm, VmBuilder};
 use tests::wait::{Deadline, readable};
@@ -154,7 +154,7 @@ fn a_readonly_disk_is_readonly_in_the_guest() {
 
 #[test]
 fn the_network_carries_pings_and_a_hundred_megabytes_each_way() {
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || {
+    where_linux_boots(test_path!(), || {
         const SIZE: usize = 100_000_000;
         let guest = guest();
         let tap = Tap::new("sv-linux", "10.0.2.1/24").unwrap();

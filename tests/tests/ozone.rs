@@ -576,6 +576,8 @@ fn mount_cgroups(version: u8) {
 
 fn machine() -> Nested {
     Nested {
+        // A tenant for each.
+        processors: 2,
         nodes: 2,
         limit: Some(Duration::from_secs(480)),
         ..Nested::default()

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use tests::daemon::Daemon;
 use tests::host::{require_kvm, require_root};
 use tests::jail::{Jail, NAMESPACES};
-use tests::lab::{Flavour, Guest, Nested, Script, ensure_packages, where_linux_boots_or_in};
+use tests::lab::{Flavour, Guest, Script, ensure_packages, where_linux_boots};
 use tests::payload::Payload;
 use tests::procfs;
 use tests::test_path;
@@ -320,7 +320,7 @@ fn check_work(tree: &Path) {
 
 #[test]
 fn a_linux_guest_works_in_a_folder_that_the_vm_shares() {
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || {
+    where_linux_boots(test_path!(), || {
         let (_dir, tree) = tree();
         let options = managed(&tree, ",xattr=on", ",num-request-queues=2");
         let (builder, _initrd) = linux(WORK, &options);
@@ -332,7 +332,7 @@ fn a_linux_guest_works_in_a_folder_that_the_vm_shares() {
 
 #[test]
 fn a_linux_guest_cannot_change_a_readonly_folder() {
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || {
+    where_linux_boots(test_path!(), || {
         let (_dir, tree) = tree();
         let script = "mkdir -p /s; mount -t virtiofs share /s || exit 1\n\
             cat /s/from-host\n\
@@ -356,7 +356,7 @@ fn a_linux_guest_cannot_change_a_readonly_folder() {
 
 #[test]
 fn a_reboot_mounts_the_folder_again() {
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || {
+    where_linux_boots(test_path!(), || {
         let (_dir, tree) = tree();
         let script = "mkdir -p /s; mount -t virtiofs share /s || exit 1\n\
             echo boot >> /s/boots; sync; echo BOOTS=$(wc -l < /s/boots); read next\n\
@@ -405,14 +405,14 @@ fn own_daemon(tree: &Path, socket: &Path) -> Daemon {
 
 #[test]
 fn our_own_daemon_serves_a_vm_that_did_not_start_it() {
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || external(own_daemon));
+    where_linux_boots(test_path!(), || external(own_daemon));
 }
 
 #[test]
 fn the_daemon_that_came_with_qemu_serves_a_vm() {
     // Debian 12 is the last release with this one.
     ensure_packages(&["qemu-system-common"]).unwrap();
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || {
+    where_linux_boots(test_path!(), || {
         external(|tree, socket| {
             let mut command = Command::new("/usr/lib/qemu/virtiofsd");
             command
@@ -510,7 +510,7 @@ echo LINES=$n HIDDEN=$(wc -l < /proc/self/fd/4)/$(sort -u /proc/self/fd/4 | wc -
 #[test]
 fn a_guest_notices_nothing_when_the_process_of_its_folder_is_killed() {
     const KILLS: usize = 12;
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || {
+    where_linux_boots(test_path!(), || {
         let (_dir, tree) = tree();
         let options = managed(&tree, "", ",max-restarts=1000");
         let (builder, _initrd) = linux(HELD, &options);

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests::host::{Tap, check_ext4, ext4_image, require_kvm, require_root};
-use tests::lab::{Flavour, Guest, Nested, Script, where_linux_boots_or_in};
+use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
 use tests::qmp::QmpError;
 use tests::test_path;
@@ -451,7 +451,7 @@ fn another_command_line_is_told_by_its_option_and_starts_nothing() {
 /// Debian's kernel with a mounted disk that it writes to all the time and a card in use.
 #[test]
 fn linux_goes_on_twice_with_its_files_its_memory_and_its_network() {
-    where_linux_boots_or_in(&Nested::default(), test_path!(), || {
+    where_linux_boots(test_path!(), || {
         let guest = Guest::ready(Flavour::Cloud).unwrap();
         let tap = Tap::new("sv-snap", "10.0.9.1/24").unwrap();
         let dir = tempfile::tempdir().unwrap();

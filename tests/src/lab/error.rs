@@ -60,6 +60,9 @@ pub enum LabError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The emulator stands still: nothing was found out about what ran in it.
+    #[error("the nested machine says nothing, and its kernel does not answer an NMI:\n{0}")]
+    Frozen(String),
     /// The nested machine ended or ran out of time before the command had ended.
     #[error("the nested machine {reason}; its last output:\n{output}")]
     Machine {

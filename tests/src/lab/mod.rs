@@ -15,6 +15,7 @@ mod error;
 mod guest;
 mod initramfs;
 mod kernel;
+mod last_words;
 mod nested;
 mod packages;
 mod place;
@@ -38,27 +39,12 @@ pub use process::run as run_program;
 /// # Panics
 /// When the lab cannot be set up, or when the test fails in L1.
 pub fn where_linux_boots(test: &str, body: impl FnOnce()) {
-    // One processor boots a guest as fast as two here, and what emulated processors do to each other at the same moment is
-    // the emulator's weakest part.
-    let one = Nested {
-        processors: 1,
-        ..Nested::default()
-    };
-    where_linux_boots_or_in(&one, test, body);
-}
-
-/// Like [`where_linux_boots`], with other settings for the nested machine: for a guest that keeps several processes of its
-/// VM busy at once.
-///
-/// # Panics
-/// As [`where_linux_boots`].
-pub fn where_linux_boots_or_in(nested: &Nested, test: &str, body: impl FnOnce()) {
     match place(Flavour::Cloud) {
         Err(error) => panic!("{}", chain(&error)),
         Ok(Place::Here { .. }) => body(),
         Ok(Place::Nested { why }) => {
             eprintln!("{test} runs in the nested lab: {why}");
-            run_nested(nested, test);
+            run_nested(&Nested::default(), test);
         }
     }
 }

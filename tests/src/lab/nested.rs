@@ -9,13 +9,13 @@
 //! the file server is listening before the server starts, so nothing waits for it to appear.
 
 use super::kernel::{Flavour, Kernel, cache_dir, lock_cache};
+use super::last_words::{self, BEAT, BEAT_EVERY, Lost};
 use super::place::KilledOnDrop;
-use super::{Archive, LabError, initramfs, packages};
-use crate::wait::{Deadline, readable};
+use super::{Archive, LabError, chain, initramfs, packages};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::fs::{self, File};
-use std::io::{IsTerminal, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::IsTerminal;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -78,11 +78,12 @@ pub struct Nested {
     pub flavour: Flavour,
     /// Its memory, in MiB.
     pub memory: u32,
-    /// Its processors.
+    /// Its processors. One boots a guest as fast as two, and what emulated processors do to each other is the emulator's weakest
+    /// part: of machines with two, one in some hundred stood still.
     pub processors: u32,
     /// Its memory nodes: memory and processors are divided between them.
     pub nodes: u32,
-    /// How long it may run; without a limit it runs as long as the command does.
+    /// How long it may run; without a limit it runs as long as the command does, and may stand still (in a debugger, for one).
     pub limit: Option<Duration>,
     /// A folder that is writable from L1, under its own path.
     pub share: Option<PathBuf>,
@@ -97,7 +98,7 @@ impl Default for Nested {
         Self {
             flavour: Flavour::Cloud,
             memory: 3072,
-            processors: 2,
+            processors: 1,
             nodes: 1,
             limit: Some(Duration::from_secs(300)),
             share: None,
@@ -112,8 +113,19 @@ impl Nested {
     /// program and its arguments.
     ///
     /// # Errors
-    /// When L1 cannot be started, ends early, or takes longer than its limit.
+    /// When L1 cannot be started, ends early, takes longer than its limit, or is not emulated any more, twice in a row.
     pub fn run(&self, command: &[String]) -> Result<i32, LabError> {
+        match self.run_once(command) {
+            // Not even its kernel was asked whether anything failed: what ran in it gets the machine that it was promised.
+            Err(frozen @ LabError::Frozen(_)) => {
+                eprintln!("{}; another one is started", chain(&frozen));
+                self.run_once(command)
+            }
+            result => result,
+        }
+    }
+
+    fn run_once(&self, command: &[String]) -> Result<i32, LabError> {
         if !nix::unistd::geteuid().is_root() {
             return Err(LabError::Host(
                 "sharing the root file system with the nested machine takes root".into(),
@@ -171,15 +183,15 @@ impl Nested {
         let mut machine = KilledOnDrop(child);
         drop((theirs, its_monitor));
 
-        let result = read_status(&mut status, self.limit);
-        if result.is_err() && panic_on_request(&mut monitor).is_ok() {
-            // What it was at stands in the output then; it leaves with the panic.
-            let _ = read_status(&mut status, Some(LAST_WORDS));
-        } else if result.is_ok() {
+        let result = last_words::status(&mut status, self.limit);
+        let mut last_words = Ok(());
+        if result.is_ok() {
             // A clean end lets QEMU give the terminal back as it found it.
             let pid = nix::unistd::Pid::from_raw(i32::try_from(machine.0.id()).unwrap_or(0));
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
             let _ = machine.0.wait();
+        } else {
+            last_words = last_words::ask(&mut status, &mut monitor, machine.0.id());
         }
         drop(machine);
         if !self.interactive {
@@ -188,16 +200,23 @@ impl Nested {
                 String::from_utf8_lossy(&fs::read(&output).unwrap_or_default())
             );
         }
-        result.map_err(|reason| {
+        result.map_err(|lost| {
             let mut text = fs::read_to_string(&log).unwrap_or_default();
             for (tag, _) in &shares {
                 text.push_str(
                     &fs::read_to_string(work.path().join(format!("{tag}.log"))).unwrap_or_default(),
                 );
             }
-            LabError::Machine {
-                reason,
-                output: text,
+            match (lost, last_words) {
+                (Lost::Silent, Err(told)) => LabError::Frozen(told + &text),
+                (Lost::Silent, Ok(())) => LabError::Machine {
+                    reason: "stood still, and its kernel told above what it was at".into(),
+                    output: text,
+                },
+                (Lost::Told(reason), last_words) => LabError::Machine {
+                    reason,
+                    output: last_words.err().unwrap_or_default() + &text,
+                },
             }
         })
     }
@@ -296,46 +315,12 @@ impl Nested {
     }
 }
 
-/// How long a machine that hangs may take to tell what it was at.
-const LAST_WORDS: Duration = Duration::from_secs(60);
-
 /// A pair of sockets, the second of which stays open in the program that is started next.
 fn pair_over_exec() -> Result<(UnixStream, OwnedFd), LabError> {
     let (ours, theirs) = UnixStream::pair().map_err(LabError::system("make a socket pair"))?;
     let theirs = OwnedFd::from(theirs);
     keep_over_exec(&theirs)?;
     Ok((ours, theirs))
-}
-
-/// Has QEMU send an NMI, on which L1's kernel panics and prints its log, each task's stack and each processor's
-/// (`unknown_nmi_panic`, `panic_print`).
-fn panic_on_request(monitor: &mut UnixStream) -> std::io::Result<()> {
-    monitor.write_all(br#"{"execute":"qmp_capabilities"}{"execute":"inject-nmi"}"#)
-}
-
-/// Waits for the line with the status.
-fn read_status(status: &mut UnixStream, limit: Option<Duration>) -> Result<i32, String> {
-    let deadline = Deadline::after(limit.unwrap_or(Duration::from_secs(365 * 86400)));
-    let mut line = Vec::new();
-    loop {
-        match readable(&[status.as_fd()], deadline) {
-            Err(error) => return Err(format!("cannot be watched ({error})")),
-            Ok(None) => return Err(format!("took longer than {:?}", limit.unwrap_or_default())),
-            Ok(Some(_)) => {}
-        }
-        let mut chunk = [0; 64];
-        let count = status.read(&mut chunk).unwrap_or(0);
-        if count == 0 {
-            return Err("ended before the command did".into());
-        }
-        line.extend_from_slice(&chunk[..count]);
-        if let Some(end) = line.iter().position(|&b| b == b'\n') {
-            let text = String::from_utf8_lossy(&line[..end]).trim().to_owned();
-            return text
-                .parse()
-                .map_err(|_| format!("gave {text:?} as the command's status"));
-        }
-    }
 }
 
 /// The script that L1's process 1 becomes.
@@ -359,6 +344,9 @@ fn run_script(command: &[String], terminal: bool) -> Result<String, LabError> {
     if terminal {
         script.push_str(&terminal_size());
     }
+    script.push_str(&format!(
+        "(while echo {BEAT}; do sleep {BEAT_EVERY}; done) </dev/null >/dev/ttyS1 2>/dev/null &\n"
+    ));
     let line = match command {
         [line] => line.clone(),
         words => words.iter().map(|w| quote(w)).collect::<Vec<_>>().join(" "),
