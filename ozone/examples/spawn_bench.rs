@@ -37,6 +37,7 @@ fn launch(binary: &File, trace: bool) -> Result<(ozone::Pending, File)> {
         identity: Identity::least(),
         tree: None,
         limits: Limits::default(),
+        cpus: None,
         mode: Sandbox::Strict,
         trace,
     })?;

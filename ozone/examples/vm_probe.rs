@@ -174,6 +174,7 @@ fn device_jail() -> Result<(), String> {
         identity: Identity::least(),
         tree: None,
         limits: Limits::default(),
+        cpus: None,
         mode: Sandbox::Strict,
         trace: false,
     })

@@ -100,6 +100,7 @@ impl Request {
             identity: self.identity,
             tree: None,
             limits: self.limits,
+            cpus: None,
             mode: self.mode,
             trace: false,
         })?;

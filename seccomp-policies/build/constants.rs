@@ -56,6 +56,7 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     // io_uring_register(2)
     ("IORING_REGISTER_RESTRICTIONS", 11),
     ("IORING_REGISTER_ENABLE_RINGS", 12),
+    ("IORING_REGISTER_IOWQ_AFF", 17),
     ("IORING_REGISTER_IOWQ_MAX_WORKERS", 19),
     // fallocate(2)
     ("FALLOC_FL_KEEP_SIZE", 1),

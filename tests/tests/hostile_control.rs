@@ -69,6 +69,7 @@ fn policy(dir: &Path) -> Policy {
     Policy {
         additions: Additions::default(),
         growing: Vec::new(),
+        iothreads: Vec::new(),
         version: PROTOCOL_VERSION,
         files: vec![
             FileGrant::Read {
@@ -390,6 +391,7 @@ fn what_may_be_added_is_what_was_granted() {
         index,
         backend,
         spec,
+        iothread: None,
     };
     for (addition, words) in [
         (image("granted", true), "not beneath a folder"),

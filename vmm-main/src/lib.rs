@@ -3,6 +3,7 @@
 //! **Job.** The binary in `main.rs` is a few lines; everything else is here.
 //! **Who is not trusted** is said in each module.
 
+mod affinity;
 pub mod boot;
 pub mod broker;
 pub mod chardev;

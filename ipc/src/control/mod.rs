@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::log::Level;
 use crate::spec::DeviceSpec;
+use crate::spec::cpus::CpuList;
 use crate::start::{SandboxMode, SeccompMode};
 use added::{Addition, Additions};
 use sandbox::ProcessFacts;
@@ -35,6 +36,8 @@ pub struct Policy {
     pub files: Vec<FileGrant>,
     /// Which device processes may be started, by number.
     pub devices: Vec<DeviceGrant>,
+    /// Where the device processes of each iothread run, by its number; `None`: wherever the VM may.
+    pub iothreads: Vec<Option<CpuList>>,
     /// Where snapshots may be made; `None` without `-grant snapshot=`.
     pub snapshots: Option<SnapshotGrant>,
     /// What may be added while the guest runs.
@@ -146,6 +149,8 @@ pub struct DeviceGrant {
     pub spec: DeviceSpec,
     /// What it holds.
     pub backend: BackendGrant,
+    /// Number of its iothread in [`Policy::iothreads`].
+    pub iothread: Option<u32>,
 }
 
 impl DeviceGrant {
@@ -275,6 +280,8 @@ pub enum Request {
         backend: u32,
         /// What the process is told.
         spec: DeviceSpec,
+        /// Number of its iothread in [`Policy::iothreads`].
+        iothread: Option<u32>,
     },
     /// End the process of device `index`, if there is one, and forget the device. One that was plugged gives its number and
     /// its back end free.

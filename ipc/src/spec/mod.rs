@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::limits;
 
 pub mod block;
+pub mod cpus;
 pub mod fs;
 pub mod needs;
 pub mod net;

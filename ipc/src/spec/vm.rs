@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::control::added::AdditionGrant;
 use crate::limits;
 use crate::log::Level;
+use crate::spec::cpus::CpuList;
 use crate::spec::fs::FsCache;
 use crate::start::{SandboxMode, SeccompMode};
 
@@ -42,8 +43,10 @@ pub struct VmSpec {
     pub devices: Vec<DeviceOption>,
     /// `-hotplug`: where devices may come from that are added later.
     pub hotplug: Vec<AdditionGrant>,
-    /// Ids of `-object iothread`.
-    pub iothreads: Vec<String>,
+    /// `-object iothread`
+    pub iothreads: Vec<IothreadSpec>,
+    /// `-vcpu-affinity`: at most one for each vCPU, and one for the others.
+    pub vcpu_affinity: Vec<VcpuAffinity>,
     /// `-qmp`, `-mon`
     pub monitors: Vec<MonitorSpec>,
     /// `-D` and the level of `STRATOVIRT_LOG_LEVEL`.
@@ -70,6 +73,41 @@ pub struct VmSpec {
     pub sandbox: SandboxMode,
     /// Options that were accepted without effect, for one line in the log.
     pub ignored: Vec<String>,
+}
+
+/// `-object iothread`: what the processes of the devices that name it have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IothreadSpec {
+    /// `id=`
+    pub id: String,
+    /// `cpus=`: where they run; `None`: wherever the VM may.
+    pub cpus: Option<CpuList>,
+}
+
+/// `-vcpu-affinity`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuAffinity {
+    /// `vcpu=`; `None`: all that have none of their own.
+    pub vcpu: Option<u8>,
+    /// `cpus=`
+    pub cpus: CpuList,
+}
+
+impl VmSpec {
+    /// Where vCPU `vcpu` runs; `None`: wherever the VM may.
+    pub fn vcpu_cpus(&self, vcpu: u32) -> Option<CpuList> {
+        let of = |wanted: Option<u32>| {
+            let mut all = self.vcpu_affinity.iter();
+            all.find(|one| one.vcpu.map(u32::from) == wanted)
+        };
+        of(Some(vcpu)).or_else(|| of(None)).map(|one| one.cpus)
+    }
+
+    /// The number of the iothread with this id.
+    pub fn iothread(&self, id: &str) -> Option<u32> {
+        let found = self.iothreads.iter().position(|one| one.id == id)?;
+        u32::try_from(found).ok()
+    }
 }
 
 /// Which board.

@@ -22,10 +22,12 @@ use crate::{
 use nix::{
     errno::Errno,
     fcntl::OFlag,
+    sched::{CpuSet, sched_setaffinity},
     sys::{
         signal::SigSet,
         stat::{Mode, fstat},
     },
+    unistd::Pid,
 };
 use std::{
     ffi::{CString, c_int},
@@ -44,6 +46,7 @@ pub(super) struct Plan {
     /// The folder that becomes the root.
     pub(super) tree: Option<TreePlan>,
     pub(super) limits: rlimits::Limits,
+    pub(super) cpus: Option<CpuSet>,
     pub(super) strict: bool,
     pub(super) trace: bool,
     /// Whether the child writes its own user map.
@@ -139,6 +142,11 @@ fn try_build(plan: &mut Plan) -> Result<Kept, (Step, Errno)> {
     SigSet::empty()
         .thread_set_mask()
         .map_err(at(Step::Entered))?;
+    if let Some(cpus) = &plan.cpus {
+        // Here and not later: what is below the exec inherits it, the kernel's workers for it included.
+        sched_setaffinity(Pid::from_raw(0), cpus).map_err(at(Step::Affinity))?;
+        done(plan, Step::Affinity);
+    }
     done(plan, Step::Entered);
 
     session::leave_terminal().map_err(at(Step::Session))?;

@@ -27,6 +27,7 @@ use crate::{
 };
 use nix::{
     errno::Errno,
+    sched::CpuSet,
     sys::{
         socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair},
         wait::{Id, WaitPidFlag, waitid},
@@ -59,6 +60,8 @@ pub struct DeviceLaunch<'a> {
     pub tree: Option<SharedTree<'a>>,
     /// Resource limits.
     pub limits: Limits,
+    /// Processors that the process, and all that it starts, runs on; `None`: the caller's.
+    pub cpus: Option<CpuSet>,
     /// What to do about layers that the host cannot give.
     pub mode: Sandbox,
     /// Whether [`Child::phases`] is wanted: one time stamp per step, about 20 µs altogether.
@@ -228,6 +231,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         identity,
         tree,
         limits,
+        cpus,
         mode,
         trace,
     } = launch;
@@ -299,6 +303,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         identity,
         tree: tree_plan,
         limits,
+        cpus,
         strict: mode == Sandbox::Strict,
         trace,
         maps_itself: !privileged,

@@ -16,6 +16,8 @@ pub enum Step {
     Released,
     /// The child runs, with a clean signal mask.
     Entered,
+    /// The processors that it runs on, if they were given.
+    Affinity,
     /// A session and process group of its own, without the caller's keys.
     Session,
     /// Mount, network, ipc, uts and cgroup namespaces.
@@ -43,11 +45,12 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::Begin,
         Self::Clone,
         Self::Released,
         Self::Entered,
+        Self::Affinity,
         Self::Session,
         Self::Namespaces,
         Self::UserMap,
@@ -70,6 +73,7 @@ impl fmt::Display for Step {
             Self::Clone => "clone",
             Self::Released => "release",
             Self::Entered => "signal mask",
+            Self::Affinity => "processors",
             Self::Session => "session",
             Self::Namespaces => "namespaces",
             Self::UserMap => "own user map",

@@ -11,6 +11,7 @@ use ipc::control::{
 use ipc::log::Level;
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::BlockSpec;
+use ipc::spec::cpus::CpuList;
 use ipc::spec::net::NetSpec;
 use ipc::start::{SandboxMode, SeccompMode};
 use vmm_main::cmdline::table::{Arg, OPTIONS};
@@ -644,6 +645,7 @@ fn control() -> Inputs {
     let policy = Policy {
         version: ipc::PROTOCOL_VERSION,
         growing: vec![(0, 1 << 30)],
+        iothreads: vec![Some(CpuList::default()), None],
         additions: Additions {
             devices: 9,
             grants: vec![
@@ -671,7 +673,11 @@ fn control() -> Inputs {
         devices: devices()
             .into_iter()
             .zip(grants)
-            .map(|(spec, backend)| DeviceGrant { spec, backend })
+            .map(|(spec, backend)| DeviceGrant {
+                spec,
+                backend,
+                iothread: Some(0),
+            })
             .collect(),
         snapshots: Some(SnapshotGrant {
             folders: vec!["/t".into()],

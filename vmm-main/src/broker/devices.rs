@@ -25,6 +25,7 @@ use ipc::spec::fs::{BACKEND_FDS, FD_KEEPER, FD_PROCESSES, FD_TREE};
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CpuSet;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use ozone::{Child, DeviceLaunch, Identity, Limits, Pending, Sandbox, SharedTree};
@@ -363,6 +364,7 @@ fn launch(
             _ => None,
         },
         limits,
+        cpus: cpus(grant, policy).map_err(|e| told("cpus", &e))?,
         mode: match policy.sandbox {
             SandboxMode::BestEffort => Sandbox::BestEffort,
             SandboxMode::Strict => Sandbox::Strict,
@@ -380,6 +382,17 @@ fn launch(
         keeper,
     };
     Ok((ours.into(), process))
+}
+
+/// Where the process of `grant` is to run.
+fn cpus(grant: &DeviceGrant, policy: &Policy) -> Result<Option<CpuSet>, Errno> {
+    let iothread = grant
+        .iothread
+        .and_then(|n| policy.iothreads.get(n as usize));
+    iothread
+        .and_then(Option::as_ref)
+        .map(crate::affinity::to_set)
+        .transpose()
 }
 
 impl Process {

@@ -342,7 +342,8 @@ impl Broker {
                 index,
                 backend,
                 spec,
-            } => self.plug(*index, *backend, spec),
+                iothread,
+            } => self.plug(*index, *backend, spec, *iothread),
             Request::Unplug { index } => self.unplug(*index),
             Request::Ready => self.ready(),
             Request::Inspect => return self.inspect(),
@@ -507,11 +508,17 @@ impl Broker {
         index: u32,
         backend: u32,
         spec: &DeviceSpec,
+        iothread: Option<u32>,
     ) -> Result<(Reply, Option<OwnedFd>), String> {
         let first = self.policy.devices.len() as u32;
         let all = first + self.policy.additions.devices;
         if !(first..all).contains(&index) || self.plugged.contains_key(&index) {
             return Err(format!("device {index} is not one that can be plugged now"));
+        }
+        if let Some(number) = iothread
+            && number as usize >= self.policy.iothreads.len()
+        {
+            return Err(format!("the policy has no iothread {number}"));
         }
         let parts = self.added.give(backend, index, spec)?;
         if let Some(hold) = parts.hold {
@@ -522,6 +529,7 @@ impl Broker {
             DeviceGrant {
                 spec: spec.clone(),
                 backend: parts.grant,
+                iothread,
             },
         );
         let started = self.start(index);

@@ -21,6 +21,7 @@ const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 pub(super) fn finish(mut draft: Draft) -> Result<VmSpec, CmdlineError> {
     machine(&draft)?;
     memory(&mut draft)?;
+    affinity(&draft)?;
     devices(&mut draft)?;
     character_devices(&mut draft)?;
     process(&draft)?;
@@ -115,6 +116,20 @@ fn lookup<'a>(
     })
 }
 
+fn affinity(draft: &Draft) -> Result<(), CmdlineError> {
+    let last = draft.spec.cpus.cpus.saturating_sub(1);
+    for (one, arg) in draft.spec.vcpu_affinity.iter().zip(&draft.affinity_args) {
+        if let Some(vcpu) = one.vcpu.filter(|vcpu| *vcpu > last) {
+            return Err(CmdlineError::new(
+                "-vcpu-affinity",
+                arg,
+                format!("vCPU {vcpu} does not exist; allowed: 0 to {last}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
     let mut done: Vec<DeviceOption> = Vec::new();
     let named: Vec<String> = draft
@@ -136,7 +151,7 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
         let fail = |text: String| CmdlineError::new("-device", &device.arg, text);
         let queues = u16::from(spec.cpus.cpus).min(limits::MAX_BLOCK_QUEUES);
         if let Some(iothread) = &device.iothread {
-            let ids = spec.iothreads.iter().map(String::as_str);
+            let ids = spec.iothreads.iter().map(|one| one.id.as_str());
             lookup(("-device", &device.arg), ("iothread", iothread), ids)?;
         }
         let (prefix, number, kind) = match device.kind {

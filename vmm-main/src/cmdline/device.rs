@@ -5,7 +5,9 @@ use ipc::limits;
 use ipc::spec::block::{Aio, BlockIo, DetectZeroes, OnError};
 use ipc::spec::fs::FsCache;
 use ipc::spec::net::{Bucket, Limit, NetLimits};
-use ipc::spec::vm::{DriveSpec, FsSource, FsdevSpec, NetBackend, NetdevSpec, RestartPolicy};
+use ipc::spec::vm::{
+    DriveSpec, FsSource, FsdevSpec, IothreadSpec, NetBackend, NetdevSpec, RestartPolicy,
+};
 
 use super::error::CmdlineError;
 use super::props::Props;
@@ -466,6 +468,7 @@ impl super::Draft {
             .spec
             .iothreads
             .iter()
+            .map(|iothread| &iothread.id)
             .chain(backends)
             .any(|other| *other == id)
         {
@@ -497,7 +500,8 @@ impl super::Draft {
                 limits::MAX_IOTHREADS
             )));
         }
-        self.spec.iothreads.push(id);
+        let cpus = props.cpus("cpus");
+        self.spec.iothreads.push(IothreadSpec { id, cpus });
         Ok(())
     }
 }

@@ -19,7 +19,8 @@ use std::path::PathBuf;
 use ipc::limits;
 use ipc::log::Level;
 use ipc::spec::vm::{
-    BootSpec, CpuSpec, DeviceOption, LogSpec, MachineKind, MachineSpec, MemorySpec, VmSpec,
+    BootSpec, CpuSpec, DeviceOption, LogSpec, MachineKind, MachineSpec, MemorySpec, VcpuAffinity,
+    VmSpec,
 };
 use ipc::start::{SandboxMode, SeccompMode};
 
@@ -77,6 +78,8 @@ struct Given<'a> {
 struct Draft {
     spec: VmSpec,
     /// Arguments of `-drive`, `-netdev`, `-fsdev`, `-chardev` and `-device`, in the order of the spec's lists.
+    /// The arguments of `-vcpu-affinity`, in their order.
+    affinity_args: Vec<String>,
     drive_args: Vec<String>,
     netdev_args: Vec<String>,
     fsdev_args: Vec<String>,
@@ -273,6 +276,7 @@ impl Draft {
                 devices: Vec::<DeviceOption>::new(),
                 hotplug: Vec::new(),
                 iothreads: Vec::new(),
+                vcpu_affinity: Vec::new(),
                 monitors: Vec::new(),
                 log: LogSpec { level, file: None },
                 daemonize: false,
@@ -287,6 +291,7 @@ impl Draft {
                 sandbox: SandboxMode::default(),
                 ignored: Vec::new(),
             },
+            affinity_args: Vec::new(),
             drive_args: Vec::new(),
             netdev_args: Vec::new(),
             fsdev_args: Vec::new(),
@@ -321,6 +326,19 @@ impl Draft {
             // Their tables allow one value only.
             "accel" | "cpu" => drop(given.props()?),
             "smp" => spec.cpus = machine::smp(&given.props()?)?,
+            "vcpu-affinity" => {
+                let props = given.props()?;
+                let vcpu = props.small("vcpu");
+                if spec.vcpu_affinity.iter().any(|one| one.vcpu == vcpu) {
+                    return Err(props.error(match vcpu {
+                        Some(vcpu) => format!("vCPU {vcpu} has processors already"),
+                        None => "the other vCPUs have processors already".into(),
+                    }));
+                }
+                self.affinity_args.push(given.value.clone());
+                spec.vcpu_affinity
+                    .extend(props.cpus("cpus").map(|cpus| VcpuAffinity { vcpu, cpus }));
+            }
             "m" => {
                 self.memory_option = true;
                 spec.memory.size = given.props()?.int("size").unwrap_or(limits::DEFAULT_MEMORY);

@@ -133,6 +133,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
             files: files.0,
             additions: additions(spec, devices.len()),
             growing: growing(spec),
+            iothreads: spec.iothreads.iter().map(|one| one.cpus).collect(),
             devices,
             snapshots: snapshots(spec),
             seccomp: spec.seccomp,
@@ -289,6 +290,7 @@ fn growing(spec: &VmSpec) -> Vec<(u32, u64)> {
 
 fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
     let id = device.id.clone();
+    let iothread = device.iothread.as_ref().and_then(|id| spec.iothread(id));
     Some(match &device.kind {
         DeviceKind::Block {
             drive,
@@ -312,6 +314,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     readonly: drive.readonly,
                     direct: drive.direct,
                 },
+                iothread,
             }
         }
         DeviceKind::ForeignBlock {
@@ -330,6 +333,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                 io: BlockIo::default(),
             }),
             backend: daemon_socket(spec, chardev)?,
+            iothread,
         },
         DeviceKind::Net {
             netdev,
@@ -352,6 +356,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     },
                     NetBackend::TapFds(fds) => BackendGrant::Inherited { fds: fds.clone() },
                 },
+                iothread,
             }
         }
         DeviceKind::Fs {
@@ -380,11 +385,13 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                         backend: BackendGrant::Folder {
                             path: fsdev.path.clone(),
                         },
+                        iothread,
                     }
                 }
                 FsSource::Chardev(name) => DeviceGrant {
                     spec: whole(None),
                     backend: daemon_socket(spec, name)?,
+                    iothread,
                 },
             }
         }

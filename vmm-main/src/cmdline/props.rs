@@ -7,6 +7,7 @@
 use super::error::{CmdlineError, list};
 use super::nearest::nearest;
 use super::table::{Arg, OptionDef};
+use ipc::spec::cpus::{self, CpuList};
 
 /// The type of a value, with its range.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +38,8 @@ pub enum Kind {
     Mac,
     /// Inherited descriptors, separated by `:`; at most so many.
     Fds(usize),
+    /// Processors of the host, as in `0-3:6`.
+    Cpus,
 }
 
 impl Kind {
@@ -58,6 +61,10 @@ impl Kind {
             Self::Mac => {
                 "six hexadecimal bytes, as in 52:54:00:12:34:56, the first one even".into()
             }
+            Self::Cpus => format!(
+                "processors of the host, 0 to {}, as in 0-3:6",
+                cpus::MAX_CPUS - 1
+            ),
             Self::Fds(1) => "an inherited descriptor, 3 to 65535".into(),
             Self::Fds(max) => {
                 format!("1 to {max} inherited descriptors, 3 to 65535, separated by ':'")
@@ -77,6 +84,7 @@ impl Kind {
             Self::Later => "…".into(),
             Self::Size | Self::Bytes => "SIZE".into(),
             Self::Mac => "MAC".into(),
+            Self::Cpus => "N-N:N:…".into(),
             Self::Fds(1) => "FD".into(),
             Self::Fds(_) => "FD:FD:…".into(),
         }
@@ -120,6 +128,7 @@ impl Kind {
             Self::Size => Value::Int(read_size(text, 20).ok_or_else(wrong)?),
             Self::Bytes => Value::Int(read_size(text, 0).ok_or_else(wrong)?),
             Self::Mac => Value::Mac(read_mac(text).ok_or_else(wrong)?),
+            Self::Cpus => Value::Cpus(CpuList::parse(text).ok_or_else(wrong)?),
             Self::Fds(max) => {
                 let fds: Option<Vec<i32>> = text.split(':').map(read_fd).collect();
                 Value::Fds(fds.filter(|fds| fds.len() <= max).ok_or_else(wrong)?)
@@ -165,6 +174,7 @@ enum Value {
     Int(u64),
     Mac([u8; 6]),
     Fds(Vec<i32>),
+    Cpus(CpuList),
 }
 
 /// One option's argument, checked.
@@ -346,6 +356,14 @@ impl<'a> Props<'a> {
     pub(super) fn mac(&self, name: &str) -> Option<[u8; 6]> {
         match self.get(name) {
             Some(Value::Mac(value)) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// Processors.
+    pub(super) fn cpus(&self, name: &str) -> Option<CpuList> {
+        match self.get(name) {
+            Some(Value::Cpus(value)) => Some(*value),
             _ => None,
         }
     }

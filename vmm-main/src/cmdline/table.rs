@@ -900,12 +900,34 @@ const BACKEND_SHARE: Key = key(
 const BACKEND_PREALLOC: Key = key("prealloc", Kind::Bool, "off", "as -mem-prealloc");
 const BACKEND_DUMP: Key = key("dump", Kind::Bool, "on", "as dump-guest-core= of -machine");
 
+/// `-vcpu-affinity`
+const VCPU_AFFINITY: &[Shape] = &[one(
+    "",
+    &[
+        key(
+            "vcpu",
+            Kind::Int(0, limits::MAX_VCPUS as u64 - 1),
+            "all without one of their own",
+            "which vCPU",
+        ),
+        must("cpus", Kind::Cpus, "where it runs"),
+    ],
+)];
+
 /// `-object`
 const OBJECT: &[Shape] = &[
     form(
         "iothread",
-        "A thread for devices",
-        &[must("id", Kind::Id, "name that a device refers to")],
+        "What the processes of some devices have in common",
+        &[
+            must("id", Kind::Id, "name that a device refers to"),
+            key(
+                "cpus",
+                Kind::Cpus,
+                "wherever the VM may",
+                "where the processes of the devices that name it run, and what the kernel does for them",
+            ),
+        ],
     ),
     form(
         "secret",
@@ -1188,6 +1210,12 @@ pub static OPTIONS: &[OptionDef] = &[
         props(SMP),
         "vCPUs and their topology: sockets * dies * clusters * cores * threads = maxcpus >= cpus.",
     ),
+    repeated(
+        Group::Machine,
+        "vcpu-affinity",
+        props(VCPU_AFFINITY),
+        "Where a vCPU runs, from before its first instruction on. A processor that this process may not use is an error.",
+    ),
     def(
         Group::Machine,
         "m",
@@ -1301,7 +1329,7 @@ pub static OPTIONS: &[OptionDef] = &[
             shapes: OBJECT,
             later: &["rng-random", "tls-creds-x509", "authz-simple"],
         },
-        "A thing that devices refer to. At most 8 iothreads.",
+        "A thing that devices refer to. At most 8 iothreads: each device keeps a process of its own, and those that name one iothread share its processors.",
     ),
     def(
         Group::Console,

@@ -14,7 +14,7 @@ use std::time::Instant;
 use ipc::control::Request;
 use ipc::guest_log;
 use ipc::log::{debug, error, info, warn};
-use ipc::spec::vm::{DeviceKind, VmSpec};
+use ipc::spec::vm::{DeviceKind, IothreadSpec, VmSpec};
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signalfd::SignalFd;
@@ -73,6 +73,8 @@ pub(super) struct Vm {
     told_migration: MigrationStatus,
     /// Clients that wait for the broker's facts, in the order in which it was asked.
     inspections: VecDeque<Reply<SandboxReport>>,
+    /// This process: asking later would be one more call for the filter to allow.
+    pid: i32,
 }
 
 /// How the VM ended.
@@ -139,6 +141,7 @@ impl Vm {
         .map_err(failed("epoll_ctl"))?;
         Ok(Self {
             hotplug: Hotplug::new(&parts.spec),
+            pid: nix::unistd::getpid().as_raw(),
             parts,
             poller,
             events,
@@ -622,7 +625,8 @@ impl Vm {
         })
     }
 
-    /// An iothread is no thread here: the device processes that name it do its work, and the first one stands for it.
+    /// An iothread is no thread here: the device processes that name it do its work, on its processors, and the first one
+    /// stands for it.
     fn iothreads(&self) -> Vec<IothreadInfo> {
         let process_of = |id: &String| {
             let position = self
@@ -641,9 +645,9 @@ impl Vm {
             .spec
             .iothreads
             .iter()
-            .map(|id| IothreadInfo {
+            .map(|IothreadSpec { id, .. }| IothreadInfo {
                 id: id.clone(),
-                thread_id: process_of(id).unwrap_or_else(|| nix::unistd::getpid().as_raw()),
+                thread_id: process_of(id).unwrap_or(self.pid),
             })
             .collect()
     }

@@ -352,6 +352,7 @@ impl Vm {
                     index: unit as u32,
                     backend: number,
                     spec: spec.clone(),
+                    iothread: self.iothread_of(&new),
                 };
                 self.hotplug.plugging.push(Plugging {
                     unit,
@@ -370,6 +371,11 @@ impl Vm {
                 Ok(())
             }
         }
+    }
+
+    fn iothread_of(&self, new: &NewDevice) -> Option<u32> {
+        let id = new.iothread.as_ref()?;
+        self.parts.spec.iothread(id)
     }
 
     /// Unit, number among its kind, back end and spec of a device to come.
@@ -391,7 +397,7 @@ impl Vm {
             return Err(generic(format!("Device '{id}' exists already")));
         }
         if let Some(iothread) = &new.iothread
-            && !self.parts.spec.iothreads.contains(iothread)
+            && self.parts.spec.iothread(iothread).is_none()
         {
             return Err(generic(format!(
                 "iothread {iothread} of device '{id}' does not exist"
@@ -925,6 +931,7 @@ impl Vm {
         let grant = DeviceGrant {
             spec: plugging.spec.clone(),
             backend: BackendGrant::Given,
+            iothread: self.iothread_of(&plugging.new),
         };
         let record = Unit {
             kind: Kind::of(&plugging.spec),

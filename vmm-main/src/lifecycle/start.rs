@@ -30,6 +30,7 @@ use super::incoming::Incoming;
 use super::phases::Phases;
 use super::serial::Chardevs;
 use super::{close_all_but, lockdown};
+use crate::affinity::{self, AffinityError};
 use crate::boot::{BootSource, Protocol};
 use crate::broker::{Client, ClientError};
 use crate::cmdline::{Plan, plan};
@@ -106,6 +107,9 @@ pub(super) enum StartError {
         /// What is wrong.
         what: &'static str,
     },
+    /// Processors that were asked for.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     /// Lock-down.
     #[error(transparent)]
     Lock(#[from] ozone::SelfLockError),
@@ -160,6 +164,8 @@ pub(super) fn start(
     ready: Option<Ready>,
     mut phases: Phases,
 ) -> Result<Vm, StartError> {
+    // Before anything is opened or started.
+    affinity::check(&spec)?;
     let mut broker = Client::spawn()?;
     let mut keep = vec![broker.as_fd().as_raw_fd()];
     keep.extend(ready.iter().flat_map(Ready::descriptors));
@@ -333,9 +339,16 @@ pub(super) fn start(
         Box::new(move || lockdown::hook(Policy::ControlQmp, mode)),
     )?;
     if let Some(machine) = &mut machine {
+        let pinned: Vec<_> = (0..u32::from(spec.cpus.maxcpus))
+            .map(|vcpu| spec.vcpu_cpus(vcpu))
+            .collect();
         machine.start(
-            &(Arc::new(move |_| lockdown::hook(Policy::ControlVcpu, mode))
-                as kvm::run::ThreadStart),
+            &(Arc::new(move |vcpu: u32| {
+                if let Some(Some(cpus)) = pinned.get(vcpu as usize) {
+                    affinity::enter(cpus)?;
+                }
+                lockdown::hook(Policy::ControlVcpu, mode)
+            }) as kvm::run::ThreadStart),
         )?;
         // Ids are asked for now: each thread says its own once it has its filter.
         machine.vcpu_thread_ids()?;

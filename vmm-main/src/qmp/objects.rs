@@ -133,6 +133,7 @@ const fn type_name(kind: Kind) -> &'static str {
         | Kind::Fixed(_)
         | Kind::Later
         | Kind::Mac
+        | Kind::Cpus
         | Kind::Fds(_) => "str",
     }
 }
@@ -272,8 +273,8 @@ fn tree(info: &Info, facts: &VmFacts) -> Vec<Object> {
             properties,
         });
     }
-    list.extend(spec.iothreads.iter().map(|id| Object {
-        path: format!("/objects/{id}"),
+    list.extend(spec.iothreads.iter().map(|iothread| Object {
+        path: format!("/objects/{}", iothread.id),
         kind: "iothread".into(),
         properties: Vec::new(),
     }));

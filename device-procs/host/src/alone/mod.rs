@@ -262,6 +262,7 @@ impl Supervisor<'_> {
                 locked_memory: needs.locked_memory,
                 ..Limits::default()
             },
+            cpus: None,
             mode: match self.alone.sandbox {
                 SandboxMode::BestEffort => Sandbox::BestEffort,
                 SandboxMode::Strict => Sandbox::Strict,
