@@ -63,8 +63,10 @@ pub const BLOCK_ID_BYTES: usize = 20;
 /// Bytes of guest memory under one checksum of a snapshot: small enough that a page that is wanted brings few others along.
 pub const SNAPSHOT_BLOCK: u32 = 64 << 10;
 /// Bytes of a snapshot's file `state`: checksums of the largest guest's blocks are 40 MiB, in-flight regions of all devices as
-/// much again, and a vCPU takes some 10 KiB.
-pub const MAX_SNAPSHOT_STATE: usize = 128 << 20;
+/// much again, a vCPU takes some 10 KiB, and shared folders up to [`MAX_DEVICE_STATE`] each.
+pub const MAX_SNAPSHOT_STATE: usize = 256 << 20;
+/// Bytes of what one device's process adds to that: the paths of some 300,000 files that a guest knows of a shared folder.
+pub const MAX_DEVICE_STATE: usize = 32 << 20;
 /// Folders that `-grant snapshot=` may name.
 pub const MAX_SNAPSHOT_GRANTS: usize = 16;
 /// Guest RAM regions that a front end may announce (vhost-user: `VHOST_USER_MAX_RAM_SLOTS` of old front ends is 8).

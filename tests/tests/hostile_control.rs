@@ -309,7 +309,11 @@ fn a_snapshots_name_leads_nowhere() {
     let broker = Broker::with_policy(dir.path());
     let begin = |folder: u32, name: Option<&str>| {
         let name = name.map(str::to_owned);
-        broker.ask(&Request::SnapshotBegin { folder, name })
+        broker.ask(&Request::SnapshotBegin {
+            folder,
+            name,
+            exchanges: 0,
+        })
     };
     let long = "n".repeat(5000);
     for (folder, name) in [

@@ -328,7 +328,7 @@ fn a_snapshot_that_is_damaged_foreign_or_newer_starts_nothing() {
         sealed(bytes);
     });
     assert!(
-        newer.contains("version 9") && newer.contains("reads version 1"),
+        newer.contains("version 9") && newer.contains("reads version 2"),
         "{newer}"
     );
     let huge = with(&|bytes| {
@@ -531,5 +531,109 @@ fn linux_goes_on_twice_with_its_files_its_memory_and_its_network() {
         assert_eq!(identities.len(), 3, "{identities:?}");
         assert!(uptimes.is_sorted(), "the clock went back: {uptimes:?}");
         check_ext4(&disk).unwrap();
+    });
+}
+
+/// A shared folder with files open, one of them gone, a working directory and a writer that never rests: goes on with the same
+/// folder, and then with a copy of it elsewhere.
+#[test]
+fn linux_goes_on_with_what_it_has_open_in_a_shared_folder() {
+    where_linux_boots(test_path!(), || {
+        let guest = Guest::ready(Flavour::Cloud).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        std::fs::create_dir_all(tree.join("deep/er")).unwrap();
+        std::fs::write(tree.join("deep/er/here"), "still here").unwrap();
+        std::fs::write(tree.join("lines"), "line 0\nline 1\nline 2\nline 3\n").unwrap();
+        let many = tree.join("many");
+        std::fs::create_dir(&many).unwrap();
+        for n in 0..200 {
+            std::fs::write(many.join(n.to_string()), n.to_string()).unwrap();
+        }
+        let script = Script::new(
+            "mkdir -p /s; mount -t virtiofs share /s\n\
+             exec 3>>/s/log 4</s/lines 5>/s/gone\n\
+             rm /s/gone; cd /s/deep/er\n\
+             cat /s/many/* > /dev/null\n\
+             (while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/s/busy bs=64k count=32 conv=fsync 2>/tmp/dd || cat /tmp/dd; done) &\n\
+             writer=$!\n\
+             for round in 0 1 2; do\n\
+               echo 3 > /proc/sys/vm/drop_caches\n\
+               echo round $round >&3 || echo BAD append\n\
+               read line <&4; echo READ $line\n\
+               echo HERE $(cat here)\n\
+               echo MANY $(cat /s/many/* | md5sum | cut -d' ' -f1)\n\
+               if echo x >&5; then echo GONE writable; else echo GONE stale; fi\n\
+               echo ROUND $round; read key\n\
+             done\n\
+             touch /tmp/stop; wait $writer\n\
+             exec 3>&- 4<&- 5>&-\n\
+             cd /; sync; md5sum /s/busy | cut -d' ' -f1 > /s/busy.md5\n\
+             umount /s\n\
+             if dmesg | grep -E 'blocked for more|BUG:'; then exit 1; fi\n",
+        );
+        let initrd = guest.initrd_with(&script).unwrap();
+        let snapshot = dir.path().join("template");
+        let build = |tree: &Path| {
+            Vm::builder()
+                .args(["-machine", "microvm", "-m", "256"])
+                .kernel(&guest.kernel.elf, "console=ttyS0 quiet panic=-1 reboot=k")
+                .arg("-initrd")
+                .arg(initrd.path())
+                .arg("-fsdev")
+                .arg(format!("local,id=f,path={}", tree.display()))
+                .args(["-device", "virtio-fs-device,fsdev=f,tag=share,id=fs0"])
+                .arg("-snapshot-dir")
+                .arg(&snapshot)
+                .env("STRATOVIRT_LOG_LEVEL", "info")
+                .with_qmp()
+        };
+        let copy = dir.path().join("copy");
+        let mut vm = build(&tree).start().unwrap();
+        let mut many = Vec::new();
+        for round in 0..3 {
+            expect(&mut vm, &format!("READ line {round}"));
+            expect(&mut vm, "HERE still here");
+            expect(&mut vm, "MANY ");
+            many.push(vm.console.rest_of_line(LIMIT).unwrap());
+            // A file without a name cannot be found again; all others can.
+            let gone = if round == 0 { "writable" } else { "stale" };
+            expect(&mut vm, &format!("GONE {gone}"));
+            expect(&mut vm, &format!("ROUND {round}"));
+            if round < 2 {
+                migrate(&vm, &snapshot).unwrap();
+                vm.kill().unwrap();
+                drop(vm);
+                let tree = if round == 0 {
+                    &tree
+                } else {
+                    let copied = std::process::Command::new("cp")
+                        .args(["-a"])
+                        .args([&tree, &copy])
+                        .status();
+                    assert!(copied.unwrap().success());
+                    std::fs::rename(&tree, dir.path().join("elsewhere")).unwrap();
+                    &copy
+                };
+                vm = build(tree)
+                    .arg("-incoming")
+                    .arg(format!("file:{}", snapshot.display()))
+                    .start()
+                    .unwrap();
+            }
+            vm.console.send("\n").unwrap();
+        }
+        let text = expect(&mut vm, "GUEST-END status=0");
+        assert!(!text.contains("BAD"), "{text}");
+        assert_eq!(vm.wait(LIMIT).unwrap().code(), Some(0), "{}", vm.messages());
+        assert!(many.iter().all(|sum| *sum == many[0]), "{many:?}");
+        let text = |name: &str| std::fs::read_to_string(copy.join(name)).unwrap();
+        assert_eq!(text("log"), "round 0\nround 1\nround 2\n");
+        assert!(!copy.join("gone").exists());
+        let sum = std::process::Command::new("md5sum")
+            .arg(copy.join("busy"))
+            .output()
+            .unwrap();
+        assert_eq!(&sum.stdout[..32], &text("busy.md5").as_bytes()[..32]);
     });
 }

@@ -364,6 +364,22 @@ impl Device for FsDevice {
         self.resumed(rings).map(|()| true)
     }
 
+    fn has_state(&self) -> bool {
+        self.tree.can_be_saved()
+    }
+
+    fn save_state(&mut self, to: BorrowedFd<'_>) -> Result<(), String> {
+        self.tree
+            .save_to(to)
+            .map_err(|error| ipc::log::with_causes(&error))
+    }
+
+    fn load_state(&mut self, from: BorrowedFd<'_>) -> Result<(), String> {
+        self.tree
+            .load_from(from)
+            .map_err(|error| ipc::log::with_causes(&error))
+    }
+
     fn reset(&mut self) {
         if self.tree.is_waiting()
             && let Err(errno) = self.tree.go_on(|_| false)

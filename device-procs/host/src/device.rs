@@ -159,6 +159,29 @@ pub trait Device {
         None
     }
 
+    /// Whether the device holds something for the driver that neither queues nor what is [kept](Self::keep) tell, and that a
+    /// snapshot needs. Always the same answer.
+    fn has_state(&self) -> bool {
+        false
+    }
+
+    /// Writes that to `to`, an empty file. No queue runs.
+    ///
+    /// # Errors
+    /// A line for the log; the device goes on.
+    fn save_state(&mut self, _to: BorrowedFd<'_>) -> Result<(), String> {
+        Err("this device has no state".to_owned())
+    }
+
+    /// Goes on with what another process has [written](Self::save_state), or somebody says so: nothing of it is to be trusted. No
+    /// queue has been started.
+    ///
+    /// # Errors
+    /// A line for the log; the device is of no further use.
+    fn load_state(&mut self, _from: BorrowedFd<'_>) -> Result<(), String> {
+        Err("this device has no state".to_owned())
+    }
+
     /// The driver resets the device: forget everything that it told.
     fn reset(&mut self) {}
 }

@@ -15,7 +15,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -162,6 +162,8 @@ pub(crate) struct Server<D> {
     finished: bool,
     /// The device takes requests.
     begun: bool,
+    /// The last transfer of the device's state has worked.
+    state_moved: bool,
     /// The last refusal or host fault, for the log: the library passes only a code through.
     refused: Option<String>,
     fatal: Option<HostFault>,
@@ -272,6 +274,7 @@ impl<D: Device> Connection<D> {
             patience: Patience::default(),
             finished: false,
             begun: false,
+            state_moved: false,
             refused: None,
             fatal: None,
         }));
@@ -1008,7 +1011,12 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | if self.device.has_state() {
+                VhostUserProtocolFeatures::DEVICE_STATE
+            } else {
+                VhostUserProtocolFeatures::empty()
+            })
     }
 
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
@@ -1178,21 +1186,43 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         self.set_regions(message, regions)
     }
 
+    /// The front end's file is used as it is: all is written, or read, before the reply.
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _fd: File,
+        fd: File,
     ) -> VhostResult<Option<File>> {
-        Err(self.refuse(&Refusal::NotOffered {
-            message: "SET_DEVICE_STATE_FD",
-        }))
+        let message = "SET_DEVICE_STATE_FD";
+        self.state_moved = false;
+        if self.protocol_features & VhostUserProtocolFeatures::DEVICE_STATE.bits() == 0 {
+            return Err(self.refuse(&Refusal::NotOffered { message }));
+        }
+        if self.rings.iter().any(Ring::is_started) {
+            return Err(self.refuse(&Refusal::Running { message }));
+        }
+        let moved = match direction {
+            VhostTransferStateDirection::SAVE => self.device.save_state(fd.as_fd()),
+            VhostTransferStateDirection::LOAD => self.device.load_state(fd.as_fd()),
+        };
+        match moved {
+            Ok(()) => {
+                self.state_moved = true;
+                Ok(None)
+            }
+            // The library tells the front end that it failed, and goes on.
+            Err(why) => {
+                ipc::log::error!("{message}: {why}");
+                Err(VhostError::InvalidOperation("device state"))
+            }
+        }
     }
 
     fn check_device_state(&mut self) -> VhostResult<()> {
-        Err(self.refuse(&Refusal::NotOffered {
-            message: "CHECK_DEVICE_STATE",
-        }))
+        if self.state_moved {
+            return Ok(());
+        }
+        Err(VhostError::InvalidOperation("device state"))
     }
 
     fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {

@@ -242,6 +242,8 @@ pub enum Request {
     SnapshotBegin {
         /// Index into [`SnapshotGrant::folders`].
         folder: u32,
+        /// Empty memory files that come along as well, through which device processes give what they hold: at most one a device.
+        exchanges: u32,
         /// Name of a snapshot in that folder; `None`: the folder itself becomes the snapshot.
         name: Option<String>,
     },
@@ -330,7 +332,7 @@ pub enum Reply {
         /// Process id of the one that was ended; 0 if it had ended by itself.
         ended: i32,
     },
-    /// [`Request::SnapshotBegin`] worked; descriptors of the files `memory` and `state` come along.
+    /// [`Request::SnapshotBegin`] worked; descriptors of the files `memory` and `state` come along, then those of the memory files.
     SnapshotBegun,
     /// [`Request::SnapshotEnd`] worked.
     SnapshotEnded,

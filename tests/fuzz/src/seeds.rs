@@ -719,6 +719,7 @@ fn control() -> Inputs {
         Request::SnapshotBegin {
             folder: 0,
             name: Some("template".into()),
+            exchanges: 1,
         },
         Request::SnapshotEnd { keep: true },
         Request::SetPolicy(policy),

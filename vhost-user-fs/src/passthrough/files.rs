@@ -95,7 +95,11 @@ impl Passthrough {
         // The guest's kernel knows the file's end itself if it gathers writes.
         let append = flags.cast_signed() & libc::O_APPEND != 0
             && !self.agreed(crate::fuse::wire::init::WRITEBACK_CACHE);
-        let handle = Handle::File { fd: file, append };
+        let handle = Handle::File {
+            fd: file,
+            append,
+            flags,
+        };
         let fh = self.handles.insert(&mut self.journal, handle)?;
         reply::open_out(out, fh, self.open_reply_flags());
         Ok(())

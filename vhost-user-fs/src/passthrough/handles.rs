@@ -21,6 +21,8 @@ pub(crate) enum Handle<T = OwnedFd> {
         fd: T,
         /// Each write goes to the file's end, wherever that is by then.
         append: bool,
+        /// What the guest opened it with.
+        flags: u32,
     },
     /// A folder.
     Folder {
@@ -40,6 +42,18 @@ const POSITION: usize = 2;
 
 const IS_FOLDER: u64 = 1;
 const APPENDS: u64 = 2;
+/// It was not found again where a snapshot goes on; its descriptor stands for nothing.
+const LOST: u64 = 4;
+/// The guest's flags are above these bits.
+const FLAGS: u32 = 32;
+
+/// A handle in a snapshot.
+#[derive(Debug)]
+pub(crate) struct Kept<'a> {
+    pub(crate) number: u64,
+    /// `None` if it was lost before.
+    pub(crate) handle: Option<Handle<BorrowedFd<'a>>>,
+}
 
 /// All handles.
 #[derive(Debug)]
@@ -111,7 +125,10 @@ impl Handles {
             self.store.store(Word::Handles, u64::from(self.used));
         }
         let (fd, what, position) = match handle {
-            Handle::File { fd, append } => (fd, if append { APPENDS } else { 0 }, 0),
+            Handle::File { fd, append, flags } => {
+                let append = if append { APPENDS } else { 0 };
+                (fd, append | u64::from(flags) << FLAGS, 0)
+            }
             Handle::Folder { fd, position } => (fd, IS_FOLDER, position),
         };
         self.set(entry, WHAT, what);
@@ -126,14 +143,18 @@ impl Handles {
         (entry < self.used && file & FD != 0 && file >> 32 == number >> 32).then_some(entry)
     }
 
-    fn get(&self, number: u64) -> Option<Handle<BorrowedFd<'_>>> {
-        let entry = self.entry(number)?;
-        let fd = lend(&self.store, self.word(entry, FILE) & FD)?;
+    fn get(&self, number: u64) -> Result<Handle<BorrowedFd<'_>>, Errno> {
+        let entry = self.entry(number).ok_or(Errno::EBADF)?;
+        let fd = lend(&self.store, self.word(entry, FILE) & FD).ok_or(Errno::EBADF)?;
         let what = self.word(entry, WHAT);
-        Some(if what & IS_FOLDER == 0 {
+        if what & LOST != 0 {
+            return Err(Errno::ESTALE);
+        }
+        Ok(if what & IS_FOLDER == 0 {
             Handle::File {
                 fd,
                 append: what & APPENDS != 0,
+                flags: (what >> FLAGS) as u32,
             }
         } else {
             Handle::Folder {
@@ -143,10 +164,65 @@ impl Handles {
         })
     }
 
+    /// Handles that were ever used.
+    pub(crate) fn used(&self) -> u32 {
+        self.used
+    }
+
+    /// A generation that no handle has had.
+    pub(crate) fn next_generation(&self) -> u32 {
+        let had = (0..self.used).map(|entry| (self.word(entry, FILE) >> 32) as u32);
+        had.max().unwrap_or(0).wrapping_add(1)
+    }
+
+    /// All that are open, for a snapshot.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Kept<'_>> {
+        (0..self.used).filter_map(|entry| {
+            let file = self.word(entry, FILE);
+            if file & FD == 0 {
+                return None;
+            }
+            let number = (file & !FD) | (u64::from(entry) + 1);
+            Some(Kept {
+                number,
+                handle: self.get(number).ok(),
+            })
+        })
+    }
+
+    /// For a guest that goes on from a snapshot: `used` handles, none of them open, with a generation that none has had. The
+    /// caller has closed all.
+    pub(crate) fn empty_for(store: Store, used: u32, generation: u32) {
+        for entry in 0..used as usize {
+            store.set(store.handles, entry, FILE, u64::from(generation) << 32);
+            store.set(store.handles, entry, WHAT, 0);
+        }
+        store.store(Word::Handles, u64::from(used));
+    }
+
+    /// Opens handle `number` of a snapshot. `lost` says that the descriptor stands for nothing.
+    pub(crate) fn plant(store: Store, number: u64, handle: Handle, lost: bool) {
+        let Some(entry) = (number as u32).checked_sub(1) else {
+            return;
+        };
+        let entry = entry as usize;
+        let (fd, what) = match handle {
+            Handle::File { fd, append, flags } => {
+                let append = if append { APPENDS } else { 0 };
+                (fd, append | u64::from(flags) << FLAGS)
+            }
+            Handle::Folder { fd, .. } => (fd, IS_FOLDER),
+        };
+        let lost = if lost { LOST } else { 0 };
+        store.set(store.handles, entry, WHAT, what | lost);
+        store.set(store.handles, entry, POSITION, UNKNOWN);
+        store.set(store.handles, entry, FILE, (number & !FD) | give(fd));
+    }
+
     /// An open regular file.
     ///
     /// # Errors
-    /// `EBADF`.
+    /// `EBADF`; `ESTALE` if it was not found again where a snapshot goes on.
     pub(crate) fn file(&self, number: u64) -> Result<BorrowedFd<'_>, Errno> {
         self.file_to_write(number).map(|(fd, _)| fd)
     }
@@ -154,22 +230,22 @@ impl Handles {
     /// An open regular file, and whether it is written at its end only.
     ///
     /// # Errors
-    /// `EBADF`.
+    /// As [`file`](Self::file).
     pub(crate) fn file_to_write(&self, number: u64) -> Result<(BorrowedFd<'_>, bool), Errno> {
-        match self.get(number) {
-            Some(Handle::File { fd, append }) => Ok((fd, append)),
-            _ => Err(Errno::EBADF),
+        match self.get(number)? {
+            Handle::File { fd, append, .. } => Ok((fd, append)),
+            Handle::Folder { .. } => Err(Errno::EBADF),
         }
     }
 
     /// An open folder and its position.
     ///
     /// # Errors
-    /// `EBADF`.
+    /// As [`file`](Self::file).
     pub(crate) fn folder(&self, number: u64) -> Result<(BorrowedFd<'_>, u64), Errno> {
-        match self.get(number) {
-            Some(Handle::Folder { fd, position }) => Ok((fd, position)),
-            _ => Err(Errno::EBADF),
+        match self.get(number)? {
+            Handle::Folder { fd, position } => Ok((fd, position)),
+            Handle::File { .. } => Err(Errno::EBADF),
         }
     }
 
@@ -191,7 +267,11 @@ impl Handles {
         Ok(if folder {
             Handle::Folder { fd, position: 0 }
         } else {
-            Handle::File { fd, append: false }
+            Handle::File {
+                fd,
+                append: false,
+                flags: 0,
+            }
         })
     }
 
@@ -230,6 +310,7 @@ mod tests {
         Handle::File {
             fd: std::fs::File::open("/dev/null").unwrap().into(),
             append: true,
+            flags: 0,
         }
     }
 

@@ -77,7 +77,7 @@ const WHERE: usize = 4;
 pub(crate) const WORDS: usize = 5;
 
 /// Nanoseconds since 1970, or 0 where a file system does not tell.
-fn birth(stat: &libc::statx) -> u64 {
+pub(crate) fn birth(stat: &libc::statx) -> u64 {
     if stat.stx_mask & libc::STATX_BTIME == 0 {
         return 0;
     }
@@ -85,6 +85,35 @@ fn birth(stat: &libc::statx) -> u64 {
     seconds
         .wrapping_mul(1_000_000_000)
         .wrapping_add(u64::from(stat.stx_btime.tv_nsec))
+}
+
+/// An inode in a snapshot.
+#[derive(Debug)]
+pub(crate) struct Known<'a> {
+    pub(crate) id: u64,
+    pub(crate) lookups: u32,
+    /// `S_IFMT` bits.
+    pub(crate) kind: u32,
+    pub(crate) ino: u64,
+    /// See [`birth`].
+    pub(crate) birth: u64,
+    /// `None` for one without a descriptor now.
+    pub(crate) fd: Option<BorrowedFd<'a>>,
+}
+
+/// An inode that a snapshot knows, and what was found of it.
+#[derive(Debug)]
+pub(crate) struct Found<'a> {
+    pub(crate) id: u64,
+    pub(crate) lookups: u32,
+    /// `S_IFMT` bits.
+    pub(crate) kind: u32,
+    /// `None` if it is not there any more.
+    pub(crate) stat: Option<libc::statx>,
+    /// `None` if it is to be opened when it is needed.
+    pub(crate) fd: Option<OwnedFd>,
+    /// The folder's entry, and its name there.
+    pub(crate) at: Option<(u32, Name<'a>)>,
 }
 
 /// An open folder: an entry's, or one that was opened for the moment.
@@ -227,6 +256,80 @@ impl Inodes {
         self.count
     }
 
+    /// Entries that were ever used.
+    pub(crate) fn used(&self) -> u32 {
+        self.used
+    }
+
+    /// A generation that no inode but the root has had.
+    pub(crate) fn next_generation(&self) -> u32 {
+        let had = (1..self.used).map(|entry| generation(self.word(entry, COUNT)));
+        had.max().unwrap_or(0).wrapping_add(1)
+    }
+
+    /// All but the root, for a snapshot.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Known<'_>> {
+        (1..self.used).filter_map(|entry| {
+            let (count, what) = (self.word(entry, COUNT), self.word(entry, WHAT));
+            (lookups(count) > 0 && what != 0).then(|| Known {
+                id: id(entry, generation(count)),
+                lookups: lookups(count),
+                kind: (what as u32 & 0xf) << 12,
+                ino: self.word(entry, INO),
+                birth: self.word(entry, BIRTH),
+                fd: lend(&self.store, what >> 32),
+            })
+        })
+    }
+
+    /// Where an inode was last looked up: the folder's id, and the name, [to be checked](Names::checked).
+    pub(crate) fn last_seen(&self, id_: u64) -> Option<(u64, [u8; 256])> {
+        let place = self.word(self.number(id_)?, WHERE);
+        let name = self.names.get(place)?;
+        // The low half.
+        let parent = place as u32;
+        Some((id(parent, generation(self.word(parent, COUNT))), name))
+    }
+
+    /// For a guest that goes on from a snapshot: `used` entries, of which only the root is known, with a generation that none
+    /// has had. The caller has [cleared](Self::clear) this.
+    pub(crate) fn empty_for(&mut self, used: u32, generation: u32) {
+        for entry in 1..used {
+            for at in 0..WORDS {
+                self.set(entry, at, 0);
+            }
+            self.set(entry, COUNT, counted(generation, 0));
+        }
+        self.store.store(Word::Inodes, u64::from(used));
+    }
+
+    /// Adds an inode that a snapshot knows, for [`resume`](Self::resume). One that is not there any more is stale for the
+    /// guest until it forgets it.
+    ///
+    /// # Errors
+    /// `EXDEV` for more mounts than can be told apart.
+    pub(crate) fn plant(&mut self, found: Found<'_>) -> Result<(), Errno> {
+        let Some(entry) = (found.id as u32).checked_sub(1) else {
+            return Ok(());
+        };
+        let (ino, birth, place) = match &found.stat {
+            Some(stat) => (stat.stx_ino, birth(stat), self.place_for(stat)?),
+            // No file has this number, and the root's place is as good as any.
+            None => (0, 0, 0),
+        };
+        self.set(entry, INO, ino);
+        self.set(entry, BIRTH, birth);
+        let fd = found.fd.map_or(0, give);
+        self.set(entry, WHAT, fd << 32 | kind_and_place(found.kind, place));
+        let named = found
+            .at
+            .and_then(|(parent, name)| Some(self.names.insert(name)? | u64::from(parent)));
+        self.set(entry, WHERE, named.unwrap_or(0));
+        let count = counted((found.id >> 32) as u32, found.lookups);
+        self.set(entry, COUNT, count);
+        Ok(())
+    }
+
     /// How many of them have a descriptor.
     pub(crate) fn open(&self) -> usize {
         self.open
@@ -298,6 +401,25 @@ impl Inodes {
         // One or two in most trees.
         let at = self.places.iter().position(|place| *place == wanted)?;
         u32::try_from(at).ok()
+    }
+
+    /// As [`place`](Self::place), and makes one.
+    fn place_for(&mut self, stat: &libc::statx) -> Result<u32, Errno> {
+        let identity = Identity::of(stat);
+        match self.place(identity) {
+            Some(place) => Ok(place),
+            None if self.places.len() < PLACES => {
+                let (dev, mount) = (identity.dev_word(), identity.mount);
+                let at = self.places.len();
+                self.store.set(self.store.places, at, 0, dev);
+                self.store
+                    .set(self.store.places, at, 1, mount.wrapping_add(1));
+                self.places.push((dev, mount));
+                // Below `PLACES`.
+                Ok(at as u32)
+            }
+            None => Err(Errno::EXDEV),
+        }
     }
 
     fn search(&self, stat: &libc::statx) -> Option<u32> {
@@ -526,20 +648,7 @@ impl Inodes {
         at: Option<(u64, Name<'_>)>,
     ) -> Result<u64, Errno> {
         let identity = Identity::of(stat);
-        let place = match self.place(identity) {
-            Some(place) => place,
-            None if self.places.len() < PLACES => {
-                let (dev, mount) = (identity.dev_word(), identity.mount);
-                let at = self.places.len();
-                self.store.set(self.store.places, at, 0, dev);
-                self.store
-                    .set(self.store.places, at, 1, mount.wrapping_add(1));
-                self.places.push((dev, mount));
-                // Below `PLACES`.
-                at as u32
-            }
-            None => return Err(Errno::EXDEV),
-        };
+        let place = self.place_for(stat)?;
         let entry = match self.free.last() {
             Some(entry) => *entry,
             None if (self.used as usize) < self.store.inodes.entries() => self.used,

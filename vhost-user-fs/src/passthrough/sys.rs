@@ -90,6 +90,47 @@ pub(crate) fn open_beneath(
     })
 }
 
+/// As [`open_beneath`], with `O_PATH` and several components, which were checked one by one.
+pub(crate) fn find_beneath(folder: BorrowedFd<'_>, path: &CStr) -> Result<OwnedFd, Errno> {
+    // SAFETY: as in `open_beneath`.
+    let mut how: libc::open_how = unsafe { MaybeUninit::zeroed().assume_init() };
+    // Open flags are not negative.
+    how.flags = (libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) as u64;
+    how.resolve = RESOLVE;
+    // SAFETY: a terminated string, `how` has the size that is told.
+    descriptor(unsafe {
+        libc::syscall(
+            libc::SYS_openat2,
+            folder.as_raw_fd(),
+            path.as_ptr(),
+            &raw const how,
+            size_of_val(&how),
+        )
+    })
+}
+
+/// preadv(2) into one buffer.
+pub(crate) fn read_at(file: BorrowedFd<'_>, out: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    let part = libc::iovec {
+        iov_base: out.as_mut_ptr().cast(),
+        iov_len: out.len(),
+    };
+    let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: one part, which is writable for its length.
+    count(unsafe { libc::preadv(file.as_raw_fd(), &raw const part, 1, offset) })
+}
+
+/// pwritev2(2) of one buffer.
+pub(crate) fn write_at(file: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> Result<usize, Errno> {
+    let part = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: one part, which is readable for its length and not written to.
+    count(unsafe { libc::pwritev2(file.as_raw_fd(), &raw const part, 1, offset, 0) })
+}
+
 /// This process's own descriptors as a folder: `/proc/self/fd`, and nothing above or beside it.
 #[derive(Debug)]
 pub struct OwnFds(OwnedFd);
@@ -114,6 +155,20 @@ impl OwnFds {
                 number.as_ptr(),
                 flags,
                 0,
+            )
+        })
+    }
+
+    /// Where the file behind `fd` is now, as this process would name it: readlinkat(2). A text that fills `out` may have been cut.
+    pub(crate) fn path(&self, fd: BorrowedFd<'_>, out: &mut [u8]) -> Result<usize, Errno> {
+        let number = Number::new(fd);
+        // SAFETY: a terminated string; `out` is writable for its length.
+        count(unsafe {
+            libc::readlinkat(
+                self.0.as_raw_fd(),
+                number.as_ptr(),
+                out.as_mut_ptr().cast(),
+                out.len(),
             )
         })
     }

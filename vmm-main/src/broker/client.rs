@@ -105,16 +105,22 @@ pub enum Notice {
     },
 }
 
+/// What a snapshot is written to.
+#[derive(Debug)]
+pub struct SnapshotFiles {
+    /// As long as guest RAM.
+    pub memory: File,
+    /// Empty.
+    pub state: File,
+    /// Memory for what device processes hold: one empty file for each that was asked for.
+    pub exchanges: Vec<File>,
+}
+
 /// What the broker says about a snapshot that it was asked to begin or to end.
 #[derive(Debug)]
 pub enum SnapshotAnswer {
     /// It can be written.
-    Begun {
-        /// As long as guest RAM.
-        memory: File,
-        /// Empty.
-        state: File,
-    },
+    Begun(SnapshotFiles),
     /// It is in its place, or gone if that was asked for.
     Ended,
     /// There is none; the text is for the user.
@@ -362,14 +368,16 @@ impl Client {
                 });
             }
             Reply::SnapshotBegun => {
-                let (state, memory) = (fds.pop(), fds.pop());
-                self.snapshots.push_back(match (memory, state) {
-                    (Some(memory), Some(state)) => SnapshotAnswer::Begun {
-                        memory: memory.into(),
-                        state: state.into(),
-                    },
-                    _ => SnapshotAnswer::Failed("no files came with the snapshot".into()),
-                });
+                let mut files = fds.drain(..).map(File::from);
+                self.snapshots
+                    .push_back(match (files.next(), files.next()) {
+                        (Some(memory), Some(state)) => SnapshotAnswer::Begun(SnapshotFiles {
+                            memory,
+                            state,
+                            exchanges: files.collect(),
+                        }),
+                        _ => SnapshotAnswer::Failed("no files came with the snapshot".into()),
+                    });
             }
             Reply::SnapshotEnded => self.snapshots.push_back(SnapshotAnswer::Ended),
             Reply::SnapshotFailed { message } => {

@@ -39,5 +39,7 @@ mod resize;
 mod rights;
 mod snapshot;
 
-pub use client::{Client, ClientError, DeviceExit, Inspection, Notice, SnapshotAnswer};
+pub use client::{
+    Client, ClientError, DeviceExit, Inspection, Notice, SnapshotAnswer, SnapshotFiles,
+};
 pub use process::{is_broker, run};

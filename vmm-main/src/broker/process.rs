@@ -15,10 +15,12 @@ use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
 use ipc::control::added::AdditionGrant;
 use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, Reply, Request};
+use ipc::limits::MAX_MMIO_DEVICES;
 use ipc::log::{debug, error};
 use ipc::spec::DeviceSpec;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::added::Added;
@@ -251,6 +253,19 @@ struct Broker {
     witness: Option<Witness>,
 }
 
+/// Memory through which device processes give what they hold, for a control process that may make none by then.
+fn exchange_memory(count: u32) -> Result<Vec<OwnedFd>, String> {
+    if count as usize > MAX_MMIO_DEVICES {
+        return Err(format!(
+            "memory for {count} devices is more than for {MAX_MMIO_DEVICES}"
+        ));
+    }
+    (0..count)
+        .map(|_| memfd_create(c"device-state", MFdFlags::MFD_CLOEXEC))
+        .collect::<Result<_, _>>()
+        .map_err(|e| format!("memory for the state of devices: {}", e.desc()))
+}
+
 impl Broker {
     fn serve(&mut self) -> ExitCode {
         loop {
@@ -347,8 +362,12 @@ impl Broker {
             Request::Unplug { index } => self.unplug(*index),
             Request::Ready => self.ready(),
             Request::Inspect => return self.inspect(),
-            Request::SnapshotBegin { folder, name } => {
-                return self.begin_snapshot(*folder, name.as_deref());
+            Request::SnapshotBegin {
+                folder,
+                name,
+                exchanges,
+            } => {
+                return self.begin_snapshot(*folder, name.as_deref(), *exchanges);
             }
             Request::SnapshotEnd { keep } => return self.end_snapshot(*keep),
         };
@@ -476,12 +495,23 @@ impl Broker {
         Ok((Reply::Settled { index, ended }, None))
     }
 
-    fn begin_snapshot(&mut self, folder: u32, name: Option<&str>) -> Result<(), ChannelError> {
+    fn begin_snapshot(
+        &mut self,
+        folder: u32,
+        name: Option<&str>,
+        exchanges: u32,
+    ) -> Result<(), ChannelError> {
         // One that was not ended is given up.
         self.draft = None;
-        match Draft::begin(self.policy.snapshots.as_ref(), folder, name) {
-            Ok(draft) => {
-                let sent = self.channel.send(&Reply::SnapshotBegun, &draft.files());
+        let begun = exchange_memory(exchanges).and_then(|exchanges| {
+            let draft = Draft::begin(self.policy.snapshots.as_ref(), folder, name)?;
+            Ok((draft, exchanges))
+        });
+        match begun {
+            Ok((draft, exchanges)) => {
+                let mut files = draft.files().to_vec();
+                files.extend(exchanges.iter().map(AsFd::as_fd));
+                let sent = self.channel.send(&Reply::SnapshotBegun, &files);
                 self.draft = Some(draft);
                 sent
             }

@@ -26,7 +26,7 @@ use super::event_loop::{End, Vm, host_error, lock};
 use super::incoming::shape;
 use super::supervise::Supervisor;
 use super::with_causes;
-use crate::broker::SnapshotAnswer;
+use crate::broker::{SnapshotAnswer, SnapshotFiles};
 use crate::machine::microvm::MachineState;
 use crate::qmp::{Migration, MigrationStatus, QmpError, Reply, RunState};
 use crate::snapshot::memory::Writer;
@@ -146,6 +146,11 @@ impl Vm {
                 return Ok(());
             }
         };
+        let with_state = self.parts.transports.iter().filter(|transport| {
+            let transport = lock(transport);
+            transport.core().device().has_state()
+        });
+        let exchanges = with_state.count() as u32;
         self.migration = Migration {
             status: MigrationStatus::Setup,
             ..Migration::default()
@@ -157,7 +162,11 @@ impl Vm {
         });
         self.parts
             .broker
-            .send(&Request::SnapshotBegin { folder, name })
+            .send(&Request::SnapshotBegin {
+                folder,
+                name,
+                exchanges,
+            })
             .map_err(|e| host_error(&e))
     }
 
@@ -181,12 +190,12 @@ impl Vm {
                 continue;
             };
             match (answer, job.phase) {
-                (SnapshotAnswer::Begun { memory, state }, Phase::Asked) => {
+                (SnapshotAnswer::Begun(files), Phase::Asked) => {
                     let job = Job {
                         phase: Phase::Asked,
                         ..job
                     };
-                    self.capture(job, memory, state)?;
+                    self.capture(job, files)?;
                 }
                 (SnapshotAnswer::Failed(why), Phase::Asked) => {
                     self.finish_migration(job.reply, Err(why));
@@ -214,7 +223,7 @@ impl Vm {
     }
 
     /// Pauses the guest and reads the state of everything but RAM.
-    fn capture(&mut self, mut job: Job, memory: File, state: File) -> Result<(), End> {
+    fn capture(&mut self, mut job: Job, files: SnapshotFiles) -> Result<(), End> {
         if self.state == RunState::Running {
             job.resume = true;
             self.pause(RunState::Paused)?;
@@ -225,7 +234,7 @@ impl Vm {
             return self.give_up(job, MigrationStatus::Failed, "the guest has ended");
         }
         self.supervise(Supervisor::settle)?;
-        match self.read_state(memory, state) {
+        match self.read_state(files) {
             Ok(writing) => {
                 self.migration.status = MigrationStatus::Active;
                 self.migration.total = self.parts.spec.memory.size;
@@ -237,29 +246,30 @@ impl Vm {
         }
     }
 
-    fn read_state(&mut self, memory: File, state: File) -> Result<Writing, String> {
+    fn read_state(&mut self, files: SnapshotFiles) -> Result<Writing, String> {
+        let SnapshotFiles {
+            memory,
+            state,
+            exchanges,
+        } = files;
+        let mut exchanges = exchanges.into_iter();
         let Some(machine) = &self.parts.machine else {
             return Err("there is no guest".into());
         };
-        for (transport, grant) in self
-            .parts
-            .transports
-            .iter()
-            .zip(&self.parts.plan.policy.devices)
-        {
-            let transport = lock(transport);
-            if transport.core().is_running() && matches!(grant.spec, ipc::spec::DeviceSpec::Fs(_)) {
-                return Err(format!(
-                    "the guest uses the shared folder of device {}, whose server's state cannot be saved: unmount it, and unbind its driver, before",
-                    grant.spec.id()
-                ));
-            }
-        }
         let mut devices = Vec::with_capacity(self.parts.transports.len());
         for transport in &self.parts.transports {
             let mut transport = lock(transport);
             transport.hold().map_err(|e| with_causes(&e))?;
-            devices.push(transport.save().map_err(|e| with_causes(&e))?);
+            let exchange = if transport.core().device().has_state() {
+                exchanges.next()
+            } else {
+                None
+            };
+            devices.push(
+                transport
+                    .save(exchange.as_ref())
+                    .map_err(|e| with_causes(&e))?,
+            );
         }
         Ok(Writing {
             state,

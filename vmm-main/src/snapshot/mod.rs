@@ -71,6 +71,7 @@ impl Snapshot {
                 bases: vec![7],
                 config: vec![0; 256],
                 inflight: Some(vec![0; 64]),
+                held: None,
             }],
             memory: Index {
                 block: ipc::limits::SNAPSHOT_BLOCK,

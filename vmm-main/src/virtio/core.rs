@@ -10,6 +10,7 @@
 //! **Why this way.** The state is plain data ([`CoreState`]) so that a snapshot can hold it; descriptors and the link to
 //! the device process live beside it in [`Core`].
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -473,9 +474,15 @@ impl Core {
         }
     }
 
-    /// The device in a snapshot; it is [held](Core::hold).
-    pub fn save(&self) -> Result<DeviceState, RemoteError> {
+    /// The device in a snapshot; it is [held](Core::hold). What its process holds goes through `exchange`, an empty file.
+    pub fn save(&mut self, exchange: Option<&File>) -> Result<DeviceState, RemoteError> {
+        let held = if self.device.has_state() && self.is_running() && !self.has(NEEDS_RESET) {
+            Some(self.device.save_state(exchange)?)
+        } else {
+            None
+        };
         Ok(DeviceState {
+            held,
             core: self.state.clone(),
             bases: self.bases.clone(),
             config: self.device.config().to_vec(),
@@ -490,6 +497,9 @@ impl Core {
         }
         if state.link_is_down(&self.device) {
             self.device.set_link(false)?;
+        }
+        if let Some(held) = &state.held {
+            self.device.load_state(held)?;
         }
         self.state = state.core;
         self.bases = state.bases;

@@ -395,6 +395,8 @@ const fn reply_size(request: FrontendReq) -> Option<usize> {
         FrontendReq::GET_FEATURES
         | FrontendReq::GET_PROTOCOL_FEATURES
         | FrontendReq::GET_QUEUE_NUM
+        | FrontendReq::SET_DEVICE_STATE_FD
+        | FrontendReq::CHECK_DEVICE_STATE
         | FrontendReq::GET_VRING_BASE => Some(8),
         FrontendReq::GET_CONFIG => Some(size_of::<VhostUserConfig>()),
         FrontendReq::GET_INFLIGHT_FD => Some(size_of::<VhostUserInflight>()),

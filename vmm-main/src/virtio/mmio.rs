@@ -16,6 +16,7 @@
 //!
 //! All queues and configuration changes share the one line, hence one event descriptor.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -155,8 +156,8 @@ impl MmioTransport {
     }
 
     /// See [`Core::save`].
-    pub fn save(&self) -> Result<DeviceState, RemoteError> {
-        self.core.save()
+    pub fn save(&mut self, exchange: Option<&File>) -> Result<DeviceState, RemoteError> {
+        self.core.save(exchange)
     }
 
     /// See [`Core::restore`].

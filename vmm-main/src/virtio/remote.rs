@@ -21,15 +21,18 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use ipc::control::DeviceGrant;
-use ipc::limits::{MAX_CONFIG_SPACE, MAX_FS_TAG, MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS};
+use ipc::limits::{
+    MAX_CONFIG_SPACE, MAX_DEVICE_STATE, MAX_FS_TAG, MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS,
+};
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::FsSpec;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures, VhostUserVirtioFeatures, VhostUserVringAddr,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    FrontendReq, VhostTransferStateDirection, VhostUserConfig, VhostUserConfigFlags,
+    VhostUserMemory, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -54,6 +57,7 @@ const OFFERABLE: u64 =
 /// Device IDs (virtio 1.3, section 5).
 const VIRTIO_ID_NET: u32 = 1;
 const VIRTIO_ID_BLOCK: u32 = 2;
+const VIRTIO_ID_FS: u32 = 26;
 
 /// Without these a device process cannot be used.
 const REQUIRED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -72,8 +76,11 @@ const DISK_CONFIG: usize = 60;
 /// Where the number of queues is in it.
 const DISK_NUM_QUEUES: usize = 34;
 /// Used if offered.
-const WELCOME: VhostUserProtocolFeatures =
-    VhostUserProtocolFeatures::INFLIGHT_SHMFD.union(VhostUserProtocolFeatures::RESET_DEVICE);
+const WELCOME: VhostUserProtocolFeatures = VhostUserProtocolFeatures::INFLIGHT_SHMFD
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::DEVICE_STATE);
+/// In the answer to `SET_DEVICE_STATE_FD`: no descriptor comes with it. All else is failure.
+const NO_DESCRIPTOR: u64 = 1 << 8;
 
 /// Why a device process cannot be used, or what it failed at.
 #[derive(Debug, Error)]
@@ -177,6 +184,28 @@ pub enum RemoteError {
     /// Its in-flight region cannot be read or written.
     #[error("in-flight region of device \"{id}\" cannot be {what}")]
     InflightAccess {
+        /// Device id.
+        id: String,
+        /// "saved" or "restored".
+        what: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// What it holds for the guest cannot be part of a snapshot.
+    #[error(
+        "device \"{id}\": what its process holds for the guest, and no register tells, cannot be {what}: {why}"
+    )]
+    State {
+        /// Device id.
+        id: String,
+        /// "saved" or "restored".
+        what: &'static str,
+        /// Why.
+        why: &'static str,
+    },
+    /// The file that its state goes through cannot be used.
+    #[error("device \"{id}\": what its process holds for the guest cannot be {what}")]
+    StateFile {
         /// Device id.
         id: String,
         /// "saved" or "restored".
@@ -906,6 +935,99 @@ impl RemoteDevice {
     /// The next in-flight region starts with what a snapshot says.
     pub fn restore_inflight(&mut self, bytes: Option<Vec<u8>>) {
         self.restored = bytes;
+    }
+
+    /// Whether its process holds something for the guest that no register and no queue tells.
+    pub fn has_state(&self) -> bool {
+        self.virtio_id == VIRTIO_ID_FS
+    }
+
+    /// What its process holds for the guest, for a snapshot. It goes through `exchange`, an empty file that nobody else has.
+    /// All queues are stopped.
+    pub fn save_state(&mut self, exchange: Option<&File>) -> Result<Vec<u8>, RemoteError> {
+        let what = "saved";
+        let exchange = exchange.ok_or_else(|| RemoteError::State {
+            id: self.id.clone(),
+            what,
+            why: "the broker gave no memory for it",
+        })?;
+        self.move_state(VhostTransferStateDirection::SAVE, exchange, what)?;
+        let failed = |source| RemoteError::StateFile {
+            id: self.id.clone(),
+            what,
+            source,
+        };
+        // One copy, whatever the process writes from now on.
+        let mut bytes = Vec::new();
+        loop {
+            const PIECE: usize = 64 << 10;
+            let start = bytes.len();
+            bytes.resize(start + PIECE, 0);
+            let read = exchange
+                .read_at(&mut bytes[start..], start as u64)
+                .map_err(failed)?;
+            bytes.truncate(start + read);
+            if bytes.len() > MAX_DEVICE_STATE {
+                return Err(failed(std::io::ErrorKind::FileTooLarge.into()));
+            }
+            if read == 0 {
+                return Ok(bytes);
+            }
+        }
+    }
+
+    /// Has its process go on with what a snapshot holds. No queue has been started.
+    pub fn load_state(&mut self, bytes: &[u8]) -> Result<(), RemoteError> {
+        let what = "restored";
+        let exchange = memfd_create(c"device-state", MFdFlags::MFD_CLOEXEC)
+            .map(File::from)
+            .map_err(Into::into)
+            .and_then(|file| file.write_all_at(bytes, 0).map(|()| file))
+            .map_err(|source| RemoteError::StateFile {
+                id: self.id.clone(),
+                what,
+                source,
+            })?;
+        self.move_state(VhostTransferStateDirection::LOAD, &exchange, what)
+    }
+
+    fn move_state(
+        &mut self,
+        direction: VhostTransferStateDirection,
+        exchange: &File,
+        what: &'static str,
+    ) -> Result<(), RemoteError> {
+        let failed = |id: &str, why| RemoteError::State {
+            id: id.to_owned(),
+            what,
+            why,
+        };
+        if !self
+            .protocol
+            .contains(VhostUserProtocolFeatures::DEVICE_STATE)
+        {
+            return Err(failed(
+                &self.id,
+                "it does not offer that (VHOST_USER_PROTOCOL_F_DEVICE_STATE)",
+            ));
+        }
+        // `struct vhost_user_transfer_device_state`: the direction, and the phase, of which there is one: queues are stopped.
+        let mut body = [0; 8];
+        body[..4].copy_from_slice(&(direction as u32).to_le_bytes());
+        let values = self.talk(|link| {
+            link.post(
+                FrontendReq::SET_DEVICE_STATE_FD,
+                &[&body],
+                &[exchange.as_fd()],
+            )?;
+            link.post(FrontendReq::CHECK_DEVICE_STATE, &[], &[])?;
+            link.finish()
+        })?;
+        if (number(&values, 0), number(&values, 1)) == (NO_DESCRIPTOR, 0) {
+            Ok(())
+        } else {
+            Err(failed(&self.id, "its process tells why in its log"))
+        }
     }
 
     fn fill_inflight(&self, region: &InflightRegion, bytes: &[u8]) -> Result<(), RemoteError> {

@@ -11,7 +11,7 @@
 //! **Why this way.** The device process of a restored VM is a new one and learns its queues as after a crash of the one
 //! before it.
 
-use ipc::limits::MAX_INFLIGHT_REGION;
+use ipc::limits::{MAX_DEVICE_STATE, MAX_INFLIGHT_REGION};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -29,6 +29,8 @@ pub struct DeviceState {
     pub config: Vec<u8>,
     /// Contents of the in-flight region.
     pub inflight: Option<Vec<u8>>,
+    /// What the device's process holds for the guest and only another one understands: open files of a shared folder.
+    pub held: Option<Vec<u8>>,
 }
 
 /// Why a device cannot go on from a snapshot.
@@ -139,6 +141,8 @@ impl DeviceState {
         if core.status & !known != 0
             || self.bases.len() > core.queues.len()
             || inflight > MAX_INFLIGHT_REGION as usize
+            || self.held.as_ref().map_or(0, Vec::len) > MAX_DEVICE_STATE
+            || self.held.is_some() && !device.has_state()
         {
             return Err(Misfit::State { id: id() });
         }
