@@ -27,7 +27,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 struct Guest {
     vm: Vm,
     qmp: Qmp,
-    _dir: tempfile::TempDir,
+    /// Its image or its folder.
+    dir: tempfile::TempDir,
     /// Requests in flight when processes died.
     in_flight: u64,
 }
@@ -56,19 +57,35 @@ fn with_disk(payload: Payload, append: &str, restart: &str) -> Guest {
         .arg("-drive")
         .arg(format!("id=d0,file={},direct=off", disk.display()))
         .arg("-device")
-        .arg(format!("virtio-blk-device,drive=d0,id=disk{restart}"))
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    }
+        .arg(format!("virtio-blk-device,drive=d0,id=disk{restart}"));
+    Guest::start(vm, dir)
+}
+
+/// A guest with one card, behind a tap with the address 10.7.`net`.1.
+fn with_card(tap: &str, net: u8, restart: &str) -> Guest {
+    let own = format!("host=10.7.{net}.1 own=10.7.{net}.2");
+    let vm = builder(Payload::NetLoop, &own)
+        .arg("-netdev")
+        .arg(format!("tap,id=n0,ifname={tap}"))
+        .arg("-device")
+        .arg(format!(
+            "virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:{net}{restart}"
+        ));
+    Guest::start(vm, tempfile::tempdir().unwrap())
 }
 
 impl Guest {
+    fn start(vm: VmBuilder, dir: tempfile::TempDir) -> Self {
+        let vm = vm.start().unwrap();
+        let qmp = vm.qmp().unwrap();
+        Self {
+            vm,
+            qmp,
+            dir,
+            in_flight: 0,
+        }
+    }
+
     #[track_caller]
     fn expect(&mut self, text: &str) -> String {
         self.vm
@@ -174,19 +191,7 @@ fn a_disk_loses_nothing_when_its_process_is_killed_fifty_times() {
 #[test]
 fn a_network_card_loses_and_repeats_no_buffer_when_its_process_is_killed() {
     let tap = Tap::new("sv-crash", "10.7.31.1/24").unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let vm = builder(Payload::NetLoop, "host=10.7.31.1 own=10.7.31.2")
-        .args(["-netdev", "tap,id=n0,ifname=sv-crash", "-device"])
-        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:31,max-restarts=1000")
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    let mut guest = Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    };
+    let mut guest = with_card("sv-crash", 31, ",max-restarts=1000");
     guest.expect("LOOP 10\r");
     let mut pid = guest.pid("net");
     let mut stalls = Vec::new();
@@ -215,16 +220,8 @@ fn the_next_process_has_the_same_jail() {
     let disk = image(dir.path());
     let vm = builder(Payload::BlkRw, "end=halt")
         .disk("d0", &disk, "")
-        .tap("n0", &tap.name, "52:54:00:00:00:32")
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    let mut guest = Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    };
+        .tap("n0", &tap.name, "52:54:00:00:00:32");
+    let mut guest = Guest::start(vm, dir);
     guest.expect("BLK-RW OK");
     for (name, device) in [("block", "dev-d0"), ("net", "dev-n0")] {
         let pid = guest.pid(name);
@@ -270,11 +267,11 @@ fn the_next_process_gets_the_same_image_wherever_it_is_now() {
     let mut guest = with_disk(Payload::BlkLoop, "spin=1", "");
     guest.expect("LOOP 0");
     let pid = guest.pid("block");
-    let path = guest._dir.path().join("disk.img");
+    let path = guest.dir.path().join("disk.img");
     let inode = std::fs::metadata(&path).unwrap().ino();
     // As a manager does that replaces an image or cleans up early: the path leads elsewhere now.
     std::fs::remove_file(&path).unwrap();
-    image(guest._dir.path());
+    image(guest.dir.path());
     let (next, ..) = guest.kill("disk", pid);
     let fds = procfs::fds(next).unwrap();
     let (number, _) = fds
@@ -316,16 +313,8 @@ fn with_folder() -> Guest {
     let vm = builder(Payload::StartDevice, "device=26 queues=2")
         .arg("-fsdev")
         .arg(format!("local,id=f,path={}", dir.path().display()))
-        .args(["-device", "virtio-fs-device,fsdev=f,tag=share,id=share"])
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    let mut guest = Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    };
+        .args(["-device", "virtio-fs-device,fsdev=f,tag=share,id=share"]);
+    let mut guest = Guest::start(vm, dir);
     guest.expect("STARTED");
     guest
 }
@@ -524,19 +513,7 @@ fn a_disks_process_is_replaced_under_load_and_nothing_is_lost() {
 #[test]
 fn a_cards_process_is_replaced_under_load_and_no_buffer_is_lost() {
     let tap = Tap::new("sv-next", "10.7.33.1/24").unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let vm = builder(Payload::NetLoop, "host=10.7.33.1 own=10.7.33.2")
-        .args(["-netdev", "tap,id=n0,ifname=sv-next", "-device"])
-        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:33")
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    let mut guest = Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    };
+    let mut guest = with_card("sv-next", 33, "");
     guest.expect("LOOP 10\r");
     let mut pid = guest.pid("net");
     let mut stalls = Vec::new();
@@ -560,19 +537,7 @@ fn a_cards_process_is_replaced_under_load_and_no_buffer_is_lost() {
 #[test]
 fn a_cards_link_is_down_until_it_is_up_whatever_becomes_of_its_process() {
     let tap = Tap::new("sv-link", "10.7.35.1/24").unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let vm = builder(Payload::NetLoop, "host=10.7.35.1 own=10.7.35.2")
-        .args(["-netdev", "tap,id=n0,ifname=sv-link", "-device"])
-        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:35")
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    let mut guest = Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    };
+    let mut guest = with_card("sv-link", 35, "");
     let count = |name: &str| -> u64 {
         let path = format!("/sys/class/net/sv-link/statistics/{name}");
         std::fs::read_to_string(path)
@@ -648,16 +613,8 @@ fn a_program_that_does_not_come_up_leaves_the_old_process_serving() {
     let disk = image(dir.path());
     let vm = builder(Payload::BlkLoop, "spin=1")
         .program(at("stratovirt"))
-        .disk("d0", &disk, "")
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    let mut guest = Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    };
+        .disk("d0", &disk, "");
+    let mut guest = Guest::start(vm, dir);
     guest.expect("LOOP 0");
     let pid = guest.pid("block");
     // One that ends at once, one that is no program, none at all.
@@ -712,19 +669,7 @@ fn devices_die_at_any_moment_and_guests_notice_nothing() {
     println!("chance: {seed:#x}");
     let mut chance = Chance(seed);
     let tap = Tap::new("sv-soak", "10.7.34.1/24").unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let vm = builder(Payload::NetLoop, "host=10.7.34.1 own=10.7.34.2")
-        .args(["-netdev", "tap,id=n0,ifname=sv-soak", "-device"])
-        .arg("virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:00:34,max-restarts=1000")
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    let card = Guest {
-        vm,
-        qmp,
-        _dir: dir,
-        in_flight: 0,
-    };
+    let card = with_card("sv-soak", 34, ",max-restarts=1000");
     let disk = || with_disk(Payload::BlkLoop, "spin=1", ",max-restarts=1000");
     let mut guests = [
         (card, "card", "net"),

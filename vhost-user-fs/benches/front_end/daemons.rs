@@ -76,7 +76,7 @@ pub(crate) fn all(rust: Option<&Path>, wanted: &[String]) -> Vec<Daemon> {
     };
     let mut found = vec![ours];
     for peer in [c, rust] {
-        if !wanted.is_empty() && !wanted.iter().any(|text| peer.name.contains(text)) {
+        if !is_wanted(wanted, peer.name) {
             continue;
         }
         if peer.program.exists() {

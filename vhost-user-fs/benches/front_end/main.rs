@@ -24,6 +24,7 @@ use loads::{Load, Part, Work};
 use options::Options;
 use report::{Round, Row, Sample};
 use session::{SLOTS, Session};
+use tests::turns::{self, is_wanted, load_average};
 
 /// One turn of one daemon.
 fn turn(part: &mut Part, work: Work, options: &Options) -> Sample {
@@ -43,12 +44,7 @@ fn rounds(parts: &mut [Part], load: &Load, source: &Path, options: &Options) -> 
     }
     let mut rounds = Vec::new();
     loop {
-        // Whoever comes first finds the host's caches as the turn before left them, so each is first in turn.
-        let mut samples = vec![Sample::default(); parts.len()];
-        for at in 0..parts.len() {
-            let at = (rounds.len() + at) % parts.len();
-            samples[at] = turn(&mut parts[at], load.work, options);
-        }
+        let samples = turns::round(parts, rounds.len(), |part| turn(part, load.work, options));
         let floor = load
             .floor()
             .map(|data| loads::floor(source, data, options.slice / 4));
@@ -91,9 +87,7 @@ fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) {
     let mut rows = Vec::new();
     let mut made = false;
     for load in loads::all() {
-        let wanted =
-            options.only.is_empty() || options.only.iter().any(|text| load.name.contains(text));
-        if !wanted {
+        if !is_wanted(&options.only, &load.name) {
             continue;
         }
         if let Work::Small(small) = load.work {
@@ -122,11 +116,6 @@ fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) {
     for n in 0..daemons.len() {
         fs::remove_dir_all(source.join(format!("small-of-{n}"))).unwrap();
     }
-}
-
-fn load_average() -> String {
-    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
 }
 
 fn main() {

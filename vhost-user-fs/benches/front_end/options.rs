@@ -6,6 +6,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tests::turns::Words;
+
 use crate::daemons::Cache;
 
 /// See [`USAGE`].
@@ -61,49 +63,36 @@ impl Options {
             help: false,
             virtiofsd: None,
         };
-        let mut arguments = std::env::args().skip(1);
-        while let Some(argument) = arguments.next() {
-            let mut value = || {
-                arguments
-                    .next()
-                    .unwrap_or_else(|| panic!("{argument} needs a value\n{USAGE}"))
-            };
-            let texts = |value: String| value.split(',').map(str::to_owned).collect();
-            let number = |value: String| -> usize {
-                value
-                    .parse()
-                    .unwrap_or_else(|_| panic!("{argument} {value}: a number is needed\n{USAGE}"))
-            };
-            match argument.as_str() {
+        let mut words = Words::of_program(USAGE);
+        while let Some(option) = words.option() {
+            match option.as_str() {
                 "--quick" => {
                     options.rounds = 5;
                     options.slice = Duration::from_millis(20);
                     options.files = 2000;
                     options.cache = vec![Cache::Auto];
                 }
-                "--dir" => options.dir = Some(value().into()),
-                "--only" => options.only = texts(value()),
-                "--peers" => options.peers = texts(value()),
-                "--rounds" => options.rounds = number(value()),
-                "--slice-ms" => options.slice = Duration::from_millis(number(value()) as u64),
-                "--files" => options.files = number(value()),
-                "--inodes" => options.inodes = number(value()),
+                "--dir" => options.dir = Some(words.value().into()),
+                "--only" => options.only = words.texts(),
+                "--peers" => options.peers = words.texts(),
+                "--rounds" => options.rounds = words.number(1),
+                "--slice-ms" => options.slice = Duration::from_millis(words.number(1)),
+                "--files" => options.files = words.number(1),
+                "--inodes" => options.inodes = words.number(0),
                 "--idle" => options.idle = true,
                 "--guest" => options.guest = true,
                 "--list" => options.list = true,
-                "--virtiofsd" => options.virtiofsd = Some(value().into()),
+                "--virtiofsd" => options.virtiofsd = Some(words.value().into()),
                 "--cache" => {
-                    options.cache = match value().as_str() {
+                    options.cache = match words.value().as_str() {
                         "none" => vec![Cache::None],
                         "auto" => vec![Cache::Auto],
                         "both" => vec![Cache::None, Cache::Auto],
-                        other => panic!("--cache {other}: none, auto or both\n{USAGE}"),
+                        _ => words.wrong("is none, auto or both"),
                     }
                 }
-                // From cargo.
-                "--bench" => {}
                 "--help" => options.help = true,
-                other => panic!("{other}: unknown\n{USAGE}"),
+                _ => words.wrong("is not known"),
             }
         }
         let (rounds, files) = if options.guest {

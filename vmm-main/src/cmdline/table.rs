@@ -118,6 +118,19 @@ const fn key(name: &'static str, kind: Kind, default: &'static str, help: &'stat
     }
 }
 
+const fn net_rate(name: &'static str, help: &'static str) -> Key {
+    key(name, Kind::Int(0, limits::MAX_NET_RATE), "0", help)
+}
+
+const fn net_burst(name: &'static str) -> Key {
+    key(
+        name,
+        Kind::Int(1, limits::MAX_NET_RATE),
+        "100 ms worth",
+        "what of them may pass at once after a pause",
+    )
+}
+
 const fn must(name: &'static str, kind: Kind, help: &'static str) -> Key {
     Key {
         name,
@@ -538,54 +551,26 @@ const NETDEV: &[Shape] = &[form(
             "",
             "inherited descriptors of vhost-net",
         ),
-        key(
+        net_rate(
             "throttling.rx-packets",
-            Kind::Int(0, limits::MAX_NET_RATE),
-            "0",
             "packets a second to the guest, over all queues, 0 for no limit",
         ),
-        key(
-            "throttling.rx-packets-burst",
-            Kind::Int(1, limits::MAX_NET_RATE),
-            "100 ms worth",
-            "what of them may pass at once after a pause",
-        ),
-        key(
+        net_burst("throttling.rx-packets-burst"),
+        net_rate(
             "throttling.rx-bytes",
-            Kind::Int(0, limits::MAX_NET_RATE),
-            "0",
             "bytes of packets a second to the guest, over all queues, 0 for no limit",
         ),
-        key(
-            "throttling.rx-bytes-burst",
-            Kind::Int(1, limits::MAX_NET_RATE),
-            "100 ms worth",
-            "what of them may pass at once after a pause",
-        ),
-        key(
+        net_burst("throttling.rx-bytes-burst"),
+        net_rate(
             "throttling.tx-packets",
-            Kind::Int(0, limits::MAX_NET_RATE),
-            "0",
             "packets a second from the guest, over all queues, 0 for no limit",
         ),
-        key(
-            "throttling.tx-packets-burst",
-            Kind::Int(1, limits::MAX_NET_RATE),
-            "100 ms worth",
-            "what of them may pass at once after a pause",
-        ),
-        key(
+        net_burst("throttling.tx-packets-burst"),
+        net_rate(
             "throttling.tx-bytes",
-            Kind::Int(0, limits::MAX_NET_RATE),
-            "0",
             "bytes of packets a second from the guest, over all queues, 0 for no limit",
         ),
-        key(
-            "throttling.tx-bytes-burst",
-            Kind::Int(1, limits::MAX_NET_RATE),
-            "100 ms worth",
-            "what of them may pass at once after a pause",
-        ),
+        net_burst("throttling.tx-bytes-burst"),
         key(
             "script",
             Kind::Fixed(&["no"]),

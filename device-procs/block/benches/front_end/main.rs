@@ -23,6 +23,7 @@ use parties::{Party, Place};
 use report::{Round, Row, Sample};
 use tests::calls::Counter;
 use tests::procfs::processor_time;
+use tests::turns::{self, is_wanted, load_average};
 
 /// One turn of one back end.
 fn turn(party: &mut Party, load: &Load, options: &Options) -> Sample {
@@ -42,23 +43,13 @@ fn rounds(parties: &mut [Party], load: &Load, options: &Options, place: &Place) 
     let mut rounds = Vec::new();
     // The first is the warm-up.
     for number in 0..=options.rounds {
-        let mut samples = vec![Sample::default(); parties.len()];
-        // Whoever comes first finds the host's caches as the turn before left them, so each is first in turn.
-        for at in 0..parties.len() {
-            let at = (number + at) % parties.len();
-            samples[at] = turn(&mut parties[at], load, options);
-        }
+        let samples = turns::round(parties, number, |party| turn(party, load, options));
         let floor = options.fio.then(|| fio::run(&place.file, load, options));
         if number > 0 {
             rounds.push(Round { samples, floor });
         }
     }
     rounds
-}
-
-fn load_average() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
 }
 
 fn main() {
@@ -69,9 +60,7 @@ fn main() {
     }
     let loads: Vec<Load> = loads::all(options.every)
         .into_iter()
-        .filter(|load| {
-            options.only.is_empty() || options.only.iter().any(|text| load.name().contains(text))
-        })
+        .filter(|load| is_wanted(&options.only, &load.name()))
         .collect();
     if options.list {
         for load in loads {

@@ -25,28 +25,19 @@ use options::Options;
 use parties::Party;
 use report::{Row, Sample};
 use tests::calls::Counter;
+use tests::turns::{self, is_wanted, load_average};
 
 /// Rounds with the samples of each party.
 fn rounds(parties: &mut [Party], load: &Load, options: &Options) -> Vec<Vec<Option<Sample>>> {
     let mut rounds = Vec::new();
     // The first is the warm-up.
     for number in 0..=options.rounds {
-        let mut samples = vec![None; parties.len()];
-        // Whoever comes first finds the host's caches as the turn before left them, so each is first in turn.
-        for at in 0..parties.len() {
-            let at = (number + at) % parties.len();
-            samples[at] = parties[at].turn(load, options.slice);
-        }
+        let samples = turns::round(parties, number, |party| party.turn(load, options.slice));
         if number > 0 {
             rounds.push(samples);
         }
     }
     rounds
-}
-
-fn load_average() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
 }
 
 fn main() {
@@ -57,9 +48,7 @@ fn main() {
     }
     let loads: Vec<Load> = loads::all()
         .into_iter()
-        .filter(|load| {
-            options.only.is_empty() || options.only.iter().any(|text| load.name().contains(text))
-        })
+        .filter(|load| is_wanted(&options.only, &load.name()))
         .collect();
     if options.list {
         for load in loads {

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use tests::turns::Words;
+
 /// See [`USAGE`].
 pub(crate) struct Options {
     /// Loads whose name has one of these; all if empty.
@@ -35,31 +37,20 @@ impl Options {
             list: false,
             help: false,
         };
-        let mut arguments = std::env::args().skip(1);
-        while let Some(argument) = arguments.next() {
-            let mut value = || {
-                arguments
-                    .next()
-                    .unwrap_or_else(|| panic!("{argument} needs a value\n{USAGE}"))
-            };
-            let number = |value: String| -> u64 {
-                let number = value.parse().ok().filter(|n| *n > 0);
-                number.unwrap_or_else(|| panic!("{value} is not a number above 0\n{USAGE}"))
-            };
-            match argument.as_str() {
+        let mut words = Words::of_program(USAGE);
+        while let Some(option) = words.option() {
+            match option.as_str() {
                 "--quick" => {
                     options.rounds = 3;
                     options.slice = Duration::from_millis(50);
                 }
-                "--only" => options.only.extend(value().split(',').map(str::to_owned)),
+                "--only" => options.only.extend(words.texts()),
                 "--list" => options.list = true,
                 "--no-peers" => options.peers = false,
-                "--rounds" => options.rounds = number(value()) as usize,
-                "--slice-ms" => options.slice = Duration::from_millis(number(value())),
+                "--rounds" => options.rounds = words.number(1),
+                "--slice-ms" => options.slice = Duration::from_millis(words.number(1)),
                 "--help" => options.help = true,
-                // cargo's own.
-                "--bench" => {}
-                _ => panic!("{argument} is not known\n{USAGE}"),
+                _ => words.wrong("is not known"),
             }
         }
         options
