@@ -113,6 +113,8 @@ pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
 
 /// Milliseconds that the broker waits for a keeper to end the process that serves; then it ends both.
 pub const KEEPER_PATIENCE_MS: u64 = 2000;
+/// Milliseconds that the broker waits for a new keeper to be ready, and then for it to have taken over a million descriptors.
+pub const HAND_OVER_PATIENCE_MS: u64 = 10_000;
 
 /// Milliseconds that the control process waits for a device process to answer one vhost-user message.
 pub const DEVICE_REPLY_MS: u64 = 5_000;
@@ -163,6 +165,8 @@ pub const MAX_PROC_FILE: u64 = 1 << 20;
 
 /// Inodes that one guest may know of a shared folder: 80 MiB of tables, and 64 MiB of names.
 pub const MAX_FS_INODES: usize = 1 << 21;
+/// Bytes of all tables of a shared folder, as a file; what no entry has needed takes no memory.
+pub const MAX_FS_TABLES: u64 = 256 << 20;
 /// Descriptors of inodes, open files and locks together that one guest may have of a shared folder. The limit of open
 /// descriptors is lower on most hosts (`fs.nr_open` is 2^20) and counts first.
 pub const MAX_FS_HELD: usize = 1 << 22;

@@ -15,12 +15,14 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 use tests::daemon::Daemon;
 use tests::host::{require_kvm, require_root};
 use tests::jail::{Jail, NAMESPACES};
 use tests::lab::{Flavour, Guest, Script, ensure_packages, where_linux_boots};
 use tests::payload::Payload;
 use tests::procfs;
+use tests::qmp::QmpError;
 use tests::test_path;
 use tests::vm::{Vm, VmBuilder, binary};
 use tests::wait::Deadline;
@@ -66,7 +68,7 @@ fn judge(jail: &Jail, capabilities: u64) {
     assert!(jail.threads.iter().all(|t| t.1 == 2), "{jail}");
     for (number, fd) in &jail.fds {
         let expected = match fd.kind() {
-            "memfd" | "socket" | "eventfd" | "eventpoll" | "pidfd" => true,
+            "memfd" | "socket" | "eventfd" | "eventpoll" | "pidfd" | "mnt" => true,
             "pipe" => *number <= 2,
             other => other.starts_with('/'),
         };
@@ -163,6 +165,31 @@ fn a_killed_process_is_replaced_in_an_identical_jail_around_the_same_folder() {
     assert_eq!(after.capabilities, before.capabilities, "{after}");
     assert_eq!(after.own_namespaces, before.own_namespaces, "{after}");
     judge(&after, 0xdb);
+}
+
+#[test]
+fn another_program_takes_over_in_an_identical_jail() {
+    let (_dir, tree) = tree();
+    let mut vm = asleep(&tree, ",readonly=on", "");
+    let mut qmp = vm.qmp().unwrap();
+    let before = Jail::of(both(&mut vm).0).unwrap();
+    for _ in 0..3 {
+        let (serving, keeper) = both(&mut vm);
+        qmp.execute("device-upgrade", json!({ "id": "fs0" }))
+            .unwrap_or_else(|e| panic!("{e}\n{}", vm.messages()));
+        let next = both(&mut vm);
+        assert!(next.0 != serving && next.1 != keeper, "{next:?}");
+    }
+    let after = Jail::of(both(&mut vm).0).unwrap();
+    judge(&after, 1 << 2);
+    assert_eq!(after.root, before.root);
+    assert!(after.read_only_root, "{after}");
+    // Nothing is left behind with each.
+    assert_eq!(after.fds.len(), before.fds.len(), "{before}\n{after}");
+    let process = both(&mut vm).0;
+    kill(Pid::from_raw(process), Signal::SIGKILL).unwrap();
+    let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    assert_eq!(back["data"]["device"], "fs0");
 }
 
 #[test]
@@ -545,4 +572,118 @@ fn a_guest_notices_nothing_when_the_process_of_its_folder_is_killed() {
             );
         }
     });
+}
+
+/// Puts a program in the place of another one, as a package manager does.
+fn put(from: &Path, to: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut program = fs::read(from).unwrap();
+    change(&mut program);
+    let beside = to.with_extension("new");
+    fs::write(&beside, program).unwrap();
+    fs::set_permissions(&beside, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(&beside, to).unwrap();
+}
+
+/// Makes the program one that keeps its tables in another way.
+fn lay_out_differently(program: &mut [u8]) {
+    const MARK: &[u8] = b"kept tables of a folder, layout ";
+    let found: Vec<usize> = program
+        .windows(MARK.len())
+        .enumerate()
+        .filter_map(|(at, window)| (window == MARK).then_some(at))
+        .collect();
+    let [at] = found[..] else {
+        panic!("{} marks", found.len());
+    };
+    program[at + MARK.len()] ^= 0x40;
+}
+
+#[test]
+fn another_program_takes_over_what_the_guest_has_open() {
+    where_linux_boots(test_path!(), || {
+        let programs = tempfile::tempdir().unwrap();
+        let at = |name: &str| programs.path().join(name);
+        for name in ["stratovirt", "vhost_user_fs"] {
+            put(&binary(name).unwrap(), &at(name), |_| {});
+        }
+        let (_dir, tree) = tree();
+        let options = managed(&tree, "", ",max-restarts=1000");
+        let (builder, _initrd) = linux(HELD, &options);
+        let mut vm = builder
+            .program(at("stratovirt"))
+            .with_qmp()
+            .start()
+            .unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        let upgrade = json!({ "id": "fs0" });
+        expect(&mut vm, "READY");
+        for n in 0..12 {
+            let (serving, keeper) = both(&mut vm);
+            expect(&mut vm, ["A-", "B-", "C-", "D-"][n % 4]);
+            if n % 3 == 2 {
+                // Whoever took over keeps as well as the one before.
+                kill(Pid::from_raw(serving), Signal::SIGKILL).unwrap();
+                qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+                assert_eq!(both(&mut vm).1, keeper);
+                continue;
+            }
+            put(
+                &binary("vhost_user_fs").unwrap(),
+                &at("vhost_user_fs"),
+                |_| {},
+            );
+            qmp.execute("device-upgrade", upgrade.clone()).unwrap();
+            let done = qmp.wait_event("DEVICE_UPGRADED", LIMIT).unwrap();
+            println!("asked to served {} ms", done["data"]["stall-ms"]);
+            let next = both(&mut vm);
+            assert_eq!(done["data"]["pid"], next.0);
+            assert!(next.0 != serving && next.1 != keeper, "{next:?}");
+            // The broker has reaped the old keeper, and its pid namespace went with it.
+            for gone in [serving, keeper] {
+                assert!(procfs::Status::of(gone).is_err(), "{gone} is still there");
+            }
+            let is = |of: &Path| fs::metadata(of).unwrap().ino();
+            let runs = PathBuf::from(format!("/proc/{}/exe", next.0));
+            assert_eq!(is(&runs), is(&at("vhost_user_fs")));
+        }
+        // One that keeps its tables in another way, one that is no program, none at all.
+        let before = both(&mut vm);
+        let mut refused = |said: &str| match qmp.execute("device-upgrade", upgrade.clone()) {
+            Err(QmpError::Refused { description, .. }) => {
+                assert!(description.contains(said), "{description}");
+            }
+            other => panic!("{other:?}"),
+        };
+        put(
+            &binary("vhost_user_fs").unwrap(),
+            &at("vhost_user_fs"),
+            |p| lay_out_differently(p),
+        );
+        refused("Device 'fs0' goes on with the process that it has: ");
+        refused("this program goes on with layout 0x4001");
+        put(Path::new("/etc/passwd"), &at("vhost_user_fs"), |_| {});
+        refused("");
+        fs::remove_file(at("vhost_user_fs")).unwrap();
+        refused("device binary vhost_user_fs");
+        expect(&mut vm, "A-");
+        assert_eq!(both(&mut vm), before);
+        fs::write(tree.join("stop"), "").unwrap();
+        expect(&mut vm, "LINES=");
+        let count: usize = expect(&mut vm, " HIDDEN=").trim().parse().unwrap();
+        let hidden = expect(&mut vm, "\n");
+        assert_eq!(hidden.trim(), format!("{count}/{count}"));
+        ends_well(&mut vm);
+        let lines: String = (1..=count).map(|n| format!("line {n}\n")).collect();
+        for name in ["kept", "log"] {
+            let written = fs::read_to_string(tree.join(name)).unwrap();
+            assert!(written == lines, "{name}");
+        }
+    });
+}
+
+/// The process that serves the folder, and its keeper.
+#[track_caller]
+fn both(vm: &mut Vm) -> (i32, i32) {
+    let mut pid = |name| vm.process(name).unwrap().unwrap();
+    (pid("fs"), pid("fs-keeper"))
 }

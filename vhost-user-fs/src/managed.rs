@@ -8,10 +8,10 @@
 //! jail's own, files could be opened anew by the first process only, so that one serves by itself and keeps nothing.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
-use device_host::{BackendFds, Estate, Kept};
+use device_host::{BackendFds, Estate, Heir, Kept};
 use fs_device::FsDevice;
 use fs_device::device::TAG_BYTES;
 use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, Store, may_switch_user};
@@ -102,12 +102,43 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
         descriptors: limit.saturating_sub(RESERVED) as usize,
         ..Config::default()
     };
-    let store = Store::new(config.descriptors).map_err(BuildError::Tree)?;
+    let processes = ManuallyDrop::new(processes);
+    if let Some(line) = fds.take() {
+        let spec = spec.clone();
+        // The index of inodes hashes with these seeds, which nothing has asked for yet and which the filter gives to nobody.
+        let _ = std::hash::RandomState::new();
+        return Ok(Kept::After(Heir {
+            broker: Channel::from_fd(broker),
+            line: Channel::from_fd(line),
+            layout: Store::layout(),
+            adopt: Box::new(move |memory| {
+                // The same folder by another mount: the tables' own descriptor of it takes its number.
+                drop(tree);
+                let store = Store::adopt(&memory)?;
+                Ok(Shared {
+                    spec,
+                    config,
+                    store,
+                    processes,
+                })
+            }),
+        }));
+    }
+    let (most, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(BuildError::Limits)?;
+    let store = if Store::bytes(config.descriptors) <= most {
+        Store::new_to_hand_over(config.descriptors)
+    } else {
+        ipc::log::info!(
+            "by its limit of a file's size, no other program can take the place of this one"
+        );
+        Store::new(config.descriptors)
+    }
+    .map_err(BuildError::Tree)?;
     let shared = Shared {
         spec: spec.clone(),
         config,
         store,
-        processes: ManuallyDrop::new(processes),
+        processes,
     };
     if shared.own_fds().is_err() {
         ipc::log::warn!(
@@ -117,6 +148,9 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
         let tree = Passthrough::new(tree, own, store, shared.config).map_err(BuildError::Tree)?;
         return device(tree, spec).map(Kept::Alone);
     }
+    // Descriptors are on the mounts of this jail, whichever process has them.
+    let mounts = shared.mounts().map_err(BuildError::Tree)?;
+    store.keep_open(Some(mounts));
     Passthrough::plant(tree, store).map_err(BuildError::Tree)?;
     Ok(Kept::By(shared, Channel::from_fd(broker)))
 }
@@ -142,6 +176,12 @@ impl Shared {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         openat(&*self.processes, "self/fd", flags, Mode::empty())
     }
+
+    /// The mounts of this jail.
+    fn mounts(&self) -> Result<OwnedFd, Errno> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        openat(&*self.processes, "self/ns/mnt", flags, Mode::empty())
+    }
 }
 
 impl Estate for Shared {
@@ -156,7 +196,14 @@ impl Estate for Shared {
     }
 
     fn descriptors(&self, with: &mut dyn FnMut(RawFd)) {
-        with(self.processes.as_raw_fd());
         self.store.descriptors(with);
+    }
+
+    fn own(&self, with: &mut dyn FnMut(RawFd)) {
+        with(self.processes.as_raw_fd());
+    }
+
+    fn heritage(&self) -> Option<(u64, BorrowedFd<'_>)> {
+        Some((Store::layout(), self.store.memory()?))
     }
 }

@@ -13,6 +13,7 @@ mod chain;
 mod device;
 mod fault;
 mod file_io;
+mod heritage;
 mod inflight;
 mod inherited;
 mod jail;
@@ -34,8 +35,9 @@ pub use chain::{Chain, Token};
 pub use device::{Device, Interest, copy_config};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use file_io::{Access, FileIo, Range, Room};
+pub use heritage::HeritageError;
 pub use jail::JailError;
-pub use keeper::{Estate, KeeperError, Kept};
+pub use keeper::{Adopt, Estate, Heir, KeeperError, Kept};
 pub use memory::{
     BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, HeldByte, MemoryError,
     PACKET_SEGMENTS, direct_io_alignment,

@@ -15,6 +15,8 @@ pub const FD_PROCESSES: i32 = FD_BACKEND + 1;
 pub const FD_KEEPER: i32 = FD_BACKEND + 2;
 /// Descriptors from [`FD_TREE`] on.
 pub const BACKEND_FDS: u32 = 3;
+/// One more if it is to take the place of another process: a packet socket to that one's keeper.
+pub const FD_HERITAGE: i32 = FD_BACKEND + 3;
 
 /// What the guest may keep of what it has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 
 use super::DeviceSpec;
 use crate::limits::{
-    FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_INFLIGHT_REGION,
+    FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_FS_TABLES, MAX_INFLIGHT_REGION,
     MAX_MEMORY_REGIONS, MAX_RING_MEMORY,
 };
 
@@ -53,12 +53,13 @@ impl DeviceSpec {
     }
 
     /// How far the device may write into any file. A disk that is written keeps the size that it has, so that its process
-    /// cannot fill the host's file system; a shared folder's files are the guest's; all others make one memfd, for their
-    /// in-flight region.
+    /// cannot fill the host's file system; a shared folder's files are the guest's, and where it has none there are tables; all
+    /// others make one memfd, for their in-flight region.
     fn longest_file(&self, backend: &[OwnedFd]) -> std::io::Result<Option<u64>> {
         let image = match (self, backend) {
             (Self::Block(block), [image, ..]) if !block.readonly => image,
             (Self::Fs(fs), _) if !fs.readonly => return Ok(None),
+            (Self::Fs(_), _) => return Ok(Some(MAX_FS_TABLES)),
             _ => return Ok(Some(MAX_INFLIGHT_REGION)),
         };
         let image = File::from(image.try_clone()?).metadata()?;

@@ -7,7 +7,8 @@
 //! **Why this way.** Every descriptor is accounted for by number or by count; "at least" would let one more in.
 
 use ipc::limits::{
-    FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS,
+    FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_FS_TABLES, MAX_INFLIGHT_REGION,
+    MAX_MEMORY_REGIONS,
 };
 use seccomp_policies::Policy;
 
@@ -130,6 +131,7 @@ impl Device {
             BackEnd::Folder {
                 readonly: false, ..
             } => u64::MAX,
+            BackEnd::Folder { .. } => MAX_FS_TABLES,
             _ => MAX_INFLIGHT_REGION,
         };
         let (memory, descriptors) = match self.back_end {
@@ -175,13 +177,16 @@ impl Device {
             BackEnd::Tap => all.push(Want::at(5, "/dev/net/tun", "rw")),
             BackEnd::Folder { .. } => {
                 // The keeper and the process that serves have all of this in common.
-                all.push(Want::at(4, "pidfd", "rw"));
+                all.push(Want::at(4, "memfd:folder", "rw"));
                 // Its root, and the jail's processes; of these its own descriptors, to open what it has looked up.
                 all.push(Want::at(5, "/", ""));
                 all.push(Want::at(6, "/", ""));
                 all.push(Want::at(7, "socket", "rw")); // the broker
-                all.push(Want::at(8, "/fd", ""));
-                all.push(Want::at(9, "eventpoll", "rw"));
+                // The mounts of its jail, on which the descriptors are that another program may take over.
+                all.push(Want::at(8, "mnt", "r"));
+                all.push(Want::at(9, "pidfd", "rw"));
+                all.push(Want::at(10, "/fd", ""));
+                all.push(Want::at(11, "eventpoll", "rw"));
                 all.push(Want::some("memfd:inflight", "rw"));
                 all.extend((0..3 * self.started).map(|_| Want::some("eventfd", "rw")));
                 return all;

@@ -9,11 +9,18 @@
 
 #![allow(unsafe_code)] // mmap: memory that a later process finds again
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::hint::black_box;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ipc::limits::{MAX_FS_HELD, MAX_FS_INODES};
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{Whence, ftruncate, lseek};
+
+/// What a program of another version must find as it is here to go on with the tables: to be counted up with every change of what
+/// their words mean. In the program's file, it can be found by its text.
+static LAYOUT: &[u8; 34] = b"kept tables of a folder, layout \x00\x01";
 
 /// Words before the first table.
 const HEADER: usize = 64;
@@ -54,6 +61,10 @@ pub(crate) enum Word {
     Names,
     /// The mounts that the descriptors are on: a descriptor, plus one.
     Mounts,
+    /// The memory itself, if another program can go on with it: a descriptor, plus one.
+    Memory,
+    /// Descriptors that the guest may have: what the size of the tables follows from.
+    Descriptors,
 }
 
 /// A table of entries of [`Table::WORDS`] words.
@@ -69,6 +80,22 @@ impl Table {
     pub(crate) fn entries(self) -> usize {
         self.entries
     }
+}
+
+const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Maps the beginning of `memory`, in two steps, which are those that the filter of a device process allows.
+fn map(memory: &OwnedFd, bytes: usize) -> Result<isize, Errno> {
+    let room = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let none = std::ptr::null_mut();
+    // SAFETY: room at an address of the kernel's choice, which nothing may touch.
+    let room = unsafe { libc::mmap(none, bytes, libc::PROT_NONE, room, -1, 0) };
+    Errno::result(room as isize)?;
+    let shared = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: takes the place of the room that was just made and that nobody else knows.
+    Errno::result(unsafe {
+        libc::mmap(room, bytes, ACCESS, shared, memory.as_raw_fd(), 0) as isize
+    })
 }
 
 /// All of it. Cheap to copy; never unmapped.
@@ -90,6 +117,100 @@ impl Store {
     /// # Errors
     /// `EINVAL` for more than [`MAX_FS_HELD`], `ENOMEM`.
     pub fn new(descriptors: usize) -> Result<Self, Errno> {
+        Self::laid_out(descriptors, |bytes| {
+            let none = std::ptr::null_mut();
+            let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            // SAFETY: a new mapping at an address of the kernel's choice; anonymous, so all words are zero.
+            Errno::result(unsafe { libc::mmap(none, bytes, ACCESS, shared, -1, 0) as isize })
+        })
+    }
+
+    /// As [`new`](Self::new), in memory that another program can go on with, which gets it as a descriptor ([`Store::adopt`]).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and `EFBIG` where the limit of a file's size is below [`bytes`](Self::bytes).
+    pub fn new_to_hand_over(descriptors: usize) -> Result<Self, Errno> {
+        let memory = memfd_create(c"folder", MFdFlags::MFD_CLOEXEC)?;
+        let store = Self::laid_out(descriptors, |bytes| {
+            ftruncate(&memory, bytes as i64)?;
+            map(&memory, bytes)
+        })?;
+        store.store(Word::Descriptors, descriptors as u64);
+        store.store(Word::Memory, give(memory));
+        Ok(store)
+    }
+
+    /// The tables that another process had, of a program with the same [`layout`](Self::layout), for `descriptors` as there. The
+    /// descriptors that they name are to be put on their numbers before they are used.
+    ///
+    /// # Errors
+    /// `EPROTO` if the memory is no such tables, `ENOMEM`.
+    pub fn adopt(memory: &OwnedFd) -> Result<Self, Errno> {
+        let size = lseek(memory, 0, Whence::SeekEnd)?;
+        let head = HEADER * size_of::<u64>();
+        if size < head as i64 {
+            return Err(Errno::EPROTO);
+        }
+        let first = Self::at(map(memory, head)?, HEADER);
+        let descriptors = first
+            .get(Word::Descriptors as usize)
+            .map_or(0, |word| word.load(Ordering::Acquire));
+        let descriptors = usize::try_from(descriptors).map_err(|_| Errno::EPROTO)?;
+        if !(1..=MAX_FS_HELD).contains(&descriptors) {
+            return Err(Errno::EPROTO);
+        }
+        Self::laid_out(descriptors, |bytes| {
+            // Shorter, a look at its end would be the end of this process.
+            if size != bytes as i64 {
+                return Err(Errno::EPROTO);
+            }
+            map(memory, bytes)
+        })
+    }
+
+    /// Bytes of memory for `descriptors`, most of which are never touched.
+    pub fn bytes(descriptors: usize) -> u64 {
+        let words = HEADER
+            + UNDO
+            + 2 * PLACES
+            + 3 * LOCKS
+            + 3 * (descriptors + 1)
+            + super::inodes::WORDS * MAX_FS_INODES
+            + 2 * NAMES;
+        (words * size_of::<u64>()) as u64
+    }
+
+    /// What a program must have in common with another one to go on with its tables: the version of their layout, and their sizes.
+    pub fn layout() -> u64 {
+        let sizes = [
+            HEADER,
+            UNDO_ENTRIES,
+            PLACES,
+            LOCKS,
+            MAX_FS_INODES,
+            super::inodes::WORDS,
+            NAMES,
+        ];
+        // FNV-1a, of words.
+        let hash = sizes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, size| {
+            (hash ^ *size as u64).wrapping_mul(0x0100_0000_01b3)
+        });
+        // Read from where it is, not known beforehand.
+        let [.., high, low] = *black_box(LAYOUT);
+        u64::from(u16::from_be_bytes([high, low])) << 48 | hash >> 16
+    }
+
+    fn at(address: isize, words: usize) -> &'static [AtomicU64] {
+        let address = std::ptr::with_exposed_provenance::<AtomicU64>(address.cast_unsigned());
+        // SAFETY: as many words were mapped, page-aligned, and are never unmapped; they are only accessed as atomics, by
+        // this process and those that it shares them with.
+        unsafe { std::slice::from_raw_parts(address, words) }
+    }
+
+    fn laid_out(
+        descriptors: usize,
+        map: impl FnOnce(usize) -> Result<isize, Errno>,
+    ) -> Result<Self, Errno> {
         if descriptors > MAX_FS_HELD {
             return Err(Errno::EINVAL);
         }
@@ -110,23 +231,8 @@ impl Store {
         let handles = table(descriptors + 1, 3);
         let inodes = table(MAX_FS_INODES, super::inodes::WORDS);
         let names = table(NAMES, 2);
-        // SAFETY: a new mapping at an address of the kernel's choice; anonymous, so all words are zero.
-        let address = Errno::result(unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                next * size_of::<u64>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            ) as isize
-        })?;
-        let address = std::ptr::with_exposed_provenance::<AtomicU64>(address.cast_unsigned());
-        // SAFETY: as many words were mapped, page-aligned, and are never unmapped; they are only accessed as atomics, by
-        // this process and those forked from it.
-        let words = unsafe { std::slice::from_raw_parts(address, next) };
         Ok(Self {
-            words,
+            words: Self::at(map(next * size_of::<u64>())?, next),
             inodes,
             handles,
             places,
@@ -172,6 +278,11 @@ impl Store {
         }
     }
 
+    /// The memory, for another program.
+    pub fn memory(&self) -> Option<BorrowedFd<'_>> {
+        lend(self, self.load(Word::Memory))
+    }
+
     /// Whether a process before this one has left something.
     pub fn is_used(&self) -> bool {
         self.load(Word::Root) != 0
@@ -186,6 +297,7 @@ impl Store {
         };
         see(self.load(Word::Root));
         see(self.load(Word::Mounts));
+        see(self.load(Word::Memory));
         for entry in 0..self.inodes.entries.min(self.load(Word::Inodes) as usize) {
             see(self.get(self.inodes, entry, 2) >> 32);
         }
@@ -272,6 +384,31 @@ mod tests {
             assert_eq!(last, n as u64 + 11);
         }
         assert_eq!(Store::new(MAX_FS_HELD + 1).unwrap_err(), Errno::EINVAL);
+    }
+
+    #[test]
+    fn another_process_finds_the_tables_and_nothing_else_in_their_place() {
+        let store = Store::new_to_hand_over(10).unwrap();
+        store.set(store.names, NAMES - 1, 1, 7);
+        store.store(Word::Undo, 3);
+        let memory = store.memory().unwrap().try_clone_to_owned().unwrap();
+        let other = Store::adopt(&memory).unwrap();
+        assert_eq!(other.get(other.names, NAMES - 1, 1), 7);
+        assert_eq!(other.handles.entries(), 11);
+        other.store(Word::Undo, 4);
+        assert_eq!(store.load(Word::Undo), 4);
+        let size = lseek(&memory, 0, Whence::SeekEnd).unwrap();
+        assert_eq!(size, Store::bytes(10) as i64);
+        for wrong in [0, 8, size - 8, size + 8] {
+            ftruncate(&memory, wrong).unwrap();
+            assert_eq!(Store::adopt(&memory).unwrap_err(), Errno::EPROTO, "{wrong}");
+        }
+        ftruncate(&memory, size).unwrap();
+        for wrong in [0, 11, MAX_FS_HELD as u64 + 1, u64::MAX] {
+            store.store(Word::Descriptors, wrong);
+            assert_eq!(Store::adopt(&memory).unwrap_err(), Errno::EPROTO, "{wrong}");
+        }
+        assert!(Store::new(10).unwrap().memory().is_none());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use super::keeper::{Keeper, KeeperError, News};
 use crate::lifecycle::with_causes;
@@ -18,10 +19,11 @@ use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
 use ipc::control::sandbox::Role;
 use ipc::control::{DeviceGrant, Exit, Policy, Reply};
+use ipc::limits::HAND_OVER_PATIENCE_MS;
 use ipc::log::{error, trace};
 use ipc::relay::LogLines;
 use ipc::spec::DeviceSpec;
-use ipc::spec::fs::{BACKEND_FDS, FD_KEEPER, FD_PROCESSES, FD_TREE};
+use ipc::spec::fs::{BACKEND_FDS, FD_HERITAGE, FD_KEEPER, FD_PROCESSES, FD_TREE};
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER, SandboxMode, StartMessage};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -106,7 +108,7 @@ impl Devices {
         if again.is_none() {
             return Err(format!("the policy has no device {index}"));
         }
-        let (socket, process) = launch(grant, backend, policy)?;
+        let (socket, process) = launch(grant, backend, policy, None)?;
         let pid = process.pid;
         self.slots[index] = Some(process);
         Ok((socket, pid))
@@ -126,10 +128,61 @@ impl Devices {
                 grant.spec.id()
             ));
         }
-        let (socket, process) = launch(grant, backend, policy)?;
+        let (socket, process) = launch(grant, backend, policy, None)?;
         let pid = process.pid;
         self.newer.insert(index, process);
         Ok((socket, pid))
+    }
+
+    /// Starts another keeper for entry `index`, which takes over what the one that runs keeps, and takes its place. Until it has
+    /// said that it can do that, the guest is served as before; it is waited for.
+    pub(super) fn take_over(
+        &mut self,
+        index: usize,
+        grant: &DeviceGrant,
+        backend: Vec<OwnedFd>,
+        policy: &Policy,
+    ) -> Result<(OwnedFd, i32), String> {
+        let id = grant.spec.id();
+        let goes_on =
+            |why: &str| format!("Device '{id}' goes on with the process that it has: {why}");
+        let slot = self.slots.get_mut(index).and_then(Option::as_mut);
+        let keeper = slot
+            .and_then(|process| process.keeper.as_ref())
+            .filter(|keeper| keeper.is_serving());
+        let Some(keeper) = keeper else {
+            return Err(format!(
+                "Device '{id}' has no process that keeps what the guest opened beside the one that serves"
+            ));
+        };
+        let told = |e: &dyn std::error::Error| goes_on(&with_causes(e));
+        let (old, new) = Channel::pair().map_err(|e| told(&e))?;
+        let (socket, mut process) = launch(grant, backend, policy, Some(new.into_fd()))?;
+        keeper.offer(old.as_fd()).map_err(|e| told(&e))?;
+        drop(old);
+        let ready = process.wait_until_ready(self.log);
+        let pid = ready.and_then(|()| {
+            keeper.hand_over().map_err(|e| with_causes(&e))?;
+            let keeper = process.keeper.as_mut().ok_or("it has no keeper")?;
+            keeper.taken_over().map_err(|e| with_causes(&e))
+        });
+        match pid {
+            Ok(pid) => {
+                process.told = pid;
+                if let Some(mut old) = self.slots[index].replace(process) {
+                    old.end();
+                    old.lines.relay(self.log);
+                }
+                Ok((socket, pid))
+            }
+            Err(why) => {
+                process.end();
+                process.lines.relay(self.log);
+                // What it said itself says more than that it is gone.
+                let words = process.lines.take_last();
+                Err(goes_on(if words.is_empty() { &why } else { &words }))
+            }
+        }
     }
 
     /// Ends one of two processes of entry `index` and reaps it: its id, 0 if it was gone.
@@ -283,11 +336,13 @@ impl Devices {
     }
 }
 
-/// Starts a process of its own for `grant`: the control process's end of its socket, and the process.
+/// Starts a process of its own for `grant`: the control process's end of its socket, and the process. With `heritage` it takes over
+/// from another keeper, to which that is a line.
 fn launch(
     grant: &DeviceGrant,
     backend: Vec<OwnedFd>,
     policy: &Policy,
+    heritage: Option<OwnedFd>,
 ) -> Result<(OwnedFd, Process), String> {
     let id = grant.spec.id();
     let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
@@ -300,7 +355,7 @@ fn launch(
         device: grant.spec.clone(),
         backend_fds: match &grant.spec {
             // Two of them are made by the jail.
-            DeviceSpec::Fs(_) => BACKEND_FDS,
+            DeviceSpec::Fs(_) => BACKEND_FDS + u32::from(heritage.is_some()),
             _ => backend.len() as u32,
         },
         seccomp: policy.seccomp,
@@ -332,6 +387,7 @@ fn launch(
         DeviceSpec::Fs(_) => {
             let (ours, theirs) = Channel::pair().map_err(|e| told("keeper", &e))?;
             fds.push((theirs.into_fd(), FD_KEEPER));
+            fds.extend(heritage.map(|line| (line, FD_HERITAGE)));
             Some(Keeper::new(ours))
         }
         _ => None,
@@ -426,6 +482,44 @@ impl Process {
             stage => {
                 self.stage = stage;
                 None
+            }
+        }
+    }
+
+    /// Waits until its keeper has said that it can go on with what another one keeps.
+    fn wait_until_ready(&mut self, log: Option<BorrowedFd<'_>>) -> Result<(), String> {
+        let deadline = Instant::now() + Duration::from_millis(HAND_OVER_PATIENCE_MS);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err("the new one is not ready in time".into());
+            }
+            let life = match &self.stage {
+                Stage::Pending(pending) => Some(pending.as_fd()),
+                Stage::Running(child) => Some(child.pidfd.as_fd()),
+                Stage::Gone => None,
+            };
+            let line = self.keeper.as_ref().map(AsFd::as_fd);
+            let mut polled: Vec<_> = life
+                .into_iter()
+                .chain(line)
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+                .collect();
+            // Interrupted is as good as nothing.
+            let _ = poll(
+                &mut polled,
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO),
+            );
+            self.lines.relay(log);
+            if let Some((how, words)) = self.follow() {
+                return Err(words.unwrap_or_else(|| format!("the new one ended ({how:?})")));
+            }
+            match self.keeper.as_mut().map(Keeper::is_ready) {
+                Some(Ok(true)) => return Ok(()),
+                Some(Ok(false)) | None => {}
+                // Its end, with its last words, is about to be told.
+                Some(Err(KeeperError::Line(ChannelError::Closed))) => self.keeper = None,
+                Some(Err(e)) => return Err(with_causes(&e)),
             }
         }
     }

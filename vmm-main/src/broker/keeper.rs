@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use ipc::channel::{Channel, ChannelError};
 use ipc::control::Exit;
 use ipc::keeper::{Order, Told};
-use ipc::limits::KEEPER_PATIENCE_MS;
+use ipc::limits::{HAND_OVER_PATIENCE_MS, KEEPER_PATIENCE_MS};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
@@ -28,7 +28,7 @@ pub(super) enum KeeperError {
     #[error("it names no process that serves")]
     NoProcess,
     /// Nothing came in time.
-    #[error("it has not answered within {KEEPER_PATIENCE_MS} ms")]
+    #[error("it has not answered in time")]
     Silent,
 }
 
@@ -130,6 +130,40 @@ impl Keeper {
                 Ok(News::Ended(pid, how))
             }
             _ => Err(KeeperError::OutOfOrder(told)),
+        }
+    }
+
+    /// Whether a process serves now, and none is about to.
+    pub(super) fn is_serving(&self) -> bool {
+        self.serving.is_some() && self.awaited == 0
+    }
+
+    /// Has it tell over `line` what it keeps.
+    pub(super) fn offer(&self, line: BorrowedFd<'_>) -> Result<(), KeeperError> {
+        Ok(self.line.send(&Order::Offer, &[line])?)
+    }
+
+    /// Has the process that serves ended, and everything sent to the keeper that was offered it.
+    pub(super) fn hand_over(&self) -> Result<(), KeeperError> {
+        Ok(self.line.send(&Order::HandOver, &[])?)
+    }
+
+    /// Whether a new keeper has said that it can go on with what another one keeps.
+    pub(super) fn is_ready(&mut self) -> Result<bool, KeeperError> {
+        match self.line.try_receive::<Told>()? {
+            None => Ok(false),
+            Some((Told::Ready, fds)) if fds.is_empty() => Ok(true),
+            Some((told, _)) => Err(KeeperError::OutOfOrder(told)),
+        }
+    }
+
+    /// Waits for a new keeper to have taken over what another one kept: the process that serves.
+    pub(super) fn taken_over(&mut self) -> Result<i32, KeeperError> {
+        let deadline = Instant::now() + Duration::from_millis(HAND_OVER_PATIENCE_MS);
+        let (told, fds) = self.wait(deadline)?;
+        match self.take(told, fds)? {
+            News::Serves(pid) => Ok(pid),
+            News::Ended(..) => Err(KeeperError::OutOfOrder(told)),
         }
     }
 

@@ -448,6 +448,10 @@ impl Broker {
             (BackendGrant::Image { .. } | BackendGrant::Tap { .. }, Some(kept)) => {
                 duplicates(kept)?
             }
+            (BackendGrant::Folder { .. }, _) => match self.holds.get(&index) {
+                Some(hold) => hold.reopen(&grant.backend)?,
+                None => open::backend(&grant.backend, grant.spec.id(), &self.inherited)?,
+            },
             (BackendGrant::Nothing | BackendGrant::Inherited { .. }, _) => {
                 open::backend(&grant.backend, grant.spec.id(), &self.inherited)?
             }
@@ -458,9 +462,11 @@ impl Broker {
                 ));
             }
         };
-        let (socket, pid) = self
-            .devices
-            .upgrade(index as usize, grant, backend, &self.policy)?;
+        let (at, policy) = (index as usize, &self.policy);
+        let (socket, pid) = match grant.spec {
+            DeviceSpec::Fs(_) => self.devices.take_over(at, grant, backend, policy)?,
+            _ => self.devices.upgrade(at, grant, backend, policy)?,
+        };
         Ok((Reply::Started { index, pid }, Some(socket)))
     }
 

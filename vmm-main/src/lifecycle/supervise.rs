@@ -22,6 +22,9 @@
 //! `device-upgrade` starts a second process beside the one that serves, of the program that is then at the place that the
 //! broker knows; only when its handshake is done is the old one asked to finish what it took and to stop, and the new one
 //! gets the queues in the same breath. Whatever fails before that leaves the old one serving.
+//!
+//! What a shared folder's process has open cannot be had by two: there the broker answers when a new keeper has taken it over
+//! and the old process is gone, and the queues are handed over as after a crash.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -126,6 +129,10 @@ struct Upgrade {
     reply: Reply<()>,
     /// Once it has a socket.
     coming: Option<Coming>,
+    /// The old one asks for attention, and the broker has not answered yet.
+    unwell: bool,
+    /// When it was asked for.
+    asked: Instant,
 }
 
 #[derive(Debug)]
@@ -437,10 +444,19 @@ impl Supervisor {
             }
             Notice::Refused { message } => match self.asked.pop_front() {
                 Some(Asked::Upgrade(index)) => {
-                    if let Some(upgrade) = self.devices[index].upgrade.take() {
-                        upgrade.reply.send(Err(QmpError::generic(message)));
+                    let device = &mut self.devices[index];
+                    let Some(upgrade) = device.upgrade.take() else {
+                        return Ok(());
+                    };
+                    warn!("{message}");
+                    upgrade.reply.send(Err(QmpError::generic(message)));
+                    if matches!(device.process, Process::Starting) {
+                        self.start(index, cx)
+                    } else if upgrade.unwell {
+                        self.stop(index, cx)
+                    } else {
+                        Ok(())
                     }
-                    Ok(())
                 }
                 Some(Asked::Settle(..)) => {
                     error!("{message}");
@@ -577,9 +593,6 @@ impl Supervisor {
     ) -> Result<(), ClientError> {
         let id = self.devices.get(index).map_or("", |one| one.spec.id());
         let refused = match self.devices.get(index) {
-            Some(device) if matches!(device.spec, DeviceSpec::Fs(_)) => Some(format!(
-                "Device '{id}' is a shared folder, whose process has what the guest opened: take it out and add it again"
-            )),
             Some(Device {
                 process: Process::Serving { .. },
                 ..
@@ -595,6 +608,8 @@ impl Supervisor {
         self.devices[index].upgrade = Some(Upgrade {
             reply,
             coming: None,
+            unwell: false,
+            asked: Instant::now(),
         });
         self.asked.push_back(Asked::Upgrade(index));
         cx.broker.send(&Request::Upgrade {
@@ -611,6 +626,16 @@ impl Supervisor {
         cx: &mut Context<'_>,
     ) -> Result<(), ClientError> {
         let device = &mut self.devices[index];
+        if matches!(device.spec, DeviceSpec::Fs(_)) {
+            // The old one is gone, and is not missed. Since when, the broker knows; it was not before this.
+            let asked = device.upgrade.as_ref().map(|upgrade| upgrade.asked);
+            let asked = asked.unwrap_or_else(Instant::now);
+            device.since.get_or_insert(asked);
+            device.attention.ended();
+            lock(&device.transport).device_gone();
+            device.process = Process::Starting;
+            return self.started(index, pid, socket, cx);
+        }
         let Some(upgrade) = &mut device.upgrade else {
             // Given up meanwhile, and so is it.
             return Ok(());
@@ -662,6 +687,8 @@ impl Supervisor {
         let Some(Upgrade {
             reply,
             coming: Some(coming),
+            asked,
+            ..
         }) = device.upgrade.take()
         else {
             return Ok(());
@@ -672,6 +699,8 @@ impl Supervisor {
             device.upgrade = Some(Upgrade {
                 reply,
                 coming: None,
+                unwell: false,
+                asked,
             });
             return self.give_up(index, "the process that serves is not there any more", cx);
         };
@@ -691,6 +720,8 @@ impl Supervisor {
                 device.upgrade = Some(Upgrade {
                     reply,
                     coming: None,
+                    unwell: false,
+                    asked,
                 });
                 return self.give_up(index, &with_causes(&e), cx);
             }
@@ -733,12 +764,27 @@ impl Supervisor {
         })
     }
 
+    /// Whether the broker has yet to say what became of the upgrade of a shared folder.
+    fn is_taking_over(&self, index: usize) -> bool {
+        let device = &self.devices[index];
+        let asked = |asked: &Asked| matches!(asked, Asked::Upgrade(at) if *at == index);
+        matches!(device.spec, DeviceSpec::Fs(_)) && self.asked.iter().any(asked)
+    }
+
     /// The new process, if there is to be one, does not take the place of the old one.
     fn give_up(&mut self, index: usize, why: &str, cx: &Context<'_>) -> Result<(), ClientError> {
         let device = &mut self.devices[index];
         let Some(upgrade) = device.upgrade.take() else {
             return Ok(());
         };
+        if matches!(device.spec, DeviceSpec::Fs(_)) {
+            // There is no other any more.
+            upgrade.reply.send(Err(QmpError::generic(format!(
+                "Device '{}': the new process failed when it got its queues; it is replaced as after a crash",
+                device.spec.id()
+            ))));
+            return Ok(());
+        }
         let text = format!(
             "Device '{}' goes on with the process that it has: {why}",
             device.spec.id()
@@ -834,6 +880,13 @@ impl Supervisor {
 
     /// Asks the broker to end the process.
     fn stop(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        if self.is_taking_over(index) {
+            // Perhaps it is gone by now, as it should.
+            if let Some(upgrade) = &mut self.devices[index].upgrade {
+                upgrade.unwell = true;
+            }
+            return Ok(());
+        }
         self.give_up(index, "that one does not answer either and is replaced", cx)?;
         let device = &mut self.devices[index];
         if matches!(device.process, Process::Foreign) {
@@ -871,7 +924,10 @@ impl Supervisor {
         how: Option<Exit>,
         cx: &mut Context<'_>,
     ) -> Result<(), ClientError> {
-        self.give_up(index, "that one has ended and is replaced", cx)?;
+        let taking_over = self.is_taking_over(index);
+        if !taking_over {
+            self.give_up(index, "that one has ended and is replaced", cx)?;
+        }
         let device = &mut self.devices[index];
         // A vCPU that waits for this holds the transport's lock.
         device.attention.ended();
@@ -897,6 +953,11 @@ impl Supervisor {
                 how,
                 in_flight: lock(&device.transport).core().in_flight(),
             });
+        }
+        if taking_over {
+            // What the broker says next starts another one, or is one.
+            device.process = Process::Starting;
+            return Ok(());
         }
         self.start(index, cx)
     }
@@ -1007,7 +1068,7 @@ impl Supervisor {
             self.left(index, cx);
             return Ok(());
         }
-        if device.upgrade.is_some() {
+        if device.upgrade.is_some() && !matches!(device.spec, DeviceSpec::Fs(_)) {
             return self.coming_answered(index, cx);
         }
         let Process::Handshaking { pid, handshake } = &mut device.process else {
@@ -1055,6 +1116,15 @@ impl Supervisor {
                     "device {id}: process {pid} goes on after {:.1} ms",
                     stall.as_secs_f64() * 1000.0
                 );
+                if let Some(upgrade) = device.upgrade.take() {
+                    cx.qmp.emit(&Event::DeviceUpgraded {
+                        device: id,
+                        pid,
+                        stall,
+                    });
+                    upgrade.reply.send(Ok(()));
+                    return Ok(());
+                }
                 cx.qmp.emit(&Event::DeviceRecovered {
                     device: id,
                     pid,

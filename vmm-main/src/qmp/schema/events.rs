@@ -85,7 +85,7 @@ pub static EVENTS: &[EventDef] = &[
             must(
                 "stall-ms",
                 Type::Number,
-                "milliseconds for which neither process served",
+                "milliseconds for which neither process served; for a shared folder since the command, which is longer",
             ),
         ],
         "A process of the program that is there now has taken the place of one that served (`device-upgrade`)",

@@ -398,7 +398,7 @@ pub(super) static COMMANDS: &[Command] = &[
     ]),
     main(
         "device-upgrade",
-        "Replaces a disk's or card's process by one of the program that is at its place now, in the same jail, while the guest runs: answers when the old one is gone. If the new one does not come up, the old one serves on. A shared folder's process is not replaced",
+        "Replaces a device's process by one of the program that is at its place now, in the same jail, while the guest runs: answers when the old one is gone. If the new one does not come up, or cannot go on with what a shared folder's guest has open, the old one serves on",
         |ticket, mut arguments| {
             VmCommand::DeviceUpgrade(arguments.required_text("id"), nothing(ticket))
         },
