@@ -6,6 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
+use tests::turns::is_wanted;
+
 /// One daemon.
 pub(crate) struct Daemon {
     pub(crate) name: &'static str,
