@@ -44,6 +44,8 @@ const PAYLOADS: &[(&str, &[&str])] = &[
             "hostile-disk.c",
             "hostile-card.c",
             "hostile-registers.c",
+            "hostile-race.c",
+            "second.S",
             "hostile-platform.c",
         ],
     ),

@@ -8,6 +8,7 @@ enum { W = DESC_WRITE, N = DESC_NEXT, HEADER = 12, BUFFER = 2048, BUFFERS = 8, A
 
 static struct ring *const receive = &rings[0];
 static struct ring *const transmit = &rings[1];
+static struct ring *const control = &rings[2];
 static u8 own_mac[6], own[4], host[4];
 
 static u64 header_of(u16 slot) { return HEADERS + (u64)slot * 64; }
@@ -87,7 +88,7 @@ void card_check(void)
     ask((u8 *)data_of(0));
     put_desc(transmit, 0, data_of(0), HEADER + 60, 0, 0);
     expect_sent(0);
-    count.chains -= BUFFERS + 1; /* nothing hostile in these */
+    me()->count.chains -= BUFFERS + 1; /* nothing hostile in these */
     for (u64 frames = 0; frames < 10000; frames++) {
         if (!wait_used(receive, receive->seen + 1))
             fail("the card needs a reset instead of receiving", 0);
@@ -96,12 +97,12 @@ void card_check(void)
         if (id >= BUFFERS)
             fail("a buffer that nobody gave: ", id);
         if (is_answer((const u8 *)data_of((u16)(16 + id)), length)) {
-            count.checks++;
+            me()->count.checks++;
             return;
         }
         /* Something else that the host said. */
         offer(receive, (u16)id);
-        count.chains--;
+        me()->count.chains--;
         kick(receive);
     }
     fail("the host does not answer", 0);
@@ -197,9 +198,185 @@ static const struct breaker receive_breakers[] = {
 };
 enum { RECEIVE_BREAKERS = sizeof receive_breakers / sizeof *receive_breakers };
 
+/* ---- the control queue (5.1.6.5) ---- */
+
+enum { RX, MAC, VLAN, ANNOUNCE, MQ, OFFLOADS, CLASSES };
+enum { ACK_OK = 0, ACK_ERR = 1, ACK_NONE = 0xee, MAX_COMMAND = 16 << 10 };
+/* With offloads, rx modes, VLANs, addresses; not the number of pairs, which a card of one pair does not offer. */
+#define CONTROL (FEATURE_VERSION_1 | FEATURE_CTRL_VQ | 1ull << 2 | 1ull << 18 | 1ull << 19 | 1ull << 23)
+
+static u64 ack_of(u16 slot) { return header_of(slot) + 16; }
+
+/* Class, command and `length` bytes of what is in the slot's data, then room for an answer. */
+static u16 command(u16 slot, u8 class, u8 what, u32 length)
+{
+    u16 at = slot * STRIDE;
+    u8 *header = (u8 *)header_of(slot);
+    header[0] = class, header[1] = what;
+    *(volatile u8 *)ack_of(slot) = ACK_NONE;
+    put_desc(control, at, header_of(slot), 2, N, at + 1);
+    put_desc(control, at + 1, data_of(slot), length, N, at + 2);
+    put_desc(control, at + 2, ack_of(slot), 1, W, 0);
+    return at;
+}
+
+static void expect_ack(u16 head, u8 want)
+{
+    offer(control, head);
+    kick(control);
+    if (!wait_used(control, control->next))
+        fail("the card needs a reset instead of an answer to a command", want);
+    u32 id, length;
+    take_used(control, &id, &length);
+    if (id != head || length != 1)
+        fail("another command came back: ", (u64)length << 32 | id);
+    u8 ack = *(volatile u8 *)ack_of(head / STRIDE);
+    if (ack != want)
+        fail("wrong answer to a command: ", (u64)ack << 8 | want);
+}
+
+static u16 no_answer(struct ring *r, u16 s) { u16 h = command(s, RX, 0, 1); r->desc[h + 1].flags = 0; return h; }
+static u16 answer_not_writable(struct ring *r, u16 s) { u16 h = command(s, RX, 0, 1); r->desc[h + 2].flags = 0; return h; }
+static u16 answer_of_nothing(struct ring *r, u16 s) { u16 h = command(s, RX, 0, 1); r->desc[h + 2].length = 0; return h; }
+
+static const struct breaker control_breakers[] = {
+    {"a command without room for an answer", 0, no_answer},
+    {"a command whose answer cannot be written", 0, answer_not_writable},
+    {"a command whose answer has no length", 0, answer_of_nothing},
+};
+enum { CONTROL_BREAKERS = sizeof control_breakers / sizeof *control_breakers };
+
+static void control_cases(void)
+{
+    static const struct {
+        u8 class, what, length, data[10], want;
+    } commands[] = {
+        {RX, 0, 1, {1}, ACK_OK}, {RX, 0, 1, {0}, ACK_OK}, {RX, 1, 1, {1}, ACK_OK}, {RX, 1, 1, {0}, ACK_OK},
+        {RX, 0, 1, {2}, ACK_ERR}, {RX, 0, 1, {0xff}, ACK_ERR}, {RX, 0, 0, {0}, ACK_ERR}, {RX, 0, 2, {1, 0}, ACK_ERR},
+        /* RX_EXTRA was not offered */
+        {RX, 2, 1, {1}, ACK_ERR}, {RX, 3, 1, {1}, ACK_ERR}, {RX, 4, 1, {1}, ACK_ERR}, {RX, 5, 1, {1}, ACK_ERR}, {RX, 0xff, 1, {1}, ACK_ERR},
+        {MAC, 0, 8, {0}, ACK_OK}, {MAC, 0, 0, {0}, ACK_ERR}, {MAC, 0, 3, {0}, ACK_ERR}, {MAC, 0, 4, {0}, ACK_ERR}, {MAC, 0, 7, {0}, ACK_ERR},
+        {MAC, 0, 9, {0}, ACK_ERR}, {MAC, 0, 8, {1}, ACK_ERR}, {MAC, 0, 8, {0, 0, 0, 0, 1}, ACK_ERR},
+        {MAC, 0, 10, {1, 0, 0, 0, 2, 2, 2, 2, 2, 2}, ACK_ERR},
+        {MAC, 0, 8, {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, ACK_ERR},
+        {MAC, 0, 8, {0xab, 0xaa, 0xaa, 0x2a, 0, 0, 0, 0}, ACK_ERR}, /* times 6 is 2 beyond 2^32 */
+        {MAC, 1, 5, {2}, ACK_ERR}, {MAC, 1, 7, {2}, ACK_ERR}, {MAC, 1, 0, {0}, ACK_ERR}, {MAC, 2, 6, {2}, ACK_ERR},
+        {VLAN, 0, 2, {5, 0}, ACK_OK}, {VLAN, 1, 2, {5, 0}, ACK_OK}, {VLAN, 1, 2, {6, 0}, ACK_OK}, {VLAN, 0, 2, {0xff, 0x0f}, ACK_OK},
+        {VLAN, 0, 2, {0, 0x10}, ACK_ERR}, {VLAN, 1, 2, {0xff, 0xff}, ACK_ERR}, {VLAN, 0, 1, {5}, ACK_ERR}, {VLAN, 0, 3, {5}, ACK_ERR},
+        {VLAN, 2, 2, {5, 0}, ACK_ERR}, {ANNOUNCE, 0, 0, {0}, ACK_ERR}, {MQ, 0, 2, {1, 0}, ACK_ERR}, {MQ, 0, 2, {0, 0x80}, ACK_ERR},
+        {MQ, 1, 2, {1, 0}, ACK_ERR}, {OFFLOADS, 0, 8, {0}, ACK_OK},
+        /* what was not negotiated, and what is none */
+        {OFFLOADS, 0, 8, {2}, ACK_ERR}, {OFFLOADS, 0, 8, {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, ACK_ERR},
+        {OFFLOADS, 0, 7, {0}, ACK_ERR}, {OFFLOADS, 0, 9, {0}, ACK_ERR}, {OFFLOADS, 1, 8, {0}, ACK_ERR}, {CLASSES, 0, 2, {0}, ACK_ERR},
+        {0xff, 0xff, 10, {0xff}, ACK_ERR},
+    };
+    for (u64 i = 0; i < sizeof commands / sizeof *commands; i++) {
+        case_begin("a command to the card that gets an answer");
+        victim_start(CONTROL);
+        memset((void *)data_of(0), 0, 64);
+        memcpy((void *)data_of(0), commands[i].data, commands[i].length);
+        expect_ack(command(0, commands[i].class, commands[i].what, commands[i].length), commands[i].want);
+        /* One that is refused changes nothing, and none does so beyond a reset. */
+        if (commands[i].want == ACK_ERR)
+            card_check();
+        case_end();
+    }
+    case_begin("commands whose features were not negotiated");
+    victim_start(FEATURE_VERSION_1 | FEATURE_CTRL_VQ);
+    for (u8 class = 0; class < 8; class++)
+        for (u8 what = 0; what < 8; what++)
+            for (u32 length = 0; length < 9; length++) {
+                memset((void *)data_of(0), 0, 16);
+                expect_ack(command(0, class, what, length), ACK_ERR);
+            }
+    card_check();
+    case_end();
+
+    case_begin("commands in pieces, too short and too long");
+    victim_start(CONTROL);
+    u16 at = command(0, RX, 0, 1);
+    *(volatile u8 *)data_of(0) = 1;
+    put_desc(control, at, header_of(0), 1, N, at + 3);
+    put_desc(control, at + 3, header_of(0) + 1, 1, N, at + 4);
+    put_desc(control, at + 4, rnd(), 0, N, at + 1); /* nothing, which is nowhere */
+    expect_ack(at, ACK_OK);
+    for (u32 length = 0; length < 2; length++) {
+        at = command(0, RX, 0, 0);
+        control->desc[at].length = length;
+        expect_ack(at, ACK_ERR);
+    }
+    /* Tables that fill the longest command, one byte more, and all of RAM. */
+    memset((void *)data_of(0), 0, MAX_COMMAND);
+    *(volatile u32 *)data_of(0) = (MAX_COMMAND - 2 - 8) / 6;
+    static const u32 lengths[] = {MAX_COMMAND - 2, MAX_COMMAND - 1, MAX_COMMAND, 1 << 20, 64 << 20};
+    for (u64 i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        expect_ack(command(0, MAC, 0, lengths[i]), (MAX_COMMAND - 2 - 8) % 6 || i ? ACK_ERR : ACK_OK);
+    /* Only the last byte that can be written is the answer. */
+    at = command(0, RX, 0, 1);
+    *(volatile u8 *)data_of(0) = 0;
+    memset((void *)data_of(1), 0x5a, 64);
+    put_desc(control, at + 2, data_of(1), 63, W | N, at + 3);
+    put_desc(control, at + 3, ack_of(0), 1, W, 0);
+    expect_ack(at, ACK_OK);
+    for (u64 i = 0; i < 64; i++)
+        if (*(volatile u8 *)(data_of(1) + i) != 0x5a)
+            fail("the card wrote more than an answer, at ", i);
+    case_end();
+
+    case_begin("an address and VLANs that are gone after a reset");
+    victim_start(CONTROL);
+    memset((void *)data_of(0), 2, 6);
+    expect_ack(command(0, MAC, 1, 6), ACK_OK);
+    *(volatile u8 *)data_of(0) = 0;
+    expect_ack(command(0, RX, 0, 1), ACK_OK);
+    case_end();
+}
+
+/* Commands by chance, all at once; with `fatal`, one more chain that breaks the queue. */
+static void control_batch(int fatal)
+{
+    u16 slots = (u16)(1 + below(SLOTS - 1)), first = control->seen;
+    u8 waiting[SLOTS] = {0};
+    for (u16 s = 0; s < slots; s++) {
+        volatile u64 *data = (volatile u64 *)data_of(s);
+        data[0] = below(2) ? below(4) : rnd();
+        data[1] = below(2) ? 0 : rnd();
+        u32 length = (u32)(below(8) ? below(12) : below(2) ? below(0x4000) : below(ram_end - ARENA));
+        u16 head = command(s, (u8)(below(8) ? below(CLASSES) : rnd()), (u8)(below(8) ? below(3) : rnd()), length);
+        if (length > 0x4000)
+            control->desc[head + 1].address = ARENA;
+        offer(control, head);
+        waiting[s] = 1;
+    }
+    if (fatal)
+        offer(control, below(4) ? break_chain(control, SLOTS - 1, victim.accepted)
+                                : control_breakers[below(CONTROL_BREAKERS)].chain(control, SLOTS - 1));
+    kick(control);
+    if (fatal)
+        wait_needs_reset("a broken command and no reset asked for, used ");
+    else if (!wait_used(control, control->next))
+        fail("a command broke the queue", 0);
+    if ((u16)(used_index(control) - first) > slots)
+        fail("more answers than commands: ", (u16)(used_index(control) - first));
+    while (control->seen != used_index(control)) {
+        u32 id, length;
+        take_used(control, &id, &length);
+        u16 s = (u16)(id / STRIDE);
+        if (id % STRIDE || s >= slots || !waiting[s] || length != 1)
+            fail("an answer to no command, id ", id);
+        waiting[s] = 0;
+        if (*(volatile u8 *)ack_of(s) > ACK_ERR)
+            fail("an answer that is none: ", *(volatile u8 *)ack_of(s));
+    }
+}
+
 /* Offers packets; with `fatal`, one more chain that breaks one of the two queues. */
 void card_batch(int fatal)
 {
+    if (victim.accepted & FEATURE_CTRL_VQ && below(4) == 0) {
+        control_batch(fatal);
+        return;
+    }
     u16 slots = (u16)(below(8) ? 140 + below(SLOTS - 140) : 1 + below(140)), first = transmit->seen;
     u8 waiting[SLOTS] = {0};
     for (u16 s = 0; s < slots; s++) {
@@ -292,9 +469,12 @@ static void broken_in_the_middle(u16 good)
 
 void card_cases(void)
 {
-    breaker_cases(transmit, breakers, breakers_count);
-    breaker_cases(receive, breakers, breakers_count);
-    breaker_cases(receive, receive_breakers, RECEIVE_BREAKERS);
+    breaker_cases(transmit, breakers, breakers_count, FEATURE_VERSION_1);
+    breaker_cases(receive, breakers, breakers_count, FEATURE_VERSION_1);
+    breaker_cases(receive, receive_breakers, RECEIVE_BREAKERS, FEATURE_VERSION_1);
+    breaker_cases(control, breakers, breakers_count, CONTROL);
+    breaker_cases(control, control_breakers, CONTROL_BREAKERS, CONTROL);
+    control_cases();
     for (u16 good = 1; good < 4; good++)
         broken_in_the_middle(good);
 

@@ -20,7 +20,7 @@ static u64 nowhere(u32 length)
 static u16 plain(struct ring *r, u16 slot)
 {
     if (victim.id == 2)
-        return disk_plain(slot);
+        return disk_plain(r, slot);
     u16 at = slot * STRIDE, way = r->number == 0 ? W : 0;
     put_desc(r, at, HEADERS + (u64)slot * 64, 12, N | way, at + 1);
     put_desc(r, at + 1, DATA + (u64)slot * 0x4000, 64, N | way, at + 2);
@@ -144,12 +144,12 @@ u16 break_chain(struct ring *r, u16 slot, u64 features)
 }
 
 /* Each breaker once more than its random choices need, alone on a fresh queue. */
-void breaker_cases(struct ring *r, const struct breaker *list, u64 length)
+void breaker_cases(struct ring *r, const struct breaker *list, u64 length, u64 features)
 {
     for (u64 i = 0; i < length; i++)
         for (int round = 0; round < (list[i].chain == too_many_nothings ? 1 : 4); round++) {
             case_begin(list[i].name);
-            victim_start(FEATURE_VERSION_1 | list[i].needs);
+            victim_start(features | list[i].needs);
             offer(r, list[i].chain(r, 0));
             kick(r);
             wait_needs_reset("a broken chain and no reset asked for, used ");
@@ -160,7 +160,7 @@ void breaker_cases(struct ring *r, const struct breaker *list, u64 length)
             case_end();
         }
     case_begin("an indirect table without the feature");
-    victim_start(FEATURE_VERSION_1);
+    victim_start(features);
     offer(r, table(r, 0));
     kick(r);
     wait_needs_reset("an indirect table without the feature and no reset asked for");
@@ -168,11 +168,11 @@ void breaker_cases(struct ring *r, const struct breaker *list, u64 length)
     static const u16 jumps[] = {RING_SIZE + 1, 0x8000, 0xffff};
     for (u64 i = 0; i < sizeof jumps / sizeof *jumps; i++) {
         case_begin("an available index that jumps");
-        victim_start(FEATURE_VERSION_1);
+        victim_start(features);
         plain(r, 0);
         r->next = jumps[i];
         kick(r);
-        count.chains++;
+        me()->count.chains++;
         wait_needs_reset("an index jump and no reset asked for");
         case_end();
     }

@@ -4,14 +4,17 @@
 enum { SECTOR = 512, IN = 0, OUT = 1, FLUSH = 4, GET_ID = 8, WRITE_ZEROES = 13 };
 enum { S_OK = 0, S_IOERR = 1, S_UNSUPP = 2, S_NONE = 0xee };
 enum { R = 0, W = DESC_WRITE, N = DESC_NEXT };
+#define BASE (FEATURE_VERSION_1 | 1ull << 9)
 
-static struct ring *const ring = &rings[0];
+/* The queue that requests go to. Each has slots of its own. */
+static struct ring *ring = &rings[0];
 
-static u64 header_of(u16 slot) { return HEADERS + (u64)slot * 64; }
+static u64 place(u16 slot) { return (u64)ring->number * SLOTS + slot; }
+static u64 header_of(u16 slot) { return HEADERS + place(slot) * 64; }
 static u64 status_of(u16 slot) { return header_of(slot) + 32; }
 static u64 small_of(u16 slot) { return header_of(slot) + 40; }
-static u64 table_of(u16 slot) { return TABLES + (u64)slot * 0x400; }
-static u64 data_of(u16 slot) { return DATA + (u64)slot * 0x4000; }
+static u64 table_of(u16 slot) { return TABLES + place(slot) * 0x400; }
+static u64 data_of(u16 slot) { return DATA + place(slot) * 0x4000; }
 static u8 status_byte(u16 slot) { return *(volatile u8 *)status_of(slot); }
 
 static void header(u16 slot, u32 type, u64 sector)
@@ -120,12 +123,12 @@ void witness_check(void)
     for (u64 i = 0; i < SECTOR / 8; i++)
         if (witness_slot.data[i] != pattern(witness_round, i))
             fail("the other disk gives wrong data, round ", witness_round);
-    count.checks++;
+    me()->count.checks++;
 }
 
 void disk_check(void)
 {
-    u64 sector = count.checks % (victim.capacity - 1), value = rnd();
+    u64 sector = me()->count.checks % (victim.capacity - 1), value = rnd();
     volatile u64 *data = (volatile u64 *)data_of(0);
     for (u64 i = 0; i < SECTOR / 8; i++)
         data[i] = value + i;
@@ -137,8 +140,8 @@ void disk_check(void)
     for (u64 i = 0; i < SECTOR / 8; i++)
         if (data[i] != value + i)
             fail("wrong data after a reset, word ", i);
-    count.chains -= 2; /* nothing hostile in these */
-    count.checks++;
+    me()->count.chains -= 2; /* nothing hostile in these */
+    me()->count.checks++;
 }
 
 /* ---- chains that are answered ---- */
@@ -264,44 +267,128 @@ static const struct breaker disk_breakers[] = {
 };
 enum { DISK_BREAKERS = sizeof disk_breakers / sizeof *disk_breakers };
 
-u16 disk_plain(u16 slot) { return request(slot, IN, 0, data_of(slot), SECTOR); }
-
-/* Offers a number of chains; with `fatal`, one more that breaks the queue. Each answer is checked. */
-void disk_batch(int fatal)
+u16 disk_plain(struct ring *r, u16 slot)
 {
-    u8 want[SLOTS];
-    u16 slots = (u16)(below(8) ? 140 + below(SLOTS - 140) : 1 + below(140)), first = ring->seen;
-    u8 waiting[SLOTS] = {0};
-    for (u16 s = 0; s < slots; s++) {
-        offer(ring, tame_chain(s, &want[s]));
-        waiting[s] = 1;
-    }
-    if (fatal)
-        offer(ring, below(4) ? break_chain(ring, SLOTS - 1, victim.accepted)
-                             : disk_breakers[below(DISK_BREAKERS)].chain(ring, SLOTS - 1));
-    kick(ring);
-    if (fatal)
-        wait_needs_reset("a broken chain and no reset asked for, used ");
-    else if (!wait_used(ring, ring->next))
-        fail("a tame chain broke the queue", 0);
+    struct ring *kept = ring;
+    ring = r;
+    u16 head = request(slot, IN, 0, data_of(slot), SECTOR);
+    ring = kept;
+    return head;
+}
+
+/* What each request of a batch must come to, for each queue. */
+static struct batch {
+    u8 want[SLOTS], waiting[SLOTS];
+    u16 slots, first;
+} batches[QUEUES];
+
+static void take_answers(struct batch *b)
+{
     /* Of those before a broken one, some may still have been under way. */
-    if ((u16)(used_index(ring) - first) > slots)
-        fail("more answers than requests: ", (u16)(used_index(ring) - first));
+    if ((u16)(used_index(ring) - b->first) > b->slots)
+        fail("more answers than requests: ", (u16)(used_index(ring) - b->first));
     while (ring->seen != used_index(ring)) {
         u32 id, length;
         take_used(ring, &id, &length);
         u16 s = (u16)(id / STRIDE);
-        if (id % STRIDE || s >= slots || !waiting[s])
+        if (id % STRIDE || s >= b->slots || !b->waiting[s])
             fail("an answer to nothing, id ", id);
-        waiting[s] = 0;
-        if (want[s] != ANY && status_byte(s) != want[s])
-            fail("wrong status of a tame chain: ", (u64)status_byte(s) << 8 | want[s]);
+        b->waiting[s] = 0;
+        if (b->want[s] != ANY && status_byte(s) != b->want[s])
+            fail("wrong status of a tame chain: ", (u64)status_byte(s) << 8 | b->want[s]);
     }
 }
 
-/* ---- cases with a name ---- */
+/* Offers a number of chains on one queue, or on all at once; with `fatal`, one more on the last of them that breaks it. Each
+ * answer is checked: a broken queue leaves the others alone. */
+void disk_batch(int fatal)
+{
+    u16 queues = queues_with(victim.accepted), busy = below(2) ? queues : 1, first = (u16)below(queues);
+    for (u16 i = 0; i < busy; i++) {
+        ring = &rings[(first + i) % queues];
+        struct batch *b = &batches[ring->number];
+        b->slots = (u16)(below(8) ? 140 + below(SLOTS - 140) : 1 + below(140));
+        b->first = ring->seen;
+        memset(b->waiting, 0, SLOTS);
+        for (u16 s = 0; s < b->slots; s++) {
+            offer(ring, tame_chain(s, &b->want[s]));
+            b->waiting[s] = 1;
+        }
+        if (fatal && i == busy - 1)
+            offer(ring, below(4) ? break_chain(ring, SLOTS - 1, victim.accepted)
+                                 : disk_breakers[below(DISK_BREAKERS)].chain(ring, SLOTS - 1));
+        kick(ring);
+    }
+    if (fatal)
+        wait_needs_reset("a broken chain and no reset asked for, used ");
+    for (u16 i = 0; i < busy; i++) {
+        ring = &rings[(first + i) % queues];
+        if (fatal && i < busy - 1)
+            wait_used_anyway(ring, ring->next, "a queue beside a broken one stands still, used index ");
+        else if (!fatal && !wait_used(ring, ring->next))
+            fail("a tame chain broke the queue", 0);
+        take_answers(&batches[ring->number]);
+    }
+    ring = &rings[0];
+}
 
-#define BASE (FEATURE_VERSION_1 | 1ull << 9)
+/* Each queue once: it is broken by each misuse, and the others go on. */
+static void broken_beside_others(void)
+{
+    for (u16 broken = 0; broken < victim.queues; broken++) {
+        case_begin("a broken queue of a disk with several");
+        for (u64 how = 0; how < breakers_count; how++) {
+            victim_start(BASE | FEATURE_BLK_MQ | breakers[how].needs);
+            offer(&rings[broken], breakers[how].chain(&rings[broken], 0));
+            kick(&rings[broken]);
+            wait_needs_reset("a broken chain and no reset asked for, used ");
+            for (u16 other = 0; other < victim.queues; other++) {
+                if (other == broken)
+                    continue;
+                for (u16 s = 0; s < 16; s++)
+                    offer(&rings[other], disk_plain(&rings[other], s));
+                kick(&rings[other]);
+            }
+            for (u16 other = 0; other < victim.queues; other++)
+                if (other != broken)
+                    wait_used_anyway(&rings[other], 16, "a queue beside a broken one stands still, used index ");
+            if (used_index(&rings[broken]))
+                fail("a broken chain was answered", 0);
+        }
+        case_end();
+    }
+    case_begin("one queue's rings given to all");
+    victim_negotiate(BASE | FEATURE_BLK_MQ);
+    for (u16 i = 0; i < victim.queues; i++) {
+        ring_default(&rings[i], 0, RING_SIZE);
+        rings[i].number = i;
+        ring_tell(&rings[i]);
+    }
+    victim_go();
+    for (u16 round = 0; round < 64; round++) {
+        offer(&rings[0], disk_plain(&rings[0], round % 8));
+        for (u16 i = 0; i < victim.queues; i++) {
+            rings[i].next = rings[0].next;
+            kick(&rings[i]);
+        }
+    }
+    case_end();
+    case_begin("one queue of several, the first not among them");
+    victim_negotiate(BASE | FEATURE_BLK_MQ);
+    u16 last = victim.queues - 1;
+    ring_default(&rings[last], last, RING_SIZE);
+    ring_tell(&rings[last]);
+    victim_go();
+    for (u16 i = 0; i < victim.queues; i++)
+        write32(victim.window + MMIO_QUEUE_NOTIFY, i);
+    offer(&rings[last], disk_plain(&rings[last], 0));
+    kick(&rings[last]);
+    if (!wait_used(&rings[last], 1))
+        fail("a queue alone does not serve", last);
+    case_end();
+}
+
+/* ---- cases with a name ---- */
 
 static void overlap(const char *name, u64 desc, u64 avail, u64 used)
 {
@@ -338,8 +425,11 @@ static void outside(const char *name, u64 desc, u64 avail, u64 used)
 
 void disk_cases(void)
 {
-    breaker_cases(ring, breakers, breakers_count);
-    breaker_cases(ring, disk_breakers, DISK_BREAKERS);
+    breaker_cases(ring, breakers, breakers_count, FEATURE_VERSION_1);
+    breaker_cases(ring, disk_breakers, DISK_BREAKERS, FEATURE_VERSION_1);
+
+    if (victim.queues > 1)
+        broken_beside_others();
 
     case_begin("the same chain as often as the ring has entries");
     victim_start(BASE);

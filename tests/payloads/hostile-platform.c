@@ -107,8 +107,8 @@ static void one_address(void)
 
 void platform(u64 accesses)
 {
-    u64 until = count.registers + accesses;
-    while (count.registers < until) {
+    u64 until = me()->count.registers + accesses;
+    while (me()->count.registers < until) {
         u64 kind = below(64);
         if (kind == 0) {
             u16 port = some_port();
@@ -121,7 +121,7 @@ void platform(u64 accesses)
             one_port();
         else
             one_address();
-        count.registers++;
+        me()->count.registers++;
     }
     /* The serial port as the firmware would leave it: no divisor latch, no loop. */
     outb(SERIAL_PORT + 3, 3);

@@ -11,7 +11,7 @@ static u64 read64(u64 address) { return *(volatile u64 *)address; }
 
 static void must(int holds, const char *what, u64 value)
 {
-    count.registers++;
+    me()->count.registers++;
     if (!holds)
         fail(what, value);
 }
@@ -75,7 +75,7 @@ static void doorbells(void)
     write16(victim.window + MMIO_QUEUE_NOTIFY, 0);
     write64(victim.window + MMIO_QUEUE_NOTIFY, 0);
     write32(victim.window + MMIO_QUEUE_NOTIFY + 1, 0);
-    count.registers += 101;
+    me()->count.registers += 101;
 }
 
 void register_cases(void)
@@ -127,7 +127,7 @@ void register_cases(void)
         set(MMIO_QUEUE_NUM, sizes[i]);
     }
     /* None of them was taken: the queue works with the size that it has at first. */
-    for (u16 i = 0; i < (victim.id == 1 ? 2 : 1); i++) {
+    for (u16 i = 0; i < queues_with(FEATURE_VERSION_1); i++) {
         ring_default(&rings[i], i, RING_SIZE);
         ring_tell(&rings[i]);
     }
@@ -208,7 +208,7 @@ void register_cases(void)
         (void)get(offset);
         set(offset, 0);
         set(offset, ~0u);
-        count.registers += 3;
+        me()->count.registers += 3;
     }
     must(get(MMIO_MAGIC) == 0x74726976, "the magic value has changed", get(MMIO_MAGIC));
     case_end();
@@ -229,7 +229,7 @@ void register_cases(void)
             (void)read64(at);
             write64(at, ~0ull);
         }
-        count.registers += 7;
+        me()->count.registers += 7;
     }
     must(read64(victim.window + MMIO_CONFIG) == first, "configuration space has changed", 0);
     expect_quiet("writes to configuration space broke the device");
@@ -250,7 +250,7 @@ void register_burst(u64 accesses)
         else if (offset >= MMIO_QUEUE_DESC_LOW && offset < 0xa8)
             value = below(4) ? 0 : rnd();
         u64 at = victim.window + offset;
-        count.registers++;
+        me()->count.registers++;
         switch (below(24)) {
         case 0: (void)read8(at); break;
         case 1: (void)read16(at); break;

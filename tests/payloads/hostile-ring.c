@@ -5,14 +5,21 @@
 #define PATIENCE 80000000000ull
 
 struct victim victim;
-struct ring rings[2];
+struct ring rings[QUEUES];
+
+u16 queues_with(u64 features)
+{
+    if (victim.id == 1)
+        return features & FEATURE_CTRL_VQ ? 3 : 2;
+    return features & FEATURE_BLK_MQ ? victim.queues : 1;
+}
 
 static u32 get(u64 offset) { return read32(victim.window + offset); }
 static void set(u64 offset, u32 value) { write32(victim.window + offset, value); }
 
 void victim_reset(void)
 {
-    count.resets++;
+    me()->count.resets++;
     set(MMIO_STATUS, 0);
     if (get(MMIO_STATUS))
         fail("status after a reset ", get(MMIO_STATUS));
@@ -60,7 +67,7 @@ void victim_go(void) { virtio_go(victim.window); }
 void victim_start(u64 features)
 {
     victim_negotiate(features);
-    for (u16 i = 0; i < (victim.id == 1 ? 2 : 1); i++) {
+    for (u16 i = 0; i < queues_with(features); i++) {
         ring_default(&rings[i], i, RING_SIZE);
         ring_tell(&rings[i]);
     }
@@ -71,7 +78,7 @@ void offer(struct ring *ring, u16 head)
 {
     ring->avail[2 + ring->next % ring->size] = head;
     ring->next++;
-    count.chains++;
+    me()->count.chains++;
 }
 
 void kick(const struct ring *ring)
@@ -91,7 +98,7 @@ static void seen_needs_reset(void)
     /* virtio 1.3, 2.1.2: a configuration change tells the driver. */
     if (!(get(MMIO_INTERRUPT_STATUS) & 2))
         fail("needs a reset without a configuration change, status ", get(MMIO_STATUS));
-    count.needs_reset++;
+    me()->count.needs_reset++;
 }
 
 int wait_used(struct ring *ring, u16 until)
@@ -114,12 +121,23 @@ int wait_used(struct ring *ring, u16 until)
     return 1;
 }
 
+void wait_used_anyway(const struct ring *ring, u16 until, const char *what)
+{
+    u64 start = tsc();
+    while ((u16)(used_index(ring) - until) >= 0x8000) {
+        spin();
+        if (tsc() - start > PATIENCE)
+            fail(what, used_index(ring));
+    }
+    barrier();
+}
+
 void take_used(struct ring *ring, u32 *id, u32 *length)
 {
     const volatile u32 *entry = (const volatile u32 *)(ring->used + 2) + 2 * (ring->seen++ % ring->size);
     *id = entry[0];
     *length = entry[1];
-    count.answered++;
+    me()->count.answered++;
 }
 
 void wait_needs_reset(const char *what)

@@ -1,7 +1,7 @@
 /* Misuses a disk or a card in every way that comes to mind, and sees to it that what is not attacked goes on.
  *
  * Words: target=disk|card; what=cases (each misuse with a name, and what it must lead to), rings (chains by chance),
- * registers (virtio-mmio accesses by chance), platform (the board's ports and addresses); seed=NUMBER; ops=NUMBER, how many
+ * registers (virtio-mmio accesses by chance), race (two processors at once, by chance), platform (the board's ports and addresses); seed=NUMBER; ops=NUMBER, how many
  * hostile operations: chains made available and kicked, and register accesses; ram=BYTES; with target=card own= and host=,
  * IP addresses. A disk that is not attacked is needed in any case.
  *
@@ -14,8 +14,16 @@ void run_at_level_3(void (*function)(void));
 static const struct boot *boot;
 static const char *now = "";
 static u64 batch;
-u64 ram_end, seed, random_state;
-struct count count;
+u64 ram_end, seed;
+struct cpu cpus[2];
+
+static u64 operations(void)
+{
+    u64 sum = 0;
+    for (int i = 0; i < 2; i++)
+        sum += cpus[i].count.chains + cpus[i].count.registers;
+    return sum;
+}
 
 static void put_number(const char *name, u64 value)
 {
@@ -23,8 +31,21 @@ static void put_number(const char *name, u64 value)
     put_dec(value);
 }
 
+/* Said by the second processor, which has no way to the serial port. */
+static volatile struct {
+    const char *what;
+    u64 value;
+} second_failed;
+
 _Noreturn void fail(const char *what, u64 value)
 {
+    if (me() != &cpus[0]) {
+        second_failed.value = value;
+        barrier();
+        second_failed.what = what;
+        for (;;)
+            spin();
+    }
     put("\r\nHOSTILE FAILED ");
     put(what);
     put_hex(value, 16);
@@ -36,6 +57,12 @@ _Noreturn void fail(const char *what, u64 value)
     end_machine(boot);
     for (;;)
         ;
+}
+
+void second_check(void)
+{
+    if (second_failed.what)
+        fail(second_failed.what, second_failed.value);
 }
 
 void victim_check(void)
@@ -60,7 +87,7 @@ void case_begin(const char *name)
 {
     static u64 cases;
     now = name;
-    random_state = seed ^ ++cases << 32;
+    me()->random = seed ^ ++cases << 32;
 }
 
 void case_end(void)
@@ -86,7 +113,7 @@ static void rings_by_chance(u64 wanted)
     now = "chains by chance";
     victim_start(some_features());
     for (; operations() < wanted; batch++) {
-        random_state = seed ^ batch * 0xd1342543de82ef95ull;
+        me()->random = seed ^ batch * 0xd1342543de82ef95ull;
         if (operations() - told > 1000000) {
             told = operations();
             put_number("OPERATIONS ", told);
@@ -95,7 +122,7 @@ static void rings_by_chance(u64 wanted)
         u64 kind = below(256);
         int fatal = kind < 12;
         if (kind >= 252)
-            chaos(&rings[victim.id == 1 ? below(2) : 0], kind & 1);
+            chaos(&rings[below(queues_with(victim.accepted))], kind & 1);
         else if (kind >= 250)
             register_burst(1 + below(32));
         else if (victim.id == 2)
@@ -113,7 +140,7 @@ static void registers_by_chance(u64 wanted)
 {
     now = "registers by chance";
     for (; operations() < wanted; batch++) {
-        random_state = seed ^ batch * 0xd1342543de82ef95ull;
+        me()->random = seed ^ batch * 0xd1342543de82ef95ull;
         if (below(2))
             victim_start(some_features());
         register_burst(1 + below(256));
@@ -130,6 +157,11 @@ static void attack(void)
         fail("no device to attack", victim.id);
     victim.features = virtio_features(victim.window);
     victim.capacity = *(volatile u64 *)(victim.window + MMIO_CONFIG);
+    victim.queues = 1;
+    if (victim.id == 2 && victim.features & FEATURE_BLK_MQ)
+        victim.queues = *(volatile u16 *)(victim.window + MMIO_CONFIG + 34);
+    if (victim.queues > QUEUES)
+        victim.queues = QUEUES;
     if (victim.id == 1)
         card_set_up(boot);
     witness_set_up(boot);
@@ -143,10 +175,23 @@ static void attack(void)
             card_cases();
     } else if (what && starts_with(what, "registers")) {
         registers_by_chance(wanted);
+    } else if (what && starts_with(what, "race")) {
+        now = "two processors";
+        race_set_up();
+        for (u64 told = 0; operations() < wanted; batch++) {
+            me()->random = seed ^ batch * 0xd1342543de82ef95ull;
+            race();
+            recover();
+            if (operations() - told > 1000000) {
+                told = operations();
+                put_number("OPERATIONS ", told);
+                put("\r\n");
+            }
+        }
     } else if (what && starts_with(what, "platform")) {
         now = "platform";
         for (; operations() < wanted; batch++) {
-            random_state = seed ^ batch * 0xd1342543de82ef95ull;
+            me()->random = seed ^ batch * 0xd1342543de82ef95ull;
             platform(10000);
             recover();
         }
@@ -155,12 +200,17 @@ static void attack(void)
     now = "the end";
     recover();
     put_number("\r\nHOSTILE OK seed ", seed);
-    put_number(" chains ", count.chains);
-    put_number(" registers ", count.registers);
-    put_number(" answered ", count.answered);
-    put_number(" needs_reset ", count.needs_reset);
-    put_number(" resets ", count.resets);
-    put_number(" checks ", count.checks);
+    struct count all = cpus[0].count;
+    all.chains += cpus[1].count.chains;
+    all.registers += cpus[1].count.registers;
+    all.resets += cpus[1].count.resets;
+    put_number(" chains ", all.chains);
+    put_number(" registers ", all.registers);
+    put_number(" answered ", all.answered);
+    put_number(" needs_reset ", all.needs_reset);
+    put_number(" resets ", all.resets);
+    put_number(" checks ", all.checks);
+    put_number(" second ", cpus[1].count.chains + cpus[1].count.registers);
     put_number(" cycles ", tsc() - start);
     put("\r\n");
     /* Whoever watches looks at the processes now, and then sends a byte. */

@@ -62,6 +62,7 @@ gdt_pointer:
     .word . - gdt - 1
     .long gdt
     .balign 4096
+.globl pml4
 pml4:
     .quad pdpt + 7
     .fill 511, 8, 0

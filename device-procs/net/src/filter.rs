@@ -83,6 +83,10 @@ impl Filter {
 
     /// `false` if there is no such VLAN.
     pub(crate) fn set_vlan(&mut self, id: u16, on: bool) -> bool {
+        // The first one makes this a filter, which one that is refused must not.
+        if usize::from(id) >= VLANS {
+            return false;
+        }
         let vlans = self.vlans.get_or_insert_with(|| Box::new([0; VLANS / 8]));
         let Some(byte) = vlans.get_mut(usize::from(id / 8)) else {
             return false;
@@ -217,6 +221,11 @@ mod tests {
     fn vlans() {
         let mut filter = Filter::new(OWN);
         assert!(filter.wants(&start(OWN, Some(7))));
+        let untouched = filter.clone();
+        for id in [4096, u16::MAX] {
+            assert!(!filter.set_vlan(id, true) && !filter.set_vlan(id, false));
+        }
+        assert_eq!(filter, untouched, "a refused one makes it no filter");
         assert!(
             filter.set_vlan(7, true) && filter.set_vlan(4095, true) && !filter.set_vlan(4096, true)
         );
