@@ -250,14 +250,14 @@ fn cases(transcript: &str) -> usize {
 #[test]
 fn each_misuse_of_a_disk_has_the_end_that_the_rule_says() {
     let (numbers, transcript) = attack("disk", "cases", 0).run();
-    assert!(cases(&transcript) >= 55, "{transcript}");
+    assert!(cases(&transcript) >= 58, "{transcript}");
     assert!(numbers["needs_reset"] >= 100, "{numbers:?}");
 }
 
 #[test]
 fn each_misuse_of_a_card_has_the_end_that_the_rule_says() {
     let (numbers, transcript) = attack("card", "cases", 0).run();
-    assert!(cases(&transcript) >= 40, "{transcript}");
+    assert!(cases(&transcript) >= 48, "{transcript}");
     assert!(numbers["needs_reset"] >= 150, "{numbers:?}");
 }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests::host::{Tap, check_ext4, ext4_image, require_kvm, require_root};
+use tests::jail::check::guest_ram_of;
 use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
 use tests::qmp::QmpError;
@@ -134,7 +135,7 @@ fn refused(vm: VmBuilder) -> String {
     last
 }
 
-/// The guest runs before its memory is there; its disk waits for that.
+/// The guest runs before its memory is there; its disk waits for that. Wherever that memory is mapped, it is between guards.
 #[test]
 fn memory_comes_in_while_the_guest_runs() {
     let bench = made();
@@ -146,6 +147,11 @@ fn memory_comes_in_while_the_guest_runs() {
         .start()
         .unwrap();
     expect(&mut vm, "LOOP ");
+    // The disk has served, so that its process maps RAM; the broker comes first and maps none.
+    let disk = vm.processes().unwrap()[1];
+    for pid in [vm.pid(), disk] {
+        assert_eq!(guest_ram_of(pid).unwrap(), (vec![128 << 20], Vec::new()));
+    }
     expect(&mut vm, "LOOP ");
     let messages = vm.messages();
     assert!(messages.contains("guest memory has come in"), "{messages}");

@@ -272,6 +272,64 @@ struct Mapping {
     file: bool,
 }
 
+/// What `/proc/PID/maps` says.
+fn mappings(maps: &str, program: &str) -> Vec<Mapping> {
+    let mapping = |line: &str| {
+        let mut words = line.splitn(6, ' ');
+        let range = words.next().and_then(|range| range.split_once('-'));
+        let number = |text| u64::from_str_radix(text, 16).unwrap_or(0);
+        let (start, end) = range.map_or((0, 0), |(from, to)| (number(from), number(to)));
+        let (rights, inode) = (words.next().unwrap_or_default(), words.nth(2));
+        let name = words.next().unwrap_or_default().trim_start();
+        Mapping {
+            start,
+            end,
+            rights: rights.to_owned(),
+            name: name.to_owned(),
+            file: inode != Some("0")
+                && name != program
+                && !name.starts_with("/memfd:")
+                // What the kernel calls anonymous memory that is shared: with a fork, or an heir.
+                && name != "/dev/zero (deleted)"
+                && !name.starts_with("anon_inode:kvm-vcpu")
+                && name != "anon_inode:[io_uring]",
+        }
+    };
+    maps.lines().map(mapping).collect()
+}
+
+/// Sizes of the pieces in which a process maps guest RAM, the largest first, and the places beside them that could be touched.
+fn ram_in(maps: &[Mapping]) -> (Vec<u64>, Vec<String>) {
+    let ram = |m: &Mapping| m.name.starts_with("/memfd:guest-ram");
+    let together = |a: &Mapping, b: &Mapping| ram(a) && ram(b) && a.end == b.start;
+    let (mut sizes, mut open) = (Vec::new(), Vec::new());
+    for run in maps.chunk_by(together).filter(|run| ram(&run[0])) {
+        let (first, last) = (run[0].start, run[run.len() - 1].end);
+        sizes.push(last - first);
+        for (from, to) in [(first - RAM_GUARD, first), (last, last + RAM_GUARD)] {
+            // Of one piece: neighbours of one kind are one to the kernel.
+            let guard = |m: &Mapping| m.start <= from && to <= m.end && m.rights == "---p";
+            if !maps.iter().any(guard) {
+                open.push(format!(
+                    "{from:#x} to {to:#x} beside {first:#x} to {last:#x}"
+                ));
+            }
+        }
+    }
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    (sizes, open)
+}
+
+/// As the suite looks at guest RAM, for a process that it does not look at: sizes of the pieces in which it maps guest RAM, and the
+/// places beside them where there is no guard.
+///
+/// # Errors
+/// When its maps cannot be read.
+pub fn guest_ram_of(pid: i32) -> io::Result<(Vec<u64>, Vec<String>)> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    Ok(ram_in(&mappings(&maps, "")))
+}
+
 impl Process {
     fn read(label: &str, pid: i32) -> Result<Self, String> {
         let maps = of(
@@ -281,27 +339,6 @@ impl Process {
         )?;
         let program = of(label, "exe", fs::read_link(format!("/proc/{pid}/exe")))?;
         let program = program.to_string_lossy();
-        let mapping = |line: &str| {
-            let mut words = line.splitn(6, ' ');
-            let range = words.next().and_then(|range| range.split_once('-'));
-            let number = |text| u64::from_str_radix(text, 16).unwrap_or(0);
-            let (start, end) = range.map_or((0, 0), |(from, to)| (number(from), number(to)));
-            let (rights, inode) = (words.next().unwrap_or_default(), words.nth(2));
-            let name = words.next().unwrap_or_default().trim_start();
-            Mapping {
-                start,
-                end,
-                rights: rights.to_owned(),
-                name: name.to_owned(),
-                file: inode != Some("0")
-                    && name != program
-                    && !name.starts_with("/memfd:")
-                    // What the kernel calls anonymous memory that is shared: with a fork, or an heir.
-                    && name != "/dev/zero (deleted)"
-                    && !name.starts_with("anon_inode:kvm-vcpu")
-                    && name != "anon_inode:[io_uring]",
-            }
-        };
         Ok(Self {
             label: label.to_owned(),
             pid,
@@ -309,7 +346,7 @@ impl Process {
             threads: of(label, "threads", Status::of_threads(pid))?,
             namespaces: of(label, "namespaces", procfs::namespaces(pid))?,
             fds: of(label, "descriptors", procfs::fds(pid))?,
-            maps: maps.lines().map(mapping).collect(),
+            maps: mappings(&maps, &program),
             filters: BTreeMap::new(),
             folder: false,
         })
@@ -695,26 +732,10 @@ impl Report {
     /// Guest RAM is mapped in pieces of these sizes, and each lies between guards that nothing can touch.
     fn guest_ram(&mut self, process: &Process, wanted: &[u64]) {
         let label = process.label.as_str();
-        let ram = |m: &Mapping| m.name.starts_with("/memfd:guest-ram");
-        let together = |a: &Mapping, b: &Mapping| ram(a) == ram(b) && a.end == b.start;
-        let runs: Vec<&[Mapping]> = process.maps.chunk_by(together).collect();
-        let mut sizes = Vec::new();
-        for run in runs.into_iter().filter(|run| ram(&run[0])) {
-            let (first, last) = (run[0].start, run[run.len() - 1].end);
-            sizes.push(last - first);
-            let guard = |from: u64, to: u64| {
-                // Of one piece: neighbours of one kind are one to the kernel.
-                let mut maps = process.maps.iter();
-                maps.any(|m| m.start <= from && to <= m.end && m.rights == "---p" && !m.file)
-            };
-            for (from, to) in [(first - RAM_GUARD, first), (last, last + RAM_GUARD)] {
-                if !guard(from, to) {
-                    let found = format!("{from:#x} to {to:#x} beside {first:#x} to {last:#x}");
-                    self.add(label, Check::Guards, found);
-                }
-            }
+        let (sizes, open) = ram_in(&process.maps);
+        for found in open {
+            self.add(label, Check::Guards, found);
         }
-        sizes.sort_unstable_by(|a, b| b.cmp(a));
         if sizes != wanted {
             let found = format!("pieces of {sizes:?} bytes instead of {wanted:?}");
             self.add(label, Check::GuestRam, found);
