@@ -113,6 +113,10 @@ pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
 
 /// Milliseconds that the broker waits for a keeper to end the process that serves; then it ends both.
 pub const KEEPER_PATIENCE_MS: u64 = 2000;
+/// Requests of one guest that wait for a lock on a shared folder's file.
+pub const MAX_FS_WAITERS: usize = 64;
+/// Milliseconds after which it is asked anew for a lock that somebody on the host may have given back.
+pub const FS_LOCK_RETRY_MS: u64 = 10;
 /// Milliseconds that the broker waits for a new keeper to be ready, and then for it to have taken over a million descriptors.
 pub const HAND_OVER_PATIENCE_MS: u64 = 10_000;
 

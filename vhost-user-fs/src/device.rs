@@ -6,15 +6,17 @@
 //! get larger than the room for them.
 //! **Why this way.** One thread does every request to its end before the next, so there is no order to get wrong and nothing
 //! left behind when a queue stops. The high-priority queue is served by the same code: what may wait there is the guest's
-//! business.
+//! business. Only a request for a lock that somebody else has stays behind: it is tried again whenever others had their turn, since
+//! the guest may have given the lock back itself, and every few milliseconds, since the host may have.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use device_host::{Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring};
-use ipc::limits::FS_POLL_US;
+use device_host::{Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring, Token};
+use ipc::limits::{FS_LOCK_RETRY_MS, FS_POLL_US, MAX_FS_WAITERS};
 use nix::errno::Errno;
 
+use crate::fuse::decode::Lock;
 use crate::fuse::decode::MAX_BODY;
 use crate::fuse::reply::{self, Put};
 use crate::fuse::wire::{IN_HEADER, OUT_HEADER, WRITE_IN, opcode};
@@ -48,6 +50,22 @@ pub struct FsDevice {
     body: Vec<u8>,
     /// The body of its reply.
     reply: Vec<u8>,
+    /// The request at hand is for a lock that has to be waited for.
+    blocked: Option<(InHeader, Lock)>,
+    waiters: Vec<Waiter>,
+    /// When their locks are asked for again, even if nothing happens.
+    retry_at: Option<Instant>,
+}
+
+/// A request for a lock that somebody else has.
+#[derive(Debug)]
+struct Waiter {
+    queue: u16,
+    token: Token,
+    header: InHeader,
+    lock: Lock,
+    /// The guest does not want to wait any longer.
+    interrupted: bool,
 }
 
 impl FsDevice {
@@ -69,6 +87,9 @@ impl FsDevice {
             rest_at: None,
             body: Vec::new(),
             reply: Vec::new(),
+            blocked: None,
+            waiters: Vec::new(),
+            retry_at: None,
         })
     }
 
@@ -155,11 +176,27 @@ impl FsDevice {
                 let result = self.write((fh, offset, size, write_flags), data);
                 self.answer(&header, writable, result)
             }
-            _ => {
+            body => {
+                if let Body::Interrupt { unique } = body {
+                    // One that has been answered meanwhile is no news.
+                    let waiter = self.waiters.iter_mut().find(|w| w.header.unique == unique);
+                    if let Some(waiter) = waiter {
+                        waiter.interrupted = true;
+                    }
+                }
                 let room = writable.len().saturating_sub(OUT_HEADER);
                 match self.tree.serve(&request, &mut self.reply, room) {
                     Ok(Outcome::Silent) => 0,
                     Ok(Outcome::Reply) => self.answer(&header, writable, Ok(())),
+                    Ok(Outcome::Waits) if self.waiters.len() >= MAX_FS_WAITERS => {
+                        self.answer(&header, writable, Err(Errno::ENOLCK))
+                    }
+                    Ok(Outcome::Waits) => {
+                        if let Body::SetLk { lock, .. } = body {
+                            self.blocked = Some((header, lock));
+                        }
+                        0
+                    }
                     Err(errno) => self.answer(&header, writable, Err(errno)),
                 }
             }
@@ -215,6 +252,31 @@ impl FsDevice {
         let written = data.put_into_file(file, offset, append)?;
         // At most `size`.
         self.reply.u32(written as u32).u32(0);
+        Ok(())
+    }
+
+    /// Answers those that wait, as far as `outcome` has an answer for them.
+    fn answer_waiters(
+        &mut self,
+        rings: &mut [Ring],
+        outcome: impl Fn(&mut Passthrough, &Waiter) -> Result<bool, Errno>,
+    ) -> Result<(), DeviceFault> {
+        for waiter in std::mem::take(&mut self.waiters) {
+            let result = outcome(&mut self.tree, &waiter);
+            if result == Ok(false) {
+                self.waiters.push(waiter);
+                continue;
+            }
+            let ring = rings.get_mut(usize::from(waiter.queue));
+            let Some(ring) = ring.filter(|ring| !ring.is_broken()) else {
+                continue;
+            };
+            let writable = ring.writable_of(&waiter.token)?;
+            self.reply.clear();
+            let written = self.answer(&waiter.header, writable, result.map(drop));
+            ring.complete(waiter.token, written)?;
+            ring.interrupt()?;
+        }
         Ok(())
     }
 
@@ -290,6 +352,17 @@ impl Device for FsDevice {
                 head: token.head(),
             };
             let written = self.serve((origin, token.is_replayed()), readable, writable);
+            if let Some((header, lock)) = self.blocked.take() {
+                self.waiters.push(Waiter {
+                    queue: index,
+                    token,
+                    header,
+                    lock,
+                    interrupted: false,
+                });
+                self.tree.end();
+                continue;
+            }
             ring.complete(token, written)?;
             self.tree.end();
             // A driver that waits wakes up while the next request is done.
@@ -302,7 +375,17 @@ impl Device for FsDevice {
         Duration::from_micros(u64::from(FS_POLL_US))
     }
 
-    fn after_turns(&mut self, _rings: &mut [Ring]) -> Result<(), DeviceFault> {
+    fn after_turns(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        if !self.waiters.is_empty() {
+            self.answer_waiters(rings, |tree, waiter| {
+                if waiter.interrupted {
+                    return Err(Errno::EINTR);
+                }
+                tree.lock_again(waiter.header.nodeid, &waiter.lock)
+            })?;
+            let retry = Duration::from_millis(FS_LOCK_RETRY_MS);
+            self.retry_at = (!self.waiters.is_empty()).then(|| Instant::now() + retry);
+        }
         let Some(rest) = self.rest else {
             return Ok(());
         };
@@ -317,7 +400,12 @@ impl Device for FsDevice {
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        self.rest_at
+        self.retry_at.into_iter().chain(self.rest_at).min()
+    }
+
+    /// Nobody can wait beyond the end of a queue.
+    fn drain(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        self.answer_waiters(rings, |_, _| Err(Errno::EAGAIN))
     }
 
     fn backends(&self) -> Vec<BorrowedFd<'_>> {
@@ -387,6 +475,8 @@ impl Device for FsDevice {
             // The next process finds the same, and says so.
             ipc::log::error!("taking over what the guest held: {}", errno.desc());
         }
+        self.waiters.clear();
+        self.retry_at = None;
         self.tree.clear();
     }
 }

@@ -11,7 +11,8 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
-use fs_device::fuse::wire::opcode;
+use fs_device::fuse::wire::{flag, opcode};
+use ipc::limits::MAX_FS_WAITERS;
 use libc::{EEXIST, ENOENT, O_APPEND, O_EXCL, O_RDWR, O_WRONLY};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -100,6 +101,84 @@ fn open_files_folders_and_locks_go_on() {
         fs::read(dir.path().join("kept")).unwrap(),
         b"before and after"
     );
+}
+
+#[test]
+fn who_waits_for_a_lock_gets_it_when_it_is_free_and_keeps_nobody_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = ["-log-level", "debug", "--flock", "--posix-lock"];
+    let mut client = Client::start(dir.path(), &options);
+    let (node, fh) = client.create(1, "file", O_RDWR).unwrap();
+    let range = |owner: u64, kind: i32| {
+        let body = Body::new().u64(fh).u64(owner).u64(0).u64(99);
+        body.u32(kind as u32).u32(1).u64(0)
+    };
+    let (lock, unlock) = (libc::F_WRLCK, libc::F_UNLCK);
+    // Requests are taken in their order: with an answer to this one, those before it have been looked at. Its own answer is the
+    // next one, so none of those before it has had any.
+    let pass = |client: &mut Client| assert_eq!(client.lookup(1, "file").unwrap(), node);
+    let both = |client: &mut Client, a: (u64, u16), b: (u64, u16)| {
+        let mut heads = [client.answered().0, client.answered().0];
+        heads.sort_unstable();
+        let mut wanted = [a.1, b.1];
+        wanted.sort_unstable();
+        assert_eq!(heads, wanted);
+    };
+    client.call(opcode::SETLK, node, range(7, lock)).unwrap();
+    let waits = client.begin(opcode::SETLKW, node, range(8, lock));
+    pass(&mut client);
+    let gives = client.begin(opcode::SETLK, node, range(7, unlock));
+    both(&mut client, waits, gives);
+    client.outcome(waits.0).unwrap();
+    let taken = client.call(opcode::SETLK, node, range(7, lock));
+    assert_eq!(taken.unwrap_err(), libc::EAGAIN, "8 has it");
+
+    // Whoever serves then waits as well.
+    let waits = client.begin(opcode::SETLKW, node, range(9, lock));
+    pass(&mut client);
+    kill_serving(&client);
+    pass(&mut client);
+    let gives = client.begin(opcode::SETLK, node, range(8, unlock));
+    both(&mut client, waits, gives);
+    client.outcome(waits.0).unwrap();
+
+    // The guest does not want it any more.
+    let waits = client.begin(opcode::SETLKW, node, range(10, lock));
+    pass(&mut client);
+    let nobody = client.begin(opcode::INTERRUPT, 0, Body::new().u64(waits.0 + 1000));
+    assert_eq!(client.answered().0, nobody.1);
+    pass(&mut client);
+    let stops = client.begin(opcode::INTERRUPT, 0, Body::new().u64(waits.0));
+    both(&mut client, waits, stops);
+    assert_eq!(client.outcome(waits.0).unwrap_err(), libc::EINTR);
+
+    // The host gives a lock back, of which nobody tells.
+    let host = fs::File::open(dir.path().join("file")).unwrap();
+    host.lock().unwrap();
+    let whole = Body::new().u64(fh).u64(1).u64(0).u64(i64::MAX as u64);
+    let whole = whole.u32(lock as u32).u32(1).u32(flag::LK_FLOCK).u32(0);
+    let waits = client.begin(opcode::SETLKW, node, whole);
+    pass(&mut client);
+    host.unlock().unwrap();
+    assert_eq!(client.answered().0, waits.1);
+    client.outcome(waits.0).unwrap();
+    assert!(host.try_lock().is_err());
+
+    // So many and no more; and none of them waits beyond the end of the queue.
+    let many: Vec<_> = (0..MAX_FS_WAITERS as u64)
+        .map(|n| client.begin(opcode::SETLKW, node, range(100 + n, lock)))
+        .collect();
+    pass(&mut client);
+    let more = client.call(opcode::SETLKW, node, range(99, lock));
+    assert_eq!(more.unwrap_err(), libc::ENOLCK);
+    client.front.stop(&client.queue);
+    for _ in &many {
+        client.queue.try_used(&client.front.memory).unwrap();
+    }
+    for (unique, _) in many {
+        assert_eq!(client.outcome(unique).unwrap_err(), libc::EAGAIN);
+    }
+    assert!(client.finish().success());
 }
 
 /// Kills the serving process a moment after each word that comes, until the words end.

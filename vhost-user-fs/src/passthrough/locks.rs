@@ -3,15 +3,17 @@
 //! **Job.** Locks of fcntl(2) by the guest's lock owners, as locks of open file descriptions of the host, one description for
 //! each owner and inode; locks of flock(2) on the guest's open file itself.
 //! **Who is not trusted.** The guest: the number of owners that hold locks is bounded.
-//! **Why this way.** An open file description is the only lock owner of the host that is not this process as a whole. A lock
-//! that is not free is answered at once; a request that waits would need a thread of its own, so `SETLKW` says so.
+//! **Why this way.** An open file description is the only lock owner of the host that is not this process as a whole. Nothing
+//! here waits, since the host's waiting calls would take a thread each: who wants to wait for a lock is told so, and asks again
+//! ([`Passthrough::lock_again`]). That changes nothing that a process after this one would not find as well, so such a request
+//! needs no note.
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use super::store::{LOCKS, Store, give, lend, take};
+use super::store::{LOCKS, Store, Word, give, lend, take};
 use super::{Passthrough, sys};
 use crate::fuse::decode::Lock;
 use crate::fuse::reply::Put;
@@ -182,7 +184,21 @@ impl Passthrough {
         Ok(())
     }
 
-    pub(super) fn set_lock(&mut self, node: u64, lock: &Lock, wait: bool) -> Result<(), Errno> {
+    /// Whether a lock that was not free, and is to be waited for, is had by now.
+    ///
+    /// # Errors
+    /// What the guest is told.
+    pub fn lock_again(&mut self, node: u64, lock: &Lock) -> Result<bool, Errno> {
+        // The session in which it was asked for may be over.
+        if self.store.load(Word::Agreed) == 0 {
+            return Err(Errno::ESTALE);
+        }
+        self.need([node, node])?;
+        self.set_lock(node, lock, true)
+    }
+
+    /// Sets a lock or ends it. `Ok(false)` if it has to be waited for.
+    pub(super) fn set_lock(&mut self, node: u64, lock: &Lock, wait: bool) -> Result<bool, Errno> {
         let allowed = if lock.flock {
             self.config.flock
         } else {
@@ -203,16 +219,16 @@ impl Passthrough {
             sys::flock(self.handles.file(lock.fh)?, operation)
         } else {
             if unlock && !self.locks.has(node, lock.owner) {
-                return Ok(());
+                return Ok(true);
             }
             let mut host = host_lock(lock)?;
             let fd = self.lock_file(node, lock.owner)?;
             sys::range_lock(fd, libc::F_OFD_SETLK, &mut host)
         };
         match result {
-            Err(Errno::EAGAIN | Errno::EACCES) if wait => Err(Errno::EOPNOTSUPP),
+            Err(Errno::EAGAIN | Errno::EACCES) if wait => Ok(false),
             Err(Errno::EACCES) => Err(Errno::EAGAIN),
-            other => other,
+            other => other.map(|()| true),
         }
     }
 }

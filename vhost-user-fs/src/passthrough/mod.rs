@@ -151,6 +151,8 @@ pub enum Outcome {
     Reply,
     /// The protocol has no reply for it.
     Silent,
+    /// It is for a lock that somebody else has: [`Passthrough::lock_again`].
+    Waits,
 }
 
 /// The shared tree.
@@ -479,9 +481,13 @@ impl Passthrough {
                 nodeid_out: _,
             } => self.copy_range((fh_in, off_in), (fh_out, off_out), len, flags, reply)?,
             Body::GetLk(lock) => self.get_lock(node, &lock, reply)?,
-            Body::SetLk { lock, wait } => self.set_lock(node, &lock, wait)?,
+            Body::SetLk { lock, wait } => {
+                if !self.set_lock(node, &lock, wait)? {
+                    return Ok(Outcome::Waits);
+                }
+            }
             Body::SyncFs => self.sync_file_system(node)?,
-            // No request is ever left unfinished, so there is nothing to interrupt.
+            // Only those that wait can be interrupted, and they are not known here.
             Body::Interrupt { .. } => return Ok(Outcome::Silent),
             Body::Init {
                 major,

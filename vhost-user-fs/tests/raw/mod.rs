@@ -125,6 +125,53 @@ impl Client {
         self.queue.request(&self.front.memory, &buffers)
     }
 
+    /// Offers a request and does not wait for its reply, which will have no body. Its number, and its head in the queue.
+    pub fn begin(&mut self, opcode: u32, node: u64, body: Body) -> (u64, u16) {
+        self.unique += 1;
+        // Apart from those of requests that are waited for, and from each other.
+        let (request, reply) = Self::begun_at(self.unique);
+        let header = Body::new()
+            .u32(40 + body.0.len() as u32)
+            .u32(opcode)
+            .u64(self.unique)
+            .u64(node)
+            .u32(self.uid)
+            .u32(self.gid)
+            .u32(1)
+            .u32(0);
+        let mut bytes = header.0;
+        bytes.extend_from_slice(&body.0);
+        self.front.memory.write(request, &bytes);
+        let buffers = [
+            Buffer::readable(request, bytes.len() as u32),
+            Buffer::writable(reply, 16),
+        ];
+        let head = self.queue.chain(&self.front.memory, &buffers);
+        self.queue.offer(&self.front.memory, head);
+        self.queue.kick();
+        (self.unique, head)
+    }
+
+    fn begun_at(unique: u64) -> (u64, u64) {
+        let request = REQUEST + 0x1000 + unique % 256 * 0x400;
+        (request, request + 0x200)
+    }
+
+    /// Waits for the reply of whichever request that was [begun](Self::begin) is answered next: its head, and the bytes of its reply.
+    pub fn answered(&mut self) -> (u16, u32) {
+        self.queue.wait_used(&self.front.memory)
+    }
+
+    /// The outcome of the request that was [begun](Self::begin) with this number, which has been answered.
+    pub fn outcome(&self, unique: u64) -> Result<(), i32> {
+        let bytes = self.front.memory.read(Self::begun_at(unique).1, 16);
+        assert_eq!(u64_at(&bytes, 8), unique);
+        match u32_at(&bytes, 4).cast_signed() {
+            0 => Ok(()),
+            error => Err(-error),
+        }
+    }
+
     /// The reply of `used` bytes.
     pub fn reply(&self, used: u32) -> Reply {
         let bytes = self.front.memory.read(REPLY, used as usize);
