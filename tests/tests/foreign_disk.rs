@@ -160,6 +160,8 @@ fn a_guest_loses_nothing_when_its_disks_daemon_is_killed_and_comes_back() {
     for _ in 0..3 {
         goes_on(&mut vm);
         drop(daemon.take());
+        let gone = qmp.wait_event("VHOST_USER_DISCONNECTED", LIMIT).unwrap();
+        assert_eq!(gone["data"], json!({ "device": "x" }));
         let gone = qmp.wait_event("DEVICE_CRASHED", LIMIT).unwrap();
         // Nobody here knows its number.
         assert_eq!(
@@ -167,6 +169,8 @@ fn a_guest_loses_nothing_when_its_disks_daemon_is_killed_and_comes_back() {
             (&json!("x"), &json!(0))
         );
         daemon = Some(place.daemon(Kind::Ours));
+        let back = qmp.wait_event("VHOST_USER_CONNECTED", LIMIT).unwrap();
+        assert_eq!(back["data"], json!({ "device": "x" }));
         let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
         assert_eq!(back["data"]["device"], "x");
     }

@@ -305,6 +305,93 @@ fn what_cannot_be_added_leaves_nothing_behind() {
     assert_eq!(held(broker), before.0, "the broker's descriptors");
 }
 
+/// As libvirt adds a disk: the file first, then the format over it, each with a name of its own, and the device last.
+#[test]
+fn a_format_is_put_over_a_node_and_taken_off_again() {
+    let (builder, dir) = bare(&[]);
+    let image = image(&dir.path().join("images"), "second.img");
+    let mut vm = builder.start().unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    expect(&mut vm, "BLK-RW OK");
+    let storage = json!({
+        "node-name": "storage",
+        "driver": "file",
+        "filename": image,
+        "cache": { "direct": false },
+        "discard": "unmap",
+    });
+    let format = json!({
+        "node-name": "format",
+        "driver": "raw",
+        "file": "storage",
+        "read-only": false,
+        "detect-zeroes": "on",
+    });
+    let said = refused(&mut qmp, "blockdev-add", format.clone());
+    assert!(said.contains("node-name='storage'"), "{said}");
+    run(&mut qmp, "blockdev-add", storage.clone());
+    let mut contradicts = format.clone();
+    contradicts["read-only"] = json!(true);
+    let said = refused(&mut qmp, "blockdev-add", contradicts);
+    assert!(said.contains("'read-only' is true"), "{said}");
+    run(&mut qmp, "blockdev-add", format.clone());
+    // Both names are taken, and the one below belongs to the other.
+    for again in [format, storage] {
+        let said = refused(&mut qmp, "blockdev-add", again);
+        assert!(said.contains("exists already"), "{said}");
+    }
+    let below = json!({ "node-name": "storage" });
+    let said = refused(&mut qmp, "blockdev-del", below.clone());
+    assert_eq!(
+        said,
+        "Block node 'storage' is in use by block node 'format'"
+    );
+    let over_itself = json!({ "node-name": "third", "driver": "raw", "file": "format" });
+    let said = refused(&mut qmp, "blockdev-add", over_itself);
+    assert!(said.contains("is a format itself"), "{said}");
+
+    let iothread = json!({ "qom-type": "iothread", "id": "io", "poll-max-ns": 32768 });
+    run(&mut qmp, "object-add", iothread.clone());
+    let said = refused(&mut qmp, "object-add", iothread);
+    assert!(said.contains("duplicate"), "{said}");
+    let device = |drive: &str| json!({ "id": "hot", "driver": "virtio-blk-device", "drive": drive, "iothread": "io" });
+    let said = refused(&mut qmp, "device_add", device("storage"));
+    assert!(said.contains("was not added"), "{said}");
+    run(&mut qmp, "device_add", device("format"));
+    let disks = qmp.execute("query-block", json!({})).unwrap();
+    let hot = &disks[1];
+    assert_eq!(
+        (&hot["device"], &hot["qdev"]),
+        (&json!("format"), &json!("hot"))
+    );
+    assert_eq!(hot["inserted"]["file"], json!(image));
+    assert_eq!(hot["inserted"]["detect_zeroes"], "on");
+    let threads = qmp.execute("query-iothreads", json!({})).unwrap();
+    let serves = process_of(&mut qmp, "hot").as_raw();
+    assert_eq!(
+        (&threads[0]["id"], &threads[0]["thread-id"]),
+        (&json!("io"), &json!(serves))
+    );
+    let said = refused(&mut qmp, "object-del", json!({ "id": "io" }));
+    assert!(said.contains("in use by device 'hot'"), "{said}");
+    let over = json!({ "node-name": "format" });
+    let said = refused(&mut qmp, "blockdev-del", over.clone());
+    assert!(said.contains("in use by device 'hot'"), "{said}");
+
+    run(&mut qmp, "device_del", json!({ "id": "hot" }));
+    qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+    run(&mut qmp, "object-del", json!({ "id": "io" }));
+    let said = refused(&mut qmp, "object-del", json!({ "id": "io" }));
+    assert_eq!(said, "object 'io' not found");
+    run(&mut qmp, "blockdev-del", over);
+    let nodes = qmp.execute("query-named-block-nodes", json!({})).unwrap();
+    assert_eq!(nodes[1]["node-name"], "storage");
+    assert_eq!(nodes[1]["detect_zeroes"], "off", "as it was added");
+    run(&mut qmp, "blockdev-del", below);
+    let nodes = qmp.execute("query-named-block-nodes", json!({})).unwrap();
+    assert_eq!(nodes.as_array().unwrap().len(), 1);
+}
+
 fn open(path: &Path, write: bool) -> fs::File {
     fs::File::options()
         .read(true)

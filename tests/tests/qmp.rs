@@ -439,3 +439,195 @@ fn what_is_told_about_the_vm_is_true() {
     .to_string();
     assert!(monitor.contains("query-cpus-fast"), "{monitor}");
 }
+
+/// Where our commands have another shape than QEMU 7.2's of the same name, and why.
+const DIFFERENCES: &[&str] = &[
+    // A list of text, with the same words.
+    "query-migrate-capabilities: returns capability: string, not enum",
+    // It always refuses, here and there.
+    "query-sev-capabilities: returns value, not object",
+    // QEMU 8.2 has it, and libvirt reads it.
+    "query-machines: returns acpi besides",
+    // The size of an image is its process's affair.
+    "query-named-block-nodes: returns no image",
+    // Other types than an iothread are refused with their reason, whatever their name.
+    "object-add: takes qom-type: string, not enum",
+    "chardev-add: takes backend: value, not object",
+    // A node without a name could be used by nobody.
+    "blockdev-add: needs node-name",
+    "device_add: needs id",
+    "blockdev-add: takes iops besides",
+    "device_add: takes driver: enum, not string",
+    "BLOCK_IO_ERROR: takes qom-path besides",
+    "DEVICE_DELETED: needs device",
+];
+
+/// `query-qmp-schema` of QEMU with the same board as `none` has here.
+fn schema_of_qemu() -> serde_json::Value {
+    use std::io::Write;
+    tests::lab::ensure_packages(&["qemu-system-x86"]).unwrap();
+    let mut qemu = Command::new("qemu-system-x86_64")
+        .args([
+            "-machine",
+            "none",
+            "-nodefaults",
+            "-nographic",
+            "-qmp",
+            "stdio",
+        ])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = qemu.stdin.take().unwrap();
+    for command in ["qmp_capabilities", "query-qmp-schema", "quit"] {
+        writeln!(input, "{}", json!({ "execute": command })).unwrap();
+    }
+    let output = qemu.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    // Greeting, nothing, schema.
+    let schema: serde_json::Value = serde_json::from_str(text.lines().nth(2).unwrap()).unwrap();
+    schema["return"].clone()
+}
+
+/// A schema by the names of its entries.
+struct Schema(std::collections::BTreeMap<String, serde_json::Value>);
+
+impl Schema {
+    fn new(entries: &serde_json::Value) -> Self {
+        let entries = entries.as_array().unwrap().iter();
+        Self(
+            entries
+                .map(|one| (one["name"].as_str().unwrap().to_owned(), one.clone()))
+                .collect(),
+        )
+    }
+
+    /// What a type is in JSON.
+    fn kind(&self, name: &serde_json::Value) -> String {
+        let entry = &self.0[name.as_str().unwrap()];
+        let kind = match entry["meta-type"].as_str().unwrap() {
+            "builtin" => &entry["json-type"],
+            _ => &entry["meta-type"],
+        };
+        kind.as_str().unwrap().to_owned()
+    }
+
+    /// Members of an object type, or of the elements of a list of them: type, and whether they may be absent.
+    fn members(
+        &self,
+        name: &serde_json::Value,
+    ) -> std::collections::BTreeMap<String, (String, bool)> {
+        let entry = &self.0[name.as_str().unwrap()];
+        if entry["meta-type"] == "array" {
+            return self.members(&entry["element-type"]);
+        }
+        let list = |key: &str| entry[key].as_array().cloned().unwrap_or_default();
+        let mut members = std::collections::BTreeMap::new();
+        for member in list("members") {
+            // An enum's and an alternate's have no names or no types.
+            if let (Some(name), true) = (member["name"].as_str(), member["type"].is_string()) {
+                let optional = member.get("default").is_some();
+                members.insert(name.to_owned(), (self.kind(&member["type"]), optional));
+            }
+        }
+        for variant in list("variants") {
+            for (name, (kind, _)) in self.members(&variant["type"]) {
+                members.entry(name).or_insert((kind, true));
+            }
+        }
+        members
+    }
+}
+
+#[test]
+fn what_qemu_has_too_has_the_shape_that_it_has_there() {
+    let theirs = Schema::new(&schema_of_qemu());
+    let vm = sleeping_guest();
+    let mut qmp = vm.qmp().unwrap();
+    let ours = Schema::new(&qmp.execute("query-qmp-schema", json!({})).unwrap());
+    let mut found = Vec::new();
+    let mut compared = 0;
+    for (name, entry) in &ours.0 {
+        let what = entry["meta-type"].as_str().unwrap();
+        let Some(other) = theirs
+            .0
+            .get(name)
+            .filter(|other| other["meta-type"] == what)
+        else {
+            continue;
+        };
+        if !["command", "event"].contains(&what) {
+            continue;
+        }
+        compared += 1;
+        let (own, their) = (
+            ours.members(&entry["arg-type"]),
+            theirs.members(&other["arg-type"]),
+        );
+        // What only devices of ours and limits of ours have is no other shape.
+        let ours_alone = |member: &str| {
+            name == "device_add" || name == "netdev_add" && member.starts_with("throttling.")
+        };
+        for (member, (kind, optional)) in &own {
+            match their.get(member) {
+                None if ours_alone(member) && *optional => {}
+                None => found.push(format!("{name}: takes {member} besides")),
+                Some((other, _)) if other != kind => {
+                    found.push(format!("{name}: takes {member}: {kind}, not {other}"));
+                }
+                Some((_, true)) if !optional => found.push(format!("{name}: needs {member}")),
+                Some(_) => {}
+            }
+        }
+        for (member, (_, optional)) in &their {
+            if !optional && !own.contains_key(member) {
+                found.push(format!("{name}: does not take {member}"));
+            }
+        }
+        if what == "event" {
+            continue;
+        }
+        let (own, their) = (
+            ours.kind(&entry["ret-type"]),
+            theirs.kind(&other["ret-type"]),
+        );
+        if own != their {
+            found.push(format!("{name}: returns {own}, not {their}"));
+        }
+        let own = ours.members(&entry["ret-type"]);
+        // A list of anything is always empty.
+        if own.is_empty() {
+            continue;
+        }
+        let their = theirs.members(&other["ret-type"]);
+        for (member, (_, optional)) in &their {
+            if !optional && own.get(member).is_none_or(|(_, optional)| *optional) {
+                found.push(format!("{name}: returns no {member}"));
+            }
+        }
+        for (member, (kind, _)) in &own {
+            match their.get(member) {
+                None => found.push(format!("{name}: returns {member} besides")),
+                Some((other, _)) if other != kind => {
+                    found.push(format!("{name}: returns {member}: {kind}, not {other}"));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    assert!(
+        compared > 50,
+        "only {compared} commands and events are in both"
+    );
+    let unknown: Vec<_> = found
+        .iter()
+        .filter(|one| !DIFFERENCES.contains(&one.as_str()))
+        .collect();
+    assert!(unknown.is_empty(), "{unknown:#?}");
+    let old: Vec<_> = DIFFERENCES
+        .iter()
+        .filter(|one| !found.iter().any(|found| found == *one))
+        .collect();
+    assert!(old.is_empty(), "no longer so: {old:#?}");
+}

@@ -454,6 +454,9 @@ impl Vm {
                     .map_err(|e| host_error(&e))?;
             }
             VmCommand::BackendAdd(what, fds, reply) => self.add_backend(*what, &fds, reply)?,
+            VmCommand::NodeOver(node, reply) => reply.send(self.put_over(&node)),
+            VmCommand::IothreadAdd(id, reply) => reply.send(self.add_iothread(id)),
+            VmCommand::ObjectDel(id, reply) => reply.send(self.remove_object(&id)),
             VmCommand::BackendDel(kind, id, reply) => self.remove_backend(kind, &id, reply)?,
             VmCommand::DeviceAdd(new, reply) => self.add_device(*new, reply)?,
             VmCommand::BlockResize(name, size, reply) => self.resize_disk(&name, size, reply)?,
@@ -542,7 +545,7 @@ impl Vm {
 
     fn facts(&self) -> Result<VmFacts, QmpError> {
         Ok(VmFacts {
-            spec: self.parts.spec.clone(),
+            spec: self.spec_with_added(),
             cpus: self.cpus()?,
             stopped: self.supervisor.stopped(),
         })

@@ -23,10 +23,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use ipc::control::{BackendGrant, DeviceGrant, Request};
-use ipc::limits::{MAX_ADDED_BACKENDS, MAX_MICROVM_DISKS, MAX_MICROVM_NICS, MAX_MMIO_DEVICES};
+use ipc::limits::{
+    MAX_ADDED_BACKENDS, MAX_IOTHREADS, MAX_MICROVM_DISKS, MAX_MICROVM_NICS, MAX_MMIO_DEVICES,
+};
 use ipc::log::{error, info};
 use ipc::spec::DeviceSpec;
-use ipc::spec::vm::{DeviceKind, DeviceOption, RestartPolicy, VmSpec};
+use ipc::spec::vm::{DeviceKind, DeviceOption, DriveSpec, RestartPolicy, VmSpec};
 use nix::sys::epoll::EpollFlags;
 
 use super::event_loop::{DEVICES, End, PLUGS, Parts, Vm, borrow, lock};
@@ -35,7 +37,7 @@ use super::supervise::Told;
 use super::with_causes;
 use crate::broker::{DeviceExit, Notice};
 use crate::machine::microvm::{self, Microvm};
-use crate::qmp::{BackendKind, Event, NewBackend, NewDevice, QmpError, Reply};
+use crate::qmp::{BackendKind, Event, NewBackend, NewDevice, NodeOver, QmpError, Reply};
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::remote::Handshake;
 
@@ -59,6 +61,8 @@ struct Backend {
     open: bool,
     /// Id of the device that it belongs to.
     user: Option<String>,
+    /// The node that it was added as, if another one was put over it.
+    below: Option<DriveSpec>,
 }
 
 /// What is known of one window that has or had a device: units are numbered as windows and as the broker's devices are.
@@ -184,6 +188,12 @@ impl Hotplug {
             .find(|backend| backend.what.kind() == kind && backend.what.id() == id)
     }
 
+    /// What was put over the node with this name.
+    fn over(&self, name: &str) -> Option<&Backend> {
+        let is = |backend: &&Backend| matches!(&backend.below, Some(below) if below.id == name);
+        self.backends.iter().find(is)
+    }
+
     fn free_user(&mut self, device: &str) {
         for backend in &mut self.backends {
             if backend.user.as_deref() == Some(device) {
@@ -266,7 +276,8 @@ impl Vm {
             BackendKind::Netdev => spec.netdevs.iter().any(|one| one.id == id),
             BackendKind::Fsdev => spec.fsdevs.iter().any(|one| one.id == id),
         };
-        if cold || self.hotplug.backend(kind, &id).is_some() {
+        let hidden = kind == BackendKind::Drive && self.hotplug.over(&id).is_some();
+        if cold || hidden || self.hotplug.backend(kind, &id).is_some() {
             reply.send(Err(generic(format!(
                 "{} '{id}' exists already",
                 kind.noun()
@@ -295,6 +306,7 @@ impl Vm {
             number,
             open: false,
             user: None,
+            below: None,
         });
         self.ask_broker_with(&request, fds, Waiting::Add { number, reply })
     }
@@ -306,7 +318,29 @@ impl Vm {
         id: &str,
         reply: Reply<()>,
     ) -> Result<(), End> {
+        let over = (kind == BackendKind::Drive).then(|| self.hotplug.over(id));
+        if let Some(Some(over)) = over {
+            let over = over.what.id();
+            reply.send(Err(generic(format!(
+                "Block node '{id}' is in use by block node '{over}'"
+            ))));
+            return Ok(());
+        }
         let refused = match self.hotplug.backend(kind, id) {
+            // The node that was put over another goes, and that one is there again.
+            Some(
+                backend @ Backend {
+                    user: None,
+                    below: Some(_),
+                    ..
+                },
+            ) => {
+                if let Some(below) = backend.below.take() {
+                    backend.what = NewBackend::Drive(below);
+                }
+                reply.send(Ok(()));
+                return Ok(());
+            }
             None => Some(format!(
                 "{} '{id}' was not added, or was removed already",
                 kind.noun()
@@ -338,6 +372,108 @@ impl Vm {
             &Request::Remove { backend: number },
             Waiting::Remove { reply },
         )
+    }
+
+    /// `blockdev-add` of a format over a node.
+    pub(super) fn put_over(&mut self, node: &NodeOver) -> Result<(), QmpError> {
+        let (name, file) = (&node.name, &node.file);
+        let known = self.parts.spec.drives.iter().any(|one| one.id == *name);
+        if known
+            || self.hotplug.over(name).is_some()
+            || self.hotplug.backend(BackendKind::Drive, name).is_some()
+        {
+            return Err(generic(format!("Block node '{name}' exists already")));
+        }
+        if let Some(over) = self.hotplug.over(file) {
+            let over = over.what.id();
+            return Err(generic(format!(
+                "Block node '{file}' is in use by block node '{over}'"
+            )));
+        }
+        let Some(backend) = self.hotplug.backend(BackendKind::Drive, file) else {
+            return Err(generic(format!(
+                "Cannot find device='' nor node-name='{file}' among the nodes that were added"
+            )));
+        };
+        if let Some(user) = &backend.user {
+            return Err(generic(format!(
+                "Block node '{file}' is in use by device '{user}'"
+            )));
+        }
+        let NewBackend::Drive(below) = &backend.what else {
+            return Err(generic(format!("Block node '{file}' is of another kind")));
+        };
+        if !backend.open || backend.below.is_some() {
+            let why = if backend.open {
+                "is a format itself; allowed: one of driver file or host_device"
+            } else {
+                "is being added"
+            };
+            return Err(generic(format!("Block node '{file}' {why}")));
+        }
+        let drive = node.over(below).map_err(generic)?;
+        backend.below = Some(below.clone());
+        backend.what = NewBackend::Drive(drive);
+        Ok(())
+    }
+
+    /// `object-add`: a name that devices may give, as those of the command line.
+    pub(super) fn add_iothread(&mut self, id: String) -> Result<(), QmpError> {
+        let iothreads = &mut self.parts.spec.iothreads;
+        if iothreads.contains(&id) {
+            return Err(generic(format!(
+                "attempt to add duplicate property '{id}' to object (type 'container')"
+            )));
+        }
+        if iothreads.len() == MAX_IOTHREADS {
+            return Err(generic(format!(
+                "Iothread '{id}' is one too many; allowed: {MAX_IOTHREADS}"
+            )));
+        }
+        iothreads.push(id);
+        Ok(())
+    }
+
+    /// `object-del`
+    pub(super) fn remove_object(&mut self, id: &str) -> Result<(), QmpError> {
+        let units = &self.hotplug.units;
+        let there = |device: &&DeviceOption| {
+            units
+                .iter()
+                .any(|unit| unit.device.as_ref() == Some(&device.id))
+        };
+        let names = |iothread: &Option<String>| iothread.as_deref() == Some(id);
+        let devices = self.parts.spec.devices.iter().filter(there);
+        let coming = self.hotplug.plugging.iter().map(|one| &one.new);
+        let mut users = devices
+            .filter(|device| names(&device.iothread))
+            .map(|device| &device.id)
+            .chain(coming.filter(|new| names(&new.iothread)).map(|new| &new.id));
+        if let Some(user) = users.next() {
+            return Err(generic(format!(
+                "object '{id}' is in use by device '{user}', can not be deleted"
+            )));
+        }
+        let iothreads = &mut self.parts.spec.iothreads;
+        let before = iothreads.len();
+        iothreads.retain(|one| one != id);
+        if iothreads.len() == before {
+            return Err(generic(format!("object '{id}' not found")));
+        }
+        Ok(())
+    }
+
+    /// The command line, and what was added since.
+    pub(super) fn spec_with_added(&self) -> VmSpec {
+        let mut spec = self.parts.spec.clone();
+        for backend in self.hotplug.backends.iter().filter(|one| one.open) {
+            match &backend.what {
+                NewBackend::Drive(drive) => spec.drives.push(drive.clone()),
+                NewBackend::Netdev(netdev) => spec.netdevs.push(netdev.clone()),
+                NewBackend::Fsdev(fsdev) => spec.fsdevs.push(fsdev.clone()),
+            }
+        }
+        spec
     }
 
     /// `device_add`

@@ -1031,6 +1031,8 @@ impl Supervisor {
         let mut transport = lock(&device.transport);
         transport.device_gone();
         let id = device.spec.id().to_owned();
+        cx.qmp
+            .emit(&Event::BackEndDisconnected { device: id.clone() });
         if device.budget.most > 0 {
             device.since.get_or_insert_with(Instant::now);
             let pause = Duration::from_millis(RECONNECT_MS);
@@ -1111,6 +1113,9 @@ impl Supervisor {
                             .add(socket, self.sockets + index as u64, EpollFlags::EPOLLRDHUP)
                 {
                     error!("device {id}: epoll_ctl: {}", e.desc());
+                }
+                if device.foreign.is_some() {
+                    cx.qmp.emit(&Event::BackEndConnected { device: id.clone() });
                 }
                 info!(
                     "device {id}: process {pid} goes on after {:.1} ms",

@@ -388,6 +388,12 @@ pub enum VmCommand {
     BackendAdd(Box<super::NewBackend>, Vec<Arc<OwnedFd>>, Reply<()>),
     /// `blockdev-del`, `netdev_del`, `fsdev-del`
     BackendDel(super::BackendKind, String, Reply<()>),
+    /// `blockdev-add` of a format whose file is a node
+    NodeOver(Box<super::NodeOver>, Reply<()>),
+    /// `object-add` of an iothread with this id
+    IothreadAdd(String, Reply<()>),
+    /// `object-del`
+    ObjectDel(String, Reply<()>),
     /// `device_add`
     DeviceAdd(Box<super::NewDevice>, Reply<()>),
     /// `block_resize`: of the disk with this drive or id, to so many bytes

@@ -85,6 +85,16 @@ pub enum Event {
         /// How long there was none, as far as this process knows.
         stall: Duration,
     },
+    /// Somebody else's daemon serves again.
+    BackEndConnected {
+        /// Id of the device.
+        device: String,
+    },
+    /// Somebody else's daemon has left, or was left because it does not do as it should.
+    BackEndDisconnected {
+        /// Id of the device.
+        device: String,
+    },
     /// Another process took the place of one that served.
     DeviceUpgraded {
         /// Id of the device.
@@ -131,6 +141,8 @@ impl Event {
             Self::DeviceCrashed { .. } => "DEVICE_CRASHED",
             Self::DeviceRecovered { .. } => "DEVICE_RECOVERED",
             Self::DeviceUpgraded { .. } => "DEVICE_UPGRADED",
+            Self::BackEndConnected { .. } => "VHOST_USER_CONNECTED",
+            Self::BackEndDisconnected { .. } => "VHOST_USER_DISCONNECTED",
             Self::DeviceDeleted { .. } => "DEVICE_DELETED",
             Self::DeviceFailed { .. } => "DEVICE_FAILED",
             Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
@@ -186,6 +198,9 @@ impl Event {
             }
             Self::DeviceDeleted { device } => {
                 json!({ "device": device, "path": format!("/machine/peripheral/{device}") })
+            }
+            Self::BackEndConnected { device } | Self::BackEndDisconnected { device } => {
+                json!({ "device": device })
             }
             Self::DeviceFailed { device, reason } => json!({ "device": device, "reason": reason }),
             Self::Migration(status) => json!({ "status": status.name() }),

@@ -521,5 +521,6 @@ fn inserted(drive: &ipc::spec::vm::DriveSpec) -> Value {
         "iops": drive.io.iops_total, "iops_rd": 0, "iops_wr": 0,
         "cache": { "writeback": true, "direct": drive.direct, "no-flush": false },
         "write_threshold": 0,
+        "backing_file_depth": 0,
     })
 }

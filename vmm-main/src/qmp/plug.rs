@@ -8,7 +8,7 @@ use ipc::control::added::Addition;
 use ipc::limits;
 use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes};
 use ipc::spec::fs::{FsCache, FsSpec};
-use ipc::spec::net::{NetLimits, NetSpec};
+use ipc::spec::net::{Bucket, Limit, NetLimits, NetSpec};
 use ipc::spec::vm::{DriveSpec, FsdevSpec, NetBackend, NetdevSpec};
 use ipc::spec::{DeviceSpec, vm::DeviceKind, vm::FsSource};
 
@@ -23,6 +23,89 @@ pub enum NewBackend {
     Netdev(NetdevSpec),
     /// `fsdev-add`
     Fsdev(FsdevSpec),
+}
+
+/// A format that is to be put over a node which was added before: what is not given is as it is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeOver {
+    /// `node-name`
+    pub name: String,
+    /// `file`: the node below.
+    pub file: String,
+    /// `read-only`
+    pub readonly: Option<bool>,
+    /// `cache.direct`
+    pub direct: Option<bool>,
+    /// `discard`
+    pub discard: Option<bool>,
+    /// `detect-zeroes`
+    pub detect_zeroes: Option<DetectZeroes>,
+}
+
+impl NodeOver {
+    /// `blockdev-add` whose `file` is a text; `None` if it is none.
+    pub(super) fn read(arguments: &mut Arguments) -> Option<Self> {
+        arguments.at(&["file"])?.as_str()?;
+        Some(Self {
+            name: arguments.required_text("node-name"),
+            file: arguments.required_text("file"),
+            readonly: arguments.flag("read-only"),
+            direct: arguments.object("cache").flag("direct"),
+            discard: arguments.text("discard").map(|word| word == "unmap"),
+            detect_zeroes: detect_zeroes(arguments),
+        })
+    }
+
+    /// What `below` is with this over it.
+    ///
+    /// # Errors
+    /// The two contradict each other, told as QMP tells it.
+    pub fn over(&self, below: &DriveSpec) -> Result<DriveSpec, String> {
+        let same = |name: &str, given: Option<bool>, there: bool| match given {
+            Some(given) if given != there => Err(format!(
+                "Parameter '{name}' is {given}, and its image was opened by node '{}' with {there}; allowed: the same",
+                self.file
+            )),
+            _ => Ok(()),
+        };
+        same("read-only", self.readonly, below.readonly)?;
+        same("cache.direct", self.direct, below.direct)?;
+        let mut drive = below.clone();
+        drive.id.clone_from(&self.name);
+        // As with -blockdev: what is said of neither node is off, and what is said of one counts.
+        drive.io.discard = self.discard.unwrap_or(below.io.discard);
+        drive.io.detect_zeroes = self.detect_zeroes.unwrap_or(below.io.detect_zeroes);
+        Ok(drive)
+    }
+}
+
+fn detect_zeroes(arguments: &mut Arguments) -> Option<DetectZeroes> {
+    Some(match arguments.text("detect-zeroes")?.as_str() {
+        "on" => DetectZeroes::On,
+        "unmap" => DetectZeroes::Unmap,
+        _ => DetectZeroes::Off,
+    })
+}
+
+/// As `-netdev throttling.…=`.
+fn net_limits(arguments: &Arguments) -> NetLimits {
+    let bucket = |name: &str| {
+        let rate = arguments.uint(&format!("throttling.{name}")).unwrap_or(0);
+        // A tenth of a second's worth.
+        let burst = arguments.uint(&format!("throttling.{name}-burst"));
+        Bucket {
+            rate,
+            burst: burst.unwrap_or(rate.div_ceil(10)),
+        }
+    };
+    let limit = |direction: &str| Limit {
+        packets: bucket(&format!("{direction}-packets")),
+        bytes: bucket(&format!("{direction}-bytes")),
+    };
+    NetLimits {
+        rx: limit("rx"),
+        tx: limit("tx"),
+    }
 }
 
 /// Which of the three name spaces an id is in.
@@ -66,11 +149,7 @@ impl NewBackend {
                     _ => Aio::Native,
                 },
                 discard: arguments.text("discard").as_deref() == Some("unmap"),
-                detect_zeroes: match arguments.text("detect-zeroes").as_deref() {
-                    Some("on") => DetectZeroes::On,
-                    Some("unmap") => DetectZeroes::Unmap,
-                    _ => DetectZeroes::Off,
-                },
+                detect_zeroes: detect_zeroes(&mut arguments).unwrap_or(DetectZeroes::Off),
                 iops_total: small(&arguments, "iops").unwrap_or(0),
                 ..BlockIo::default()
             },
@@ -89,7 +168,7 @@ impl NewBackend {
                 None => NetBackend::TapFds(Vec::new()),
             },
             queues: queues.unwrap_or(1),
-            limits: NetLimits::default(),
+            limits: net_limits(&arguments),
         })
     }
 
@@ -398,4 +477,91 @@ fn read_addr(text: &str, kind: &NewKind) -> Result<u8, String> {
     number
         .filter(|number| usize::from(*number) <= most)
         .ok_or_else(|| format!("addr {text} is not valid; allowed: 0x0 to {most:#x}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn arguments(command: &str, given: serde_json::Value) -> Result<Arguments, String> {
+        let command = super::super::schema::find(command).unwrap();
+        let serde_json::Value::Object(given) = given else {
+            panic!("{given}");
+        };
+        super::super::schema::arguments(command, given).map_err(|error| error.desc)
+    }
+
+    #[test]
+    fn a_netdev_has_the_limits_that_it_is_given() {
+        let given = json!({
+            "id": "n", "ifname": "tap0",
+            "throttling.rx-bytes": 1_000_000, "throttling.tx-packets": 5, "throttling.tx-packets-burst": 7,
+        });
+        let NewBackend::Netdev(netdev) =
+            NewBackend::netdev(arguments("netdev_add", given).unwrap(), 0)
+        else {
+            panic!("no netdev");
+        };
+        let none = Bucket::default();
+        let bucket = |rate, burst| Bucket { rate, burst };
+        let rx = Limit {
+            packets: none,
+            bytes: bucket(1_000_000, 100_000),
+        };
+        let tx = Limit {
+            packets: bucket(5, 7),
+            bytes: none,
+        };
+        assert_eq!(netdev.limits, NetLimits { rx, tx });
+        let too_much = json!({ "id": "n", "ifname": "tap0", "throttling.rx-bytes": u64::MAX });
+        let said = arguments("netdev_add", too_much).unwrap_err();
+        assert!(said.contains("'throttling.rx-bytes'"), "{said}");
+    }
+
+    #[test]
+    fn a_format_says_only_what_it_was_given() {
+        let NewBackend::Drive(below) = NewBackend::drive(
+            arguments(
+                "blockdev-add",
+                json!({ "node-name": "s", "driver": "file", "filename": "/x", "discard": "unmap", "read-only": true }),
+            )
+            .unwrap(),
+        ) else {
+            panic!("no drive");
+        };
+        let over = |more: serde_json::Value| {
+            let mut given = json!({ "node-name": "f", "driver": "raw", "file": "s" });
+            if let (Some(given), Some(more)) = (given.as_object_mut(), more.as_object()) {
+                given.extend(more.clone());
+            }
+            let mut arguments = arguments("blockdev-add", given).unwrap();
+            NodeOver::read(&mut arguments).unwrap().over(&below)
+        };
+        let same = over(json!({})).unwrap();
+        assert_eq!(same.id, "f");
+        assert_eq!(
+            DriveSpec {
+                id: "s".into(),
+                ..same
+            },
+            below
+        );
+        let other = over(json!({ "discard": "ignore", "detect-zeroes": "unmap" })).unwrap();
+        assert!(!other.io.discard);
+        assert_eq!(other.io.detect_zeroes, DetectZeroes::Unmap);
+        for (contradiction, name) in [
+            (json!({ "read-only": false }), "read-only"),
+            (json!({ "cache": { "direct": false } }), "cache.direct"),
+        ] {
+            let said = over(contradiction).unwrap_err();
+            assert!(said.contains(name), "{said}");
+        }
+        let mut plain = arguments(
+            "blockdev-add",
+            json!({ "node-name": "s", "file": { "filename": "/x" } }),
+        )
+        .unwrap();
+        assert_eq!(NodeOver::read(&mut plain), None);
+    }
 }

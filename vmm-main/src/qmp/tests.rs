@@ -183,9 +183,9 @@ fn wrong_requests_are_told() {
     client.negotiate();
     for (request, class, desc) in [
         (
-            "{\"execute\":\"query-stats\"}",
+            "{\"execute\":\"query-statu\"}",
             "CommandNotFound",
-            "The command query-stats has not been found, nearest is query-status",
+            "The command query-statu has not been found, nearest is query-status",
         ),
         (
             "{\"execute\":1}",
@@ -705,4 +705,80 @@ fn each_command_gets_the_descriptor_that_came_with_it() {
     drop(client);
     is_closed(second);
     assert!(is_open(&newer));
+}
+
+#[test]
+fn what_there_is_not_is_told_by_an_empty_answer_or_a_reason() {
+    let (mut client, _handle, _commands) = pair();
+    client.negotiate();
+    for (request, answer) in [
+        ("query-migrate-parameters", json!({})),
+        ("migrate-set-parameters", json!({})),
+        ("query-stats-schemas", json!([])),
+    ] {
+        let request = format!("{{\"execute\":\"{request}\"}}");
+        assert_eq!(
+            client.ask(&request),
+            json!({ "return": answer }),
+            "{request}"
+        );
+    }
+    let stats = "{'execute':'query-stats','arguments':{'target':'vcpu','vcpus':['/machine']}}";
+    assert_eq!(client.ask(stats), json!({ "return": [] }));
+    for (request, desc) in [
+        (
+            "{'execute':'migrate-set-parameters','arguments':{'max-bandwidth':1}}",
+            "Migration parameter 'max-bandwidth' is not available; allowed: none",
+        ),
+        (
+            "{'execute':'chardev-add','arguments':{'id':'c','backend':{'type':'null','data':{}}}}",
+            "Chardev 'c' cannot be added: character devices are those of -chardev, since no device that is added later uses one",
+        ),
+        (
+            "{'execute':'query-stats','arguments':{'target':'cryptodev'}}",
+            "Parameter 'target' does not accept value 'cryptodev'; allowed: vm, vcpu",
+        ),
+    ] {
+        assert_eq!(error_of(&client.ask(request)), ("GenericError", desc));
+    }
+}
+
+#[test]
+fn objects_that_cannot_be_added_are_refused_with_the_reason() {
+    let (mut client, _handle, commands) = pair();
+    client.negotiate();
+    for (arguments, told) in [
+        (
+            "'qom-type':'memory-backend-ram','size':1048576",
+            "the guest's memory is what the command line gave",
+        ),
+        (
+            "'qom-type':'rng-random','filename':'/dev/urandom'",
+            "there is no device yet that could use it",
+        ),
+        ("'qom-type':'cryptodev-backend'", "allowed: iothread"),
+        (
+            "'qom-type':'iothread','poll':1",
+            "Parameter 'poll' is unexpected",
+        ),
+    ] {
+        client.send(&format!(
+            "{{'execute':'object-add','arguments':{{'id':'o',{arguments}}}}}"
+        ));
+        let VmCommand::Wrong(why, reply) = wait_command(&commands) else {
+            panic!("{arguments} is taken");
+        };
+        reply.send(Err(QmpError::generic(why)));
+        let answer = client.line();
+        assert!(error_of(&answer).1.contains(told), "{answer}");
+    }
+    client.send(
+        "{'execute':'object-add','arguments':{'id':'o','qom-type':'iothread','poll-max-ns':0}}",
+    );
+    let VmCommand::IothreadAdd(id, reply) = wait_command(&commands) else {
+        panic!("an iothread is not taken");
+    };
+    assert_eq!(id, "o");
+    reply.send(Ok(()));
+    assert_eq!(client.line(), json!({ "return": {} }));
 }

@@ -78,6 +78,18 @@ pub static EVENTS: &[EventDef] = &[
         "Another process does the work of one that ended, with what had been in flight",
     ),
     event(
+        "VHOST_USER_DISCONNECTED",
+        &[DEVICE],
+        "Somebody else's daemon, to which a `-chardev` leads, has left a device, or was left because it does not do as it \
+         should; DEVICE_CRASHED follows with what was in flight, or DEVICE_FAILED with `restart=off`. As QEMU's \
+         NETDEV_VHOST_USER_DISCONNECTED, for devices of every kind",
+    ),
+    event(
+        "VHOST_USER_CONNECTED",
+        &[DEVICE],
+        "A daemon listens at that `-chardev` again and has taken the device over; DEVICE_RECOVERED follows",
+    ),
+    event(
         "DEVICE_UPGRADED",
         &[
             DEVICE,

@@ -15,6 +15,10 @@ const IOTHREAD: Object = object(
             Type::INT,
             "id on the host of the process that does its work",
         ),
+        must("poll-max-ns", Type::UINT, "always 0: nobody polls for it"),
+        must("poll-grow", Type::UINT, "always 0"),
+        must("poll-shrink", Type::UINT, "always 0"),
+        must("aio-max-batch", Type::UINT, "always 0: no limit of its own"),
     ],
 );
 
@@ -76,6 +80,11 @@ const INSERTED: Object = object(
         must("iops_wr", Type::UINT, "the same for writes"),
         must("cache", Type::Object(&CACHE), "caching"),
         must("write_threshold", Type::UINT, "always 0"),
+        must(
+            "backing_file_depth",
+            Type::UINT,
+            "always 0: no image has one behind it",
+        ),
     ],
 );
 
@@ -247,8 +256,13 @@ pub(super) static COMMANDS: &[Command] = &[
     ]),
     main("query-iothreads", "Lists the iothreads", |ticket, _| {
         VmCommand::Iothreads(Reply::new(ticket, |_, threads| {
-            let one =
-                |thread: IothreadInfo| json!({ "id": thread.id, "thread-id": thread.thread_id });
+            let one = |thread: IothreadInfo| {
+                json!({
+                    "id": thread.id,
+                    "thread-id": thread.thread_id,
+                    "poll-max-ns": 0, "poll-grow": 0, "poll-shrink": 0, "aio-max-batch": 0,
+                })
+            };
             threads.into_iter().map(one).collect()
         }))
     })

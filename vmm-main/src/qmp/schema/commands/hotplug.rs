@@ -1,10 +1,13 @@
 //! What comes to the running VM and goes.
 
-use crate::qmp::command::{QmpError, Reply, Ticket, VmCommand};
+use crate::qmp::command::{QmpError, Reply, Ticket, VmCommand, VmFacts};
 use crate::qmp::descriptors::Desk;
-use crate::qmp::plug::{BackendKind, DRIVERS, NewBackend, NewDevice};
+use crate::qmp::plug::{BackendKind, DRIVERS, NewBackend, NewDevice, NodeOver};
 use crate::qmp::schema::Arguments;
-use crate::qmp::schema::types::{Command, Enum, Member, Object, Type, main, may, must, object};
+use crate::qmp::schema::check::shown;
+use crate::qmp::schema::types::{
+    Command, Enum, Member, Object, OneOf, Type, here, main, may, must, object,
+};
 use ipc::limits;
 use serde_json::{Value, json};
 
@@ -69,7 +72,14 @@ const BLOCKDEV: &[Member] = &[
         }),
         "format, or file in one; all are raw",
     ),
-    may("file", Type::Object(&FILE), "where the image is"),
+    may(
+        "file",
+        Type::OneOf(&OneOf {
+            name: "BlockdevRef",
+            types: &[Type::Object(&FILE), Type::ID],
+        }),
+        "where the image is; or the name of a node that was added with driver file or host_device, which then belongs to this one until this one is removed",
+    ),
     may(
         "filename",
         PATH,
@@ -93,6 +103,10 @@ const BLOCKDEV: &[Member] = &[
         "as `-drive throttling.iops-total=`",
     ),
 ];
+
+const RATE: Type = Type::Int(0, limits::MAX_NET_RATE);
+const BURST: Type = Type::Int(1, limits::MAX_NET_RATE);
+const LIMIT: &str = "as of `-netdev`";
 
 const NETDEV: &[Member] = &[
     must("id", Type::ID, "name that a device refers to"),
@@ -131,6 +145,14 @@ const NETDEV: &[Member] = &[
     ),
     may("vhostfd", Type::ID, "accepted: this descriptor is closed"),
     may("vhostfds", Type::TEXT, "accepted: these are closed"),
+    may("throttling.rx-packets", RATE, LIMIT),
+    may("throttling.rx-packets-burst", BURST, LIMIT),
+    may("throttling.rx-bytes", RATE, LIMIT),
+    may("throttling.rx-bytes-burst", BURST, LIMIT),
+    may("throttling.tx-packets", RATE, LIMIT),
+    may("throttling.tx-packets-burst", BURST, LIMIT),
+    may("throttling.tx-bytes", RATE, LIMIT),
+    may("throttling.tx-bytes-burst", BURST, LIMIT),
 ];
 
 const FSDEV: &[Member] = &[
@@ -248,6 +270,13 @@ fn image_descriptor(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<()
 /// The descriptors that `fd` or `fds` name.
 fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(), QmpError> {
     let wrong = |what: String| Err(QmpError::generic(what));
+    for name in ["rx-packets", "rx-bytes", "tx-packets", "tx-bytes"] {
+        let rate = format!("throttling.{name}");
+        let burst = format!("{rate}-burst");
+        if arguments.at(&[&burst]).is_some() && arguments.uint(&rate).unwrap_or(0) == 0 {
+            return wrong(format!("Parameter '{burst}' needs '{rate}' above 0"));
+        }
+    }
     let given: Vec<&str> = ["ifname", "fd", "fds"]
         .into_iter()
         .filter(|name| arguments.at(&[name]).is_some())
@@ -300,12 +329,109 @@ fn nothing(ticket: Ticket) -> Reply<()> {
     Reply::new(ticket, |_, ()| json!({}))
 }
 
+/// What QEMU's iothreads can be told.
+const IOTHREAD: &[&str] = &[
+    "poll-max-ns",
+    "poll-grow",
+    "poll-shrink",
+    "aio-max-batch",
+    "thread-pool-min",
+    "thread-pool-max",
+];
+
+/// `object-add`
+fn object_add(ticket: Ticket, mut arguments: Arguments) -> VmCommand {
+    let (kind, id) = (
+        arguments.required_text("qom-type"),
+        arguments.required_text("id"),
+    );
+    let refused = match kind.as_str() {
+        "iothread" => {
+            let rest = arguments.rest();
+            match rest.keys().find(|name| !IOTHREAD.contains(&name.as_str())) {
+                Some(name) => format!(
+                    "Parameter '{}' is unexpected; allowed for an iothread: {}",
+                    shown(name),
+                    IOTHREAD.join(", ")
+                ),
+                None if id.is_empty() => "Parameter 'id' is empty".into(),
+                None => return VmCommand::IothreadAdd(id, nothing(ticket)),
+            }
+        }
+        memory if memory.starts_with("memory-backend-") => format!(
+            "Object type '{}' cannot be added: the guest's memory is what the command line gave",
+            shown(memory)
+        ),
+        "rng-random" | "rng-builtin" | "rng-egd" => format!(
+            "Object type '{kind}' cannot be added: there is no device yet that could use it"
+        ),
+        other => format!(
+            "Parameter 'qom-type' does not accept value '{}'; allowed: iothread",
+            shown(other)
+        ),
+    };
+    VmCommand::Wrong(refused, nothing(ticket))
+}
+
 pub(super) static COMMANDS: &[Command] = &[
+    main(
+        "object-add",
+        "Adds an iothread, which devices can name from then on. Other objects are refused: memory is what the command line gave, and no device could use the rest",
+        object_add,
+    )
+    .takes(&[
+        must("qom-type", Type::ID, "`iothread`"),
+        must("id", Type::ID, "its id"),
+    ])
+    .takes_more(),
+    main(
+        "object-del",
+        "Removes an iothread that no device names",
+        |ticket, mut arguments| {
+            VmCommand::ObjectDel(arguments.required_text("id"), nothing(ticket))
+        },
+    )
+    .takes(&[must("id", Type::ID, "its id")]),
+    here(
+        "chardev-add",
+        "Refuses: character devices are those of the command line, because no device that is added later could use another",
+        |_, mut arguments| {
+            Err(QmpError::generic(format!(
+                "Chardev '{}' cannot be added: character devices are those of -chardev, since no device that is added later uses one",
+                shown(&arguments.required_text("id"))
+            )))
+        },
+    )
+    .takes(&[
+        must("id", Type::ID, "its id"),
+        must("backend", Type::Any, "what it leads to"),
+    ])
+    .returns(Type::Object(&object(
+        "ChardevReturn",
+        &[may("pty", Type::TEXT, "path of the terminal that was made")],
+    ))),
+    main(
+        "chardev-remove",
+        "Refuses: character devices are those of the command line and stay",
+        |ticket, mut arguments| {
+            let id = arguments.required_text("id");
+            VmCommand::Facts(Reply::with(ticket, move |_, facts: VmFacts| {
+                let there = facts.spec.chardevs.iter().any(|one| one.id == id);
+                Err::<Value, _>(QmpError::generic(if there {
+                    format!("Chardev '{id}' is of the command line, and stays as long as the VM")
+                } else {
+                    format!("Chardev '{}' not found", shown(&id))
+                }))
+            }))
+        },
+    )
+    .takes(&[must("id", Type::ID, "its id")]),
     main(
         "blockdev-add",
         "Opens an image for a disk to come",
-        |ticket, arguments| {
-            add(ticket, arguments, |arguments, _| NewBackend::drive(arguments))
+        |ticket, mut arguments| match NodeOver::read(&mut arguments) {
+            Some(node) => VmCommand::NodeOver(Box::new(node), nothing(ticket)),
+            None => add(ticket, arguments, |arguments, _| NewBackend::drive(arguments)),
         },
     )
     .takes(BLOCKDEV)

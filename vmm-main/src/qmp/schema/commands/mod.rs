@@ -8,6 +8,7 @@ mod migration;
 mod objects;
 mod protocol;
 mod sandbox;
+mod statistics;
 mod vm;
 
 pub(in crate::qmp) use machine::topology;
@@ -41,6 +42,10 @@ pub static GROUPS: &[Group] = &[
     Group {
         title: "Devices",
         commands: devices::COMMANDS,
+    },
+    Group {
+        title: "Statistics",
+        commands: statistics::COMMANDS,
     },
     Group {
         title: "Objects and options",

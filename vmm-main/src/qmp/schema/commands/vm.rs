@@ -87,6 +87,24 @@ pub(super) static COMMANDS: &[Command] = &[
         Type::List(&Type::Object(&CAPABILITY)),
         "what to set",
     )]),
+    here(
+        "query-migrate-parameters",
+        "Tells the numbers that a migration goes by, of which there are none: a snapshot is written as fast as the disk takes it",
+        |_, _| Ok(json!({})),
+    )
+    .returns(Type::NOTHING),
+    here(
+        "migrate-set-parameters",
+        "Refuses every parameter, because there is none",
+        |_, arguments| match arguments.rest().keys().next() {
+            None => Ok(json!({})),
+            Some(name) => Err(QmpError::generic(format!(
+                "Migration parameter '{}' is not available; allowed: none",
+                shown(name)
+            ))),
+        },
+    )
+    .takes_more(),
     main("quit", "Ends the VM at once", |ticket, _| {
         VmCommand::Quit(nothing(ticket))
     }),
