@@ -28,7 +28,7 @@ use ipc::limits::{
 };
 use ipc::log::{error, info};
 use ipc::spec::DeviceSpec;
-use ipc::spec::vm::{DeviceKind, DeviceOption, DriveSpec, RestartPolicy, VmSpec};
+use ipc::spec::vm::{DeviceKind, DeviceOption, DriveSpec, IothreadSpec, RestartPolicy, VmSpec};
 use nix::sys::epoll::EpollFlags;
 
 use super::event_loop::{DEVICES, End, PLUGS, Parts, Vm, borrow, lock};
@@ -420,7 +420,7 @@ impl Vm {
     /// `object-add`: a name that devices may give, as those of the command line.
     pub(super) fn add_iothread(&mut self, id: String) -> Result<(), QmpError> {
         let iothreads = &mut self.parts.spec.iothreads;
-        if iothreads.contains(&id) {
+        if iothreads.iter().any(|one| one.id == id) {
             return Err(generic(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
             )));
@@ -430,7 +430,7 @@ impl Vm {
                 "Iothread '{id}' is one too many; allowed: {MAX_IOTHREADS}"
             )));
         }
-        iothreads.push(id);
+        iothreads.push(IothreadSpec { id, cpus: None });
         Ok(())
     }
 
@@ -455,11 +455,16 @@ impl Vm {
             )));
         }
         let iothreads = &mut self.parts.spec.iothreads;
-        let before = iothreads.len();
-        iothreads.retain(|one| one != id);
-        if iothreads.len() == before {
+        let Some(at) = iothreads.iter().position(|one| one.id == id) else {
             return Err(generic(format!("object '{id}' not found")));
+        };
+        // The broker knows those of the command line by their numbers.
+        if at < self.parts.plan.policy.iothreads.len() {
+            return Err(generic(format!(
+                "object '{id}' is of the command line, and stays as long as the VM"
+            )));
         }
+        iothreads.remove(at);
         Ok(())
     }
 
@@ -511,7 +516,10 @@ impl Vm {
 
     fn iothread_of(&self, new: &NewDevice) -> Option<u32> {
         let id = new.iothread.as_ref()?;
-        self.parts.spec.iothread(id)
+        let number = self.parts.spec.iothread(id)?;
+        // One that was added has no processors of its own, and the broker knows nothing of it.
+        let known = (number as usize) < self.parts.plan.policy.iothreads.len();
+        known.then_some(number)
     }
 
     /// Unit, number among its kind, back end and spec of a device to come.

@@ -386,7 +386,7 @@ pub(super) static COMMANDS: &[Command] = &[
     .takes_more(),
     main(
         "object-del",
-        "Removes an iothread that no device names",
+        "Removes an iothread that `object-add` added and no device names",
         |ticket, mut arguments| {
             VmCommand::ObjectDel(arguments.required_text("id"), nothing(ticket))
         },
