@@ -118,6 +118,18 @@ impl Console {
         }
     }
 
+    /// If `text` has come already behind the last one found, all that came before it; what comes later is not waited for.
+    ///
+    /// # Errors
+    /// As [`Self::wait_for`], but for its limit.
+    pub fn poll_for(&mut self, text: &str) -> Result<Option<String>, ConsoleError> {
+        match self.wait_for(text, Duration::ZERO) {
+            Ok(before) => Ok(Some(before)),
+            Err(ConsoleError::Late { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The rest of the line behind the last text found.
     ///
     /// # Errors

@@ -224,6 +224,21 @@ impl Qmp {
         }
     }
 
+    /// The next event, if one comes within `limit`.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    pub fn next_event(&mut self, limit: Duration) -> Result<Option<Value>, QmpError> {
+        if let Some(event) = self.events.pop_front() {
+            return Ok(Some(event));
+        }
+        match self.read_object("event", Deadline::after(limit), limit) {
+            Ok(event) => Ok(Some(event)),
+            Err(QmpError::Late { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn read_object(
         &mut self,
         wanted: &str,
@@ -258,5 +273,12 @@ impl Qmp {
             }
             self.bytes.extend_from_slice(&chunk[..count]);
         }
+    }
+}
+
+impl AsFd for Qmp {
+    /// The connection.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }

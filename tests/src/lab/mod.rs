@@ -20,6 +20,7 @@ mod nested;
 mod packages;
 mod place;
 mod process;
+pub mod programs;
 
 pub use error::LabError;
 pub use guest::{Guest, Script};
@@ -39,12 +40,20 @@ pub use process::run as run_program;
 /// # Panics
 /// When the lab cannot be set up, or when the test fails in L1.
 pub fn where_linux_boots(test: &str, body: impl FnOnce()) {
+    where_linux_boots_or_in(&Nested::default(), test, body);
+}
+
+/// As [`where_linux_boots`], with other settings for a nested machine, if it takes one.
+///
+/// # Panics
+/// As [`where_linux_boots`].
+pub fn where_linux_boots_or_in(nested: &Nested, test: &str, body: impl FnOnce()) {
     match place(Flavour::Cloud) {
         Err(error) => panic!("{}", chain(&error)),
         Ok(Place::Here { .. }) => body(),
         Ok(Place::Nested { why }) => {
             eprintln!("{test} runs in the nested lab: {why}");
-            run_nested(&Nested::default(), test);
+            run_nested(nested, test);
         }
     }
 }

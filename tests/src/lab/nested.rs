@@ -377,6 +377,8 @@ fn passed_on(name: &str) -> bool {
         "LC_ALL",
         "TMPDIR",
         "XDG_CACHE_HOME",
+        "RECOVERY_MINUTES",
+        "SOAK_SEED",
     ];
     const PREFIXES: &[&str] = &["RUST_", "CARGO_", "STRATOVIRT_"];
     // The shell takes no other names; cargo has some, with a program's dash.

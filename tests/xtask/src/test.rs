@@ -22,10 +22,11 @@ const PACKAGES: &[&str] = &[
 const OPERATIONS: &str = "HOSTILE_OPERATIONS";
 /// How long device processes are killed.
 const MINUTES: &str = "RECOVERY_MINUTES";
-/// Flags of the suites of the hostile guest and of recovery, and what they read.
+/// Flags of the suites of the hostile guest, of recovery and of the soak, and what they read.
 const SETTINGS: &[(&str, &str)] = &[
     ("--operations", OPERATIONS),
     ("--seed", "HOSTILE_SEED"),
+    ("--seed", "SOAK_SEED"),
     ("--minutes", MINUTES),
 ];
 
@@ -46,10 +47,14 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     let mut ignored = false;
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
-        if let Some((_, variable)) = SETTINGS.iter().find(|(flag, _)| flag == argument) {
+        let mut variables = SETTINGS
+            .iter()
+            .filter(|(flag, _)| flag == argument)
+            .peekable();
+        if variables.peek().is_some() {
             let value = arguments.next().and_then(|text| text.parse::<u64>().ok());
             let value = value.ok_or_else(|| format!("{argument} takes a number"))?;
-            settings.push((variable, value.to_string()));
+            settings.extend(variables.map(|(_, variable)| (*variable, value.to_string())));
             continue;
         }
         if argument == LONG {
