@@ -56,8 +56,12 @@ impl Bench {
     }
 
     fn vm(&self) -> VmBuilder {
+        self.vm_of("microvm")
+    }
+
+    fn vm_of(&self, machine: &str) -> VmBuilder {
         Vm::builder()
-            .args(["-machine", "microvm", "-m", "128"])
+            .args(["-machine", machine, "-m", "128"])
             .kernel(&Payload::BlkLoop.path(), "spin=1")
             .disk("d0", &self.disk, "")
             .arg("-snapshot-dir")
@@ -643,4 +647,274 @@ fn linux_goes_on_with_what_it_has_open_in_a_shared_folder() {
             .unwrap();
         assert_eq!(&sum.stdout[..32], &text("busy.md5").as_bytes()[..32]);
     });
+}
+
+/// A disk, a card and a folder are plugged into a running guest, which uses them; where it goes on they are on the command line.
+#[test]
+fn linux_goes_on_with_devices_that_were_plugged_where_the_command_line_has_them() {
+    where_linux_boots(test_path!(), || {
+        let guest = Guest::ready(Flavour::Cloud).unwrap();
+        let tap = Tap::new("sv-snap", "10.0.9.1/24").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for folder in ["content", "images", "folder"] {
+            std::fs::create_dir(at(folder)).unwrap();
+        }
+        std::fs::write(at("folder/lines"), "line 0\nline 1\nline 2\n").unwrap();
+        let disk = at("images/plugged");
+        ext4_image(&disk, 32, &at("content")).unwrap();
+        let script = Script::new(
+            "set -e\n\
+             poll() { until eval \"$1\"; do usleep 20000; done; }\n\
+             echo READY; read key\n\
+             mkdir -p /d /f\n\
+             poll '[ -b /dev/vda ]'; mount -t ext4 /dev/vda /d\n\
+             poll '[ -e /sys/class/net/eth0 ]'\n\
+             ip addr add 10.0.9.2/24 dev eth0; ip link set eth0 up\n\
+             poll 'mount -t virtiofs share /f 2>/dev/null'\n\
+             exec 4</f/lines\n\
+             dd if=/dev/urandom of=/d/kept bs=64k count=16 2>/dev/null\n\
+             (while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/d/busy bs=64k count=32 conv=fsync 2>/dev/null; done) &\n\
+             writer=$!\n\
+             for round in 0 1 2; do\n\
+               echo 3 > /proc/sys/vm/drop_caches\n\
+               read line <&4; echo READ $line\n\
+               echo SUM $(md5sum < /d/kept | cut -d' ' -f1)\n\
+               poll 'ping -c 1 -W 2 10.0.9.1 > /dev/null'\n\
+               echo ROUND $round; read key\n\
+             done\n\
+             touch /tmp/stop; wait $writer\n\
+             exec 4<&-; umount /d /f\n\
+             if dmesg | grep -E 'I/O error|blocked for more|BUG:|EXT4-fs error'; then exit 1; fi\n",
+        );
+        let initrd = guest.initrd_with(&script).unwrap();
+        let snapshot = at("template");
+        let build = || {
+            Vm::builder()
+                .args(["-machine", "microvm", "-m", "256"])
+                .kernel(&guest.kernel.elf, "console=ttyS0 quiet panic=-1 reboot=k")
+                .arg("-initrd")
+                .arg(initrd.path())
+                .arg("-hotplug")
+                .arg(format!("images={}", at("images").display()))
+                .arg("-hotplug")
+                .arg(format!("folders={}", at("folder").display()))
+                .args(["-hotplug", "tap=sv-snap"])
+                .arg("-snapshot-dir")
+                .arg(&snapshot)
+                .with_qmp()
+        };
+        let mut vm = build().start().unwrap();
+        expect(&mut vm, "READY");
+        let mut qmp = vm.qmp().unwrap();
+        for (command, arguments) in [
+            (
+                "blockdev-add",
+                json!({ "node-name": "d", "driver": "raw", "cache": { "direct": false },
+                    "file": { "driver": "file", "filename": disk } }),
+            ),
+            (
+                "device_add",
+                json!({ "id": "disk", "driver": "virtio-blk-device", "drive": "d" }),
+            ),
+            (
+                "netdev_add",
+                json!({ "id": "n", "type": "tap", "ifname": "sv-snap" }),
+            ),
+            (
+                "device_add",
+                json!({ "id": "card", "driver": "virtio-net-device", "netdev": "n", "mac": "52:54:00:aa:bb:02" }),
+            ),
+            ("fsdev-add", json!({ "id": "f", "path": at("folder") })),
+            (
+                "device_add",
+                json!({ "id": "fs", "driver": "virtio-fs-device", "fsdev": "f", "tag": "share" }),
+            ),
+        ] {
+            qmp.execute(command, arguments).unwrap();
+        }
+        drop(qmp);
+        vm.console.send("\n").unwrap();
+        let mut sums = Vec::new();
+        for round in 0..3 {
+            expect(&mut vm, &format!("READ line {round}"));
+            expect(&mut vm, "SUM ");
+            sums.push(vm.console.rest_of_line(LIMIT).unwrap());
+            expect(&mut vm, &format!("ROUND {round}"));
+            if round < 2 {
+                migrate(&vm, &snapshot).unwrap();
+                vm.kill().unwrap();
+                drop(vm);
+                vm = build()
+                    .disk("d", &disk, "")
+                    .tap("n", &tap.name, "52:54:00:aa:bb:02")
+                    .arg("-fsdev")
+                    .arg(format!("local,id=f,path={}", at("folder").display()))
+                    .args(["-device", "virtio-fs-device,fsdev=f,tag=share,id=fs"])
+                    .arg("-incoming")
+                    .arg(format!("file:{}", snapshot.display()))
+                    .start()
+                    .unwrap();
+            }
+            vm.console.send("\n").unwrap();
+        }
+        expect(&mut vm, "GUEST-END status=0");
+        ends_well(&mut vm);
+        assert!(sums.iter().all(|one| *one == sums[0]), "{sums:?}");
+        check_ext4(&disk).unwrap();
+    });
+}
+
+/// Huge pages of 2 MiB, mounted; what was there before is there again afterwards.
+struct HugePages {
+    before: String,
+    mount: tempfile::TempDir,
+}
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    /// So many pages more than there were; `None` if this machine has no memory in one piece for them.
+    fn new(pages: usize) -> Option<Self> {
+        let read = || std::fs::read_to_string(NR_HUGEPAGES).unwrap();
+        let before = read();
+        let wanted = before.trim().parse::<usize>().unwrap() + pages;
+        std::fs::write("/proc/sys/vm/compact_memory", "1").unwrap();
+        let mount = tempfile::tempdir().unwrap();
+        let this = Self { before, mount };
+        std::fs::write(NR_HUGEPAGES, wanted.to_string()).unwrap();
+        if read().trim() != wanted.to_string() {
+            return None;
+        }
+        nix::mount::mount(
+            Some("none"),
+            this.mount.path(),
+            Some("hugetlbfs"),
+            nix::mount::MsFlags::empty(),
+            Some("pagesize=2M"),
+        )
+        .unwrap();
+        Some(this)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // Not mounted if there were too few.
+        let _ = nix::mount::umount2(self.mount.path(), nix::mount::MntFlags::MNT_DETACH);
+        std::fs::write(NR_HUGEPAGES, self.before.trim()).unwrap();
+    }
+}
+
+/// A guest goes on from one kind of memory to the next, all around: what is in the snapshot is the same for all.
+#[test]
+fn a_guest_goes_on_whatever_its_memory_is_behind() {
+    let bench = Bench::new();
+    let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = shm.path().join("ram");
+    // Something of an earlier life is in it, which the guest must not see.
+    std::fs::write(&file, vec![0xaa; 128 << 20]).unwrap();
+    let object = |text: String| vec!["-object".to_owned(), text];
+    let path = |path: &Path| vec!["-mem-path".to_owned(), path.display().to_string()];
+    let mut kinds = vec![
+        ("a memfd", Vec::new()),
+        ("a folder of a tmpfs", path(shm.path())),
+        ("a file of a tmpfs", path(&file)),
+        (
+            "an object of a file",
+            object(format!(
+                "memory-backend-file,id=ram,size=128M,share=on,mem-path={}",
+                file.display()
+            )),
+        ),
+        (
+            "an object of a memfd",
+            object("memory-backend-memfd,id=ram,size=128M,share=on".to_owned()),
+        ),
+        ("pages that are all there", vec!["-mem-prealloc".to_owned()]),
+    ];
+    // Less than the guest may use, and more than it does: a snapshot must not make any.
+    let huge = HugePages::new(24);
+    match &huge {
+        Some(huge) => kinds.push(("huge pages", path(huge.mount.path()))),
+        None => eprintln!("no huge pages: this machine has no memory in one piece for them"),
+    }
+    let mut vm = bench.vm().start().unwrap();
+    expect(&mut vm, "LOOP ");
+    // Once more than there are, so that each is saved and restored.
+    for (kind, options) in kinds.iter().chain(kinds.first()) {
+        for lazy in ["", ",lazy=on"] {
+            eprintln!("{kind}{lazy}");
+            expect(&mut vm, "LOOP ");
+            migrate(&vm, &bench.snapshot()).unwrap_or_else(|e| panic!("{e}: {}", vm.messages()));
+            vm.kill().unwrap();
+            drop(vm);
+            let machine = match options.first().map(String::as_str) {
+                Some("-object") => "microvm,memory-backend=ram",
+                _ => "microvm",
+            };
+            vm = bench
+                .vm_of(machine)
+                .args(options)
+                .arg("-incoming")
+                .arg(format!("file:{}{lazy}", bench.snapshot().display()))
+                .start()
+                .unwrap();
+            // It has its memory when its disk answers.
+            expect(&mut vm, "LOOP ");
+        }
+    }
+    vm.console.send("x").unwrap();
+    expect(&mut vm, "BLK-LOOP OK bursts ");
+    ends_well(&mut vm);
+}
+
+/// What cannot be said on a command line cannot be part of a snapshot.
+#[test]
+fn a_window_that_lost_its_device_is_told_and_filled_again() {
+    let bench = Bench::new();
+    let images = bench.dir.path().join("images");
+    std::fs::create_dir(&images).unwrap();
+    let second = images.join("second");
+    std::fs::File::create(&second)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let vm = bench
+        .vm()
+        .arg("-hotplug")
+        .arg(format!("images={}", images.display()));
+    let mut vm = vm.start().unwrap();
+    expect(&mut vm, "LOOP ");
+    let mut qmp = vm.qmp().unwrap();
+    let add = json!({ "node-name": "n", "driver": "raw", "cache": { "direct": false },
+        "file": { "driver": "file", "filename": second } });
+    qmp.execute("blockdev-add", add).unwrap();
+    let plug = json!({ "id": "b", "driver": "virtio-blk-device", "drive": "n" });
+    qmp.execute("device_add", plug.clone()).unwrap();
+    qmp.execute("device_del", json!({ "id": "b" })).unwrap();
+    qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+    let refused = match migrate(&vm, &bench.snapshot()).unwrap_err() {
+        QmpError::Refused { description, .. } => description,
+        other => panic!("{other}"),
+    };
+    assert!(
+        refused.contains("Window 1") && refused.contains("addr=0x1"),
+        "{refused}"
+    );
+    // Without addr it gets a window that no driver knows, and the empty one stays.
+    let mut again = plug;
+    again["addr"] = json!("0x1");
+    qmp.execute("device_add", again).unwrap();
+    migrate(&vm, &bench.snapshot()).unwrap();
+    drop(qmp);
+    vm.kill().unwrap();
+    drop(vm);
+    // Without the plugged disk it does not start, with it it does.
+    assert!(self::refused(bench.incoming()).contains("2 devices; the command line has 1"));
+    let mut vm = bench.incoming().disk("n", &second, "").start().unwrap();
+    expect(&mut vm, "LOOP ");
+    vm.console.send("x").unwrap();
+    expect(&mut vm, "BLK-LOOP OK bursts ");
+    ends_well(&mut vm);
 }

@@ -182,6 +182,30 @@ impl Hotplug {
             .min()
     }
 
+    /// Why there can be no snapshot of the devices as they are now: one is on its way, or a window lost its device.
+    pub(super) fn unsettled(&self) -> Option<String> {
+        if let Some(coming) = self.plugging.first() {
+            return Some(format!(
+                "Device '{}' is being added; wait for the answer of its device_add",
+                coming.new.id
+            ));
+        }
+        let leaving = self.waiting.iter().find_map(|(_, waiting)| match waiting {
+            Waiting::Unplug { device, .. } => Some(device),
+            _ => None,
+        });
+        if let Some(device) = leaving {
+            return Some(format!(
+                "Device '{device}' is being taken out; wait for its DEVICE_DELETED"
+            ));
+        }
+        let empty = self.units.iter().position(|unit| unit.device.is_none())?;
+        Some(format!(
+            "Window {empty}, counted from 0, lost its device, which no command line can say where the guest goes on: put another one in (device_add with addr={:#x})",
+            self.units.get(empty).map_or(0, |unit| unit.addr)
+        ))
+    }
+
     fn backend(&mut self, kind: BackendKind, id: &str) -> Option<&mut Backend> {
         self.backends
             .iter_mut()

@@ -129,6 +129,7 @@ impl Vm {
                 "Guest memory is still coming in; query-migrate tells how far it is".to_owned(),
             ),
             (None, _) => Some("Machine 'none' has no guest".to_owned()),
+            _ if self.hotplug.unsettled().is_some() => self.hotplug.unsettled(),
             (_, RunState::Running | RunState::Paused | RunState::Prelaunch) => None,
             (_, state) => Some(format!(
                 "The VM is in state '{}', of which there is no snapshot",

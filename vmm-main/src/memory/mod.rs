@@ -14,6 +14,7 @@ pub mod lazy;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use ipc::guarded::{Guarded, GuardedError};
 use nix::errno::Errno;
@@ -249,6 +250,18 @@ impl GuestRam {
     pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Option<()> {
         let address = self.address_of(offset)?;
         self.memory.read_slice(bytes, address).ok()
+    }
+
+    /// Copies RAM from `offset` in its file on, without touching a page that is not there.
+    ///
+    /// # Errors
+    /// There is no such place, or the file cannot be read.
+    pub fn read_file_at(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        let region = self.regions().find(|region| {
+            (region.file_offset..region.file_offset + region.size).contains(&offset)
+        });
+        let region = region.ok_or(std::io::ErrorKind::InvalidInput)?;
+        region.file.read_exact_at(bytes, offset)
     }
 
     /// Copies `bytes` into RAM at `offset` in its file; `None` if that is not all in one region.

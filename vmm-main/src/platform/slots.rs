@@ -17,6 +17,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::machine::bus::BusDevice;
@@ -30,8 +31,9 @@ pub const EJECT: u64 = 4;
 /// Offset of the register "ejected".
 pub const EJECTED: u64 = 6;
 
-#[derive(Debug, Default)]
-struct State {
+/// The registers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotsState {
     present: u16,
     plugged: u16,
     eject: u16,
@@ -40,7 +42,7 @@ struct State {
 /// The slots, shared between the main loop and the ports.
 #[derive(Debug, Clone)]
 pub struct Slots {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<SlotsState>>,
     line: Arc<EventFd>,
 }
 
@@ -49,13 +51,13 @@ impl Slots {
     #[must_use]
     pub fn new(line: EventFd) -> Self {
         Self {
-            state: Arc::new(Mutex::new(State::default())),
+            state: Arc::new(Mutex::new(SlotsState::default())),
             line: Arc::new(line),
         }
     }
 
     // A panic aborts the process, so a poisoned lock cannot be seen.
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SlotsState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -71,6 +73,17 @@ impl Slots {
         state.eject &= !bit;
         drop(state);
         self.line.write(1)
+    }
+
+    /// What the registers hold, for a snapshot.
+    #[must_use]
+    pub fn save(&self) -> SlotsState {
+        self.state().clone()
+    }
+
+    /// Takes what a snapshot holds. Any value is one that there can be; it says only what the guest was told.
+    pub fn restore(&self, saved: &SlotsState) {
+        *self.state() = saved.clone();
     }
 
     /// Asks the guest to let go of window `slot`.
@@ -117,7 +130,7 @@ impl BusDevice for Slots {
     }
 
     fn reset(&mut self) {
-        *self.state() = State::default();
+        *self.state() = SlotsState::default();
     }
 }
 

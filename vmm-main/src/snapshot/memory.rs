@@ -169,9 +169,10 @@ impl Writer {
         let length =
             usize::try_from(self.ram.size() - self.next).map_or(BLOCK, |rest| rest.min(BLOCK));
         let bytes = &mut self.buffer[..length];
+        // By the file: a look at a page that nobody has touched would make one, which a hugetlbfs may not have.
         self.ram
-            .read_at(self.next, bytes)
-            .ok_or_else(|| io("reading guest RAM")(std::io::ErrorKind::InvalidInput.into()))?;
+            .read_file_at(self.next, bytes)
+            .map_err(io("reading guest RAM"))?;
         if is_zero(bytes) {
             self.sums.push(None);
         } else {

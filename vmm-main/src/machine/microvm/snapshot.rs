@@ -16,6 +16,7 @@ use crate::kvm::snapshot::{SavedVcpu, SavedVm};
 use crate::platform::i8042::I8042State;
 use crate::platform::rtc::RtcState;
 use crate::platform::serial::{SerialPort, SerialRegisters};
+use crate::platform::slots::SlotsState;
 
 /// What [`Microvm::save`] reads.
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,6 +28,8 @@ pub struct MachineState {
     keyboard: I8042State,
     /// The power button was pressed and the guest has not looked yet.
     button: bool,
+    /// What the guest was told, or is about to be, of windows that came and went.
+    slots: SlotsState,
 }
 
 #[cfg(any(test, fuzzing))]
@@ -40,6 +43,7 @@ impl MachineState {
             clock: crate::platform::rtc::Rtc::default().save(),
             keyboard: I8042State::default(),
             button: false,
+            slots: SlotsState::default(),
         }
     }
 }
@@ -75,6 +79,7 @@ impl Microvm {
             clock: lock(&self.clock).save(),
             keyboard: lock(&self.keyboard).save(),
             button: self.button.is_pressed(),
+            slots: self.slots.save(),
         })
     }
 
@@ -99,6 +104,7 @@ impl Microvm {
         }
         lock(&self.clock).restore(&state.clock);
         lock(&self.keyboard).restore(&state.keyboard);
+        self.slots.restore(&state.slots);
         self.vcpus
             .for_each(|index, vcpu| match state.vcpus.get(index as usize) {
                 Some(saved) => saved.restore(vcpu, index),
