@@ -19,6 +19,7 @@ use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -301,6 +302,8 @@ struct Loaded {
 struct Toll {
     kills: BTreeMap<&'static str, usize>,
     in_flight: BTreeMap<&'static str, u64>,
+    /// Processes that the VMM itself has ended, since they did not answer in time on a busy machine.
+    late: usize,
     stalls: Vec<f64>,
     took: Duration,
 }
@@ -315,6 +318,7 @@ impl std::fmt::Display for Toll {
             self.kills
         )?;
         writeln!(f, "requests in flight at the deaths: {:?}", self.in_flight)?;
+        writeln!(f, "ended by the VMM for being late: {}", self.late)?;
         let mut stalls = self.stalls.clone();
         stalls.sort_by(f64::total_cmp);
         let at = |percent: usize| stalls[(stalls.len() * percent).div_ceil(100).max(1) - 1];
@@ -380,7 +384,12 @@ impl Loaded {
             let Some(pid) = self.serving.get_mut(device).unwrap().take() else {
                 continue;
             };
-            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+            match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+                Ok(()) => {}
+                // The VMM was faster: it has found it late, and its event is on the way.
+                Err(Errno::ESRCH) => continue,
+                Err(errno) => panic!("{errno}"),
+            }
             *toll.kills.entry(device).or_default() += 1;
         };
         toll.took = begin.elapsed();
@@ -420,8 +429,13 @@ impl Loaded {
         let device = DEVICES.into_iter().find(|device| data["device"] == *device);
         match (event["event"].as_str().unwrap(), device) {
             ("DEVICE_CRASHED", Some(device)) => {
-                assert_eq!(data["signal"], 9, "{event}\n{}", self.vm.messages());
-                assert_eq!(self.serving[device], None, "nobody killed it: {event}");
+                if data["unresponsive"] == true {
+                    toll.late += 1;
+                    self.serving.insert(device, None);
+                } else {
+                    assert_eq!(data["signal"], 9, "{event}\n{}", self.vm.messages());
+                    assert_eq!(self.serving[device], None, "nobody killed it: {event}");
+                }
                 *toll.in_flight.entry(device).or_default() +=
                     data["in-flight"].as_u64().unwrap_or(0);
             }
