@@ -6,6 +6,7 @@
 mod bench;
 mod check;
 mod demo;
+mod dependencies;
 mod fuzz;
 mod lab;
 mod named_tests;

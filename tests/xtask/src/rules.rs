@@ -3,7 +3,7 @@
 //! **Job.** What no linter knows: which crates may meet in one process, that each module has its page, where `unsafe`
 //! lives. **Who is not trusted.** Habit. **Why this way.** A rule that is a program cannot be forgotten.
 
-use crate::{named_tests, tool};
+use crate::{dependencies, named_tests, tool};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,10 @@ pub(crate) const ALL: &[(&str, Rule)] = &[
     (
         "no parser of guest data in a process that holds KVM",
         kvm_crates_parse_nothing,
+    ),
+    (
+        "dependencies' sources and licences",
+        dependencies::are_allowed,
     ),
     ("each module starts with its page", modules_have_pages),
     ("unsafe code is where the list says", unsafe_is_listed),
