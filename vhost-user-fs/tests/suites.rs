@@ -1,7 +1,7 @@
 //! Suites that nobody here wrote, in a guest on the shared tree and on the host's own file system, with one outcome.
 //!
 //! The guest is the nested machine: Debian's kernel in QEMU with this host's programs, and a mount of the tree. The short run
-//! has `basics.py`, `dbench` and some of `stress-ng`; `cargo xtask test vhost-user-fs posix --long` has other caches, `pjdfstest`, `fsx`
+//! has `basics.py`, `lists.sh`, `dbench` and some of `stress-ng`; `cargo xtask test vhost-user-fs posix --long` has other caches, `pjdfstest`, `fsx`
 //! and more stressors of `stress-ng` as well.
 
 #![allow(clippy::unwrap_used)] // test code
@@ -31,6 +31,9 @@ umask 022
 
 /// Names, modes, times, contents, attributes, lists and locks.
 const BASICS: &str = concat!("python3 ", env!("CARGO_MANIFEST_DIR"), "/tests/basics.py\n");
+
+/// Lists by setfacl and getfacl, and locks that are waited for.
+const TOOLS: &str = include_str!("lists.sh");
 
 /// `dbench`'s own load, and stressors that verify what they do.
 const LOADS: &str = r#"
@@ -190,7 +193,7 @@ const LIMIT: Duration = Duration::from_secs(540);
 const WITH_LISTS: [&str; 2] = ["-xattr", "-posix-acl"];
 
 fn ready() {
-    ensure_packages(&["stress-ng", "dbench", "python3"]).unwrap();
+    ensure_packages(&["stress-ng", "dbench", "python3", "acl"]).unwrap();
 }
 
 #[test]
@@ -198,6 +201,13 @@ fn posix_basics_are_those_of_the_hosts_file_system() {
     ready();
     let loads = format!("{LOADS}{SHORT_STRESSORS}").replace("SECONDS", "1");
     same(&format!("{BASICS}{loads}"), &WITH_LISTS, LIMIT, 165);
+}
+
+#[test]
+fn posix_lists_by_tools_and_locks_that_are_waited_for() {
+    ready();
+    // Not with those of above: who waits for a lock of the host cannot be interrupted.
+    same(TOOLS, &["-xattr", "-posix-acl", "-flock"], LIMIT, 10);
 }
 
 #[test]
