@@ -680,6 +680,8 @@ fn linux_goes_on_with_devices_that_were_plugged_where_the_command_line_has_them(
                echo 3 > /proc/sys/vm/drop_caches\n\
                read line <&4; echo READ $line\n\
                echo SUM $(md5sum < /d/kept | cut -d' ' -f1)\n\
+               poll '[ \"$(cat /sys/class/net/eth0/carrier)\" = \"$key\" ]'\n\
+               echo CARRIER $key\n\
                poll 'ping -c 1 -W 2 10.0.9.1 > /dev/null'\n\
                echo ROUND $round; read key\n\
              done\n\
@@ -734,14 +736,23 @@ fn linux_goes_on_with_devices_that_were_plugged_where_the_command_line_has_them(
             qmp.execute(command, arguments).unwrap();
         }
         drop(qmp);
-        vm.console.send("\n").unwrap();
+        // The cable is out while the second snapshot is made.
+        let link = |vm: &Vm, up: bool| {
+            let arguments = json!({ "name": "n", "up": up });
+            vm.qmp().unwrap().execute("set_link", arguments).unwrap();
+        };
+        let carrier = ["1\n", "0\n", "1\n", "\n"];
+        vm.console.send(carrier[0]).unwrap();
         let mut sums = Vec::new();
         for round in 0..3 {
             expect(&mut vm, &format!("READ line {round}"));
             expect(&mut vm, "SUM ");
             sums.push(vm.console.rest_of_line(LIMIT).unwrap());
+            expect(&mut vm, &format!("CARRIER {}", carrier[round].trim()));
+            link(&vm, true);
             expect(&mut vm, &format!("ROUND {round}"));
             if round < 2 {
+                link(&vm, carrier[round + 1] == "1\n");
                 migrate(&vm, &snapshot).unwrap();
                 vm.kill().unwrap();
                 drop(vm);
@@ -756,13 +767,59 @@ fn linux_goes_on_with_devices_that_were_plugged_where_the_command_line_has_them(
                     .start()
                     .unwrap();
             }
-            vm.console.send("\n").unwrap();
+            vm.console.send(carrier[round + 1]).unwrap();
         }
         expect(&mut vm, "GUEST-END status=0");
         ends_well(&mut vm);
         assert!(sums.iter().all(|one| *one == sums[0]), "{sums:?}");
         check_ext4(&disk).unwrap();
     });
+}
+
+/// The guest goes on with the size that the disk had when the snapshot was made, and with no other.
+#[test]
+fn a_disk_that_was_made_longer_goes_on_so() {
+    let bench = Bench::new();
+    let drive = format!(
+        "id=d0,file={},direct=off,max-size=4194304",
+        bench.disk.display()
+    );
+    let vm = || {
+        Vm::builder()
+            .args(["-machine", "microvm", "-m", "128"])
+            .kernel(&Payload::BlkLoop.path(), "spin=1")
+            .args([
+                "-drive",
+                &drive,
+                "-device",
+                "virtio-blk-device,drive=d0,id=b",
+            ])
+            .arg("-snapshot-dir")
+            .arg(bench.dir.path())
+            .with_qmp()
+    };
+    let incoming = format!("file:{}", bench.snapshot().display());
+    let mut first = vm().start().unwrap();
+    expect(&mut first, "LOOP ");
+    let mut qmp = first.qmp().unwrap();
+    let size = json!({ "device": "d0", "size": 2 << 20 });
+    qmp.execute("block_resize", size).unwrap();
+    expect(&mut first, "LOOP ");
+    migrate(&first, &bench.snapshot()).unwrap();
+    drop(qmp);
+    first.kill().unwrap();
+    drop(first);
+    let mut second = vm().args(["-incoming", &incoming]).start().unwrap();
+    expect(&mut second, "LOOP ");
+    second.console.send("x").unwrap();
+    expect(&mut second, "BLK-LOOP OK bursts ");
+    ends_well(&mut second);
+    let disk = std::fs::File::options().write(true).open(&bench.disk);
+    disk.unwrap().set_len(1 << 20).unwrap();
+    let mut third = vm().args(["-incoming", &incoming]).start().unwrap();
+    assert_eq!(third.wait(LIMIT).unwrap().code(), Some(1));
+    let said = third.messages();
+    assert!(said.contains("the image has another size"), "{said}");
 }
 
 /// Huge pages of 2 MiB, mounted; what was there before is there again afterwards.
