@@ -27,6 +27,9 @@ pub const MAX_MICROVM_NICS: usize = 2;
 /// iothreads of a VM (VM configuration page, "iothread Configuration").
 pub const MAX_IOTHREADS: usize = 8;
 
+/// Images below a qcow2 image.
+pub const MAX_BACKING_IMAGES: usize = 8;
+
 /// `-hotplug` options of one VM.
 pub const MAX_HOTPLUG_GRANTS: usize = 32;
 /// Back ends that are added to a running VM and not removed: a device uses one, and there are no more devices.

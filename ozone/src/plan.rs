@@ -18,8 +18,9 @@ use std::{
 
 /// Device programs, looked for beside the control program and then in [`LIBEXEC`]. All that are
 /// there come along: a device can be plugged in later.
-const DEVICE_PROGRAMS: [&CStr; 14] = [
+const DEVICE_PROGRAMS: [&CStr; 15] = [
     c"block",
+    c"block-qcow2",
     c"net",
     c"console",
     c"rng",

@@ -16,7 +16,7 @@ use ipc::limits::{
     MAX_QUEUE_SIZE, MAX_RANGES,
 };
 use ipc::spec::DeviceSpec;
-use ipc::spec::block::{Aio, BlockIo, DetectZeroes, IoStop, OnError};
+use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, ImageFormat, IoStop, OnError};
 use ipc::start::StartMessage;
 use nix::errno::Errno;
 use virtio_bindings::virtio_blk::{
@@ -27,13 +27,17 @@ use virtio_bindings::virtio_blk::{
 
 use crate::backend::raw::RawImage;
 use crate::config_space::{ConfigSpace, Geometry};
-use crate::engine::{Engine, Started};
+use crate::engine::{RawEngine, Started};
 use crate::error::BuildError;
+use crate::formatted::{Engine, Format, Formatted};
 use crate::request::{Extent, HEADER, RANGE, Request, Status, place};
 use crate::throttle::Throttle;
 
 /// Smallest ring: header, one buffer, status, and a power of two.
 pub(crate) const MIN_QUEUE_SIZE: u16 = 4;
+
+/// Bytes that an image in a format of its own is read and written in at best.
+const PHYSICAL_BLOCK: u32 = 4096;
 
 /// Names of requests in the log.
 const READ: &str = "read";
@@ -95,6 +99,37 @@ impl Block {
     /// # Errors
     /// The spec and the descriptors do not make one.
     pub fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Self, BuildError> {
+        Self::make(start, |spec, depth| {
+            if spec.io.format != ImageFormat::Raw {
+                return Err(BuildError::Format);
+            }
+            let image = fds.take().ok_or(BuildError::NoImage)?;
+            let image = RawImage::new(image, spec.readonly, spec.direct)?;
+            let physical_block = image.physical_block;
+            let engine = choose_engine(image, spec.readonly, spec.io.aio, depth)?;
+            Ok((Engine::Raw(engine), physical_block))
+        })
+    }
+
+    /// From the start message, with an image that `open` makes. All its requests are done one after the other, whatever
+    /// `aio=` says.
+    ///
+    /// # Errors
+    /// The spec does not make one, or `open` fails.
+    pub fn build_formatted(
+        start: &StartMessage,
+        open: impl FnOnce(&BlockSpec) -> Result<Box<dyn Format>, BuildError>,
+    ) -> Result<Self, BuildError> {
+        Self::make(start, |spec, _| {
+            let format = Formatted::new(open(spec)?);
+            Ok((Engine::Formatted(format), PHYSICAL_BLOCK))
+        })
+    }
+
+    fn make(
+        start: &StartMessage,
+        open: impl FnOnce(&BlockSpec, u16) -> Result<(Engine<Pending>, u32), BuildError>,
+    ) -> Result<Self, BuildError> {
         let DeviceSpec::Block(spec) = &start.device else {
             return Err(BuildError::NotABlockDevice);
         };
@@ -144,21 +179,20 @@ impl Block {
         let mut serial = [0; BLOCK_ID_BYTES];
         serial[..id.len()].copy_from_slice(id);
 
-        let image = fds.take().ok_or(BuildError::NoImage)?;
-        let image = RawImage::new(image, spec.readonly, spec.direct)?;
+        let depth = usize::from(queues) * usize::from(size);
+        let depth = depth.min(usize::from(MAX_DISK_DEPTH)) as u16;
+        let (engine, physical_block) = open(spec, depth)?;
         // A request is a header, its data, and a status; all descriptors of a queue may be one request.
         let seg_max = usize::from(size).min(MAX_CHAIN_SEGMENTS) - 2;
         let config = ConfigSpace::new(Geometry {
-            bytes: image.size,
+            bytes: engine.size(),
             seg_max: seg_max as u32, // below MAX_CHAIN_SEGMENTS
             num_queues: queues,
-            physical_block: image.physical_block,
+            physical_block,
             may_unmap: io.discard,
         });
-        let depth = usize::from(queues) * usize::from(size);
-        let depth = depth.min(usize::from(MAX_DISK_DEPTH)) as u16;
         Ok(Self {
-            engine: choose_engine(image, spec.readonly, io.aio, depth)?,
+            engine,
             config,
             serial,
             readonly: spec.readonly,
@@ -451,7 +485,7 @@ fn choose_engine(
     readonly: bool,
     aio: Aio,
     depth: u16,
-) -> Result<Engine<Pending>, BuildError> {
+) -> Result<RawEngine<Pending>, BuildError> {
     let access = if readonly {
         Access::Read
     } else {
@@ -468,7 +502,7 @@ fn choose_engine(
             }
         },
     };
-    Ok(Engine::new(image, io))
+    Ok(RawEngine::new(image, io))
 }
 
 /// Bytes that the driver may look at.

@@ -29,9 +29,9 @@ const SLOW: Duration = Duration::from_micros(500);
 /// Writes after a slow one that are left to the kernel's workers.
 const CAREFUL: u32 = 64;
 
-/// An image with its way of I/O. A request that cannot be finished at once has a `T` to remember.
+/// A raw image with its way of I/O. A request that cannot be finished at once has a `T` to remember.
 #[derive(Debug)]
-pub(crate) struct Engine<T> {
+pub(crate) struct RawEngine<T> {
     // Before the image, which it knows by number only, so that it is dropped first.
     io: Option<FileIo<T>>,
     image: RawImage,
@@ -47,11 +47,11 @@ pub(crate) struct Engine<T> {
 pub(crate) enum Started<T> {
     /// It is done, and here is what was to be remembered.
     Done(T, Result<(), Errno>),
-    /// [`Engine::finished`] will give it.
+    /// [`RawEngine::finished`] will give it.
     InFlight,
 }
 
-impl<T> Engine<T> {
+impl<T> RawEngine<T> {
     /// Without `io`, one request after the other.
     pub(crate) fn new(image: RawImage, io: Option<FileIo<T>>) -> Self {
         let bounce = image.direct.map(|alignment| {

@@ -9,6 +9,12 @@ pub enum BuildError {
     /// The start message is for another device.
     #[error("the start message describes no disk")]
     NotABlockDevice,
+    /// It is not for this program.
+    #[error("the start message is for an image in another format")]
+    Format,
+    /// The image in its own format cannot be served.
+    #[error("image")]
+    Formatted(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// No descriptor came with it.
     #[error("a disk needs one back-end descriptor, its image")]
     NoImage,

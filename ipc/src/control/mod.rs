@@ -174,6 +174,8 @@ pub enum BackendGrant {
         readonly: bool,
         /// `O_DIRECT`.
         direct: bool,
+        /// The images below it, the next one first: opened read-only, and as `direct` says.
+        backing: Vec<PathBuf>,
     },
     /// A tap device by name, with `queues` queues.
     Tap {

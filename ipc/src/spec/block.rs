@@ -41,6 +41,34 @@ pub struct BlockIo {
     pub werror: OnError,
     /// What becomes of a read that it fails.
     pub rerror: OnError,
+    /// What the image is.
+    pub format: ImageFormat,
+}
+
+/// `format=`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum ImageFormat {
+    /// Byte N of the file is byte N of the disk.
+    #[default]
+    Raw,
+    /// qcow2.
+    Qcow2 {
+        /// Images below it, which are only read and whose descriptors follow the image's: at most
+        /// [`MAX_BACKING_IMAGES`](crate::limits::MAX_BACKING_IMAGES).
+        below: u8,
+        /// The lowest of them is raw; all others are qcow2.
+        raw_base: bool,
+    },
+}
+
+impl ImageFormat {
+    /// Descriptors of a disk in this format.
+    pub const fn images(self) -> usize {
+        match self {
+            Self::Raw => 1,
+            Self::Qcow2 { below, .. } => 1 + below as usize,
+        }
+    }
 }
 
 /// `werror=`, `rerror=`
@@ -153,6 +181,7 @@ impl Default for BlockIo {
             poll_us: crate::limits::DEFAULT_POLL_US,
             werror: OnError::Report,
             rerror: OnError::Report,
+            format: ImageFormat::Raw,
         }
     }
 }

@@ -79,6 +79,9 @@ impl DeviceSpec {
                 if spec.io.poll_us > limits::MAX_POLL_US || spec.io.iops_total > limits::MAX_IOPS {
                     return Err("poll-us or throttling.iops-total is out of range".into());
                 }
+                if spec.io.format.images() > 1 + limits::MAX_BACKING_IMAGES {
+                    return Err("more images below a qcow2 image than allowed".into());
+                }
                 within("num-queues", spec.num_queues, 1, limits::MAX_BLOCK_QUEUES)?;
                 size(4, limits::MAX_DISK_QUEUE_SIZE)
             }
@@ -109,7 +112,10 @@ impl DeviceSpec {
     /// Name of the binary that serves this device.
     pub const fn binary(&self) -> &'static str {
         match self {
-            Self::Block(_) => "block",
+            Self::Block(spec) => match spec.io.format {
+                block::ImageFormat::Raw => "block",
+                block::ImageFormat::Qcow2 { .. } => "block-qcow2",
+            },
             Self::Net(_) => "net",
             Self::Fs(_) => "vhost_user_fs",
             Self::Template(_) => "template",

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use super::DeviceSpec;
+use super::block::ImageFormat;
 use crate::limits::{
     FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_FS_TABLES, MAX_INFLIGHT_REGION,
     MAX_MEMORY_REGIONS, MAX_RING_MEMORY,
@@ -57,6 +58,12 @@ impl DeviceSpec {
     /// others make one memfd, for their in-flight region.
     fn longest_file(&self, backend: &[OwnedFd]) -> std::io::Result<Option<u64>> {
         let image = match (self, backend) {
+            // It grows as its guest writes, as far as its file system and the quota of its owner let it.
+            (Self::Block(block), _)
+                if !block.readonly && matches!(block.io.format, ImageFormat::Qcow2 { .. }) =>
+            {
+                return Ok(None);
+            }
             (Self::Block(block), [image, ..]) if !block.readonly => image,
             (Self::Fs(fs), _) if !fs.readonly => return Ok(None),
             (Self::Fs(_), _) => return Ok(Some(MAX_FS_TABLES)),

@@ -206,6 +206,8 @@ pub struct DriveSpec {
     pub id: String,
     /// `file=`
     pub file: PathBuf,
+    /// The files below it, the next one first: those of `backing=`, which are only read.
+    pub backing: Vec<PathBuf>,
     /// `readonly=`, default off.
     pub readonly: bool,
     /// `direct=`, default on.

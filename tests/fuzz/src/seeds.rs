@@ -599,6 +599,7 @@ fn devices() -> [DeviceSpec; 2] {
             id: "disk0".into(),
             readonly: true,
             direct: true,
+            backing: vec!["/below".into()],
             serial: "serial".into(),
             num_queues: 2,
             queue_size: 256,

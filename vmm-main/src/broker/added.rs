@@ -107,6 +107,7 @@ impl Added {
                         path: path.clone(),
                         readonly: *readonly,
                         direct: *direct,
+                        backing: Vec::new(),
                     },
                     file,
                 )?
@@ -188,14 +189,19 @@ impl Added {
                 BackendGrant::Image {
                     readonly, direct, ..
                 },
-            ) => (spec.readonly, spec.direct) == (*readonly, *direct),
+            ) => {
+                (spec.readonly, spec.direct) == (*readonly, *direct) && spec.io.format.images() == 1
+            }
             (DeviceSpec::Net(spec), BackendGrant::Tap { .. }) => spec.queue_pairs == backend.queues,
             (DeviceSpec::Net(spec), BackendGrant::Given) => {
                 spec.queue_pairs == backend.queues && backend.hold.is_none()
             }
-            (DeviceSpec::Block(spec), BackendGrant::Given) => backend
-                .image_mode()
-                .is_some_and(|mode| mode == (spec.readonly, spec.direct)),
+            (DeviceSpec::Block(spec), BackendGrant::Given) => {
+                backend
+                    .image_mode()
+                    .is_some_and(|mode| mode == (spec.readonly, spec.direct))
+                    && spec.io.format.images() == 1
+            }
             (DeviceSpec::Fs(spec), BackendGrant::Folder { path }) => {
                 spec.readonly || find(&self.folders, "folders", path, false).is_ok()
             }

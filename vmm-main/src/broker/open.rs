@@ -241,8 +241,16 @@ pub(super) fn backend(
     match grant {
         BackendGrant::Nothing => Ok(Vec::new()),
         BackendGrant::Given => Err(format!("device {device}: its descriptors are not here")),
-        BackendGrant::Image { path, readonly, direct } => {
-            image(path, path, *readonly, *direct).map(|fd| vec![fd])
+        BackendGrant::Image {
+            path,
+            readonly,
+            direct,
+            backing,
+        } => {
+            let top = image(path, path, *readonly, *direct);
+            std::iter::once(top)
+                .chain(backing.iter().map(|path| image(path, path, true, *direct)))
+                .collect()
         }
         BackendGrant::Tap { ifname, queues } => tap(ifname, *queues),
         BackendGrant::Folder { path } => folder(path).map(|fd| vec![fd]),
@@ -287,61 +295,77 @@ fn foreign(option: &str, path: &Path) -> Result<OwnedFd, String> {
     })
 }
 
-/// A hold on an image or folder that was opened: neither reads nor writes, and leads to that very file whatever becomes of
-/// its path.
+/// A hold on a folder, or on an image and those below it, that were opened: neither reads nor writes, and leads to these very
+/// files whatever becomes of their paths.
 #[derive(Debug)]
-pub(super) struct Hold(File);
+pub(super) struct Hold(Vec<File>);
 
 impl Hold {
-    /// On the image behind `backend`, if that is one.
+    /// On the images behind `backend`, if that is what they are.
     pub(super) fn on(grant: &BackendGrant, backend: &[OwnedFd]) -> Result<Option<Self>, String> {
-        let (path, fd) = match (grant, backend) {
-            (BackendGrant::Image { path, .. }, [fd]) => (path, fd),
-            (BackendGrant::Folder { path }, [fd]) => {
-                let copy = fd.try_clone();
-                return copy
-                    .map(|fd| Some(Self(fd.into())))
-                    .map_err(|e| format!("-fsdev path={}: cannot be held: {e}", path.display()));
-            }
-            _ => return Ok(None),
+        let told = |option: &str, path: &Path, e| {
+            format!("{option}={}: cannot be held: {e}", path.display())
         };
-        File::options()
-            .read(true)
-            .custom_flags(libc::O_PATH)
-            .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-            .map(|file| Some(Self(file)))
-            .map_err(|e| format!("-drive file={}: cannot be held: {e}", path.display()))
+        match (grant, backend) {
+            (BackendGrant::Image { path, .. }, images) => images
+                .iter()
+                .map(|fd| {
+                    File::options()
+                        .read(true)
+                        .custom_flags(libc::O_PATH)
+                        .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+                })
+                .collect::<Result<_, _>>()
+                .map(|files| Some(Self(files)))
+                .map_err(|e| told("-drive file", path, e)),
+            (BackendGrant::Folder { path }, [fd]) => fd
+                .try_clone()
+                .map(|fd| Some(Self(vec![fd.into()])))
+                .map_err(|e| told("-fsdev path", path, e)),
+            _ => Ok(None),
+        }
     }
 
     /// On what `file` leads to.
-    pub(super) const fn of(file: File) -> Self {
-        Self(file)
+    pub(super) fn of(file: File) -> Self {
+        Self(vec![file])
     }
 
     /// Another hold on the same.
     pub(super) fn share(&self) -> Result<Self, String> {
-        self.0
-            .try_clone()
+        let files = self.0.iter().map(File::try_clone);
+        files
+            .collect::<Result<_, _>>()
             .map(Self)
             .map_err(|e| format!("a back end cannot be held: {e}"))
     }
 
-    /// Opens the image or folder again as `grant` says.
+    /// Opens the images or the folder again as `grant` says.
     pub(super) fn reopen(&self, grant: &BackendGrant) -> Result<Vec<OwnedFd>, String> {
-        let (path, readonly, direct) = match grant {
+        match grant {
             BackendGrant::Image {
                 path,
                 readonly,
                 direct,
-            } => (path, readonly, direct),
+                backing,
+            } => std::iter::once((path, *readonly))
+                .chain(backing.iter().map(|path| (path, true)))
+                .zip(&self.0)
+                .map(|((path, readonly), file)| {
+                    let held = format!("/proc/self/fd/{}", file.as_raw_fd());
+                    image(path, Path::new(&held), readonly, *direct)
+                })
+                .collect(),
             BackendGrant::Folder { path } => {
                 let told = |e| format!("-fsdev path={}: {e}", path.display());
-                return self.0.try_clone().map(|fd| vec![fd.into()]).map_err(told);
+                let folders = self
+                    .0
+                    .iter()
+                    .map(|file| file.try_clone().map(OwnedFd::from));
+                folders.collect::<Result<_, _>>().map_err(told)
             }
-            _ => return Ok(Vec::new()),
-        };
-        let held = format!("/proc/self/fd/{}", self.0.as_raw_fd());
-        image(path, Path::new(&held), *readonly, *direct).map(|fd| vec![fd])
+            _ => Ok(Vec::new()),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ipc::control::added::AdditionGrant;
 use ipc::limits;
-use ipc::spec::block::{Aio, BlockIo, DetectZeroes, OnError};
+use ipc::spec::block::{Aio, BlockIo, DetectZeroes, ImageFormat, OnError};
 use ipc::spec::fs::FsCache;
 use ipc::spec::net::{Bucket, Limit, NetLimits};
 use ipc::spec::vm::{
@@ -81,6 +81,12 @@ pub(super) enum DraftKind {
 /// How arguments of a node begin.
 const NODE: &str = "-blockdev ";
 
+/// A qcow2 image with nothing below it.
+const QCOW2: ImageFormat = ImageFormat::Qcow2 {
+    below: 0,
+    raw_base: false,
+};
+
 fn block_io(props: &Props<'_>) -> BlockIo {
     let default = BlockIo::default();
     BlockIo {
@@ -101,6 +107,10 @@ fn block_io(props: &Props<'_>) -> BlockIo {
         poll_us: props.small("poll-us").unwrap_or(default.poll_us),
         werror: on_error(props.text("werror")),
         rerror: on_error(props.text("rerror")),
+        format: match props.text("format") {
+            Some("qcow2") => QCOW2,
+            _ => ImageFormat::Raw,
+        },
     }
 }
 
@@ -136,9 +146,10 @@ fn on_error(word: Option<&str>) -> OnError {
 impl super::Draft {
     /// `-drive`
     pub(super) fn drive(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
-        let drive = DriveSpec {
+        let mut drive = DriveSpec {
             id: props.required("id")?,
             file: props.required("file")?.into(),
+            backing: Vec::new(),
             readonly: props.bool("readonly").unwrap_or(false),
             direct: props.bool("direct").unwrap_or(true),
             max_size: props.int("max-size"),
@@ -152,7 +163,56 @@ impl super::Draft {
         if drive.readonly && drive.max_size.is_some() {
             return Err(props.error("max-size contradicts readonly=on; allowed with it: none"));
         }
+        if drive.io.format != ImageFormat::Raw && drive.max_size.is_some() {
+            return Err(props.error("max-size contradicts format=qcow2; allowed with it: none"));
+        }
+        if let Some(id) = props.text("backing") {
+            self.put_on(props, &mut drive, id)?;
+        }
         self.add_drive(props, drive)
+    }
+
+    /// Puts `drive` on top of drive `id`, which is a part of it from here on.
+    fn put_on(
+        &mut self,
+        props: &Props<'_>,
+        drive: &mut DriveSpec,
+        id: &str,
+    ) -> Result<(), CmdlineError> {
+        if drive.io.format == ImageFormat::Raw {
+            return Err(
+                props.error("backing contradicts format=raw; allowed with it: format=qcow2")
+            );
+        }
+        let found = self.spec.drives.iter().position(|other| other.id == id);
+        let Some(at) = found else {
+            return Err(props.error(format!(
+                "backing={id} is no drive that is free; give it by a -drive before this one"
+            )));
+        };
+        if !self.spec.drives[at].readonly {
+            return Err(props.error(format!(
+                "drive {id} is not readonly=on, which backing needs"
+            )));
+        }
+        let lower = self.spec.drives.remove(at);
+        self.drive_args.remove(at);
+        let (more, raw_base) = match lower.io.format {
+            ImageFormat::Raw => (0, true),
+            ImageFormat::Qcow2 { below, raw_base } => (below, raw_base),
+        };
+        if usize::from(more) + 1 > limits::MAX_BACKING_IMAGES {
+            return Err(props.error(format!(
+                "one image too many below it; allowed: 0 to {}",
+                limits::MAX_BACKING_IMAGES
+            )));
+        }
+        drive.backing = std::iter::once(lower.file).chain(lower.backing).collect();
+        drive.io.format = ImageFormat::Qcow2 {
+            below: more + 1,
+            raw_base,
+        };
+        Ok(())
     }
 
     /// `-blockdev`
@@ -197,6 +257,7 @@ impl super::Draft {
             DriveSpec {
                 id,
                 file: props.required("filename")?.into(),
+                backing: Vec::new(),
                 readonly: props.bool("read-only").unwrap_or(false),
                 direct: props.bool("cache.direct").unwrap_or(false),
                 max_size: None,

@@ -313,6 +313,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     path: drive.file.clone(),
                     readonly: drive.readonly,
                     direct: drive.direct,
+                    backing: drive.backing.clone(),
                 },
                 iothread,
             }

@@ -439,9 +439,16 @@ const DRIVE: &[Shape] = &[one(
         ),
         key(
             "format",
-            Kind::Fixed(&["raw"]),
+            Kind::Choice(&["raw", "qcow2"]),
             "raw",
-            "format of the image",
+            "format of the image; it is never guessed",
+        ),
+        key(
+            "backing",
+            Kind::Id,
+            "",
+            "id of the -drive below a qcow2 image: one before this with readonly=on, which no device can have then; what the image \
+             itself names is never opened",
         ),
         key(
             "if",

@@ -147,7 +147,8 @@ fn katas_command_line() {
         ipc::control::BackendGrant::Image {
             path: "/f".into(),
             readonly: true,
-            direct: false
+            direct: false,
+            backing: Vec::new(),
         }
     );
     assert_eq!(

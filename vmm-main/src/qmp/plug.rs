@@ -141,6 +141,7 @@ impl NewBackend {
             file: name.unwrap_or_default().into(),
             readonly: arguments.flag("read-only").unwrap_or(false),
             direct: cache.flag("direct").unwrap_or(true),
+            backing: Vec::new(),
             max_size: None,
             io: BlockIo {
                 aio: match file.text("aio").as_deref() {

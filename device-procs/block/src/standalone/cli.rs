@@ -18,7 +18,7 @@ use ipc::limits::{
     MAX_POLL_US,
 };
 use ipc::log::Level;
-use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, OnError};
+use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, ImageFormat, OnError};
 use ipc::start::{SandboxMode, SeccompMode};
 use thiserror::Error;
 
@@ -300,6 +300,7 @@ pub(super) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
             num_queues: number(&given, "num-queues", 1..=MAX_BLOCK_QUEUES, MAX_BLOCK_QUEUES)?,
             queue_size,
             io: BlockIo {
+                format: ImageFormat::Raw,
                 aio: choice(
                     &given,
                     "aio",
@@ -406,6 +407,7 @@ mod tests {
                     poll_us: 0,
                     werror: OnError::Ignore,
                     rerror: OnError::Report,
+                    format: ImageFormat::Raw,
                 },
             },
             log: Some("/l".into()),

@@ -4,7 +4,7 @@
 
 use device_host::test_frontend::{Buffer, DeviceProcess, DriverQueue, TestFrontend};
 use ipc::spec::DeviceSpec;
-use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, OnError};
+use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, ImageFormat, OnError};
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -54,6 +54,7 @@ pub const IO: BlockIo = BlockIo {
     poll_us: 20,
     werror: OnError::Report,
     rerror: OnError::Report,
+    format: ImageFormat::Raw,
 };
 
 pub const PLAIN: Options = Options {

@@ -1,0 +1,181 @@
+//! The header of a qcow2 image, as far as it decides how much memory the image costs.
+//!
+//! **Job.** Checks magic, version, cluster size and the lengths of the two tables that are held in memory (qcow2's
+//! specification, "Header"), and adds up what a chain of images takes. **Who is not trusted.** The image. **Why this way.** The
+//! process has a limit on its memory, and running into it ends it without a reason; a table of 32 MiB in an image of 1 MiB is refused
+//! here, by a message that names the number.
+
+use thiserror::Error;
+
+/// Bytes of the header that every version has.
+pub(crate) const BYTES: usize = 72;
+
+/// Bytes that the tables and caches of all images of a disk may take: three quarters of what its process may.
+pub(crate) const MAX_MEMORY: u64 = ipc::limits::MAX_DEVICE_MEMORY / 4 * 3;
+
+/// Clusters of tables that are cached for each image: 128 with mappings, 32 with reference counts.
+const CACHED_CLUSTERS: u64 = 160;
+
+/// Why an image is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(crate) enum HeaderError {
+    /// Another format.
+    #[error("it does not begin as a qcow2 image does")]
+    Magic,
+    /// A version that is not known.
+    #[error("qcow2 version {0}; allowed: 2, 3")]
+    Version(u32),
+    /// Clusters of an impossible size.
+    #[error("clusters of 2^{0} bytes; allowed: 2^9 to 2^21")]
+    ClusterBits(u32),
+    /// Nobody has the key.
+    #[error("it is encrypted, which is not supported")]
+    Encrypted,
+    /// A file that would have to be opened.
+    #[error("its data is in another file, which is not supported")]
+    ExternalData,
+    /// It was not closed, and its counts of references are not to be trusted.
+    #[error("it is marked as corrupt or as not closed: repair it with qemu-img check -r all")]
+    NotClean,
+    /// Snapshots inside of it share clusters with the disk.
+    #[error(
+        "it has {0} internal snapshots, which are not supported; qemu-img snapshot -d removes them"
+    )]
+    Snapshots(u32),
+    /// The disk is longer than its first table can map.
+    #[error(
+        "a disk of {size} bytes with a table of {entries} entries for clusters of {cluster} bytes"
+    )]
+    Table {
+        /// Bytes of the disk.
+        size: u64,
+        /// Entries of the L1 table.
+        entries: u32,
+        /// Bytes of a cluster.
+        cluster: u64,
+    },
+    /// Its tables do not fit.
+    #[error(
+        "its tables and their cache take {0} bytes of memory; allowed for all images of a disk: {MAX_MEMORY}"
+    )]
+    Memory(u64),
+}
+
+/// What was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Header {
+    /// Bytes of memory that it takes at most.
+    pub(crate) memory: u64,
+    /// It names a file that is below it.
+    pub(crate) names_backing: bool,
+}
+
+fn be32(bytes: &[u8; BYTES], at: usize) -> u32 {
+    let mut word = [0; 4];
+    word.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_be_bytes(word)
+}
+
+fn be64(bytes: &[u8; BYTES], at: usize) -> u64 {
+    u64::from(be32(bytes, at)) << 32 | u64::from(be32(bytes, at + 4))
+}
+
+/// Checks the first bytes of an image; `features` are those that follow, zero for version 2.
+pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, HeaderError> {
+    if bytes[..4] != *b"QFI\xfb" {
+        return Err(HeaderError::Magic);
+    }
+    let version = be32(bytes, 4);
+    if !(2..=3).contains(&version) {
+        return Err(HeaderError::Version(version));
+    }
+    let bits = be32(bytes, 20);
+    if !(9..=21).contains(&bits) {
+        return Err(HeaderError::ClusterBits(bits));
+    }
+    if be32(bytes, 32) != 0 {
+        return Err(HeaderError::Encrypted);
+    }
+    // Bits 0 to 2 (qcow2's specification, "incompatible_features").
+    let incompatible = if version == 3 { incompatible } else { 0 };
+    if incompatible & 0b011 != 0 {
+        return Err(HeaderError::NotClean);
+    }
+    if incompatible & 0b100 != 0 {
+        return Err(HeaderError::ExternalData);
+    }
+    let snapshots = be32(bytes, 60);
+    if snapshots != 0 {
+        return Err(HeaderError::Snapshots(snapshots));
+    }
+    let cluster = 1u64 << bits;
+    let (size, entries) = (be64(bytes, 24), be32(bytes, 36));
+    // Each entry maps a cluster full of entries of 8 bytes, each of which maps a cluster.
+    let mapped = u128::from(entries) * u128::from(cluster / 8) * u128::from(cluster);
+    if u128::from(size) > mapped || size > i64::MAX as u64 {
+        return Err(HeaderError::Table {
+            size,
+            entries,
+            cluster,
+        });
+    }
+    let counts = u64::from(be32(bytes, 56)) * cluster;
+    let memory = CACHED_CLUSTERS * cluster + u64::from(entries) * 8 + counts;
+    if memory > MAX_MEMORY {
+        return Err(HeaderError::Memory(memory));
+    }
+    Ok(Header {
+        memory,
+        names_backing: be64(bytes, 8) != 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> [u8; BYTES] {
+        let mut bytes = [0; BYTES];
+        bytes[..4].copy_from_slice(b"QFI\xfb");
+        bytes[7] = 3;
+        bytes[23] = 16;
+        bytes[28..32].copy_from_slice(&(1u32 << 30).to_be_bytes());
+        bytes[39] = 2;
+        bytes[59] = 1;
+        bytes
+    }
+
+    #[test]
+    fn what_an_image_may_cost_is_bounded() {
+        let found = check(&good(), 0).unwrap();
+        assert_eq!(found.memory, 160 * 65536 + 16 + 65536);
+        assert!(!found.names_backing);
+        let refused = |at: usize, value: u32, wanted: fn(&HeaderError) -> bool| {
+            let mut bytes = good();
+            bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+            let error = check(&bytes, 0).unwrap_err();
+            assert!(wanted(&error), "{at}: {error}");
+        };
+        refused(0, 0, |e| *e == HeaderError::Magic);
+        refused(4, 4, |e| *e == HeaderError::Version(4));
+        refused(20, 8, |e| *e == HeaderError::ClusterBits(8));
+        refused(20, 22, |e| *e == HeaderError::ClusterBits(22));
+        refused(20, u32::MAX, |e| *e == HeaderError::ClusterBits(u32::MAX));
+        refused(20, 21, |e| matches!(e, HeaderError::Memory(_)));
+        refused(24, u32::MAX, |e| matches!(e, HeaderError::Table { .. }));
+        refused(32, 1, |e| *e == HeaderError::Encrypted);
+        refused(36, 1, |e| {
+            matches!(e, HeaderError::Table { entries: 1, .. })
+        });
+        refused(36, u32::MAX, |e| matches!(e, HeaderError::Memory(_)));
+        refused(56, u32::MAX, |e| matches!(e, HeaderError::Memory(_)));
+        refused(60, 1, |e| *e == HeaderError::Snapshots(1));
+        for (bits, wanted) in [
+            (1, HeaderError::NotClean),
+            (2, HeaderError::NotClean),
+            (4, HeaderError::ExternalData),
+        ] {
+            assert_eq!(check(&good(), bits), Err(wanted));
+        }
+    }
+}

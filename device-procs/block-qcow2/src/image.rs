@@ -1,0 +1,188 @@
+//! A qcow2 image and what is below it, as a [`Format`].
+//!
+//! **Job.** Builds the chain from the descriptors, lowest first, and does the device's reads and writes on the top. **Who is not
+//! trusted.** The images. One that names an image below it gets none unless the command line gave one, and is then refused, since its
+//! guest would read zeroes for data. **Why this way.** Each write is followed by a write of the tables that it changed, before the
+//! guest is told: what the guest was told of then outlives this process, in the order of writes that `imago` keeps.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use block_device::Format;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use ipc::spec::block::{BlockSpec, ImageFormat};
+use nix::errno::Errno;
+use thiserror::Error;
+
+use crate::header::{self, Header, HeaderError, MAX_MEMORY};
+use crate::storage::Descriptor;
+
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
+
+/// Why there is no disk.
+#[derive(Debug, Error)]
+pub(crate) enum ImageError {
+    /// The start message is for a raw image.
+    #[error("the start message is for a raw image")]
+    NotQcow2,
+    /// Fewer descriptors than images.
+    #[error("descriptor of image {0} is missing")]
+    Missing(usize),
+    /// It cannot be looked at.
+    #[error("image {number} cannot be read (0 is the disk's, 1 the one below it)")]
+    Read {
+        /// Which one, from the top.
+        number: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is refused.
+    #[error("image {number} (0 is the disk's, 1 the one below it)")]
+    Header {
+        /// Which one, from the top.
+        number: usize,
+        /// Why.
+        source: HeaderError,
+    },
+    /// One is missing below it.
+    #[error(
+        "image {0} has an image below it, which backing= has to give (0 is the disk's, 1 the one below it)"
+    )]
+    Backing(usize),
+    /// It is not what its header says.
+    #[error("image {number} cannot be used (0 is the disk's, 1 the one below it)")]
+    Open {
+        /// Which one, from the top.
+        number: usize,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+type Layer = FormatAccess<Descriptor>;
+
+/// An open image.
+#[derive(Debug)]
+pub(crate) struct Qcow2Image {
+    top: Layer,
+    /// Bytes that the guest can reach: a multiple of 512.
+    size: u64,
+}
+
+impl Qcow2Image {
+    /// `next` gives the descriptors, the disk's own first.
+    pub(crate) fn open(
+        spec: &BlockSpec,
+        mut next: impl FnMut() -> Option<OwnedFd>,
+    ) -> Result<Self, ImageError> {
+        let ImageFormat::Qcow2 { below, raw_base } = spec.io.format else {
+            return Err(ImageError::NotQcow2);
+        };
+        let last = usize::from(below);
+        let mut files = Vec::with_capacity(1 + last);
+        let mut memory = 0;
+        for number in 0..=last {
+            let fd = next().ok_or(ImageError::Missing(number))?;
+            let file = Descriptor::new(fd, spec.direct)
+                .map_err(io::Error::from)
+                .map_err(|source| ImageError::Read { number, source })?;
+            if !(raw_base && number == last && number > 0) {
+                let header = look(&file, number)?;
+                if header.names_backing && number == last {
+                    return Err(ImageError::Backing(number));
+                }
+                memory += header.memory;
+                if memory > MAX_MEMORY {
+                    let source = HeaderError::Memory(memory);
+                    return Err(ImageError::Header { number, source });
+                }
+            }
+            files.push((number, file));
+        }
+        let mut layer: Option<Layer> = None;
+        for (number, file) in files.into_iter().rev() {
+            let failed = |source| ImageError::Open { number, source };
+            let gate = DenyImplicitOpenGate::default();
+            layer = Some(if raw_base && number == last && number > 0 {
+                FormatAccess::new(Raw::builder(file).open(gate).map_err(failed)?)
+            } else {
+                let builder = Qcow2::<Descriptor, Arc<Layer>>::builder(file)
+                    .backing(layer.take().map(Arc::new))
+                    .write(number == 0 && !spec.readonly);
+                FormatAccess::new(builder.open(gate).map_err(failed)?)
+            });
+        }
+        let top = layer.ok_or(ImageError::Missing(0))?;
+        let size = top.size();
+        Ok(Self {
+            top,
+            size: size - size % SECTOR,
+        })
+    }
+}
+
+/// Reads the header and checks it.
+fn look(file: &Descriptor, number: usize) -> Result<Header, ImageError> {
+    use imago::StorageExt;
+    // Those of version 3 follow.
+    let mut bytes = vec![0; header::BYTES + 8];
+    file.read(&mut bytes, 0)
+        .map_err(|source| ImageError::Read { number, source })?;
+    let (fixed, more) = bytes.split_at(header::BYTES);
+    let mut head = [0; header::BYTES];
+    head.copy_from_slice(fixed);
+    let mut incompatible = [0; 8];
+    incompatible.copy_from_slice(more);
+    header::check(&head, u64::from_be_bytes(incompatible))
+        .map_err(|source| ImageError::Header { number, source })
+}
+
+/// What the device tells its guest by, with the reason in the log.
+fn errno(what: &str) -> impl FnOnce(io::Error) -> Errno {
+    move |error| match error.raw_os_error() {
+        Some(number) => Errno::from_raw(number),
+        None if error.kind() == io::ErrorKind::Unsupported => Errno::EOPNOTSUPP,
+        None => {
+            ipc::guest_warn!("{what}: {error}");
+            Errno::EIO
+        }
+    }
+}
+
+impl Format for Qcow2Image {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&mut self, data: &mut [u8], at: u64) -> Result<(), Errno> {
+        self.top.read(data, at).map_err(errno("read"))
+    }
+
+    fn write(&mut self, data: &[u8], at: u64) -> Result<(), Errno> {
+        self.top.write(data, at).map_err(errno("write"))
+    }
+
+    fn zero(&mut self, at: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+        if unmap {
+            self.top.discard_to_zero(at, len)
+        } else {
+            self.top.write_zeroes(at, len)
+        }
+        .map_err(errno("zeroes"))
+    }
+
+    fn commit(&mut self) -> Result<(), Errno> {
+        self.top.flush().map_err(errno("write of the tables"))
+    }
+
+    fn flush(&mut self) -> Result<(), Errno> {
+        self.top
+            .flush()
+            .and_then(|()| self.top.sync())
+            .map_err(errno("flush"))
+    }
+}

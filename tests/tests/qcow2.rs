@@ -1,0 +1,253 @@
+//! # qcow2 images under a guest
+//!
+//! **Job.** What a bare guest wrote is there when `qemu-img` looks, in images of several kinds and chains; a killed process
+//! leaves no damage and loses nothing that the guest was told of; images that somebody broke on purpose never hang a VM.
+//! **Who is not trusted.** The VMM; the images.
+//! **Why this way.** `qemu-img` knows the format from elsewhere; the same guest on a raw image is what the result is compared with.
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tests::host::{require_kvm, require_root};
+use tests::lab::ensure_packages;
+use tests::payload::Payload;
+use tests::vm::{Vm, VmBuilder};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Times that a process is killed.
+const KILLS: usize = 10;
+
+fn qemu_img(words: &[&str], files: &[&Path]) -> Output {
+    ensure_packages(&["qemu-utils"]).unwrap();
+    let mut command = Command::new("qemu-img");
+    command.args(words).args(files).output().unwrap()
+}
+
+#[track_caller]
+fn well(words: &[&str], files: &[&Path]) {
+    let output = qemu_img(words, files);
+    assert!(output.status.success(), "{words:?} {output:?}");
+}
+
+/// A file of `kind`, 4 MiB.
+fn create(dir: &Path, name: &str, options: &[&str]) -> PathBuf {
+    let path = dir.join(name);
+    let words: Vec<&str> = ["create", "-q", "-f", "qcow2"]
+        .into_iter()
+        .chain(options.iter().copied())
+        .collect();
+    ensure_packages(&["qemu-utils"]).unwrap();
+    let output = Command::new("qemu-img")
+        .args(words)
+        .arg(&path)
+        .arg("4M")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    path
+}
+
+/// A raw file, 4 MiB of a pattern.
+fn pattern(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    let bytes: Vec<u8> = (0..4u32 << 20).map(|at| (at / 512 % 251) as u8).collect();
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn vm(payload: Payload, append: &str, drives: &[String]) -> VmBuilder {
+    require_kvm();
+    require_root();
+    let mut builder = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&payload.path(), append);
+    for drive in drives {
+        builder = builder.arg("-drive").arg(drive);
+    }
+    builder.args(["-device", "virtio-blk-device,drive=d,id=disk"])
+}
+
+/// The bare guest writes to some sectors of drive `d` and finds them again.
+#[track_caller]
+fn write(drives: &[String]) {
+    let mut vm = vm(Payload::BlkRw, "sector=100 count=40", drives)
+        .start()
+        .unwrap();
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+}
+
+fn drive(id: &str, file: &Path, more: &str) -> String {
+    format!("id={id},file={}{more}", file.display())
+}
+
+#[test]
+fn what_a_guest_wrote_is_what_qemu_finds() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let zeroes = dir.path().join("zeroes");
+    std::fs::File::create(&zeroes)
+        .unwrap()
+        .set_len(4 << 20)
+        .unwrap();
+    write(&[drive("d", &zeroes, ",direct=off")]);
+    for (name, options, more) in [
+        ("plain", &[][..], ",direct=off"),
+        ("direct", &[], ""),
+        ("small", &["-o", "cluster_size=512"], ",direct=off"),
+        ("large", &["-o", "cluster_size=256k"], ",direct=off"),
+        ("old", &["-o", "compat=0.10"], ",direct=off"),
+        ("lazy", &["-o", "lazy_refcounts=on"], ",direct=off"),
+        ("full", &["-o", "preallocation=full"], ",direct=off"),
+        ("narrow", &["-o", "refcount_bits=1"], ",direct=off"),
+    ] {
+        let image = create(dir.path(), name, options);
+        write(&[drive("d", &image, &format!(",format=qcow2{more}"))]);
+        well(&["check", "-q", "-f", "qcow2"], &[&image]);
+        well(
+            &["compare", "-q", "-F", "qcow2", "-f", "raw"],
+            &[&zeroes, &image],
+        );
+    }
+}
+
+#[test]
+fn images_below_are_read_and_never_written() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let base = pattern(dir.path(), "base");
+    let copy = pattern(dir.path(), "copy");
+    write(&[drive("d", &copy, ",direct=off")]);
+    // Compressed clusters over nothing, and a chain of three over the raw base.
+    let packed = dir.path().join("packed");
+    well(
+        &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2"],
+        &[&base, &packed],
+    );
+    let middle = create(dir.path(), "middle", &["-b", "base", "-F", "raw"]);
+    let top = create(dir.path(), "top", &["-b", "middle", "-F", "qcow2"]);
+    let before = [&base, &middle].map(|path| std::fs::read(path).unwrap());
+    let below = ",readonly=on,direct=off";
+    write(&[
+        drive("b", &base, below),
+        drive("m", &middle, &format!("{below},format=qcow2,backing=b")),
+        drive("d", &top, ",format=qcow2,direct=off,backing=m"),
+    ]);
+    write(&[drive("d", &packed, ",format=qcow2,direct=off")]);
+    assert!(before == [&base, &middle].map(|path| std::fs::read(path).unwrap()));
+    for image in [&top, &packed] {
+        well(&["check", "-q", "-f", "qcow2"], &[image]);
+        well(
+            &["compare", "-q", "-f", "raw", "-F", "qcow2"],
+            &[&copy, image],
+        );
+    }
+}
+
+#[test]
+fn a_killed_process_leaves_an_image_without_damage() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = create(dir.path(), "image", &[]);
+    let device = drive("d", &image, ",format=qcow2,direct=off");
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::BlkLoop.path(), "spin=1")
+        .arg("-drive")
+        .arg(device)
+        .args([
+            "-device",
+            "virtio-blk-device,drive=d,id=disk,max-restarts=100",
+        ])
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let mut next = vm.process("block-qcow2").unwrap().unwrap();
+    for _ in 0..KILLS {
+        // It is in the middle of its work: the guest never pauses.
+        vm.wait_for("LOOP ", LIMIT)
+            .unwrap_or_else(|e| panic!("{e}"));
+        kill(Pid::from_raw(next), Signal::SIGKILL).unwrap();
+        let event = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+        next = i32::try_from(event["data"]["pid"].as_i64().unwrap()).unwrap();
+    }
+    vm.wait_for("LOOP ", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    // Once more, and this time with the whole VM: nothing is left that could write anything.
+    vm.kill().unwrap();
+    assert!(vm.survivors(tests::wait::Deadline::after(LIMIT)).is_empty());
+    // 3: clusters that nobody uses, which a kill may leave; 2 would be damage.
+    let checked = qemu_img(&["check", "-f", "qcow2"], &[&image]);
+    assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
+    // The guest found every byte so far; the next one does, too.
+    write(&[drive("d", &image, ",format=qcow2,direct=off")]);
+}
+
+/// Starts a VM with an image and returns its messages once it has ended, by itself or because its guest gave up.
+#[track_caller]
+fn ends(image: &Path) -> String {
+    let drives = [drive("d", image, ",format=qcow2,direct=off")];
+    let mut vm = vm(Payload::BlkRw, "", &drives).start().unwrap();
+    vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    vm.messages()
+}
+
+#[test]
+fn images_that_are_refused_say_why() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for (at, bytes, part) in [
+        (0, &b"RAW!"[..], "does not begin as a qcow2 image does"),
+        (4, &[0, 0, 0, 9], "qcow2 version 9"),
+        (20, &[0, 0, 0, 63], "clusters of 2^63 bytes"),
+        (20, &[0, 0, 0, 21], "bytes of memory"),
+        (24, &[0x7f; 8], "a disk of"),
+        (32, &[0, 0, 0, 1], "encrypted"),
+        (36, &[0xff; 4], "bytes of memory"),
+        (36, &[0; 4], "a table of 0 entries"),
+        (56, &[0xff; 4], "bytes of memory"),
+        (60, &[0, 0, 0, 1], "1 internal snapshots"),
+        (79, &[1], "not closed"),
+        (79, &[4], "in another file"),
+        (14, &[1], "has an image below it"),
+    ] {
+        let image = create(dir.path(), "image", &[]);
+        let file = std::fs::File::options().write(true).open(&image).unwrap();
+        file.write_all_at(bytes, at).unwrap();
+        let said = ends(&image);
+        assert!(said.contains(part), "{at}: {said}");
+    }
+}
+
+#[test]
+fn broken_tables_end_in_an_error_and_not_in_a_hang() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // Where qemu-img puts them: the table of counts, its block, the first table of mappings, and one of the second.
+    let data = pattern(dir.path(), "data");
+    for cluster in 1..5u64 {
+        for value in [0xff, 0x80, 0x40, 0x01, 0x00, 0x7f] {
+            let image = dir.path().join("image");
+            well(
+                &["convert", "-q", "-f", "raw", "-O", "qcow2"],
+                &[&data, &image],
+            );
+            let file = std::fs::File::options().write(true).open(&image).unwrap();
+            let entry = [value; 8];
+            for word in 0..64 {
+                file.write_all_at(&entry, cluster * 65536 + word * 8)
+                    .unwrap();
+            }
+            // A table that points at itself.
+            if value == 0x40 {
+                let to_itself = ((1u64 << 63) | (cluster * 65536)).to_be_bytes();
+                file.write_all_at(&to_itself, cluster * 65536).unwrap();
+            }
+            ends(&image);
+        }
+    }
+}
