@@ -165,6 +165,9 @@ fn soak(length: Duration) {
     let rounds = rounds.unwrap_or_else(|| panic!("the tree: {tree}"));
     setting.verify();
     println!("{toll}");
+    // Otherwise nothing has been replayed, and nothing is proven.
+    let in_flight: u64 = toll.in_flight.values().sum();
+    assert!(in_flight > 0, "nobody died with a request in flight");
     println!(
         "{rounds} trees, {bytes} bytes sent and back, {} lines of log",
         guest.vm.messages().lines().count()
