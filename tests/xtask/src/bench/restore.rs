@@ -196,7 +196,7 @@ fn clones(program: &Path, folder: &Path) -> Result<(), String> {
         }
         children.iter_mut().for_each(end);
         println!(
-            "{CLONES} clones of {} MiB with {} MiB not zero, {}: {:.0} ms one after the other, sum of PSS {} MiB",
+            "{CLONES} clones of {} MiB with {} MiB not zero, {}: {:.0} ms one after the other, sum of PSS {} MiB without guest RAM",
             template.memory_mib,
             template.touched_mib,
             if lazy { "lazy=on" } else { "read as a whole" },
