@@ -599,7 +599,6 @@ fn devices() -> [DeviceSpec; 2] {
             id: "disk0".into(),
             readonly: true,
             direct: true,
-            backing: vec!["/below".into()],
             serial: "serial".into(),
             num_queues: 2,
             queue_size: 256,
@@ -637,6 +636,7 @@ fn control() -> Inputs {
             path: "/disk".into(),
             readonly: true,
             direct: true,
+            backing: vec!["/below".into()],
         },
         BackendGrant::Tap {
             ifname: "tap0".into(),
