@@ -33,6 +33,8 @@ pub enum Policy {
     BrokerFs,
     /// A block device process.
     Block,
+    /// A block device process whose image is qcow2.
+    BlockQcow2,
     /// A network device process.
     Net,
     /// The example device process.
@@ -81,7 +83,7 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
@@ -89,6 +91,7 @@ impl Policy {
         Self::Broker,
         Self::BrokerFs,
         Self::Block,
+        Self::BlockQcow2,
         Self::Net,
         Self::Template,
         Self::VhostUserFs,
@@ -109,6 +112,7 @@ impl Policy {
             Self::Broker => &generated::BROKER_INFO,
             Self::BrokerFs => &generated::BROKER_FS_INFO,
             Self::Block => &generated::BLOCK_INFO,
+            Self::BlockQcow2 => &generated::BLOCK_QCOW2_INFO,
             Self::Net => &generated::NET_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
             Self::VhostUserFs => &generated::VHOST_USER_FS_INFO,
@@ -139,6 +143,7 @@ impl Policy {
             Self::Broker => &generated::BROKER,
             Self::BrokerFs => &generated::BROKER_FS,
             Self::Block => &generated::BLOCK,
+            Self::BlockQcow2 => &generated::BLOCK_QCOW2,
             Self::Net => &generated::NET,
             Self::Template => &generated::TEMPLATE,
             Self::VhostUserFs => &generated::VHOST_USER_FS,

@@ -102,14 +102,20 @@ fn kill(policy: Policy, call: c_long, args: [c_long; 6]) -> End {
 }
 
 const NONE: [c_long; 6] = [0; 6];
-const DEVICES: [Policy; 3] = [Policy::Block, Policy::Net, Policy::Template];
+const DEVICES: [Policy; 4] = [
+    Policy::Block,
+    Policy::BlockQcow2,
+    Policy::Net,
+    Policy::Template,
+];
 const CONTROL: [Policy; 3] = [Policy::ControlMain, Policy::ControlQmp, Policy::ControlVcpu];
 const OZONE: [Policy; 2] = [Policy::OzoneOutside, Policy::OzoneFirst];
-const THREADS: [Policy; 8] = [
+const THREADS: [Policy; 9] = [
     Policy::ControlMain,
     Policy::ControlQmp,
     Policy::ControlVcpu,
     Policy::Block,
+    Policy::BlockQcow2,
     Policy::Net,
     Policy::Template,
     Policy::OzoneOutside,

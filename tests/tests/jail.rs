@@ -17,11 +17,13 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups};
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::jail::check::{Check, Finding, check};
 use tests::jail::expect::{BackEnd, Device, Setting};
 use tests::jail::saboteur;
+use tests::lab::ensure_packages;
 use tests::payload::Payload;
 use tests::qmp::Qmp;
 use tests::trace::Tracee;
@@ -158,6 +160,65 @@ fn suite_with_folders() -> Suite {
     }
 }
 
+/// A VM with a disk that its guest has used and that is a qcow2 image on another on a raw one.
+fn suite_with_a_chain() -> Suite {
+    require_kvm();
+    require_root();
+    ensure_packages(&["qemu-utils"]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    image(&dir, "base.img");
+    for (name, below, format) in [
+        ("middle.qcow2", "base.img", "raw"),
+        ("top.qcow2", "middle.qcow2", "qcow2"),
+    ] {
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", format, "-b", below])
+            .arg(at(name))
+            .status();
+        assert!(made.unwrap().success());
+    }
+    let drive = |id: &str, name: &str, more: &str| {
+        format!("id={id},file={}{more},direct=off", at(name).display())
+    };
+    let builder = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::BlkRw.path(), "end=halt")
+        .arg("-drive")
+        .arg(drive("base", "base.img", ",readonly=on"))
+        .arg("-drive")
+        .arg(drive(
+            "middle",
+            "middle.qcow2",
+            ",format=qcow2,readonly=on,backing=base",
+        ))
+        .arg("-drive")
+        .arg(drive("top", "top.qcow2", ",format=qcow2,backing=middle"))
+        .args(["-device", "virtio-blk-device,drive=top,id=d0"])
+        .with_qmp();
+    let disk = Device {
+        binary: "block-qcow2",
+        back_end: BackEnd::Chain {
+            path: "/top.qcow2",
+            below: vec!["/middle.qcow2", "/base.img"],
+        },
+        ..used_disk()
+    };
+    Suite {
+        builder,
+        setting: Setting {
+            devices: vec![disk],
+            ram: 128 << 20,
+            vcpus: 1,
+            clients: 1,
+            held: Vec::new(),
+            given: Vec::new(),
+        },
+        _tap: None,
+        _dir: dir,
+    }
+}
+
 fn query(qmp: &mut Qmp) -> Value {
     qmp.execute("query-sandbox", json!({})).unwrap()
 }
@@ -177,6 +238,11 @@ fn every_process_is_what_it_should_be() {
 #[test]
 fn every_process_of_a_vm_with_folders_is_what_it_should_be() {
     judge(&suite_with_folders());
+}
+
+#[test]
+fn every_process_of_a_vm_with_a_chain_of_images_is_what_it_should_be() {
+    judge(&suite_with_a_chain());
 }
 
 #[track_caller]

@@ -6,6 +6,7 @@
 //! be undone, and a failure is the end of the start.
 
 use ipc::spec::DeviceSpec;
+use ipc::spec::block::ImageFormat;
 use ipc::start::{SandboxMode, SeccompMode, StartMessage};
 use ozone::Sandbox;
 use ozone::inner::{LockError, Root};
@@ -31,7 +32,10 @@ pub enum JailError {
 
 const fn policy(device: &DeviceSpec) -> Policy {
     match device {
-        DeviceSpec::Block(_) => Policy::Block,
+        DeviceSpec::Block(spec) => match spec.io.format {
+            ImageFormat::Raw => Policy::Block,
+            ImageFormat::Qcow2 { .. } => Policy::BlockQcow2,
+        },
         DeviceSpec::Net(_) => Policy::Net,
         DeviceSpec::Fs(_) => Policy::VhostUserFs,
         DeviceSpec::Template(_) => Policy::Template,

@@ -47,7 +47,7 @@ impl DeviceSpec {
             },
             file_size: self.longest_file(backend)?,
             locked_memory: match self {
-                Self::Block(_) => MAX_RING_MEMORY,
+                Self::Block(block) if block.io.format == ImageFormat::Raw => MAX_RING_MEMORY,
                 _ => 0,
             },
         })

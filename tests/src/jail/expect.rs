@@ -39,6 +39,13 @@ pub enum BackEnd {
         /// Bytes of the file.
         size: u64,
     },
+    /// An image that grows as it is written, and those below it, by the ends of their paths.
+    Chain {
+        /// The one that is written.
+        path: &'static str,
+        /// Those that are read only, from the top.
+        below: Vec<&'static str>,
+    },
     /// A tap by its name.
     Tap,
     /// A folder, by its whole path, which is the root of the process.
@@ -89,6 +96,11 @@ pub const KINDS: &[Kind] = &[
         ring: true,
     },
     Kind {
+        binary: "block-qcow2",
+        policy: Policy::BlockQcow2,
+        ring: false,
+    },
+    Kind {
         binary: "net",
         policy: Policy::Net,
         ring: false,
@@ -130,7 +142,8 @@ impl Device {
             } => size.max(MAX_INFLIGHT_REGION),
             BackEnd::Folder {
                 readonly: false, ..
-            } => u64::MAX,
+            }
+            | BackEnd::Chain { .. } => u64::MAX,
             BackEnd::Folder { .. } => MAX_FS_TABLES,
             _ => MAX_INFLIGHT_REGION,
         };
@@ -173,6 +186,14 @@ impl Device {
         match &self.back_end {
             BackEnd::Image { path, writes, .. } => {
                 all.push(Want::at(5, path, if *writes { "rw" } else { "r" }));
+            }
+            BackEnd::Chain { path, below } => {
+                all.push(Want::at(5, path, "rw"));
+                all.extend(
+                    (6..)
+                        .zip(below)
+                        .map(|(number, path)| Want::at(number, path, "r")),
+                );
             }
             BackEnd::Tap => all.push(Want::at(5, "/dev/net/tun", "rw")),
             BackEnd::Folder { .. } => {
@@ -348,6 +369,12 @@ impl Setting {
                     all.push(Want::some(path, ""));
                     // The process's own, for one that takes its place while it runs.
                     all.push(Want::some(path, if *writes { "rw" } else { "r" }));
+                }
+                BackEnd::Chain { path, below } => {
+                    all.push(Want::some(path, ""));
+                    all.push(Want::some(path, "rw"));
+                    all.extend(below.iter().map(|path| Want::some(path, "")));
+                    all.extend(below.iter().map(|path| Want::some(path, "r")));
                 }
                 BackEnd::Folder { path, .. } => {
                     all.push(Want::some(path, ""));
