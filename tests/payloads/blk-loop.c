@@ -1,7 +1,7 @@
 /* Writes and reads the first disk without a pause, several requests in flight, and checks every byte (virtio 1.3,
  * section 5.2). Words: bursts=NUMBER (default 200), each of one write and one read to each of DEPTH places; the reads are
- * of what the burst before wrote, to the other half. Says "LOOP n" before every 10th burst. spin=1: goes on until the
- * serial port receives a byte. reads=1: writes nothing, and reads whatever is there. again=1: says "IDLE" afterwards,
+ * of what the burst before wrote, to the places before. Says "LOOP n" before every 10th burst. spin=1: goes on until the
+ * serial port receives a byte. span=SECTORS (default 8): the places go round in so many sectors. reads=1: writes nothing, and reads whatever is there. again=1: says "IDLE" afterwards,
  * waits for a byte, resets the disk and does it once more. */
 #include "virtio.h"
 
@@ -59,6 +59,7 @@ static int loop(const struct boot *boot, u64 window)
         return 1;
     virtio_go(window);
     u64 bursts = number(boot, "bursts", 200), burst = 0;
+    u64 span = number(boot, "span", 8);
     int spin = number(boot, "spin", 0) != 0, reads = number(boot, "reads", 0) != 0;
     for (; spin ? !key() : burst < bursts; burst++) {
         if (burst % 10 == 0) {
@@ -66,15 +67,15 @@ static int loop(const struct boot *boot, u64 window)
             put_dec(burst);
             put("\r\n");
         }
-        /* Even bursts write half 0 and read half 1, odd ones the other way round. */
-        u64 half = burst % 2;
         for (u16 i = 0; i < DEPTH; i++) {
             for (u64 w = 0; w < WORDS; w++) {
                 slots[i].data[w] = pattern(burst, i, w);
                 slots[DEPTH + i].data[w] = ~0ull;
             }
-            submit(i, reads ? BLK_READ : BLK_WRITE, FIRST + (half * DEPTH + i) * 2);
-            submit(DEPTH + i, BLK_READ, FIRST + ((1 - half) * DEPTH + i) * 2);
+            submit(i, reads ? BLK_READ : BLK_WRITE, FIRST + (burst * DEPTH + i) * 2 % span);
+            /* Of the first burst, those that the second one is going to write. */
+            u64 before = burst ? burst - 1 : 1;
+            submit(DEPTH + i, BLK_READ, FIRST + (before * DEPTH + i) * 2 % span);
         }
         u32 seen = 0;
         for (int done = 0; done < 2 * DEPTH; done++) {

@@ -21,7 +21,7 @@ use tests::vm::{Vm, VmBuilder};
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Times that a process is killed.
-const KILLS: usize = 10;
+const KILLS: usize = 40;
 
 fn qemu_img(words: &[&str], files: &[&Path]) -> Output {
     ensure_packages(&["qemu-utils"]).unwrap();
@@ -35,8 +35,12 @@ fn well(words: &[&str], files: &[&Path]) {
     assert!(output.status.success(), "{words:?} {output:?}");
 }
 
-/// A file of `kind`, 4 MiB.
+/// An image of 4 MiB.
 fn create(dir: &Path, name: &str, options: &[&str]) -> PathBuf {
+    create_sized(dir, name, options, "4M")
+}
+
+fn create_sized(dir: &Path, name: &str, options: &[&str], size: &str) -> PathBuf {
     let path = dir.join(name);
     let words: Vec<&str> = ["create", "-q", "-f", "qcow2"]
         .into_iter()
@@ -46,7 +50,7 @@ fn create(dir: &Path, name: &str, options: &[&str]) -> PathBuf {
     let output = Command::new("qemu-img")
         .args(words)
         .arg(&path)
-        .arg("4M")
+        .arg(size)
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
@@ -150,14 +154,25 @@ fn images_below_are_read_and_never_written() {
     }
 }
 
+/// Sectors that `blk-loop` goes round in: each burst takes clusters that nobody had, as long as the test runs.
+const SPAN: u64 = 120_000;
+
+/// What `blk-loop` writes: two times two sectors in each burst.
+fn written(burst: u64, place: u64) -> Vec<u8> {
+    let word =
+        |word: u64| ((burst + 1) << 40 ^ place << 20 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (0..128).flat_map(|n| word(n).to_le_bytes()).collect()
+}
+
 #[test]
-fn a_killed_process_leaves_an_image_without_damage() {
+fn a_killed_process_loses_nothing_and_leaves_an_image_without_damage() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let image = create(dir.path(), "image", &[]);
+    // Tables of 64 and 256 entries: most bursts make one.
+    let image = create_sized(dir.path(), "image", &["-o", "cluster_size=512"], "64M");
     let device = drive("d", &image, ",format=qcow2,direct=off");
     let mut vm = Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::BlkLoop.path(), "spin=1")
+        .kernel(&Payload::BlkLoop.path(), &format!("spin=1 span={SPAN}"))
         .arg("-drive")
         .arg(device)
         .args([
@@ -179,14 +194,31 @@ fn a_killed_process_leaves_an_image_without_damage() {
     }
     vm.wait_for("LOOP ", LIMIT)
         .unwrap_or_else(|e| panic!("{e}"));
+    let told = vm.console.rest_of_line(LIMIT).unwrap();
     // Once more, and this time with the whole VM: nothing is left that could write anything.
     vm.kill().unwrap();
     assert!(vm.survivors(tests::wait::Deadline::after(LIMIT)).is_empty());
+    // Each line is printed when all bursts before it are done, and the last one may be cut.
+    let rest = vm.console.wait_end(LIMIT).unwrap();
+    let mut lines = rest.rsplit('\n').skip(1);
+    let last = lines.find_map(|line| line.trim_end().strip_prefix("LOOP "));
+    let bursts: u64 = last.unwrap_or(&told).parse().unwrap();
+    println!("{bursts} bursts");
     // 3: clusters that nobody uses, which a kill may leave; 2 would be damage.
     let checked = qemu_img(&["check", "-f", "qcow2"], &[&image]);
     assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
-    // The guest found every byte so far; the next one does, too.
-    write(&[drive("d", &image, ",format=qcow2,direct=off")]);
+    // All that the guest was told is done.
+    let raw = dir.path().join("raw");
+    well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &raw]);
+    let raw = std::fs::read(raw).unwrap();
+    assert!(
+        bursts >= 10 * KILLS as u64 && bursts * 4 <= SPAN,
+        "{bursts}"
+    );
+    for (burst, place) in (0..bursts).flat_map(|burst| [(burst, 0), (burst, 1)]) {
+        let at = usize::try_from(16 + (burst * 2 + place) * 2).unwrap() * 512;
+        assert_eq!(raw[at..at + 1024], written(burst, place), "burst {burst}");
+    }
 }
 
 /// Starts a VM with an image and returns its messages once it has ended, by itself or because its guest gave up.
