@@ -1,5 +1,6 @@
 /* Starts the second processor: `second_start()` wakes it up, and it calls `second_main` at privilege level 3, on a stack of
  * its own, with no way to any port. What it begins with is copied to where it wakes up, in real mode. */
+#include "long-mode.inc"
 .section .text
 .code64
 .globl second_begin, second_end
@@ -19,18 +20,7 @@ second_32:
     mov %eax, %ds
     mov %eax, %es
     mov %eax, %ss
-    mov %cr4, %eax
-    or $0x20, %eax          /* PAE */
-    mov %eax, %cr4
-    mov $pml4, %eax
-    mov %eax, %cr3
-    mov $0xc0000080, %ecx   /* EFER */
-    rdmsr
-    or $0x100, %eax         /* LME */
-    wrmsr
-    mov %cr0, %eax
-    or $0x80000001, %eax    /* PG, PE */
-    mov %eax, %cr0
+    enter_long_mode
     ljmp $0x18, $second_64
     .balign 8
 second_gdt:

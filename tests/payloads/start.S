@@ -1,6 +1,7 @@
 /* Entries of a bare guest, and the page tables it runs on: the first 4 GiB, mapped one to one.
  * The tables are data, since a guest on a software KVM pays for each instruction that would build them. All pages are
  * the user's too, for payloads that leave privilege level 0 (level3.S). */
+#include "long-mode.inc"
 
 .section .note.pvh, "a", @note
     .balign 4
@@ -26,18 +27,7 @@ entry32:
     cli
     mov $stack_top, %esp
     mov %ebx, %esi          /* hvm_start_info */
-    mov %cr4, %eax
-    or $0x20, %eax          /* PAE */
-    mov %eax, %cr4
-    mov $pml4, %eax
-    mov %eax, %cr3
-    mov $0xc0000080, %ecx   /* EFER */
-    rdmsr
-    or $0x100, %eax         /* LME */
-    wrmsr
-    mov %cr0, %eax
-    or $0x80000001, %eax    /* PG, PE */
-    mov %eax, %cr0
+    enter_long_mode
     lgdt gdt_pointer
     ljmp $8, $long_mode
 .code64

@@ -12,6 +12,7 @@
 //! makes a test slower, not red. A host that lacks something is an error that names it, not a silent pass.
 
 pub mod calls;
+pub mod chance;
 pub mod console;
 pub mod daemon;
 pub mod escape;

@@ -8,6 +8,7 @@
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,20 @@ pub fn readable(fds: &[BorrowedFd<'_>], deadline: Deadline) -> io::Result<Option
             Err(errno) => return Err(errno.into()),
         }
     }
+}
+
+/// The next connection, whose reads and writes have the limit too.
+///
+/// # Errors
+/// When none comes in time.
+pub fn accept(listener: &TcpListener, limit: Duration) -> io::Result<TcpStream> {
+    if readable(&[listener.as_fd()], Deadline::after(limit))?.is_none() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let (stream, _) = listener.accept()?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    Ok(stream)
 }
 
 /// What a call that makes a descriptor answered.

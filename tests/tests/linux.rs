@@ -8,8 +8,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use tests::host::{Tap, check_ext4, ext4_image, read_from_ext4};
 use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::test_path;
 use tests::vm::{Vm, VmBuilder};
-use tests::wait::{Deadline, readable};
+use tests::wait::accept;
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -182,11 +181,11 @@ fn the_network_carries_pings_and_a_hundred_megabytes_each_way() {
             .unwrap();
         assert_eq!(line_after(&mut vm, "MAC="), "52:54:00:aa:bb:cc");
         expect(&mut vm, "3 packets transmitted, 3 packets received");
-        let mut stream = accept(&down);
+        let mut stream = accept(&down, LIMIT).unwrap();
         stream.write_all(&fs::read(&data).unwrap()).unwrap();
         drop(stream);
         assert_eq!(line_after(&mut vm, "SUM="), md5(&data), "host to guest");
-        let mut stream = accept(&up);
+        let mut stream = accept(&up, LIMIT).unwrap();
         let mut back = Vec::new();
         stream.read_to_end(&mut back).unwrap();
         drop(stream); // the guest's nc waits for it
@@ -308,16 +307,6 @@ fn the_power_button_reaches_the_guest() {
         qmp.wait_event("SHUTDOWN", LIMIT).unwrap();
         ends_well(&mut vm);
     });
-}
-
-/// The next connection, whose reads and writes have a limit too.
-fn accept(listener: &TcpListener) -> TcpStream {
-    let came = readable(&[listener.as_fd()], Deadline::after(LIMIT)).unwrap();
-    assert!(came.is_some(), "the guest does not connect");
-    let (stream, _) = listener.accept().unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    stream.set_write_timeout(Some(LIMIT)).unwrap();
-    stream
 }
 
 /// Bytes that do not compress and do not repeat within any page (xorshift).

@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{Shutdown, SockType, getsockopt, shutdown, sockopt};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use tests::chance::Chance;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::jail::Jail;
 use tests::payload::Payload;
@@ -644,18 +645,6 @@ fn a_program_that_does_not_come_up_leaves_the_old_process_serving() {
     guest.ends_well();
 }
 
-/// Numbers by chance: xorshift (Marsaglia 2003).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
 /// Two guests that write and check a disk each and one that answers a stream of frames, whose device processes are killed and
 /// now and then replaced, one every 50 to 500 ms, for 5 seconds or as many minutes as are asked for. Each guest checks all
 /// of its bytes and frames itself and says so in the end.
@@ -667,7 +656,7 @@ fn devices_die_at_any_moment_and_guests_notice_nothing() {
     };
     let seed = u64::from(std::process::id()) << 32 | 0x5eed;
     println!("chance: {seed:#x}");
-    let mut chance = Chance(seed);
+    let mut chance = Chance::new(seed);
     let tap = Tap::new("sv-soak", "10.7.34.1/24").unwrap();
     let card = with_card("sv-soak", 34, ",max-restarts=1000");
     let disk = || with_disk(Payload::BlkLoop, "spin=1", ",max-restarts=1000");

@@ -558,20 +558,24 @@ fn a_guest_notices_nothing_when_the_process_of_its_folder_is_killed() {
             println!("stall {} ms", back["data"]["stall-ms"]);
         }
         assert_eq!(vm.process("fs-keeper").unwrap(), Some(keeper));
-        fs::write(tree.join("stop"), "").unwrap();
-        expect(&mut vm, "LINES=");
-        let count: usize = expect(&mut vm, " HIDDEN=").trim().parse().unwrap();
-        let hidden = expect(&mut vm, "\n");
-        assert_eq!(hidden.trim(), format!("{count}/{count}"));
-        ends_well(&mut vm);
-        let lines: String = (1..=count).map(|n| format!("line {n}\n")).collect();
-        for name in ["kept", "log"] {
-            assert!(
-                fs::read_to_string(tree.join(name)).unwrap() == lines,
-                "{name}"
-            );
-        }
+        all_is_written(&mut vm, &tree);
     });
+}
+
+/// The guest stops, and each of its lines is there, in each of its files.
+#[track_caller]
+fn all_is_written(vm: &mut Vm, tree: &Path) {
+    fs::write(tree.join("stop"), "").unwrap();
+    expect(vm, "LINES=");
+    let count: usize = expect(vm, " HIDDEN=").trim().parse().unwrap();
+    let hidden = expect(vm, "\n");
+    assert_eq!(hidden.trim(), format!("{count}/{count}"));
+    ends_well(vm);
+    let lines: String = (1..=count).map(|n| format!("line {n}\n")).collect();
+    for name in ["kept", "log"] {
+        let written = fs::read_to_string(tree.join(name)).unwrap();
+        assert!(written == lines, "{name}");
+    }
 }
 
 /// Puts a program in the place of another one, as a package manager does.
@@ -667,17 +671,7 @@ fn another_program_takes_over_what_the_guest_has_open() {
         refused("device binary vhost_user_fs");
         expect(&mut vm, "A-");
         assert_eq!(both(&mut vm), before);
-        fs::write(tree.join("stop"), "").unwrap();
-        expect(&mut vm, "LINES=");
-        let count: usize = expect(&mut vm, " HIDDEN=").trim().parse().unwrap();
-        let hidden = expect(&mut vm, "\n");
-        assert_eq!(hidden.trim(), format!("{count}/{count}"));
-        ends_well(&mut vm);
-        let lines: String = (1..=count).map(|n| format!("line {n}\n")).collect();
-        for name in ["kept", "log"] {
-            let written = fs::read_to_string(tree.join(name)).unwrap();
-            assert!(written == lines, "{name}");
-        }
+        all_is_written(&mut vm, &tree);
     });
 }
 

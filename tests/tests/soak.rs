@@ -23,12 +23,13 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use tests::chance::Chance;
 use tests::host::Tap;
 use tests::lab::{Flavour, Guest, Nested, Script, programs, where_linux_boots_or_in};
 use tests::qmp::Qmp;
 use tests::test_path;
 use tests::vm::Vm;
-use tests::wait::{Deadline, readable};
+use tests::wait::{Deadline, accept, readable};
 
 /// For one step of a guest that is two emulations deep on a busy machine.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -141,7 +142,7 @@ fn soak(length: Duration) {
     let listener = TcpListener::bind("10.7.51.1:5000").unwrap();
     let vm = setting.start();
     let mut guest = Loaded::new(vm);
-    let echo = echo(accept(&listener));
+    let echo = echo(accept(&listener, LIMIT).unwrap());
     guest.expect("ALL-AT-WORK");
 
     let (toll, said) = guest.kill_until("TREE-STATUS ", seed, length);
@@ -367,7 +368,7 @@ impl Loaded {
     /// Kills one process after the other until `text` is on the console, and waits for the last ones' successors.
     /// What came before the text is returned, too.
     fn kill_until(&mut self, text: &str, seed: u64, length: Duration) -> (Toll, String) {
-        let mut chance = Chance(seed);
+        let mut chance = Chance::new(seed);
         let mut toll = Toll::default();
         let begin = Instant::now();
         let latest = length * 2 + 2 * LIMIT;
@@ -450,32 +451,6 @@ impl Loaded {
             _ => panic!("{event}\n{}", self.vm.messages()),
         }
     }
-}
-
-/// Numbers by chance: xorshift (Marsaglia 2003).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-
-    fn index(&mut self, end: usize) -> usize {
-        usize::try_from(self.below(end as u64)).unwrap()
-    }
-}
-
-/// The next connection, whose reads and writes have a limit too.
-fn accept(listener: &TcpListener) -> TcpStream {
-    let came = readable(&[listener.as_fd()], Deadline::after(LIMIT)).unwrap();
-    assert!(came.is_some(), "the guest does not connect");
-    let (stream, _) = listener.accept().unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    stream.set_write_timeout(Some(LIMIT)).unwrap();
-    stream
 }
 
 /// Sends back what comes, until its end: how many bytes, and their sum. It reads on while the other side does not, which

@@ -103,8 +103,8 @@ impl Client {
         self.reply(used)
     }
 
-    /// Any request; `len` is what its header says, `room` the bytes for the reply. Returns the used length.
-    pub fn raw(&mut self, opcode: u32, node: u64, len: u32, body: &[u8], room: u32) -> u32 {
+    /// The next request: its header, which says `len`, and its body.
+    fn request(&mut self, opcode: u32, node: u64, len: u32, body: &[u8]) -> Vec<u8> {
         self.unique += 1;
         let header = Body::new()
             .u32(len)
@@ -115,8 +115,12 @@ impl Client {
             .u32(self.gid)
             .u32(1)
             .u32(0);
-        let mut bytes = header.0;
-        bytes.extend_from_slice(body);
+        [header.0.as_slice(), body].concat()
+    }
+
+    /// Any request; `len` is what its header says, `room` the bytes for the reply. Returns the used length.
+    pub fn raw(&mut self, opcode: u32, node: u64, len: u32, body: &[u8], room: u32) -> u32 {
+        let bytes = self.request(opcode, node, len, body);
         self.front.memory.write(REQUEST, &bytes);
         let mut buffers = vec![Buffer::readable(REQUEST, bytes.len() as u32)];
         if room > 0 {
@@ -127,20 +131,9 @@ impl Client {
 
     /// Offers a request and does not wait for its reply, which will have no body. Its number, and its head in the queue.
     pub fn begin(&mut self, opcode: u32, node: u64, body: Body) -> (u64, u16) {
-        self.unique += 1;
         // Apart from those of requests that are waited for, and from each other.
+        let bytes = self.request(opcode, node, 40 + body.0.len() as u32, &body.0);
         let (request, reply) = Self::begun_at(self.unique);
-        let header = Body::new()
-            .u32(40 + body.0.len() as u32)
-            .u32(opcode)
-            .u64(self.unique)
-            .u64(node)
-            .u32(self.uid)
-            .u32(self.gid)
-            .u32(1)
-            .u32(0);
-        let mut bytes = header.0;
-        bytes.extend_from_slice(&body.0);
         self.front.memory.write(request, &bytes);
         let buffers = [
             Buffer::readable(request, bytes.len() as u32),
