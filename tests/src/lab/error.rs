@@ -63,7 +63,10 @@ pub enum LabError {
     /// The emulator stands still: nothing was found out about what ran in it.
     #[error("the nested machine says nothing, and its kernel does not answer an NMI:\n{0}")]
     Frozen(String),
-    /// The nested machine ended or ran out of time before the command had ended.
+    /// The nested machine ended before the command did.
+    #[error("the nested machine ended before the command did; its last output:\n{0}")]
+    Ended(String),
+    /// The nested machine ran out of time before the command had ended.
     #[error("the nested machine {reason}; its last output:\n{output}")]
     Machine {
         /// What happened.

@@ -71,9 +71,41 @@ pub fn in_a_nested_machine(nested: &Nested, test: &str, body: impl FnOnce()) {
     }
 }
 
+/// Runs the test again in a nested machine with these settings, where it ends in [`cut_the_power`]. `test` is [`test_path!`].
+///
+/// # Panics
+/// When the nested machine cannot be started, or ends in another way.
+pub fn until_the_power_fails(nested: &Nested, test: &str) {
+    match nested.run(&command(test)) {
+        Err(LabError::Ended(_)) => {}
+        Err(error) => panic!("{}", chain(&error)),
+        Ok(status) => panic!("{test} ended in the nested lab with status {status}"),
+    }
+}
+
+/// Ends the nested machine at once: what its kernel has not written to a disk by now is lost.
+///
+/// # Panics
+/// When its kernel does not let it.
+pub fn cut_the_power() -> ! {
+    let cut = std::fs::write("/proc/sysrq-trigger", "b");
+    panic!("the power cannot be cut: {cut:?}");
+}
+
 fn run_nested(nested: &Nested, test: &str) {
+    let status = nested
+        .run(&command(test))
+        .unwrap_or_else(|e| panic!("{}", chain(&e)));
+    assert_eq!(
+        status, 0,
+        "{test} failed in the nested lab with status {status}"
+    );
+}
+
+/// What runs the test again.
+fn command(test: &str) -> Vec<String> {
     let binary = std::env::current_exe().unwrap_or_else(|e| panic!("the test binary: {e}"));
-    let command = [
+    vec![
         binary.display().to_string(),
         "--exact".into(),
         test.into(),
@@ -81,14 +113,7 @@ fn run_nested(nested: &Nested, test: &str) {
         "--include-ignored".into(),
         "--nocapture".into(),
         "--test-threads=1".into(),
-    ];
-    let status = nested
-        .run(&command)
-        .unwrap_or_else(|e| panic!("{}", chain(&e)));
-    assert_eq!(
-        status, 0,
-        "{test} failed in the nested lab with status {status}"
-    );
+    ]
 }
 
 /// The path of the enclosing test function as libtest prints it, without the crate's name.

@@ -208,6 +208,7 @@ impl Nested {
                 );
             }
             match (lost, last_words) {
+                (Lost::Ended, _) => LabError::Ended(text),
                 (Lost::Silent, Err(told)) => LabError::Frozen(told + &text),
                 (Lost::Silent, Ok(())) => LabError::Machine {
                     reason: "stood still, and its kernel told above what it was at".into(),
