@@ -7,6 +7,8 @@
 
 use thiserror::Error;
 
+use crate::storage::MAGIC;
+
 /// Bytes of the header that every version has.
 pub(crate) const BYTES: usize = 72;
 
@@ -82,7 +84,7 @@ fn be64(bytes: &[u8; BYTES], at: usize) -> u64 {
 
 /// Checks the first bytes of an image; `features` are those that follow, zero for version 2.
 pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, HeaderError> {
-    if bytes[..4] != *b"QFI\xfb" {
+    if bytes[..4] != MAGIC {
         return Err(HeaderError::Magic);
     }
     let version = be32(bytes, 4);

@@ -1,7 +1,10 @@
 //! Bytes on a descriptor, as `imago` asks for them.
 //!
 //! **Job.** Positioned reads and writes that do all of their bytes. **Who is not trusted.** The image, whose tables choose every
-//! place: one beyond what a file can have is an error, and one beyond the end of the file reads as zeroes, as the format has it.
+//! place: one beyond what a file can have is an error, and one beyond the end of the file reads as zeroes, as the format has it. An
+//! image whose counts of references give its own header away is not followed: nothing but a header is written where the header is.
+//! Beside what that would leave of the image, `imago` 0.2.6 does not come back from a block of counts at offset 0, which its table
+//! cannot tell from a missing one: it makes one more, until its stack ends.
 //! **Why this way.** `imago`'s own file driver asks the kernel for more than the filter of this process allows. The end of the file is
 //! counted here, since nobody else writes it.
 
@@ -23,6 +26,31 @@ use nix::unistd::{Whence, lseek};
 
 /// Buffers of one call; Linux takes up to 1024.
 const MAX_BUFFERS: usize = 1024;
+
+/// What an image begins with.
+pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// The first bytes of `buffers`, as far as a header's magic goes.
+fn beginning(buffers: &[IoSlice<'_>]) -> [u8; MAGIC.len()] {
+    let mut first = [0; MAGIC.len()];
+    let bytes = buffers.iter().flat_map(|buffer| buffer.iter());
+    for (to, from) in first.iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    first
+}
+
+/// Whether the range has a byte of the magic in it.
+const fn is_on_magic(offset: u64, length: u64) -> bool {
+    offset < MAGIC.len() as u64 && length > 0
+}
+
+fn header_is_lost() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the image counts its own header as free; qemu-img check tells more",
+    )
+}
 
 /// An image's descriptor.
 #[derive(Debug)]
@@ -106,7 +134,11 @@ impl Storage for Descriptor {
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let length = bufv.len();
         let mut all = bufv.into_inner();
+        if is_on_magic(offset, length) && !(offset == 0 && beginning(&all) == MAGIC) {
+            return Err(header_is_lost());
+        }
         let mut rest = all.as_mut_slice();
         let mut at = offset;
         while !rest.is_empty() {
@@ -126,6 +158,9 @@ impl Storage for Descriptor {
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        if is_on_magic(offset, length) {
+            return Err(header_is_lost());
+        }
         let range = FallocateFlags::FALLOC_FL_ZERO_RANGE;
         match self.allocate(range, offset, length) {
             Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
@@ -136,11 +171,17 @@ impl Storage for Descriptor {
     }
 
     unsafe fn pure_write_allocated_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        if is_on_magic(offset, length) {
+            return Err(header_is_lost());
+        }
         self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, length)
     }
 
     unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
         // A hint: space that stays taken is no fault.
+        if is_on_magic(offset, length) {
+            return Ok(());
+        }
         let _ = self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, length);
         Ok(())
     }
@@ -159,5 +200,36 @@ impl Storage for Descriptor {
 
     fn get_storage_helper(&self) -> &CommonStorageHelper {
         &self.helper
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use imago::StorageExt;
+
+    #[test]
+    fn nothing_but_a_header_goes_where_the_header_is() {
+        let mut content = [0x33; 1024];
+        content[..4].copy_from_slice(&MAGIC);
+        let file = tempfile::tempfile().unwrap();
+        let seen = file.try_clone().unwrap();
+        let image = Descriptor::new(file.into(), false).unwrap();
+        image.write(&content[..], 0).unwrap();
+        for (bytes, at) in [(&[0; 512][..], 0), (&MAGIC[..3], 0), (&MAGIC[..], 3)] {
+            let error = image.write(bytes, at).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{at}: {error}");
+        }
+        assert!(image.write_zeroes(0, 512).is_err());
+        // SAFETY: nobody else uses the file.
+        unsafe { image.pure_discard(0, 512) }.unwrap();
+        let mut now = [0; 1024];
+        std::os::unix::fs::FileExt::read_exact_at(&seen, &mut now, 0).unwrap();
+        assert_eq!(now, content);
+        image.write(&[0x44; 8][..], 4).unwrap();
+        image.write_zeroes(512, 512).unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&seen, &mut now, 0).unwrap();
+        assert_eq!((&now[..4], &now[4..12]), (&MAGIC[..], &[0x44; 8][..]));
+        assert_eq!(now[512..], [0; 512]);
     }
 }

@@ -17,6 +17,7 @@ pub mod kernel;
 pub mod link;
 pub mod mmio;
 pub mod net;
+pub mod qcow2;
 pub mod qmp;
 pub mod seeds;
 pub mod snapshot;

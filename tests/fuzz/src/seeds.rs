@@ -34,6 +34,7 @@ pub fn all() -> Vec<(&'static str, Inputs)> {
         ("link", link()),
         ("mmio", mmio()),
         ("net", net()),
+        ("qcow2", crate::qcow2::seeds::all()),
         ("qmp", qmp()),
         ("snapshot", snapshot()),
         ("start", start()),

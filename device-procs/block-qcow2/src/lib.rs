@@ -1,0 +1,30 @@
+//! What a qcow2 image is to the disk's process.
+//!
+//! **Job.** `header.rs` looks at the image before anything else does, `image.rs` reads and writes it, `storage.rs` moves bytes
+//! on its descriptors. **Who is not trusted.** The image and all that is below it: whoever made it may have made it to break this
+//! process. What it says about sizes is checked before memory is taken for it. **Why this way.** A library beside the program, so that
+//! the fuzz target `qcow2` takes the process's own way in; that way is all that it shows.
+
+#![deny(unsafe_code)]
+
+mod header;
+mod image;
+mod storage;
+
+use std::os::fd::OwnedFd;
+
+use block_device::{BuildError, Format};
+use ipc::spec::block::BlockSpec;
+
+/// Opens the disk that `spec` describes; `next` gives the descriptors of its images, the disk's own first.
+///
+/// # Errors
+/// [`BuildError::Formatted`]: an image cannot be read, is refused, or is missing.
+pub fn open(
+    spec: &BlockSpec,
+    next: impl FnMut() -> Option<OwnedFd>,
+) -> Result<Box<dyn Format>, BuildError> {
+    let image =
+        image::Qcow2Image::open(spec, next).map_err(|e| BuildError::Formatted(Box::new(e)))?;
+    Ok(Box::new(image))
+}

@@ -1,0 +1,149 @@
+//! # `qcow2`: an image, what is below it, and a guest that uses the disk
+//!
+//! The images are memory files, opened as the process `block-qcow2` opens its own; then ranges inside of the disk are read,
+//! written, zeroed, discarded, committed and flushed. The disk is no longer than its header says and is made of whole sectors; what
+//! is below it, and a read-only image, keep their bytes.
+
+pub mod seeds;
+
+use crate::bytes::Input;
+use crate::planted;
+use block_device::Format;
+use ipc::spec::block::{BlockIo, BlockSpec, ImageFormat};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
+/// Sectors of one operation.
+const MOST: u64 = 256;
+/// Operations of an input.
+const OPERATIONS: u8 = 24;
+
+/// Flag in the first byte: the lowest image is raw. The two bits below it count the images below the disk's.
+pub const RAW_BASE: u8 = 4;
+/// Flag in the first byte.
+pub const READONLY: u8 = 8;
+
+/// Numbers of the operations.
+pub const READ: u8 = 0;
+/// See [`READ`].
+pub const WRITE: u8 = 1;
+/// See [`READ`].
+pub const ZERO: u8 = 2;
+/// See [`READ`].
+pub const DISCARD: u8 = 3;
+/// See [`READ`].
+pub const COMMIT: u8 = 4;
+/// See [`READ`].
+pub const FLUSH: u8 = 5;
+/// Flag of an operation: its place is counted from the end of the disk.
+pub const FROM_END: u8 = 0x80;
+
+fn memory_file(bytes: &[u8]) -> File {
+    let file: File = memfd_create(c"image", MFdFlags::MFD_CLOEXEC)
+        .expect("memfd_create")
+        .into();
+    file.write_all_at(bytes, 0).expect("pwrite");
+    file
+}
+
+fn is_unchanged(file: &File, bytes: &[u8]) -> bool {
+    let mut now = vec![0; bytes.len()];
+    file.metadata().expect("fstat").len() == bytes.len() as u64
+        && file.read_exact_at(&mut now, 0).is_ok()
+        && now == bytes
+}
+
+/// Which operations succeeded, a bit each.
+fn work(disk: &mut dyn Format, mut operations: Input<'_>) -> u8 {
+    let sectors = disk.size() / SECTOR;
+    let mut done = 0;
+    let mut buffer = Vec::new();
+    while !operations.is_empty() && sectors > 0 {
+        let kind = operations.byte();
+        let place = u64::from(operations.u16()) % sectors;
+        let sector = if kind & FROM_END == 0 {
+            place
+        } else {
+            sectors - 1 - place
+        };
+        let count = (u64::from(operations.byte()) + 1)
+            .min(MOST)
+            .min(sectors - sector);
+        let (at, len) = (sector * SECTOR, count * SECTOR);
+        let kind = (kind & !FROM_END) % 6;
+        // A write is committed before its guest is told, as `Formatted` does it.
+        let result = match kind {
+            READ => {
+                buffer.resize(len as usize, 0);
+                disk.read(&mut buffer, at)
+            }
+            WRITE => {
+                buffer.resize(len as usize, 0);
+                buffer.fill(0x5a);
+                disk.write(&buffer, at).and_then(|()| disk.commit())
+            }
+            ZERO => disk.zero(at, len, false).and_then(|()| disk.commit()),
+            DISCARD => disk.zero(at, len, true).and_then(|()| disk.commit()),
+            COMMIT => disk.commit(),
+            _ => disk.flush(),
+        };
+        if result.is_ok() {
+            done |= 1 << kind;
+        }
+    }
+    done
+}
+
+/// One input.
+pub fn run(data: &[u8]) {
+    let mut input = Input(data);
+    let kind = input.byte();
+    let below = (kind & 3).min(2);
+    let readonly = kind & READONLY != 0;
+    let raw_base = kind & RAW_BASE != 0 && below > 0;
+    let count = input.byte().min(OPERATIONS);
+    let operations = Input(input.take(usize::from(count) * 4));
+    let mut contents = Vec::new();
+    for _ in 0..below {
+        let len = usize::from(input.u16());
+        contents.push(input.take(len));
+    }
+    contents.insert(0, input.0);
+    let files: Vec<File> = contents.iter().map(|bytes| memory_file(bytes)).collect();
+    let spec = BlockSpec {
+        id: "disk".into(),
+        readonly,
+        direct: false,
+        serial: String::new(),
+        num_queues: 1,
+        queue_size: 256,
+        io: BlockIo {
+            format: ImageFormat::Qcow2 { below, raw_base },
+            ..BlockIo::default()
+        },
+    };
+    let mut descriptors = files
+        .iter()
+        .map(|file| OwnedFd::from(file.try_clone().expect("dup")));
+    let Ok(mut disk) = qcow2_disk::open(&spec, || descriptors.next()) else {
+        return;
+    };
+    // What the file lacks is zeroes.
+    let said = Input(contents[0].get(24..).unwrap_or_default()).array();
+    assert!(disk.size() <= u64::from_be_bytes(said) && disk.size() % SECTOR == 0);
+    let done = work(&mut *disk, operations);
+    drop(disk);
+    for (file, bytes) in files.iter().zip(&contents).skip(usize::from(!readonly)) {
+        assert!(
+            is_unchanged(file, bytes),
+            "an image that is only read was written"
+        );
+    }
+    // Reads, a write, a discard and a flush with a raw image below the one below.
+    planted!(below == 2 && raw_base && done & 0b10_1011 == 0b10_1011);
+    let _ = done;
+}
