@@ -28,6 +28,7 @@ use std::time::Duration;
 use tests::console::Console;
 use tests::escape::{Attempt, Expect, Jail, Outcome, attempts};
 use tests::host::{Tap, require_kvm, require_root};
+use tests::lab::ensure_packages;
 use tests::payload::Payload;
 use tests::vm::{Vm, VmBuilder, binary};
 
@@ -50,9 +51,10 @@ impl Place {
         let program = match jail {
             Jail::Net => "net",
             Jail::Fs => "vhost_user_fs",
+            Jail::Qcow2 => "block-qcow2",
             _ => "block",
         };
-        for name in ["stratovirt", "block", "net", "vhost_user_fs"] {
+        for name in ["stratovirt", "block", "block-qcow2", "net", "vhost_user_fs"] {
             let from = if name == program {
                 PathBuf::from(env!("CARGO_BIN_EXE_escape-probe"))
             } else {
@@ -95,13 +97,25 @@ impl Place {
 
     fn with_disk(&self, builder: VmBuilder, id: &str, readonly: bool) -> VmBuilder {
         let disk = self.dir.path().join("disk.img");
-        File::create(&disk).unwrap().set_len(DISK).unwrap();
+        let format = if self.jail == Jail::Qcow2 {
+            ensure_packages(&["qemu-utils"]).unwrap();
+            let made = std::process::Command::new("qemu-img")
+                .args(["create", "-q", "-f", "qcow2"])
+                .arg(&disk)
+                .arg(DISK.to_string())
+                .status();
+            assert!(made.unwrap().success());
+            ",format=qcow2"
+        } else {
+            File::create(&disk).unwrap().set_len(DISK).unwrap();
+            ""
+        };
         let readonly = if readonly { ",readonly=on" } else { "" };
         builder
             .kernel(&Payload::BlkRw.path(), "")
             .arg("-drive")
             .arg(format!(
-                "id=d0,file={},direct=off{readonly}",
+                "id=d0,file={},direct=off{format}{readonly}",
                 disk.display()
             ))
             .arg("-device")
@@ -253,6 +267,11 @@ fn all_attempts(jail: Jail, tap: &str) -> usize {
 #[test]
 fn nothing_gets_out_of_a_disks_process() {
     assert!(all_attempts(Jail::Block, "") >= 80);
+}
+
+#[test]
+fn nothing_gets_out_of_a_qcow2_disks_process() {
+    assert!(all_attempts(Jail::Qcow2, "") >= 80);
 }
 
 #[test]

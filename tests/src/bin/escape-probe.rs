@@ -10,6 +10,7 @@
 
 use device_host::{Access, Device, DeviceFault, FileIo, HostFault, Prepared, Ring};
 use ipc::spec::DeviceSpec;
+use ipc::spec::block::ImageFormat;
 use ipc::start::{FD_BACKEND, FD_LOG, FD_START, FD_VHOST_USER};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use std::io::{IoSliceMut, Write};
@@ -75,7 +76,7 @@ fn run(what: &str) -> Result<(), Box<dyn std::error::Error>> {
     let backends = start.backend_fds;
     // As a disk's process has it.
     let ring = match &start.device {
-        DeviceSpec::Block(disk) => {
+        DeviceSpec::Block(disk) if disk.io.format == ImageFormat::Raw => {
             // SAFETY: the broker opened it, and nothing in this program closes it.
             let image = unsafe { BorrowedFd::borrow_raw(FD_BACKEND) };
             let access = if disk.readonly {

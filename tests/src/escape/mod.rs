@@ -71,6 +71,8 @@ pub enum Verdict {
 pub enum Jail {
     /// A disk's process.
     Block,
+    /// The process of a disk whose image is qcow2.
+    Qcow2,
     /// A network card's process.
     Net,
     /// The file-sharing daemon.
@@ -87,7 +89,7 @@ impl Jail {
     /// Whether it is a process that serves one device.
     #[must_use]
     pub const fn is_device(self) -> bool {
-        matches!(self, Self::Block | Self::Net | Self::Fs)
+        matches!(self, Self::Block | Self::Qcow2 | Self::Net | Self::Fs)
     }
 }
 
@@ -95,6 +97,7 @@ impl fmt::Display for Jail {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Block => "block",
+            Self::Qcow2 => "qcow2",
             Self::Net => "net",
             Self::Fs => "fs",
             Self::Main => "control main",
@@ -398,7 +401,7 @@ impl Attempt {
     #[must_use]
     pub const fn on_readonly(mut self) -> Self {
         self.readonly = true;
-        self.only(&[Jail::Block])
+        self.only(&[Jail::Block, Jail::Qcow2])
     }
 
     /// What must become of it in `jail`, with and without the filter; `None` if it makes no sense there.

@@ -18,7 +18,14 @@ pub(super) const LIST: &[Attempt] = &[
     each("kvm-run", SYS_ioctl, &[n(0xae80), NULL])
         .refused(NOT_OF_THIS_KIND)
         // A vCPU's thread does just that, and comes back when its guest has something to tell.
-        .only(&[Jail::Block, Jail::Net, Jail::Fs, Jail::Main, Jail::Qmp]),
+        .only(&[
+            Jail::Block,
+            Jail::Qcow2,
+            Jail::Net,
+            Jail::Fs,
+            Jail::Main,
+            Jail::Qmp,
+        ]),
     each("vhost-owner", SYS_ioctl, &[n(0xaf01), NULL]).refused(NOT_OF_THIS_KIND),
     each(
         "terminal-input",

@@ -81,7 +81,7 @@ mod tests {
         let count = names.len();
         names.dedup();
         assert_eq!(names.len(), count);
-        for jail in [Jail::Block, Jail::Net, Jail::Fs] {
+        for jail in [Jail::Block, Jail::Qcow2, Jail::Net, Jail::Fs] {
             let tried = all.iter().filter(|a| a.expected(jail).is_some()).count();
             assert!(tried >= 80, "{tried} in {jail}");
         }
