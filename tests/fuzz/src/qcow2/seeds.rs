@@ -72,7 +72,7 @@ fn image(version: u32, order: u32, compatible: u64, backed: bool) -> Vec<u8> {
     } else {
         entry(4 * CLUSTER + 24, cluster(7) | COPIED);
     }
-    bytes[5 * CLUSTER..6 * CLUSTER].fill(0x11);
+    bytes[6 * CLUSTER - 16..6 * CLUSTER].fill(0x11);
     bytes[6 * CLUSTER..][..DEFLATED.len()].copy_from_slice(&DEFLATED);
     bytes
 }
@@ -82,14 +82,37 @@ fn operation(kind: u8, sector: u16, more: u8) -> [u8; 4] {
     [kind, low, high, more]
 }
 
+/// As the target reads an image: where it is not zero.
+fn pieces(image: &[u8]) -> Vec<Vec<u8>> {
+    let mut out = Vec::new();
+    let mut at = 0;
+    while let Some(skip) = image[at..].iter().position(|byte| *byte != 0) {
+        at += skip;
+        let rest = &image[at..image.len().min(at + 255)];
+        // Fewer zeroes than a piece's own head cost nothing.
+        let len = rest
+            .windows(4)
+            .position(|window| window == [0; 4])
+            .unwrap_or(rest.len());
+        let place = (at as u16).to_le_bytes();
+        out.push([&place[..], &[len as u8], &rest[..len]].concat());
+        at += len;
+    }
+    // An image is as long as its last piece says.
+    let end = (image.len() - 1) as u16;
+    out.push([&end.to_le_bytes()[..], &[1], &image[image.len() - 1..]].concat());
+    out
+}
+
 fn input(kind: u8, operations: &[[u8; 4]], below: &[Vec<u8>], top: &[u8]) -> Vec<u8> {
     let mut out = vec![kind, operations.len() as u8];
     out.extend(operations.as_flattened());
     for image in below {
-        out.extend((image.len() as u16).to_le_bytes());
-        out.extend(image);
+        let pieces = pieces(image);
+        out.push(pieces.len() as u8);
+        out.extend(pieces.concat());
     }
-    out.extend(top);
+    out.extend(pieces(top).concat());
     out
 }
 
@@ -106,7 +129,12 @@ pub fn all() -> Vec<Vec<u8>> {
         operation(COMMIT, 0, 0),
         operation(FLUSH, 0, 0),
     ];
-    let few = [operation(READ, 0, 127), operation(WRITE, 2, 3)];
+    let few = [
+        operation(READ, 0, 127),
+        operation(WRITE, 2, 3),
+        operation(READ, 1, 3),
+        operation(FLUSH, 0, 0),
+    ];
     let mut inputs = vec![
         input(0, &guest, &[], &image(2, 4, 0, false)),
         input(READONLY, &guest, &[], &image(3, 4, 0, false)),
@@ -116,7 +144,7 @@ pub fn all() -> Vec<Vec<u8>> {
     for order in 0..=6 {
         inputs.push(input(0, &guest, &[], &image(3, order, 0, false)));
     }
-    let raw = vec![0x22; 3 * CLUSTER];
+    let raw = [[0x22; 16], [0; 16]].concat().repeat(2);
     let base = image(3, 4, 0, false);
     let middle = image(2, 4, 0, true);
     let top = image(3, 4, 0, true);
@@ -126,13 +154,7 @@ pub fn all() -> Vec<Vec<u8>> {
         input(1 | READONLY, &guest, std::slice::from_ref(&base), &middle),
         // Without a name for what it is given.
         input(1, &guest, std::slice::from_ref(&base), &base),
-        // What the file lacks is zeroes.
-        input(
-            2,
-            &few,
-            &[middle, base],
-            &top[..6 * CLUSTER + DEFLATED.len()],
-        ),
+        input(2, &few, &[middle, base], &top),
     ]);
     inputs
 }
