@@ -10,6 +10,7 @@ mod meter;
 mod peers;
 mod recovery;
 mod restore;
+mod shares;
 mod startup;
 
 use std::process::ExitCode;
@@ -23,6 +24,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         Some((name, rest)) if name == "jail" => jail::run(rest),
         Some((name, rest)) if name == "restore" => restore::run(rest),
         Some((name, rest)) if name == "recovery" => recovery::run(rest),
-        _ => Err("the benches are: startup, fs, block, net, jail, restore, recovery".into()),
+        Some((name, rest)) if name == "shares" => shares::run(rest),
+        _ => {
+            Err("the benches are: startup, fs, block, net, jail, restore, recovery, shares".into())
+        }
     }
 }
