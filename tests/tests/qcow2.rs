@@ -154,6 +154,33 @@ fn images_below_are_read_and_never_written() {
     }
 }
 
+/// The rest of such a cluster is zeroed by the file system, in the way that this one knows.
+#[test]
+fn parts_of_clusters_that_are_zero_are_written_on_any_file_system() {
+    for place in [env!("CARGO_TARGET_TMPDIR"), "/dev/shm"] {
+        let dir = tempfile::tempdir_in(place).unwrap();
+        let image = create(dir.path(), "image", &[]);
+        let zeroes = Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", "write -z 0 4M"])
+            .arg(&image)
+            .output()
+            .unwrap();
+        assert!(zeroes.status.success(), "{zeroes:?}");
+        let raw = dir.path().join("raw");
+        std::fs::File::create(&raw)
+            .unwrap()
+            .set_len(4 << 20)
+            .unwrap();
+        write(&[drive("d", &raw, ",direct=off")]);
+        write(&[drive("d", &image, ",format=qcow2,direct=off")]);
+        well(&["check", "-q", "-f", "qcow2"], &[&image]);
+        well(
+            &["compare", "-q", "-f", "qcow2", "-F", "raw"],
+            &[&image, &raw],
+        );
+    }
+}
+
 /// Sectors that `blk-loop` goes round in: each burst takes clusters that nobody had, as long as the test runs.
 const SPAN: u64 = 120_000;
 
