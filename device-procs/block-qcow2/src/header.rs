@@ -13,7 +13,7 @@ use crate::storage::MAGIC;
 pub(crate) const BYTES: usize = 72;
 
 /// Bytes that the tables and caches of all images of a disk may take: three quarters of what its process may.
-pub(crate) const MAX_MEMORY: u64 = ipc::limits::MAX_DEVICE_MEMORY / 4 * 3;
+const MAX_MEMORY: u64 = ipc::limits::MAX_DEVICE_MEMORY / 4 * 3;
 
 /// Clusters of tables that are cached for each image: 128 with mappings, 32 with reference counts.
 const CACHED_CLUSTERS: u64 = 160;
@@ -66,10 +66,36 @@ pub(crate) enum HeaderError {
 /// What was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Header {
-    /// Bytes of memory that it takes at most.
-    pub(crate) memory: u64,
+    /// What it takes.
+    pub(crate) cost: Cost,
     /// It names a file that is below it.
     pub(crate) names_backing: bool,
+}
+
+/// Bytes of memory that images take at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Cost {
+    /// As long as they are open.
+    kept: u64,
+    /// The largest of their tables, of which there are two copies while it is read.
+    table: u64,
+}
+
+impl Cost {
+    /// That of these images and of another one together.
+    ///
+    /// # Errors
+    /// It is more than a process may have.
+    pub(crate) fn with(self, other: Self) -> Result<Self, HeaderError> {
+        let both = Self {
+            kept: self.kept + other.kept,
+            table: self.table.max(other.table),
+        };
+        match both.kept + both.table {
+            memory if memory > MAX_MEMORY => Err(HeaderError::Memory(memory)),
+            _ => Ok(both),
+        }
+    }
 }
 
 fn be32(bytes: &[u8; BYTES], at: usize) -> u32 {
@@ -122,12 +148,13 @@ pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, He
         });
     }
     let counts = u64::from(be32(bytes, 56)) * cluster;
-    let memory = CACHED_CLUSTERS * cluster + u64::from(entries) * 8 + counts;
-    if memory > MAX_MEMORY {
-        return Err(HeaderError::Memory(memory));
-    }
+    let maps = u64::from(entries) * 8;
+    let own = Cost {
+        kept: CACHED_CLUSTERS * cluster + maps + counts,
+        table: maps.max(counts),
+    };
     Ok(Header {
-        memory,
+        cost: Cost::default().with(own)?,
         names_backing: be64(bytes, 8) != 0,
     })
 }
@@ -150,7 +177,14 @@ mod tests {
     #[test]
     fn what_an_image_may_cost_is_bounded() {
         let found = check(&good(), 0).unwrap();
-        assert_eq!(found.memory, 160 * 65536 + 16 + 65536);
+        let one = Cost {
+            kept: 160 * 65536 + 16 + 65536,
+            table: 65536,
+        };
+        assert_eq!(found.cost, one);
+        let nine = (1..9).try_fold(one, |all, _| all.with(one)).unwrap();
+        assert_eq!((nine.kept, nine.table), (9 * one.kept, one.table));
+        assert!(matches!(nine.with(one), Err(HeaderError::Memory(_))));
         assert!(!found.names_backing);
         let refused = |at: usize, value: u32, wanted: fn(&HeaderError) -> bool| {
             let mut bytes = good();

@@ -17,7 +17,7 @@ use ipc::spec::block::{BlockSpec, ImageFormat};
 use nix::errno::Errno;
 use thiserror::Error;
 
-use crate::header::{self, Header, HeaderError, MAX_MEMORY};
+use crate::header::{self, Cost, Header, HeaderError};
 use crate::storage::Descriptor;
 
 /// Bytes of a sector.
@@ -84,7 +84,7 @@ impl Qcow2Image {
         };
         let last = usize::from(below);
         let mut files = Vec::with_capacity(1 + last);
-        let mut memory = 0;
+        let mut cost = Cost::default();
         for number in 0..=last {
             let fd = next().ok_or(ImageError::Missing(number))?;
             let file = Descriptor::new(fd, spec.direct)
@@ -95,11 +95,9 @@ impl Qcow2Image {
                 if header.names_backing && number == last {
                     return Err(ImageError::Backing(number));
                 }
-                memory += header.memory;
-                if memory > MAX_MEMORY {
-                    let source = HeaderError::Memory(memory);
-                    return Err(ImageError::Header { number, source });
-                }
+                cost = cost
+                    .with(header.cost)
+                    .map_err(|source| ImageError::Header { number, source })?;
             }
             files.push((number, file));
         }
