@@ -5,10 +5,43 @@
 //! **Why this way.** A front end that comes before the socket is there fails, and the line is the event to wait for.
 
 use crate::wait::{Deadline, Watched};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
+
+/// Starts `program` with `words`, which say that its front end is descriptor 3, once for each kind of descriptor that is no unix
+/// stream socket: `(what it is, exit status, what it said)`. One of the network would let others in than whoever has the host's
+/// word.
+///
+/// # Errors
+/// A descriptor cannot be made, or the program not be started.
+pub fn with_descriptors_of_other_kinds(
+    program: &Path,
+    words: &[&OsStr],
+) -> io::Result<Vec<(&'static str, Option<i32>, String)>> {
+    let others: [(_, OwnedFd); 3] = [
+        ("TCP", TcpListener::bind("127.0.0.1:0")?.into()),
+        ("datagrams", UnixDatagram::unbound()?.into()),
+        ("a file", File::open(program)?.into()),
+    ];
+    let one = |(what, other)| {
+        let output = Command::new("sh")
+            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
+            .arg(program)
+            .args(words)
+            .stdin::<OwnedFd>(other)
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((what, output.status.code(), said))
+    };
+    others.into_iter().map(one).collect()
+}
 
 /// One that listens.
 #[derive(Debug)]

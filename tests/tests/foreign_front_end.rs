@@ -14,16 +14,17 @@ use ipc::spec::net::NetSpec;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 use tests::console::Console;
+use tests::daemon::with_descriptors_of_other_kinds;
 use tests::host::{Tap, require_root};
 use tests::jail::{Jail, NAMESPACES};
 use tests::lab::{Flavour, Guest, Script, ensure_packages};
@@ -373,30 +374,15 @@ fn a_stand_alone_block_that_is_told_to_end_leaves_nothing() {
     drop(front_end);
 }
 
-/// A socket of the network would let others in than whoever has the host's word.
 #[test]
 fn a_stand_alone_block_takes_no_descriptor_but_a_unix_stream() {
     let image = tempfile::NamedTempFile::new().unwrap();
-    let others: [OwnedFd; 3] = [
-        TcpListener::bind("127.0.0.1:0").unwrap().into(),
-        UnixDatagram::unbound().unwrap().into(),
-        image.reopen().unwrap().into(),
-    ];
-    for other in others {
-        let what = format!("{other:?}");
-        let output = Command::new("sh")
-            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
-            .arg(binary("block").unwrap())
-            .args(["--fd", "3", "--file"])
-            .arg(image.path())
-            .stdin(other)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{what}: {said}");
-        assert!(
-            said.contains("--fd 3: not an open unix stream socket"),
-            "{what}: {said}"
-        );
+    let words = ["--fd", "3", "--file"].map(OsStr::new);
+    let words = [&words[..], &[image.path().as_os_str()]].concat();
+    let tried = with_descriptors_of_other_kinds(&binary("block").unwrap(), &words).unwrap();
+    for (what, status, said) in tried {
+        assert_eq!(status, Some(1), "{what}: {said}");
+        let expected = "--fd 3: not an open unix stream socket";
+        assert!(said.contains(expected), "{what}: {said}");
     }
 }

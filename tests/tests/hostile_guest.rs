@@ -275,20 +275,22 @@ fn all_done(numbers: &BTreeMap<String, u64>, wanted: u64) {
     assert!(numbers["checks"] > 0, "{numbers:?}");
 }
 
-#[test]
-fn chains_by_chance_do_no_harm_from_a_disk() {
-    let wanted = share(42);
-    let (numbers, _) = attack("disk", "rings", wanted).run();
+#[track_caller]
+fn chains_by_chance(device: &str, weight: u64) {
+    let wanted = share(weight);
+    let (numbers, _) = attack(device, "rings", wanted).run();
     all_done(&numbers, wanted);
     assert!(numbers["needs_reset"] > 0 && numbers["answered"] > wanted / 2);
 }
 
 #[test]
+fn chains_by_chance_do_no_harm_from_a_disk() {
+    chains_by_chance("disk", 42);
+}
+
+#[test]
 fn chains_by_chance_do_no_harm_from_a_card() {
-    let wanted = share(26);
-    let (numbers, _) = attack("card", "rings", wanted).run();
-    all_done(&numbers, wanted);
-    assert!(numbers["needs_reset"] > 0 && numbers["answered"] > wanted / 2);
+    chains_by_chance("card", 26);
 }
 
 #[test]
@@ -304,22 +306,23 @@ fn registers_by_chance_do_no_harm_to_a_card() {
 }
 
 /// One processor resets, sets up, kicks or rewrites what the other one does the same with.
-#[test]
-fn two_processors_at_one_disk_do_no_harm() {
+#[track_caller]
+fn two_processors_at(device: &str) {
     let wanted = share(15);
-    let (numbers, _) = attack("disk", "race", wanted).run();
+    let (numbers, _) = attack(device, "race", wanted).run();
     all_done(&numbers, wanted);
     // Whether the device needs a reset at the end of a round is up to the scheduler.
     assert!(numbers["second"] > wanted / 10, "{numbers:?}");
 }
 
 #[test]
+fn two_processors_at_one_disk_do_no_harm() {
+    two_processors_at("disk");
+}
+
+#[test]
 fn two_processors_at_one_card_do_no_harm() {
-    let wanted = share(15);
-    let (numbers, _) = attack("card", "race", wanted).run();
-    all_done(&numbers, wanted);
-    // Whether the device needs a reset at the end of a round is up to the scheduler.
-    assert!(numbers["second"] > wanted / 10, "{numbers:?}");
+    two_processors_at("card");
 }
 
 #[test]

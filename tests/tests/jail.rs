@@ -64,6 +64,18 @@ fn used_disk() -> Device {
     }
 }
 
+/// What a VM with these devices and so many bytes of RAM is, with one vCPU and one client.
+fn setting(devices: Vec<Device>, ram: u64) -> Setting {
+    Setting {
+        devices,
+        ram,
+        vcpus: 1,
+        clients: 1,
+        held: Vec::new(),
+        given: Vec::new(),
+    }
+}
+
 fn suite(tap: &str, subnet: u8) -> Suite {
     require_kvm();
     require_root();
@@ -96,14 +108,7 @@ fn suite(tap: &str, subnet: u8) -> Suite {
     };
     Suite {
         builder,
-        setting: Setting {
-            devices: vec![used_disk(), fixed, card],
-            ram: 128 << 20,
-            vcpus: 1,
-            clients: 1,
-            held: Vec::new(),
-            given: Vec::new(),
-        },
+        setting: setting(vec![used_disk(), fixed, card], 128 << 20),
         _tap: Some(tap),
         _dir: dir,
     }
@@ -147,14 +152,7 @@ fn suite_with_folders() -> Suite {
     }
     Suite {
         builder,
-        setting: Setting {
-            devices,
-            ram: 5 << 30,
-            vcpus: 1,
-            clients: 1,
-            held: Vec::new(),
-            given: Vec::new(),
-        },
+        setting: setting(devices, 5 << 30),
         _tap: None,
         _dir: dir,
     }
@@ -206,14 +204,7 @@ fn suite_with_a_chain() -> Suite {
     };
     Suite {
         builder,
-        setting: Setting {
-            devices: vec![disk],
-            ram: 128 << 20,
-            vcpus: 1,
-            clients: 1,
-            held: Vec::new(),
-            given: Vec::new(),
-        },
+        setting: setting(vec![disk], 128 << 20),
         _tap: None,
         _dir: dir,
     }

@@ -57,6 +57,14 @@ fn create_sized(dir: &Path, name: &str, options: &[&str], size: &str) -> PathBuf
     path
 }
 
+/// A raw file, 4 MiB of zeroes.
+fn zeroes(dir: &Path) -> PathBuf {
+    let path = dir.join("zeroes");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(4 << 20).unwrap();
+    path
+}
+
 /// A raw file, 4 MiB of a pattern.
 fn pattern(dir: &Path, name: &str) -> PathBuf {
     let path = dir.join(name);
@@ -96,11 +104,7 @@ fn drive(id: &str, file: &Path, more: &str) -> String {
 #[test]
 fn what_a_guest_wrote_is_what_qemu_finds() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let zeroes = dir.path().join("zeroes");
-    std::fs::File::create(&zeroes)
-        .unwrap()
-        .set_len(4 << 20)
-        .unwrap();
+    let zeroes = zeroes(dir.path());
     write(&[drive("d", &zeroes, ",direct=off")]);
     for (name, options, more) in [
         ("plain", &[][..], ",direct=off"),
@@ -160,17 +164,13 @@ fn parts_of_clusters_that_are_zero_are_written_on_any_file_system() {
     for place in [env!("CARGO_TARGET_TMPDIR"), "/dev/shm"] {
         let dir = tempfile::tempdir_in(place).unwrap();
         let image = create(dir.path(), "image", &[]);
-        let zeroes = Command::new("qemu-io")
+        let zeroed = Command::new("qemu-io")
             .args(["-f", "qcow2", "-c", "write -z 0 4M"])
             .arg(&image)
             .output()
             .unwrap();
-        assert!(zeroes.status.success(), "{zeroes:?}");
-        let raw = dir.path().join("raw");
-        std::fs::File::create(&raw)
-            .unwrap()
-            .set_len(4 << 20)
-            .unwrap();
+        assert!(zeroed.status.success(), "{zeroed:?}");
+        let raw = zeroes(dir.path());
         write(&[drive("d", &raw, ",direct=off")]);
         write(&[drive("d", &image, ",format=qcow2,direct=off")]);
         well(&["check", "-q", "-f", "qcow2"], &[&image]);

@@ -111,6 +111,12 @@ fn a_guest_with_a_busy_disk_goes_on_in_another_vm_twice_in_a_row() {
     let text = expect(&mut vm, "LOOP ");
     assert!(!text.contains("LOOP 0\r"), "it did not begin anew: {text}");
     expect(&mut vm, "LOOP ");
+    comes_to_its_end(vm);
+}
+
+/// Its guest stops and has found every byte.
+#[track_caller]
+fn comes_to_its_end(mut vm: Vm) {
     vm.console.send("x").unwrap();
     expect(&mut vm, "BLK-LOOP OK bursts ");
     ends_well(&mut vm);
@@ -165,9 +171,7 @@ fn memory_comes_in_while_the_guest_runs() {
     drop(vm);
     let mut vm = bench.incoming().start().unwrap();
     expect(&mut vm, "LOOP ");
-    vm.console.send("x").unwrap();
-    expect(&mut vm, "BLK-LOOP OK bursts ");
-    ends_well(&mut vm);
+    comes_to_its_end(vm);
 }
 
 /// The guest looks at pages that it has written and at pages that it has not while the former come in.
@@ -270,9 +274,7 @@ fn a_running_guest_goes_on_after_its_snapshot_and_one_that_is_paused_stays_so() 
     );
     assert_eq!(names(bench.dir.path()), ["disk.img", "template"]);
     qmp.execute("cont", json!({})).unwrap();
-    vm.console.send("x").unwrap();
-    expect(&mut vm, "BLK-LOOP OK bursts ");
-    ends_well(&mut vm);
+    comes_to_its_end(vm);
 }
 
 #[test]
@@ -300,9 +302,7 @@ fn snapshots_are_made_where_the_command_line_says_and_nowhere_else() {
     // And the guest and its disk go on.
     let mut qmp = vm.qmp().unwrap();
     qmp.execute("cont", json!({})).unwrap();
-    vm.console.send("x").unwrap();
-    expect(&mut vm, "BLK-LOOP OK bursts ");
-    ends_well(&mut vm);
+    comes_to_its_end(vm);
 }
 
 #[test]
@@ -391,9 +391,7 @@ fn a_snapshot_that_is_damaged_foreign_or_newer_starts_nothing() {
     // And whole again, it works.
     let mut vm = bench.incoming().start().unwrap();
     expect(&mut vm, "LOOP ");
-    vm.console.send("x").unwrap();
-    expect(&mut vm, "BLK-LOOP OK bursts ");
-    ends_well(&mut vm);
+    comes_to_its_end(vm);
 }
 
 /// CRC-32 as in Ethernet, bit by bit.
@@ -921,9 +919,7 @@ fn a_guest_goes_on_whatever_its_memory_is_behind() {
             expect(&mut vm, "LOOP ");
         }
     }
-    vm.console.send("x").unwrap();
-    expect(&mut vm, "BLK-LOOP OK bursts ");
-    ends_well(&mut vm);
+    comes_to_its_end(vm);
 }
 
 /// What cannot be said on a command line cannot be part of a snapshot.
@@ -971,7 +967,5 @@ fn a_window_that_lost_its_device_is_told_and_filled_again() {
     assert!(self::refused(bench.incoming()).contains("2 devices; the command line has 1"));
     let mut vm = bench.incoming().disk("n", &second, "").start().unwrap();
     expect(&mut vm, "LOOP ");
-    vm.console.send("x").unwrap();
-    expect(&mut vm, "BLK-LOOP OK bursts ");
-    ends_well(&mut vm);
+    comes_to_its_end(vm);
 }

@@ -5,10 +5,9 @@
 mod raw;
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
-use std::net::TcpListener;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -18,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
 use raw::Client;
 use seccomp_policies::{Action, Policy};
-use tests::daemon::Daemon;
+use tests::daemon::{Daemon, with_descriptors_of_other_kinds};
 use tests::trace::Tracee;
 use tests::wait::{Deadline, Watched};
 
@@ -132,23 +131,11 @@ fn one_that_waits_for_its_front_end_can_be_killed_too() {
 #[test]
 fn a_descriptor_that_is_no_unix_stream_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let others: [OwnedFd; 3] = [
-        TcpListener::bind("127.0.0.1:0").unwrap().into(),
-        UnixDatagram::unbound().unwrap().into(),
-        fs::File::open(dir.path()).unwrap().into(),
-    ];
-    for other in others {
-        let what = format!("{other:?}");
-        let output = Command::new("sh")
-            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
-            .arg(env!("CARGO_BIN_EXE_vhost_user_fs"))
-            .args(["-fd", "3", "-source"])
-            .arg(dir.path())
-            .stdin(other)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{what}: {said}");
+    let words = ["-fd", "3", "-source"].map(OsStr::new);
+    let words = [&words[..], &[dir.path().as_os_str()]].concat();
+    let program = Path::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
+    for (what, status, said) in with_descriptors_of_other_kinds(program, &words).unwrap() {
+        assert_eq!(status, Some(1), "{what}: {said}");
         let expected = "vhost_user_fs: -fd 3: not an open unix stream socket";
         assert!(said.starts_with(expected), "{what}: {said}");
     }

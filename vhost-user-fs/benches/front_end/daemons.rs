@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use tests::turns::is_wanted;
+use tests::bench::is_wanted;
 
 /// One daemon.
 pub(crate) struct Daemon {

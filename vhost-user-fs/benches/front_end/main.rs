@@ -24,7 +24,7 @@ use loads::{Load, Part, Work};
 use options::Options;
 use report::{Round, Row, Sample};
 use session::{SLOTS, Session};
-use tests::turns::{self, is_wanted, load_average};
+use tests::bench::{self, is_wanted, load_average};
 
 /// One turn of one daemon.
 fn turn(part: &mut Part, work: Work, options: &Options) -> Sample {
@@ -44,7 +44,7 @@ fn rounds(parts: &mut [Part], load: &Load, source: &Path, options: &Options) -> 
     }
     let mut rounds = Vec::new();
     loop {
-        let samples = turns::round(parts, rounds.len(), |part| turn(part, load.work, options));
+        let samples = bench::round(parts, rounds.len(), |part| turn(part, load.work, options));
         let floor = load
             .floor()
             .map(|data| loads::floor(source, data, options.slice / 4));

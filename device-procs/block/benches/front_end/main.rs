@@ -21,9 +21,9 @@ use loads::Load;
 use options::Options;
 use parties::{Party, Place};
 use report::{Round, Row, Sample};
+use tests::bench::{self, is_wanted, load_average};
 use tests::calls::Counter;
 use tests::procfs::processor_time;
-use tests::turns::{self, is_wanted, load_average};
 
 /// One turn of one back end.
 fn turn(party: &mut Party, load: &Load, options: &Options) -> Sample {
@@ -43,7 +43,7 @@ fn rounds(parties: &mut [Party], load: &Load, options: &Options, place: &Place) 
     let mut rounds = Vec::new();
     // The first is the warm-up.
     for number in 0..=options.rounds {
-        let samples = turns::round(parties, number, |party| turn(party, load, options));
+        let samples = bench::round(parties, number, |party| turn(party, load, options));
         let floor = options.fio.then(|| fio::run(&place.file, load, options));
         if number > 0 {
             rounds.push(Round { samples, floor });

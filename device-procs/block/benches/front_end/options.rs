@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tests::turns::Words;
+use tests::bench::Words;
 
 /// See [`USAGE`].
 pub(crate) struct Options {

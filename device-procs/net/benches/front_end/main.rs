@@ -24,15 +24,15 @@ use loads::Load;
 use options::Options;
 use parties::Party;
 use report::{Row, Sample};
+use tests::bench::{self, is_wanted, load_average};
 use tests::calls::Counter;
-use tests::turns::{self, is_wanted, load_average};
 
 /// Rounds with the samples of each party.
 fn rounds(parties: &mut [Party], load: &Load, options: &Options) -> Vec<Vec<Option<Sample>>> {
     let mut rounds = Vec::new();
     // The first is the warm-up.
     for number in 0..=options.rounds {
-        let samples = turns::round(parties, number, |party| party.turn(load, options.slice));
+        let samples = bench::round(parties, number, |party| party.turn(load, options.slice));
         if number > 0 {
             rounds.push(samples);
         }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use tests::turns::Words;
+use tests::bench::Words;
 
 /// See [`USAGE`].
 pub(crate) struct Options {

@@ -12,10 +12,10 @@ use crate::tool;
 use serde_json::json;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+use tests::bench::load_average;
 use tests::lab::chain;
 use tests::payload::Payload;
 use tests::qmp::Qmp;
-use tests::turns::load_average;
 use tests::vm::Vm;
 use tests::wait::{Deadline, readable};
 
