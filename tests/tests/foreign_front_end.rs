@@ -147,6 +147,7 @@ fn qemu_drives_block_and_net() {
             mac: [0x52, 0x54, 0, 0, 0x63, 2],
             queue_pairs: 1,
             queue_size: 256,
+            control_queue: true,
             limits: Default::default(),
         }),
         vec![tap.queue().unwrap()],

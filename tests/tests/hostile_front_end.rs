@@ -120,6 +120,7 @@ impl Place {
                     mac: [2, 0, 0, 0, 0, 9],
                     queue_pairs: 1,
                     queue_size: 256,
+                    control_queue: true,
                     limits: Default::default(),
                 });
                 device("net", spec, vec![tap.queue().unwrap()])

@@ -61,6 +61,7 @@ fn spec(pairs: u16, limits: NetLimits) -> DeviceSpec {
         mac: MAC,
         queue_pairs: pairs,
         queue_size: 256,
+        control_queue: true,
         limits,
     })
 }

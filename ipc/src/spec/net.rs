@@ -15,6 +15,9 @@ pub struct NetSpec {
     pub queue_pairs: u16,
     /// Entries of a queue: a power of two, 256 to 4096.
     pub queue_size: u16,
+    /// It has a control queue. Without one the front end tells which pairs are in use: that of another VMM, or a daemon of
+    /// somebody else's.
+    pub control_queue: bool,
     /// What may pass in a time.
     pub limits: NetLimits,
 }
@@ -50,8 +53,8 @@ pub struct Bucket {
 }
 
 impl NetSpec {
-    /// Virtqueues: a pair each, and the control queue (virtio 1.3, 5.1.2).
+    /// Virtqueues: a pair each, and the control queue, if it has one (virtio 1.3, 5.1.2).
     pub const fn num_queues(&self) -> u16 {
-        2 * self.queue_pairs + 1
+        2 * self.queue_pairs + self.control_queue as u16
     }
 }

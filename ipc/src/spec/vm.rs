@@ -238,6 +238,8 @@ pub enum NetBackend {
     TapName(String),
     /// `fd=` or `fds=`: inherited descriptors of an open tap, one a queue pair.
     TapFds(Vec<i32>),
+    /// `vhost-user`, `chardev=`: id of the socket where somebody else's daemon listens, which exists.
+    Daemon(String),
 }
 
 /// `-fsdev`

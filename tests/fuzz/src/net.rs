@@ -39,6 +39,7 @@ fn card() -> Card {
         mac: [2, 0, 0, 0, 0, 1],
         queue_pairs: PAIRS,
         queue_size: 256,
+        control_queue: true,
         limits: Default::default(),
     }));
     let mut fds = backend_fds(fds);

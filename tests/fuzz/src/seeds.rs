@@ -610,6 +610,7 @@ fn devices() -> [DeviceSpec; 2] {
             mac: [2, 0, 0, 0, 0, 1],
             queue_pairs: 2,
             queue_size: 256,
+            control_queue: true,
             limits: Default::default(),
         }),
     ]
@@ -622,6 +623,7 @@ fn start() -> Inputs {
         mac: [0; 6],
         queue_pairs: 0,
         queue_size: 256,
+        control_queue: true,
         limits: Default::default(),
     });
     devices()

@@ -6,7 +6,7 @@ use std::path::Path;
 use ipc::limits;
 use ipc::spec::vm::{
     ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, FsSource, MachineKind, MonitorAddress,
-    MonitorSpec, VmSpec,
+    MonitorSpec, NetBackend, VmSpec,
 };
 
 use super::Draft;
@@ -223,6 +223,9 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
                         limits::MAX_MICROVM_NICS
                     )));
                 }
+                if let NetBackend::Daemon(chardev) = &spec.netdevs[at].backend {
+                    daemon_socket(spec, &device.arg, chardev, &done)?;
+                }
                 let queues = spec.netdevs[at].queues;
                 if mq == Some(false) && queues > 1 {
                     return Err(fail(format!(
@@ -322,7 +325,7 @@ fn daemon_socket(
     if spec.serial.as_deref() == Some(id) {
         return Err(fail(format!("chardev {id} is used by -serial")));
     }
-    match done.iter().find(|other| daemon(other) == Some(id)) {
+    match done.iter().find(|other| daemon(spec, other) == Some(id)) {
         Some(user) => Err(fail(format!("chardev {id} is used by device {}", user.id))),
         None => Ok(()),
     }
@@ -432,12 +435,21 @@ fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
 
 /// Ids of the chardevs behind which vhost-user daemons are.
 fn daemons(spec: &VmSpec) -> impl Iterator<Item = &str> {
-    spec.devices.iter().filter_map(daemon)
+    spec.devices
+        .iter()
+        .filter_map(|device| daemon(spec, device))
 }
 
 /// Id of the chardev behind which this device's daemon is, if it is somebody else's.
-fn daemon(device: &DeviceOption) -> Option<&str> {
+fn daemon<'a>(spec: &'a VmSpec, device: &'a DeviceOption) -> Option<&'a str> {
     match &device.kind {
+        DeviceKind::Net { netdev, .. } => {
+            let netdev = spec.netdevs.iter().find(|one| one.id == *netdev)?;
+            match &netdev.backend {
+                NetBackend::Daemon(chardev) => Some(chardev),
+                _ => None,
+            }
+        }
         DeviceKind::ForeignBlock { chardev, .. } => Some(chardev),
         DeviceKind::Fs {
             source: FsSource::Chardev(id),

@@ -338,6 +338,8 @@ impl super::Draft {
                 )));
             }
             (NetBackend::TapFds(fds.to_vec()), count)
+        } else if props.shape() == "vhost-user" {
+            (NetBackend::Daemon(props.required("chardev")?), 1)
         } else {
             return Err(props.error("names no tap; give ifname=, fd= or fds="));
         };

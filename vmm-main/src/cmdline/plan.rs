@@ -342,21 +342,25 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
             queue_size,
         } => {
             let netdev = spec.netdevs.iter().find(|one| one.id == *netdev)?;
+            let backend = match &netdev.backend {
+                NetBackend::TapName(ifname) => BackendGrant::Tap {
+                    ifname: ifname.clone(),
+                    queues: netdev.queues,
+                },
+                NetBackend::TapFds(fds) => BackendGrant::Inherited { fds: fds.clone() },
+                NetBackend::Daemon(chardev) => daemon_socket(spec, chardev)?,
+            };
             DeviceGrant {
                 spec: DeviceSpec::Net(NetSpec {
                     id,
                     mac: *mac,
                     queue_pairs: netdev.queues,
                     queue_size: *queue_size,
+                    // Daemons leave it to the front end, and ours reads no queue.
+                    control_queue: !matches!(backend, BackendGrant::Socket { .. }),
                     limits: netdev.limits,
                 }),
-                backend: match &netdev.backend {
-                    NetBackend::TapName(ifname) => BackendGrant::Tap {
-                        ifname: ifname.clone(),
-                        queues: netdev.queues,
-                    },
-                    NetBackend::TapFds(fds) => BackendGrant::Inherited { fds: fds.clone() },
-                },
+                backend,
                 iothread,
             }
         }

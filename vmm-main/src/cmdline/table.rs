@@ -511,87 +511,113 @@ const DRIVE: &[Shape] = &[one(
 )];
 
 /// `-netdev`
-const NETDEV: &[Shape] = &[form(
-    "tap",
-    "A tap device of the host",
-    &[
-        must("id", Kind::Id, "name that a device refers to"),
-        key(
-            "ifname",
-            Kind::Text(15),
-            "",
-            "the tap, which is opened; wins over fd and fds",
-        ),
-        key(
-            "fd",
-            Kind::Fds(1),
-            "",
-            "inherited descriptor of an open tap",
-        ),
-        key(
-            "fds",
-            Kind::Fds(limits::MAX_NET_QUEUE_PAIRS as usize),
-            "",
-            "inherited descriptors of one open tap, one a queue",
-        ),
-        key(
-            "queues",
-            Kind::Int(1, limits::MAX_NET_QUEUE_PAIRS as u64),
-            "as many as fds, or 1",
-            "queue pairs",
-        ),
-        key(
-            "vhost",
-            Kind::Fixed(&["off"]),
-            "off",
-            "packets go through the kernel's vhost-net",
-        ),
-        key(
-            "vhostfd",
-            Kind::Later,
-            "",
-            "inherited descriptor of vhost-net",
-        ),
-        key(
-            "vhostfds",
-            Kind::Later,
-            "",
-            "inherited descriptors of vhost-net",
-        ),
-        net_rate(
-            "throttling.rx-packets",
-            "packets a second to the guest, over all queues, 0 for no limit",
-        ),
-        net_burst("throttling.rx-packets-burst"),
-        net_rate(
-            "throttling.rx-bytes",
-            "bytes of packets a second to the guest, over all queues, 0 for no limit",
-        ),
-        net_burst("throttling.rx-bytes-burst"),
-        net_rate(
-            "throttling.tx-packets",
-            "packets a second from the guest, over all queues, 0 for no limit",
-        ),
-        net_burst("throttling.tx-packets-burst"),
-        net_rate(
-            "throttling.tx-bytes",
-            "bytes of packets a second from the guest, over all queues, 0 for no limit",
-        ),
-        net_burst("throttling.tx-bytes-burst"),
-        key(
-            "script",
-            Kind::Fixed(&["no"]),
-            "no",
-            "no script is ever run",
-        ),
-        key(
-            "downscript",
-            Kind::Fixed(&["no"]),
-            "no",
-            "no script is ever run",
-        ),
-    ],
-)];
+const NETDEV: &[Shape] = &[
+    form(
+        "tap",
+        "A tap device of the host",
+        &[
+            must("id", Kind::Id, "name that a device refers to"),
+            key(
+                "ifname",
+                Kind::Text(15),
+                "",
+                "the tap, which is opened; wins over fd and fds",
+            ),
+            key(
+                "fd",
+                Kind::Fds(1),
+                "",
+                "inherited descriptor of an open tap",
+            ),
+            key(
+                "fds",
+                Kind::Fds(limits::MAX_NET_QUEUE_PAIRS as usize),
+                "",
+                "inherited descriptors of one open tap, one a queue",
+            ),
+            key(
+                "queues",
+                Kind::Int(1, limits::MAX_NET_QUEUE_PAIRS as u64),
+                "as many as fds, or 1",
+                "queue pairs",
+            ),
+            key(
+                "vhost",
+                Kind::Fixed(&["off"]),
+                "off",
+                "packets go through the kernel's vhost-net",
+            ),
+            key(
+                "vhostfd",
+                Kind::Later,
+                "",
+                "inherited descriptor of vhost-net",
+            ),
+            key(
+                "vhostfds",
+                Kind::Later,
+                "",
+                "inherited descriptors of vhost-net",
+            ),
+            net_rate(
+                "throttling.rx-packets",
+                "packets a second to the guest, over all queues, 0 for no limit",
+            ),
+            net_burst("throttling.rx-packets-burst"),
+            net_rate(
+                "throttling.rx-bytes",
+                "bytes of packets a second to the guest, over all queues, 0 for no limit",
+            ),
+            net_burst("throttling.rx-bytes-burst"),
+            net_rate(
+                "throttling.tx-packets",
+                "packets a second from the guest, over all queues, 0 for no limit",
+            ),
+            net_burst("throttling.tx-packets-burst"),
+            net_rate(
+                "throttling.tx-bytes",
+                "bytes of packets a second from the guest, over all queues, 0 for no limit",
+            ),
+            net_burst("throttling.tx-bytes-burst"),
+            key(
+                "script",
+                Kind::Fixed(&["no"]),
+                "no",
+                "no script is ever run",
+            ),
+            key(
+                "downscript",
+                Kind::Fixed(&["no"]),
+                "no",
+                "no script is ever run",
+            ),
+        ],
+    ),
+    form(
+        "vhost-user",
+        "A daemon that runs already: net, dpdk-testpmd, Open vSwitch, …",
+        &[
+            must("id", Kind::Id, "name that a device refers to"),
+            must(
+                "chardev",
+                Kind::Id,
+                "a -chardev socket, where the daemon listens",
+            ),
+            key(
+                "queues",
+                Kind::Int(1, 1),
+                "1",
+                "queue pairs; more need a control queue, which daemons leave to the front end, and this one reads no queue",
+            ),
+            key(
+                "vhostforce",
+                Kind::Bool,
+                "on",
+                "accepted: there is no other way",
+            ),
+        ],
+    ),
+];
 
 /// `-fsdev`
 const FSDEV: &[Shape] = &[form(
@@ -1280,7 +1306,7 @@ pub static OPTIONS: &[OptionDef] = &[
             selector: "type",
             noun: "netdev type",
             shapes: NETDEV,
-            later: &["vhost-user", "user", "bridge", "socket"],
+            later: &["user", "bridge", "socket"],
         },
         "Where a network card's packets go.",
     ),

@@ -400,6 +400,7 @@ impl NewDevice {
                 mac: mac.unwrap_or(default_mac),
                 queue_pairs: netdev.queues,
                 queue_size: *queue_size,
+                control_queue: true,
                 limits: netdev.limits,
             }),
             (

@@ -26,6 +26,7 @@ use ipc::limits::{
 };
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::FsSpec;
+use ipc::spec::net::NetSpec;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -34,7 +35,9 @@ use vhost::vhost_user::message::{
     VhostUserMemory, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
     VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::link::{Link, LinkError};
@@ -58,6 +61,18 @@ const OFFERABLE: u64 =
 const VIRTIO_ID_NET: u32 = 1;
 const VIRTIO_ID_BLOCK: u32 = 2;
 const VIRTIO_ID_FS: u32 = 26;
+
+/// Cards: `VIRTIO_NET_F_MAC` and `VIRTIO_NET_F_STATUS` (virtio 1.3, 5.1.3). What is behind them the front end of somebody else's
+/// daemon tells, which need not know them.
+const NET_OF_FRONT_END: u64 = 1 << 5 | 1 << 16;
+/// Checksums, segmentation and mergeable buffers: what such a daemon may offer to a driver. All else has to do with a control
+/// queue, which daemons leave to the front end, as some do that offer it.
+const NET_OF_DAEMON: u64 = 1 << 0 // CSUM
+    | 1 << 1 // GUEST_CSUM
+    | 0b1111 << 7 // GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_UFO
+    | 0b1111 << 11 // HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_UFO
+    | 1 << 15 // MRG_RXBUF
+    | 0b111 << 54; // GUEST_USO4, GUEST_USO6, HOST_USO
 
 /// Without these a device process cannot be used.
 const REQUIRED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -318,6 +333,8 @@ enum ConfigFrom {
     Fixed(Vec<u8>),
     /// Somebody else's disk, which has as many queues as the command line says.
     Disk,
+    /// The command line: packets go to somebody else's daemon.
+    Card(Vec<u8>),
 }
 
 impl ConfigFrom {
@@ -328,7 +345,7 @@ impl ConfigFrom {
     const fn required(&self) -> VhostUserProtocolFeatures {
         match self {
             Self::Own => REQUIRED,
-            Self::Fixed(_) => REQUIRED_OF_FOREIGN,
+            Self::Fixed(_) | Self::Card(_) => REQUIRED_OF_FOREIGN,
             Self::Disk => REQUIRED_OF_FOREIGN_DISK,
         }
     }
@@ -337,8 +354,32 @@ impl ConfigFrom {
     const fn len(&self) -> usize {
         match self {
             Self::Own => MAX_CONFIG_SPACE,
-            Self::Fixed(_) => 0,
+            Self::Fixed(_) | Self::Card(_) => 0,
             Self::Disk => DISK_CONFIG,
+        }
+    }
+
+    /// What `GET_QUEUE_NUM` must tell at least. A card's daemon counts pairs.
+    const fn queues(&self, num_queues: u16) -> u16 {
+        match self {
+            Self::Card(_) => num_queues / 2,
+            _ => num_queues,
+        }
+    }
+
+    /// What to offer to a driver, of what the device `offers`.
+    const fn features(&self, offers: u64) -> u64 {
+        match self {
+            Self::Card(_) => offers & (NET_OF_DAEMON | !DEVICE_TYPE_FEATURES) | NET_OF_FRONT_END,
+            _ => offers,
+        }
+    }
+
+    /// What the device is told of what the driver `accepted`.
+    const fn told(&self, accepted: u64) -> u64 {
+        match self {
+            Self::Card(_) => accepted & !NET_OF_FRONT_END,
+            _ => accepted,
         }
     }
 
@@ -351,7 +392,7 @@ impl ConfigFrom {
     ) -> Result<Vec<u8>, RemoteError> {
         match self {
             Self::Own => config_space(id, reply, MAX_CONFIG_SPACE),
-            Self::Fixed(config) => Ok(config.clone()),
+            Self::Fixed(config) | Self::Card(config) => Ok(config.clone()),
             Self::Disk => {
                 let mut config = config_space(id, reply, DISK_CONFIG)?;
                 config[DISK_NUM_QUEUES..DISK_NUM_QUEUES + 2]
@@ -438,6 +479,7 @@ impl Handshake {
         let config = match &grant.spec {
             DeviceSpec::Fs(spec) if grant.is_foreign() => ConfigFrom::Fixed(fs_config(spec)),
             DeviceSpec::Block(_) if grant.is_foreign() => ConfigFrom::Disk,
+            DeviceSpec::Net(spec) if grant.is_foreign() => ConfigFrom::Card(net_config(spec)),
             _ => ConfigFrom::Own,
         };
         Self::begin_with(socket, &grant.spec, config)
@@ -554,8 +596,8 @@ impl Handshake {
         let id = self.expected.id.clone();
         let queues = number(&values, 0);
         let from = std::mem::replace(&mut self.expected.config, ConfigFrom::Own);
-        if !from.is_own() && queues < u64::from(self.expected.num_queues) {
-            let want = self.expected.num_queues;
+        let want = from.queues(self.expected.num_queues);
+        if !from.is_own() && queues < u64::from(want) {
             return Err(match from {
                 ConfigFrom::Disk => RemoteError::FewDiskQueues {
                     id,
@@ -586,7 +628,7 @@ impl Handshake {
             virtio_id: self.expected.virtio_id,
             num_queues: self.expected.num_queues,
             queue_size: self.expected.queue_size,
-            features: features & OFFERABLE,
+            features: from.features(features & OFFERABLE),
             protocol,
             config,
             config_from: from,
@@ -686,9 +728,11 @@ impl RemoteDevice {
 
     /// An error if another process could not know what this one had taken from the queues and not done.
     pub fn check_account(&self) -> Result<(), RemoteError> {
-        if self
-            .protocol
-            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+        // A packet may get lost, and the used ring tells how far the process before got.
+        if matches!(self.config_from, ConfigFrom::Card(_))
+            || self
+                .protocol
+                .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
         {
             return Ok(());
         }
@@ -772,6 +816,17 @@ impl RemoteDevice {
     }
 
     fn tell_link(&mut self) -> Result<(), RemoteError> {
+        if matches!(self.config_from, ConfigFrom::Card(_)) {
+            // No daemon knows a link; it has no queues to use while there is none.
+            let (active, on) = (self.active.clone(), u32::from(!self.link_down));
+            return self.talk(|link| {
+                for index in active {
+                    let state = VhostUserVringState::new(u32::from(index), on);
+                    link.post(FrontendReq::SET_VRING_ENABLE, &[state.as_slice()], &[])?;
+                }
+                link.finish().map(drop)
+            });
+        }
         let status = [u8::from(!self.link_down), 0];
         // Not the driver's doing: the device takes it from nobody else.
         let flags = VhostUserConfigFlags::LIVE_MIGRATION;
@@ -824,7 +879,8 @@ impl RemoteDevice {
         for queue in queues {
             self.check_queue(memory, queue)?;
         }
-        let features = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let features =
+            self.config_from.told(features) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.exposed |= self.link.is_some();
         self.talk(|link| link.post(FrontendReq::SET_FEATURES, &[&features.to_le_bytes()], &[]))?;
         self.post_memory(memory)?;
@@ -849,14 +905,32 @@ impl RemoteDevice {
             self.inflight = Some(region);
             sent?;
         }
+        let bases = queues.iter().map(|queue| self.base(memory, queue));
+        let bases: Vec<u16> = bases.collect();
         self.talk(|link| {
-            for queue in queues {
-                post_queue(link, queue)?;
+            for (queue, base) in queues.iter().zip(bases) {
+                post_queue(link, queue, base)?;
             }
             link.finish().map(drop)
         })?;
         self.active = queues.iter().map(|queue| queue.index).collect();
+        if self.link_down && matches!(self.config_from, ConfigFrom::Card(_)) {
+            self.tell_link()?;
+        }
         Ok(())
+    }
+
+    /// Where the device goes on in a queue's available ring. A daemon that serves a card does not know how far the one before it
+    /// got, or it does not say; it goes through buffers in their order (as QEMU too relies on), and the used ring has a number
+    /// of those that are done, which is passed on and means nothing here. A new queue has 0 there.
+    fn base(&self, memory: &GuestMemoryMmap<()>, queue: &QueueHandover<'_>) -> u16 {
+        /// Of `idx` in the used ring (virtio 1.3, 2.7.8).
+        const USED_IDX: u64 = 2;
+        let address = GuestAddress(queue.state.device.wrapping_add(USED_IDX));
+        match self.config_from {
+            ConfigFrom::Card(_) => memory.read_obj(address).map_or(queue.base, u16::from_le),
+            _ => queue.base,
+        }
     }
 
     /// Takes the queues back. On return the device process does not touch guest memory any more. After an error it may,
@@ -1199,11 +1273,11 @@ impl RemoteDevice {
 
 /// Everything that one queue takes. The order matters: a device may start on the kick descriptor, so it comes last but
 /// for the explicit enabling.
-fn post_queue(link: &mut Link, queue: &QueueHandover<'_>) -> Result<(), LinkError> {
+fn post_queue(link: &mut Link, queue: &QueueHandover<'_>, base: u16) -> Result<(), LinkError> {
     let index = u32::from(queue.index);
     let number = VhostUserVringState::new(index, u32::from(queue.state.size));
     link.post(FrontendReq::SET_VRING_NUM, &[number.as_slice()], &[])?;
-    let base = VhostUserVringState::new(index, u32::from(queue.base));
+    let base = VhostUserVringState::new(index, u32::from(base));
     link.post(FrontendReq::SET_VRING_BASE, &[base.as_slice()], &[])?;
     let addresses = VhostUserVringAddr::new(
         index,
@@ -1248,6 +1322,15 @@ fn fs_config(spec: &FsSpec) -> Vec<u8> {
     }
     config[MAX_FS_TAG..MAX_FS_TAG + 4]
         .copy_from_slice(&u32::from(spec.request_queues).to_le_bytes());
+    config
+}
+
+/// `struct virtio_net_config` (virtio 1.3, 5.1.4) with a link: address, status and pairs.
+fn net_config(spec: &NetSpec) -> Vec<u8> {
+    let mut config = vec![0; MAX_CONFIG_SPACE];
+    config[..6].copy_from_slice(&spec.mac);
+    config[NET_STATUS] = 1;
+    config[8..10].copy_from_slice(&spec.queue_pairs.to_le_bytes());
     config
 }
 
@@ -1603,11 +1686,89 @@ mod tests {
     }
 
     #[test]
+    fn a_card_of_somebody_elses_daemon_has_the_front_ends_face_and_no_control_queue() {
+        let grant = DeviceGrant {
+            spec: DeviceSpec::Net(NetSpec {
+                id: "net0".into(),
+                mac: [2, 0, 0, 0, 0, 1],
+                queue_pairs: 1,
+                control_queue: false,
+                queue_size: 128,
+                limits: Default::default(),
+            }),
+            backend: ipc::control::BackendGrant::Socket {
+                option: "-chardev id=c".into(),
+                path: "/s".into(),
+            },
+            iothread: None,
+        };
+        // CTRL_VQ, MQ and MTU, which are not passed on, and MRG_RXBUF, which is.
+        let (csum, mtu, mergeable, control, mq) = (1, 1 << 3, 1 << 15, 1 << 17, 1 << 22);
+        let (front, fake) = FakeDevice::start(Script {
+            features: F_VERSION_1 | 1 << 30 | csum | mtu | mergeable | control | mq,
+            // A pair.
+            queues: 1,
+            protocol: 1 | 1 << 3,
+            ..Script::default()
+        });
+        let handshake = Handshake::begin_for(front, &grant).unwrap();
+        let mut device = handshake.finish().unwrap();
+        assert_eq!(device.num_queues(), 2);
+        assert_eq!(
+            device.features(),
+            F_VERSION_1 | csum | mergeable | NET_OF_FRONT_END
+        );
+        assert_eq!(device.config()[..10], [2, 0, 0, 0, 0, 1, 1, 0, 1, 0]);
+        fake.arrived();
+
+        // 7 buffers are done, as the used ring says.
+        let memory = memory();
+        let state = queue(128, 0x1000, 4 << 30, 0x3000);
+        memory.write_obj(7_u16, GuestAddress(0x3002)).unwrap();
+        let event = || EventFd::new(0).unwrap();
+        let (kick, call, error) = (event(), event(), event());
+        let both = [0, 1].map(|index| QueueHandover {
+            base: 0,
+            index,
+            state: &state,
+            kick: &kick,
+            call: &call,
+            error: &error,
+        });
+        device.activate(device.features(), &memory, &both).unwrap();
+        let seen = fake.arrived();
+        let of = |seen: &[fake::Seen], request| -> Vec<Vec<u8>> {
+            let found = seen.iter().filter(|seen| seen.request == request);
+            found.map(|seen| seen.body.clone()).collect()
+        };
+        let told = (F_VERSION_1 | 1 << 30 | csum | mergeable).to_le_bytes();
+        assert_eq!(of(&seen, fake::SET_FEATURES), [told]);
+        let words = |index: u32, value: u32| [index.to_le_bytes(), value.to_le_bytes()].concat();
+        assert_eq!(of(&seen, fake::SET_VRING_BASE), [words(0, 7), words(1, 7)]);
+
+        for up in [false, true] {
+            assert!(device.set_link(up).unwrap());
+            assert_eq!(device.config()[NET_STATUS], u8::from(up));
+            let seen = fake.arrived();
+            let want = [words(0, u32::from(up)), words(1, u32::from(up))];
+            assert_eq!(of(&seen, fake::SET_VRING_ENABLE), want);
+            assert_eq!(seen.len(), 2, "{seen:?}");
+        }
+        device.set_link(false).unwrap();
+        fake.arrived();
+        device.activate(device.features(), &memory, &both).unwrap();
+        let seen = fake.arrived();
+        let last = of(&seen, fake::SET_VRING_ENABLE);
+        assert_eq!(last[last.len() - 2..], [words(0, 0), words(1, 0)]);
+    }
+
+    #[test]
     fn many_queues_stay_within_the_window() {
         let spec = DeviceSpec::Net(ipc::spec::net::NetSpec {
             id: "net0".into(),
             mac: [2, 0, 0, 0, 0, 1],
             queue_pairs: 16,
+            control_queue: true,
             queue_size: 256,
             limits: Default::default(),
         });

@@ -169,6 +169,7 @@ fn ours(queues: usize, flows: Vec<usize>) -> Option<Party> {
         mac: [2, 0, 0, 0, 0, 1],
         queue_pairs: queues as u16,
         queue_size: SIZE,
+        control_queue: true,
         limits: Default::default(),
     });
     let mut process = DeviceProcess::start(env!("CARGO_BIN_EXE_net"), spec, tap.queues);
