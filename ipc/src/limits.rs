@@ -41,6 +41,11 @@ pub const MAX_BLOCK_QUEUES: u16 = 32;
 pub const MAX_NET_QUEUE_PAIRS: u16 = 16;
 /// Bytes of the name that a guest mounts a shared folder by (virtio 1.3, 5.11.4).
 pub const MAX_FS_TAG: usize = 36;
+/// Where mappings in a shared folder's window begin and what their lengths are multiples of, in bytes: the unit that Linux asks
+/// for, which bounds how many mappings there can be.
+pub const DAX_UNIT: u64 = 2 << 20;
+/// Bytes of a shared folder's window at most: 4096 mappings.
+pub const MAX_DAX_WINDOW: u64 = 8 << 30;
 /// Request queues of a shared folder. A guest has one a vCPU at most, and a folder is on few disks.
 pub const MAX_FS_REQUEST_QUEUES: u16 = 8;
 /// Entries of the smallest queue of a shared folder: Linux refuses fewer than the four that a request's headers take.

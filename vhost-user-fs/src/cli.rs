@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use fs_device::device::TAG_BYTES;
 use fs_device::passthrough::{Cache, Translation, XattrMap};
+use ipc::limits::{DAX_UNIT, MAX_DAX_WINDOW};
 use ipc::log::Level;
 use ozone::tree::{Kind, capability};
 use thiserror::Error;
@@ -79,6 +80,8 @@ pub(crate) struct Options {
     pub(crate) users: Translation,
     pub(crate) groups: Translation,
     pub(crate) noatime: bool,
+    /// Bytes; 0 for none.
+    pub(crate) dax_window: u64,
     pub(crate) socket_group: Option<String>,
 }
 
@@ -167,6 +170,7 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("translate-uid", Takes::Values("RULE"), "users of the guest are others on the host, as in map:0:100000:65536; may be given several times"),
     ("translate-gid", Takes::Values("RULE"), "the same for groups"),
     ("preserve-noatime", Takes::Nothing, "files that the guest opens with O_NOATIME keep their time of access"),
+    ("dax-window", Takes::Value("SIZE"), "files can be mapped into a window of that size, 2M to 8G, if the front end knows how (default: none)"),
     ("tag", Takes::Value("NAME"), "the name to mount by, for front ends that ask for it (default: myfs)"),
     ("thread-pool-size", Takes::Value("NUMBER"), "0: requests are done by the thread that takes them; more is not supported"),
     ("inode-file-handles", Takes::Value("WHEN"), "never, or prefer, which is the same here: inodes are kept as descriptors"),
@@ -285,6 +289,21 @@ fn number(
             allowed,
         }),
     }
+}
+
+/// Bytes of a window, as in `512M` or `2G`.
+fn window(size: &str) -> Option<u64> {
+    let (digits, unit) = match size.strip_suffix('G') {
+        Some(digits) => (digits, 1 << 30),
+        None => (size.strip_suffix('M')?, 1 << 20),
+    };
+    let digits = digits
+        .bytes()
+        .all(|b| b.is_ascii_digit())
+        .then_some(digits)?;
+    let bytes: u64 = digits.parse::<u64>().ok()?.checked_mul(unit)?;
+    ((DAX_UNIT..=MAX_DAX_WINDOW).contains(&bytes) && bytes.is_multiple_of(DAX_UNIT))
+        .then_some(bytes)
 }
 
 /// The rules of an option that may be given several times.
@@ -485,6 +504,14 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
         users,
         groups,
         noatime: has("preserve-noatime"),
+        dax_window: match text("dax-window") {
+            Some(size) => window(&size).ok_or(UsageError::Wrong {
+                option: "dax-window",
+                value: size,
+                allowed: "a multiple of 2M, up to 8G",
+            })?,
+            None => 0,
+        },
         socket_group: text("socket-group"),
         tag,
     })))
@@ -541,6 +568,8 @@ mod tests {
         assert_eq!((options.add_caps, options.drop_caps), (1 << 5, 1 << 28));
         assert_eq!(options.rlimit_nofile, Some(4096));
         assert_eq!(options.cache, Cache::Never);
+        assert_eq!(super::window("2M"), Some(2 << 20));
+        assert_eq!(super::window("8G"), Some(8 << 30));
     }
 
     /// `wrong.txt` has a command line after each `$`, and the message that it gets after it.

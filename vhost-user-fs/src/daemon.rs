@@ -300,6 +300,7 @@ fn serve(
     };
     let device = FsDevice::new(tree, &options.tag)
         .ok_or(DaemonError::Tag)?
+        .with_window(options.dax_window)
         .with_lifeline(inside.lifeline)
         .with_rest(resident::give_code_back);
     let prepared = Standalone::new(device)?;

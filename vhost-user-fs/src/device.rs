@@ -10,18 +10,22 @@
 //! the guest may have given the lock back itself, and every few milliseconds, since the host may have.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use device_host::{Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring, Token};
-use ipc::limits::{FS_LOCK_RETRY_MS, FS_POLL_US, MAX_FS_WAITERS};
+use device_host::{
+    Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring, Token, Window,
+    WindowError, WindowRange,
+};
+use ipc::limits::{DAX_UNIT, FS_LOCK_RETRY_MS, FS_POLL_US, MAX_FS_WAITERS};
 use nix::errno::Errno;
 
-use crate::fuse::decode::Lock;
 use crate::fuse::decode::MAX_BODY;
+use crate::fuse::decode::{Lock, Ranges};
 use crate::fuse::reply::{self, Put};
 use crate::fuse::wire::{IN_HEADER, OUT_HEADER, WRITE_IN, opcode};
 use crate::fuse::{Body, InHeader, decode};
-use crate::passthrough::{Origin, Outcome, Passthrough, Place};
+use crate::passthrough::{Origin, Outcome, Passthrough, Place, is_writable};
 
 /// Bytes of the name that the guest mounts by (virtio 1.3, 5.11.4).
 pub const TAG_BYTES: usize = 36;
@@ -42,6 +46,9 @@ pub struct FsDevice {
     queue_size: u16,
     /// Readable when the process that waits for this one is gone.
     lifeline: Option<OwnedFd>,
+    /// Bytes of the shared memory region that the device has, 0 if none, and the way to it, if the front end has it too.
+    window_len: u64,
+    window: Option<Arc<Window>>,
     /// What to do after [`REST`] without a request, and whether there were any since the last look, and when it is due.
     rest: Option<fn()>,
     served: bool,
@@ -82,6 +89,8 @@ impl FsDevice {
             queues: (REQUEST_QUEUES, 1),
             queue_size: QUEUE_SIZE,
             lifeline: None,
+            window_len: 0,
+            window: None,
             rest: None,
             served: false,
             rest_at: None,
@@ -100,6 +109,15 @@ impl FsDevice {
         Self {
             queues: (request_queues, request_queues),
             queue_size,
+            ..self
+        }
+    }
+
+    /// Has a shared memory region of `len` bytes, in which files can be mapped; a multiple of [`DAX_UNIT`], 0 for none.
+    #[must_use]
+    pub fn with_window(self, len: u64) -> Self {
+        Self {
+            window_len: len,
             ..self
         }
     }
@@ -176,7 +194,29 @@ impl FsDevice {
                 let result = self.write((fh, offset, size, write_flags), data);
                 self.answer(&header, writable, result)
             }
+            Body::SetupMapping {
+                fh,
+                foffset,
+                len,
+                flags,
+                moffset,
+            } => {
+                let at = WindowRange {
+                    offset: moffset,
+                    len,
+                };
+                let result = self.map((header.nodeid, fh), foffset, at, flags);
+                self.answer(&header, writable, result)
+            }
+            Body::RemoveMapping(ranges) => {
+                let result = self.unmap(ranges);
+                self.answer(&header, writable, result)
+            }
             body => {
+                // What a session before this one mapped goes with it.
+                if matches!(body, Body::Init { .. } | Body::Destroy) {
+                    self.unmap_all();
+                }
                 if let Body::Interrupt { unique } = body {
                     // One that has been answered meanwhile is no news.
                     let waiter = self.waiters.iter_mut().find(|w| w.header.unique == unique);
@@ -255,6 +295,70 @@ impl FsDevice {
         Ok(())
     }
 
+    /// The shared memory region, and whether `at` is a part of it that can be mapped.
+    fn window(&self, at: WindowRange) -> Result<&Window, Errno> {
+        let window = self.window.as_deref().ok_or(Errno::ENOSYS)?;
+        let end = at.offset.checked_add(at.len).ok_or(Errno::EINVAL)?;
+        let aligned = at.offset.is_multiple_of(DAX_UNIT) && at.len.is_multiple_of(DAX_UNIT);
+        if !aligned || at.len == 0 || end > self.window_len {
+            return Err(Errno::EINVAL);
+        }
+        Ok(window)
+    }
+
+    /// Has a part of a file mapped at `at`.
+    fn map(
+        &mut self,
+        (node, fh): (u64, Option<u64>),
+        foffset: u64,
+        at: WindowRange,
+        flags: u64,
+    ) -> Result<(), Errno> {
+        self.window(at)?;
+        let writable = is_writable(flags)?;
+        let end = foffset.checked_add(at.len).ok_or(Errno::EINVAL)?;
+        if !foffset.is_multiple_of(DAX_UNIT) || i64::try_from(end).is_err() {
+            return Err(Errno::EINVAL);
+        }
+        let window = self.window.clone().ok_or(Errno::ENOSYS)?;
+        let file = self.tree.file_to_map(node, fh, writable)?;
+        window
+            .map(file.as_fd(), foffset, at, writable)
+            .map_err(refused)
+    }
+
+    /// Has parts of the region unmapped. All of them are tried.
+    fn unmap(&self, ranges: Ranges<'_>) -> Result<(), Errno> {
+        if !self.tree.has_mappings() {
+            return Err(Errno::ENOSYS);
+        }
+        let mut result = Ok(());
+        for (offset, len) in ranges.iter() {
+            let at = WindowRange { offset, len };
+            let one = self.window(at).and_then(|window| match window.unmap(at) {
+                // There was nothing, as when this is done again for a process that died.
+                Ok(()) | Err(WindowError::Refused) => Ok(()),
+                Err(error) => Err(refused(error)),
+            });
+            result = result.and(one);
+        }
+        result
+    }
+
+    fn unmap_all(&self) {
+        if let Some(window) = &self.window {
+            let all = WindowRange {
+                offset: 0,
+                len: self.window_len,
+            };
+            match window.unmap(all) {
+                // Not every front end unmaps what it was not asked for piece by piece.
+                Ok(()) | Err(WindowError::Refused) => {}
+                Err(error) => ipc::guest_warn!("mappings of the last session stay: {error}"),
+            }
+        }
+    }
+
     /// Answers those that wait, as far as `outcome` has an answer for them.
     fn answer_waiters(
         &mut self,
@@ -309,6 +413,16 @@ impl FsDevice {
         writable.write(&reply::header(len, error, header.unique));
         writable.write(body);
         len
+    }
+}
+
+/// What the guest is told when the front end does not do it.
+fn refused(error: WindowError) -> Errno {
+    ipc::guest_warn!("a mapping cannot be changed: {error}");
+    match error {
+        // No memory, too many mappings, a file that cannot be mapped: it does not say.
+        WindowError::Refused => Errno::ENOMEM,
+        WindowError::Channel(_) => Errno::EIO,
     }
 }
 
@@ -369,6 +483,15 @@ impl Device for FsDevice {
             ring.interrupt()?;
         }
         Ok(())
+    }
+
+    fn window_len(&self) -> u64 {
+        self.window_len
+    }
+
+    fn open_window(&mut self, window: Arc<Window>) {
+        self.tree.offer_mappings();
+        self.window = Some(window);
     }
 
     fn poll_limit(&self) -> Duration {

@@ -6,10 +6,12 @@
 //! calls it ends in [`Device::drain`], so a stopped queue is really stopped.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::fault::{DeviceFault, HostFault};
 use crate::ring::Ring;
+use crate::window::Window;
 
 /// What a back-end descriptor is polled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -182,7 +184,16 @@ pub trait Device {
         Err("this device has no state".to_owned())
     }
 
-    /// The driver resets the device: forget everything that it told.
+    /// Bytes of the device's shared memory region 0, into which it has the front end map files for the driver (virtio 1.3, 2.10);
+    /// 0 if it has none. Always the same number.
+    fn window_len(&self) -> u64 {
+        0
+    }
+
+    /// The front end takes requests for that region from now on. Comes before any queue starts.
+    fn open_window(&mut self, _window: Arc<Window>) {}
+
+    /// The driver resets the device: forget everything that it told. The front end unmaps what is in the shared memory region.
     fn reset(&mut self) {}
 }
 

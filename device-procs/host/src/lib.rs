@@ -30,6 +30,7 @@ mod start;
 pub mod tap;
 #[cfg(feature = "test-frontend")]
 pub mod test_frontend;
+mod window;
 
 pub use chain::{Chain, Token};
 pub use device::{Device, Interest, copy_config};
@@ -48,3 +49,4 @@ pub use server::ServeError;
 #[cfg(fuzzing)]
 pub use server::fuzzing;
 pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, Standalone, run, run_kept};
+pub use window::{Window, WindowError, WindowRange};

@@ -39,6 +39,10 @@ pub(crate) enum Word {
     InflightFile,
     InflightOffset,
     InflightShape,
+    /// The channel for requests of this end: descriptor.
+    Channel,
+    /// The request on it whose answer is, or may be, owed; 0 for none.
+    Asked,
 }
 
 /// Of a region.
@@ -92,7 +96,7 @@ impl Record {
 
     /// Calls `with` for each descriptor that the connection has.
     pub fn descriptors(&self, mut with: impl FnMut(RawFd)) {
-        let words = [Word::Socket, Word::InflightFile].map(|word| self.load(word));
+        let words = [Word::Socket, Word::InflightFile, Word::Channel].map(|word| self.load(word));
         let regions = (0..MAX_MEMORY_REGIONS).map(|index| self.region(index, FILE));
         let queues = (0..usize::from(MAX_QUEUES))
             .flat_map(|index| [KICK, CALL, ERROR].map(|at| self.queue(index, at)));
@@ -156,6 +160,12 @@ pub(crate) fn adopt(stored: u64) -> Option<OwnedFd> {
     // SAFETY: its owner was the process that wrote the number, which is dead, and this is asked once a number. If it wrote a
     // wrong one, a call on it fails or reaches another file of the same connection; no use here would break memory.
     Some(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A descriptor that has just come with a message.
+pub(crate) fn received(number: RawFd) -> OwnedFd {
+    // SAFETY: the kernel made it for this process with a message that was just taken, and says its number once.
+    unsafe { OwnedFd::from_raw_fd(number) }
 }
 
 /// A look at the descriptor of an owner that gives its number only.

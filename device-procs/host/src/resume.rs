@@ -22,6 +22,7 @@ use crate::memory::Region;
 use crate::record::{self, Record, Word};
 use crate::ring::UserAddresses;
 use crate::server::{Connection, FIRST_KICK, Resources, ServeError, Server, lock};
+use crate::window::Window;
 
 const STARTED: u64 = 1;
 const ENABLED: u64 = 1 << 1;
@@ -50,6 +51,8 @@ impl<D: Device> Server<D> {
             Word::InflightFile,
             record::stored(self.inflight_memory.as_ref()),
         );
+        let channel = self.window.as_ref().map(|window| window.channel());
+        record.store(Word::Channel, record::stored(channel));
         let (offset, queues, size) = self.inflight_shape;
         record.store(Word::InflightOffset, offset);
         record.store(
@@ -80,6 +83,11 @@ impl<D: Device> Server<D> {
     }
 
     fn restore(&mut self, record: Record) -> Result<(), ServeError> {
+        if let Some(channel) = record::adopt(record.load(Word::Channel)) {
+            let window = Window::resume(channel, record, self.device.window_len())
+                .map_err(|_| gone("request to the front end that was at hand"))?;
+            self.open_window(window);
+        }
         let mut regions = Vec::new();
         // Capped where it is written, and once more where it is used.
         for index in 0..(record.load(Word::Regions) as usize).min(MAX_MEMORY_REGIONS) {

@@ -14,8 +14,8 @@
 //! system call less per kick, and the counter tells a restarted process that there was a kick before it.
 
 use std::fs::File;
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,15 +25,16 @@ use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{MsgFlags, recvmsg};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
-    VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures,
-    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserLog, VhostUserMemoryRegion,
+    VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
+    VhostUserVringState,
 };
 use vhost::vhost_user::{
     BackendReqHandler, Error as VhostError, GpuBackend, Result as VhostResult,
@@ -50,6 +51,7 @@ use crate::memory::{GuestRam, Mapping, MemoryError, Region};
 use crate::patience::Patience;
 use crate::record::{self, Record, Word};
 use crate::ring::{Ring, UserAddresses};
+use crate::window::Window;
 
 #[cfg(fuzzing)]
 #[path = "fuzzing.rs"]
@@ -164,6 +166,8 @@ pub(crate) struct Server<D> {
     begun: bool,
     /// The last transfer of the device's state has worked.
     state_moved: bool,
+    /// The shared memory region, if the device has one and the front end takes requests for it.
+    pub(crate) window: Option<Arc<Window>>,
     /// The last refusal or host fault, for the log: the library passes only a code through.
     refused: Option<String>,
     fatal: Option<HostFault>,
@@ -275,6 +279,7 @@ impl<D: Device> Connection<D> {
             finished: false,
             begun: false,
             state_moved: false,
+            window: None,
             refused: None,
             fatal: None,
         }));
@@ -320,6 +325,9 @@ impl<D: Device> Connection<D> {
     fn obey(&mut self) -> Result<bool, ServeError> {
         if self.early_enable() {
             return Ok(true);
+        }
+        if let Some(done) = self.channel() {
+            return done.map(|()| true);
         }
         let result = self.messages.handle_request();
         let mut server = lock(&self.server);
@@ -386,6 +394,87 @@ impl<D: Device> Connection<D> {
         };
         ring.enabled = state == 1;
         take(MsgFlags::empty()).is_some()
+    }
+}
+
+/// Bytes of a message's header.
+const HEADER: usize = 12;
+
+impl<D: Device> Connection<D> {
+    /// Obeys `SET_BACKEND_REQ_FD`, if that is next: the library would keep the descriptor of the channel to itself, which a process
+    /// after this one needs as well. `None` for other messages, and from front ends that have not said that they know of windows.
+    fn channel(&self) -> Option<Result<(), ServeError>> {
+        let needed = VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::SHMEM
+            | VhostUserProtocolFeatures::REPLY_ACK;
+        let mut server = lock(&self.server);
+        if server.protocol_features & needed.bits() != needed.bits() {
+            return None;
+        }
+        let socket = self.messages.as_raw_fd();
+        let mut bytes = [0; HEADER];
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recvmsg::<()>(socket, &mut parts, None, flags) {
+            Ok(message) if message.bytes == HEADER => {}
+            _ => return None,
+        }
+        let word = |at: usize| {
+            let mut word = [0; 4];
+            word.copy_from_slice(&bytes[at..at + 4]);
+            u32::from_ne_bytes(word)
+        };
+        let (request, flags, size) = (word(0), word(4), word(8));
+        let wants_answer = VhostUserHeaderFlag::NEED_REPLY.bits();
+        // Version 1, no reply, no payload.
+        if request != FrontendReq::SET_BACKEND_REQ_FD as u32
+            || flags & !wants_answer != 1
+            || size != 0
+        {
+            return None;
+        }
+        let Some(channel) = take_descriptor(socket) else {
+            let what = "SET_BACKEND_REQ_FD without one descriptor".to_owned();
+            let source = VhostError::InvalidMessage;
+            return Some(Err(ServeError::Frontend { what, source }));
+        };
+        let window = Window::new(channel, server.record);
+        server.open_window(window);
+        if flags & wants_answer == 0 {
+            return Some(Ok(()));
+        }
+        let mut reply = Vec::with_capacity(HEADER + 8);
+        for word in [request, 1 | VhostUserHeaderFlag::REPLY.bits(), 8, 0, 0] {
+            reply.extend_from_slice(&word.to_ne_bytes());
+        }
+        // One that has left is seen to have done so by the next look at the socket.
+        let _ = sendmsg::<()>(
+            socket,
+            &[IoSlice::new(&reply)],
+            &[],
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
+        Some(Ok(()))
+    }
+}
+
+/// Takes a message without payload off `socket`, and the one descriptor that came with it.
+fn take_descriptor(socket: RawFd) -> Option<OwnedFd> {
+    let mut bytes = [0; HEADER];
+    let mut parts = [IoSliceMut::new(&mut bytes)];
+    let mut control = nix::cmsg_space!([RawFd; 8]);
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut control), flags).ok()?;
+    let mut taken: Vec<OwnedFd> = Vec::new();
+    for message in message.cmsgs().ok()? {
+        if let ControlMessageOwned::ScmRights(fds) = message {
+            taken.extend(fds.into_iter().map(record::received));
+        }
+    }
+    match taken.len() {
+        1 => taken.pop(),
+        _ => None,
     }
 }
 
@@ -655,6 +744,13 @@ impl<D: Device> Server<D> {
             return Err(self.refuse(&Refusal::Host { message, source }));
         }
         Ok(Some(fd.into()))
+    }
+
+    /// The device may have files mapped for the driver from now on.
+    pub(crate) fn open_window(&mut self, window: Window) {
+        let window = Arc::new(window);
+        self.window = Some(window.clone());
+        self.device.open_window(window);
     }
 
     fn drained(&mut self) -> VhostResult<()> {
@@ -1016,6 +1112,11 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
                 VhostUserProtocolFeatures::DEVICE_STATE
             } else {
                 VhostUserProtocolFeatures::empty()
+            }
+            | if self.device.window_len() > 0 {
+                VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::SHMEM
+            } else {
+                VhostUserProtocolFeatures::empty()
             })
     }
 
@@ -1226,9 +1327,12 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     }
 
     fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {
-        Err(self.refuse(&Refusal::NotOffered {
-            message: "GET_SHMEM_CONFIG",
-        }))
+        match self.device.window_len() {
+            0 => Err(self.refuse(&Refusal::NotOffered {
+                message: "GET_SHMEM_CONFIG",
+            })),
+            len => Ok(VhostUserShMemConfig::new(1, &[len])),
+        }
     }
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {

@@ -17,6 +17,7 @@
 
 pub mod polled;
 pub mod tap;
+pub mod window;
 
 use std::fs::File;
 use std::io::Read;
@@ -49,6 +50,8 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use window::WindowServer;
 
 /// How long a test waits for something that must come.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -595,6 +598,15 @@ impl TestFrontend {
 
     /// The same with memory that is there already, as after a device's death.
     pub fn connect_with(socket: UnixStream, features: u64, memory: GuestMemory) -> Self {
+        Self::negotiate(socket, features, memory, VhostUserProtocolFeatures::empty())
+    }
+
+    fn negotiate(
+        socket: UnixStream,
+        features: u64,
+        memory: GuestMemory,
+        more: VhostUserProtocolFeatures,
+    ) -> Self {
         let mut vhost = Frontend::from_stream(socket, 64);
         vhost.set_owner().unwrap();
         let offered = vhost.get_features().unwrap();
@@ -605,7 +617,8 @@ impl TestFrontend {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | more;
         assert!(protocol.contains(wanted), "{protocol:?}");
         vhost.set_protocol_features(wanted).unwrap();
         vhost.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
@@ -617,6 +630,29 @@ impl TestFrontend {
             offered,
             accepted,
         }
+    }
+
+    /// As [`connect`](Self::connect), and takes requests for the device's shared memory region with `window`. Also tells the sizes of its
+    /// regions, as the device says.
+    pub fn connect_with_window(
+        socket: UnixStream,
+        features: u64,
+        window: WindowServer,
+    ) -> (Self, Vec<u64>) {
+        let more = VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::SHMEM;
+        let mut front = Self::negotiate(socket, features, GuestMemory::new(), more);
+        let sizes = front.window_sizes();
+        window.with(|state| state.size = sizes.first().copied().unwrap_or(0));
+        front.vhost.set_backend_request_fd(&window.start()).unwrap();
+        (front, sizes)
+    }
+
+    fn window_sizes(&mut self) -> Vec<u64> {
+        let config = self.vhost.get_shmem_config().unwrap();
+        let regions = config.nregions as usize;
+        let sizes = config.memory_sizes;
+        assert!(sizes[regions..].iter().all(|size| *size == 0));
+        sizes[..regions].to_vec()
     }
 
     /// Describes, starts and enables a queue from index 0 on.

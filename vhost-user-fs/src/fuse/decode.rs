@@ -9,7 +9,7 @@ use std::ffi::CStr;
 
 use nix::errno::Errno;
 
-use super::wire::{InHeader, opcode};
+use super::wire::{InHeader, NO_HANDLE, opcode};
 
 /// Longest file name in bytes (`NAME_MAX`).
 pub const NAME_MAX: usize = 255;
@@ -271,6 +271,18 @@ pub enum Body<'a> {
         len: u64,
         flags: u64,
     },
+    /// A part of a file is to appear in the device's shared memory region.
+    SetupMapping {
+        /// `None` for the file of the request's inode.
+        fh: Option<u64>,
+        /// In the file.
+        foffset: u64,
+        len: u64,
+        flags: u64,
+        /// In the region.
+        moffset: u64,
+    },
+    RemoveMapping(Ranges<'a>),
     GetLk(Lock),
     SetLk {
         lock: Lock,
@@ -302,13 +314,24 @@ pub struct Request<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forgets<'a>(&'a [u8]);
 
-impl Forgets<'_> {
+impl<'a> Forgets<'a> {
     /// Pairs of inode and number of lookups to forget.
-    pub fn iter(self) -> impl Iterator<Item = (u64, u64)> {
+    pub fn iter(self) -> impl Iterator<Item = (u64, u64)> + use<'a> {
         self.0.chunks_exact(16).map(|entry| {
             let mut fields = Fields(entry);
             (fields.u64().unwrap_or(0), fields.u64().unwrap_or(0))
         })
+    }
+}
+
+/// The parts of the shared memory region that a `REMOVEMAPPING` names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranges<'a>(&'a [u8]);
+
+impl<'a> Ranges<'a> {
+    /// Offset and length of each.
+    pub fn iter(self) -> impl Iterator<Item = (u64, u64)> + use<'a> {
+        Forgets(self.0).iter()
     }
 }
 
@@ -579,6 +602,22 @@ pub fn decode(header: InHeader, body: &[u8], layout: Layout) -> Result<Request<'
             lock: lock(&mut f)?,
             wait: true,
         },
+        opcode::SETUPMAPPING => {
+            let fh = f.u64()?;
+            Body::SetupMapping {
+                fh: (fh != NO_HANDLE).then_some(fh),
+                foffset: f.u64()?,
+                len: f.u64()?,
+                flags: f.u64()?,
+                moffset: f.u64()?,
+            }
+        }
+        opcode::REMOVEMAPPING => {
+            let count = f.u32()? as usize;
+            // The structure has no padding after the count: 4 bytes, then the entries.
+            let length = count.checked_mul(16).ok_or(Errno::EINVAL)?;
+            Body::RemoveMapping(Ranges(f.bytes(length)?))
+        }
         opcode::SYNCFS => Body::SyncFs,
         opcode::INTERRUPT => Body::Interrupt { unique: f.u64()? },
         opcode::INIT => init(&mut f)?,

@@ -20,6 +20,9 @@ pub const DIRENT: usize = 24;
 /// Bytes of `fuse_entry_out`.
 pub const ENTRY_OUT: usize = 128;
 
+/// A `SETUPMAPPING` that names an inode and no open file.
+pub const NO_HANDLE: u64 = u64::MAX;
+
 /// The inode number of the root.
 pub const ROOT_ID: u64 = 1;
 
@@ -41,7 +44,7 @@ numbers!(
         SETXATTR = 21, GETXATTR = 22, LISTXATTR = 23, REMOVEXATTR = 24, FLUSH = 25, INIT = 26, OPENDIR = 27, READDIR = 28,
         RELEASEDIR = 29, FSYNCDIR = 30, GETLK = 31, SETLK = 32, SETLKW = 33, ACCESS = 34, CREATE = 35, INTERRUPT = 36,
         DESTROY = 38, BATCH_FORGET = 42, FALLOCATE = 43, READDIRPLUS = 44, RENAME2 = 45, LSEEK = 46, COPY_FILE_RANGE = 47,
-        SYNCFS = 50, TMPFILE = 51, STATX = 52,
+        SETUPMAPPING = 48, REMOVEMAPPING = 49, SYNCFS = 50, TMPFILE = 51, STATX = 52,
     }
 );
 
@@ -51,8 +54,8 @@ numbers!(
         ASYNC_READ = 1, POSIX_LOCKS = 1 << 1, ATOMIC_O_TRUNC = 1 << 3, BIG_WRITES = 1 << 5, DONT_MASK = 1 << 6,
         FLOCK_LOCKS = 1 << 10, AUTO_INVAL_DATA = 1 << 12, DO_READDIRPLUS = 1 << 13, READDIRPLUS_AUTO = 1 << 14,
         ASYNC_DIO = 1 << 15, WRITEBACK_CACHE = 1 << 16, PARALLEL_DIROPS = 1 << 18, POSIX_ACL = 1 << 20,
-        MAX_PAGES = 1 << 22, CACHE_SYMLINKS = 1 << 23, SUBMOUNTS = 1 << 27, HANDLE_KILLPRIV_V2 = 1 << 28,
-        SETXATTR_EXT = 1 << 29, INIT_EXT = 1 << 30, DIRECT_IO_ALLOW_MMAP = 1 << 36,
+        MAX_PAGES = 1 << 22, CACHE_SYMLINKS = 1 << 23, MAP_ALIGNMENT = 1 << 26, SUBMOUNTS = 1 << 27, HANDLE_KILLPRIV_V2 = 1 << 28,
+        SETXATTR_EXT = 1 << 29, INIT_EXT = 1 << 30, HAS_INODE_DAX = 1 << 33, DIRECT_IO_ALLOW_MMAP = 1 << 36,
     }
 );
 
@@ -76,7 +79,7 @@ numbers!(
     flag: u32 {
         GETATTR_FH = 1, FSYNC_FDATASYNC = 1, LK_FLOCK = 1, WRITE_CACHE = 1, WRITE_KILL_SUIDGID = 1 << 2,
         RELEASE_FLUSH = 1, RELEASE_FLOCK_UNLOCK = 1 << 1, OPEN_KILL_SUIDGID = 1, SETXATTR_ACL_KILL_SGID = 1,
-        ATTR_SUBMOUNT = 1,
+        ATTR_SUBMOUNT = 1, ATTR_DAX = 1 << 1, SETUPMAPPING_WRITE = 1, SETUPMAPPING_READ = 1 << 1,
     }
 );
 

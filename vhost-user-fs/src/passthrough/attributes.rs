@@ -8,7 +8,7 @@ use super::{Passthrough, Translation, sys};
 use crate::fuse::InHeader;
 use crate::fuse::decode::SetAttr;
 use crate::fuse::reply::{self, Attr, Put};
-use crate::fuse::wire::fattr;
+use crate::fuse::wire::{fattr, flag, init};
 
 /// statx(2) in the protocol's terms, with the host's users.
 fn attr_of(stat: &libc::statx) -> Attr {
@@ -35,7 +35,13 @@ impl Passthrough {
     /// What the guest sees of a file.
     pub(super) fn attr_of(&self, stat: &libc::statx) -> Attr {
         let attr = attr_of(stat);
+        let regular = attr.mode & libc::S_IFMT == libc::S_IFREG;
         Attr {
+            flags: if regular && self.agreed(init::HAS_INODE_DAX) {
+                flag::ATTR_DAX
+            } else {
+                0
+            },
             uid: self.config.users.to_guest(attr.uid),
             gid: self.config.groups.to_guest(attr.gid),
             ..attr

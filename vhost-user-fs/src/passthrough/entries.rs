@@ -110,7 +110,7 @@ impl Passthrough {
         let mut attr = self.attr_of(stat);
         let folder = attr.mode & libc::S_IFMT == libc::S_IFDIR;
         if folder && stat.stx_mnt_id != parent_mount && self.agreed(init::SUBMOUNTS) {
-            attr.flags = flag::ATTR_SUBMOUNT;
+            attr.flags |= flag::ATTR_SUBMOUNT;
         }
         attr
     }

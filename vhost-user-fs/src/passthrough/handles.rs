@@ -238,6 +238,17 @@ impl Handles {
         }
     }
 
+    /// An open regular file, and the flags that the guest opened it with.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file).
+    pub(crate) fn file_and_flags(&self, number: u64) -> Result<(BorrowedFd<'_>, u32), Errno> {
+        match self.get(number)? {
+            Handle::File { fd, flags, .. } => Ok((fd, flags)),
+            Handle::Folder { .. } => Err(Errno::EBADF),
+        }
+    }
+
     /// An open folder and its position.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ mod ids;
 mod inodes;
 mod journal;
 mod locks;
+mod mapping;
 mod names;
 mod saved;
 mod store;
@@ -44,6 +45,7 @@ pub use creds::may_switch_user;
 pub use files::Place;
 pub use ids::Translation;
 pub use journal::Origin;
+pub use mapping::{Mapped, is_writable};
 pub use saved::StateError;
 pub use store::Store;
 pub use sys::OwnFds;
@@ -168,6 +170,8 @@ pub struct Passthrough {
     ahead: ReadAhead,
     /// What a process before this one left has not been taken over yet.
     waiting: bool,
+    /// Files can appear in a shared memory region of the device.
+    window: bool,
     /// The host's name of `security.capability`, if it is another.
     mapped_capability: Option<CString>,
 }
@@ -197,6 +201,7 @@ impl Passthrough {
             locks: Locks::new(store),
             ahead: ReadAhead::default(),
             waiting: false,
+            window: false,
         })
     }
 
@@ -245,6 +250,7 @@ impl Passthrough {
             locks: Locks::new(store),
             ahead: ReadAhead::default(),
             waiting: true,
+            window: false,
         })
     }
 
@@ -418,8 +424,11 @@ impl Passthrough {
             Body::TmpFile { flags, mode, umask } => {
                 self.tmpfile(header, (mode, umask), flags, reply)?;
             }
-            // Their data goes between guest memory and file, which only the caller has.
-            Body::Read { .. } | Body::Write { .. } => return Err(Errno::EIO),
+            // Their data goes between guest memory and file, which only the caller has, as it has the shared memory region.
+            Body::Read { .. }
+            | Body::Write { .. }
+            | Body::SetupMapping { .. }
+            | Body::RemoveMapping(_) => return Err(Errno::EIO),
             Body::Flush { lock_owner, .. } => self.flush(node, lock_owner)?,
             Body::Fsync { fh, datasync } => self.fsync(fh, datasync)?,
             Body::Release {
@@ -536,6 +545,7 @@ impl Passthrough {
         choose(config.announce_submounts, init::SUBMOUNTS);
         choose(config.cache == Cache::Always, init::CACHE_SYMLINKS);
         choose(config.allow_mmap, init::DIRECT_IO_ALLOW_MMAP);
+        choose(self.window, init::MAP_ALIGNMENT | init::HAS_INODE_DAX);
         flags
     }
 
@@ -577,7 +587,7 @@ impl Passthrough {
         reply
             .u32(1)
             .u16(pages)
-            .u16(0)
+            .u16(mapping::ALIGNMENT_SHIFT)
             .u32((agreed >> 32) as u32)
             .zeros(28);
         ipc::log::info!("FUSE 7.{minor} session, flags {agreed:#x}");
@@ -619,6 +629,7 @@ fn nodes(header: &InHeader, body: &Body<'_>) -> [u64; 2] {
         | Body::Fallocate { .. }
         | Body::CopyFileRange { .. }
         | Body::Interrupt { .. }
+        | Body::RemoveMapping(_)
         | Body::Init { .. }
         | Body::Destroy => [0; 2],
         Body::Rename { newdir, .. } => [header.nodeid, *newdir],

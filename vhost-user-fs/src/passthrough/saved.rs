@@ -42,6 +42,9 @@ pub enum StateError {
     /// Locks are not part of it.
     #[error("locks that hold on the host cannot be saved")]
     Locks,
+    /// Mappings are not part of it.
+    #[error("files that the guest has mapped (DAX) cannot be saved")]
+    Mappings,
     /// More than a snapshot holds.
     #[error("the guest knows of more files than a snapshot holds ({MAX_DEVICE_STATE} bytes)")]
     Large(#[source] CodecError),
@@ -201,6 +204,9 @@ impl Passthrough {
         let host = |what| move |source| StateError::Host { what, source };
         if !self.can_be_saved() {
             return Err(StateError::Locks);
+        }
+        if self.has_mappings() {
+            return Err(StateError::Mappings);
         }
         if self.waiting {
             self.go_on(|_| false).map_err(host("what the guest held"))?;

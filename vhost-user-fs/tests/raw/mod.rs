@@ -14,6 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
+use device_host::test_frontend::window::WindowServer;
 use device_host::test_frontend::{Buffer, DriverQueue, INDIRECT_DESC, TestFrontend};
 use fs_device::fuse::wire::{init, opcode};
 
@@ -69,7 +70,24 @@ impl Client {
 
     fn start_without_init(source: &Path, options: &[&str], user: Option<u32>) -> Self {
         let (child, socket) = spawn(source, options, user);
-        let mut front = TestFrontend::connect(socket, INDIRECT_DESC);
+        Self::with_front(child, TestFrontend::connect(socket, INDIRECT_DESC))
+    }
+
+    /// As [`start`](Self::start), by a front end that maps files for the guest; also tells the sizes of the device's regions.
+    pub fn start_with_window(
+        source: &Path,
+        options: &[&str],
+        window: &WindowServer,
+    ) -> (Self, Vec<u64>) {
+        let (child, socket) = spawn(source, options, None);
+        let (front, sizes) =
+            TestFrontend::connect_with_window(socket, INDIRECT_DESC, window.clone());
+        let mut client = Self::with_front(child, front);
+        client.init();
+        (client, sizes)
+    }
+
+    fn with_front(child: Child, mut front: TestFrontend) -> Self {
         let queue = DriverQueue::new(1, 256, 0x2_0000);
         front.start(&queue);
         Self {
@@ -82,7 +100,8 @@ impl Client {
         }
     }
 
-    pub fn init(&mut self) {
+    /// Begins a session; `fuse_init_out`.
+    pub fn init(&mut self) -> Vec<u8> {
         // Everything is offered; the daemon takes what its options allow.
         let flags = u64::MAX >> 1 | init::INIT_EXT;
         let body = Body::new()
@@ -94,6 +113,7 @@ impl Client {
         let reply = self.call(opcode::INIT, 0, body.zeros(44)).unwrap();
         assert_eq!(reply.len(), 64);
         assert_eq!(reply[..4], 7u32.to_ne_bytes());
+        reply
     }
 
     /// A well-formed request.
