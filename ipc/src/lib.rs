@@ -1,7 +1,7 @@
 //! What two processes of one VM must agree on.
 //!
 //! **Job.** Plain-data specs of a VM and its devices, the typed messages between control process, broker and device
-//! processes, the socket that carries them together with file descriptors, how memory that they share is mapped ([`guarded`]),
+//! processes, the socket that carries them together with file descriptors, how memory that they share is mapped ([`guarded`]), what is counted in it ([`counters`]),
 //! every size cap, and the log macros.
 //! No device logic lives here: a device crate depends on this one, never the other way round.
 //!
@@ -15,6 +15,7 @@
 pub mod channel;
 pub mod codec;
 pub mod control;
+pub mod counters;
 pub mod guarded;
 pub mod image;
 pub mod keeper;

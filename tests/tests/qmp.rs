@@ -445,6 +445,69 @@ fn what_is_told_about_the_vm_is_true() {
     assert!(monitor.contains("query-cpus-fast"), "{monitor}");
 }
 
+#[test]
+fn disks_tell_what_they_have_done() {
+    require_kvm();
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128", "-no-shutdown"])
+        .arg("-drive")
+        .arg(format!("id=d0,file={},direct=off", image.display()))
+        .args(["-device", "virtio-blk-device,drive=d0,id=disk"])
+        .kernel(&Payload::BlkRw.path(), "sector=8 count=8 rounds=4")
+        .with_qmp()
+        .start()
+        .unwrap();
+    // Whatever the guest has an answer to is counted.
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let mut qmp = vm.qmp().unwrap();
+    let disks = qmp.execute("query-blockstats", json!({})).unwrap();
+    let [disk] = disks.as_array().unwrap().as_slice() else {
+        panic!("{disks}");
+    };
+    assert_eq!(
+        (&disk["device"], &disk["qdev"], &disk["node-name"]),
+        (&json!("d0"), &json!("disk"), &json!("d0"))
+    );
+    let stats = &disk["stats"];
+    for (name, number) in [
+        ("rd_operations", 4),
+        ("wr_operations", 4),
+        ("flush_operations", 4),
+        ("unmap_operations", 0),
+        ("rd_bytes", 4 * 8 * 512),
+        ("wr_bytes", 4 * 8 * 512),
+        ("wr_highest_offset", (8 + 4 * 8) * 512),
+        ("failed_rd_operations", 0),
+        // Behind the end.
+        ("invalid_rd_operations", 1),
+        ("invalid_wr_operations", 0),
+    ] {
+        assert_eq!(stats[name], number, "{name} in {stats}");
+    }
+    for name in [
+        "rd_total_time_ns",
+        "wr_total_time_ns",
+        "flush_total_time_ns",
+    ] {
+        let nanoseconds = stats[name].as_u64().unwrap();
+        assert!(
+            (1..LIMIT.as_nanos()).contains(&u128::from(nanoseconds)),
+            "{name} in {stats}"
+        );
+    }
+    let nodes = qmp
+        .execute("query-blockstats", json!({ "query-nodes": true }))
+        .unwrap();
+    assert_eq!(nodes, json!([{ "node-name": "d0", "stats": stats }]));
+}
+
 /// Where our commands have another shape than QEMU 7.2's of the same name, and why.
 const DIFFERENCES: &[&str] = &[
     // A list of text, with the same words.

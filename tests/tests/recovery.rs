@@ -512,6 +512,29 @@ fn a_disks_process_is_replaced_under_load_and_nothing_is_lost() {
 }
 
 #[test]
+fn what_a_disk_has_counted_outlives_its_process_and_a_reset_of_the_disk() {
+    let mut guest = with_disk(Payload::BlkLoop, "bursts=20 again=1", "");
+    let counted = |guest: &mut Guest| {
+        let disks = guest.qmp.execute("query-blockstats", json!({})).unwrap();
+        let stats = &disks[0]["stats"];
+        ["rd_operations", "wr_operations", "wr_bytes"].map(|name| stats[name].as_u64().unwrap())
+    };
+    // Two reads and two writes of a KiB each burst.
+    let once = [40, 40, 40 << 10];
+    guest.expect("IDLE");
+    assert_eq!(counted(&mut guest), once);
+    let pid = guest.pid("block");
+    let (next, ..) = guest.kill("disk", pid);
+    assert_eq!(counted(&mut guest), once, "after a death");
+    guest.upgrade("disk", next);
+    assert_eq!(counted(&mut guest), once, "after an upgrade");
+    guest.qmp.execute("system_reset", json!({})).unwrap();
+    guest.event("RESET");
+    guest.expect("IDLE");
+    assert_eq!(counted(&mut guest), once.map(|number| 2 * number));
+}
+
+#[test]
 fn a_cards_process_is_replaced_under_load_and_no_buffer_is_lost() {
     let tap = Tap::new("sv-next", "10.7.33.1/24").unwrap();
     let mut guest = with_card("sv-next", 33, "");

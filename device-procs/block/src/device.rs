@@ -8,9 +8,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use device_host::{
-    Access, BackendFds, Chain, Device, DeviceFault, FaultKind, FileIo, GuestBuffers, HeldByte,
-    HostFault, Interest, Ring, Token,
+    Access, BackendFds, Chain, Counters, Device, DeviceFault, FaultKind, FileIo, GuestBuffers,
+    HeldByte, HostFault, Interest, Ring, Token,
 };
+use ipc::counters::{Field, Kind};
 use ipc::limits::{
     BLOCK_ID_BYTES, MAX_BLOCK_QUEUES, MAX_CHAIN_SEGMENTS, MAX_DISK_DEPTH, MAX_IOPS, MAX_POLL_US,
     MAX_QUEUE_SIZE, MAX_RANGES,
@@ -41,6 +42,8 @@ const PHYSICAL_BLOCK: u32 = 4096;
 
 /// Names of requests in the log.
 const READ: &str = "read";
+const WRITE: &str = "write";
+const FLUSH: &str = "flush";
 const DISCARD: &str = "discard";
 const WRITE_ZEROES: &str = "write-zeroes";
 
@@ -67,6 +70,10 @@ pub struct Block {
     flushes: bool,
     /// The driver can switch the write cache.
     switches_cache: bool,
+    /// What is told of the requests, if there is somebody to tell.
+    counters: Option<Counters>,
+    /// The time, as far as the counters need it: asked once for all that is taken, or done, at once.
+    clock: Instant,
 }
 
 /// A request that is on its way.
@@ -81,6 +88,10 @@ struct Pending {
     room: usize,
     what: &'static str,
     sector: u64,
+    /// Bytes of the disk that it is about.
+    bytes: u64,
+    /// When it was taken.
+    taken: Instant,
     /// The range on its way first, then those that follow.
     extents: Vec<Extent>,
 }
@@ -206,6 +217,8 @@ impl Block {
             draining: false,
             flushes: false,
             switches_cache: false,
+            counters: None,
+            clock: Instant::now(),
         })
     }
 
@@ -228,35 +241,39 @@ impl Block {
             room: writable.len(),
             what: "request",
             sector: 0,
+            bytes: 0,
+            taken: self.clock,
             extents: Vec::new(),
         };
         let mut header = [0; HEADER];
         if readable.read(&mut header) < HEADER {
-            return Ok(refused(pending, "has a header of less than 16 bytes"));
+            return Ok(self.refused(pending, "has a header of less than 16 bytes"));
         }
         let request = Request::parse(header);
         let size = self.engine.size();
         let started = match request {
             Request::In { sector } => {
                 (pending.what, pending.sector) = (READ, sector);
+                pending.bytes = pending.room as u64;
                 let Some(at) = place(sector, pending.room, size) else {
-                    return Ok(refused(pending, "is not inside of the disk"));
+                    return Ok(self.refused(pending, "is not inside of the disk"));
                 };
                 pending.data = pending.room;
                 self.engine.read(writable, at, pending)
             }
             Request::Out { sector } => {
-                (pending.what, pending.sector) = ("write", sector);
+                (pending.what, pending.sector) = (WRITE, sector);
+                pending.bytes = readable.len() as u64;
                 if self.readonly {
-                    return Ok(refused(pending, "on a read-only disk"));
+                    return Ok(self.refused(pending, "on a read-only disk"));
                 }
                 let Some(at) = place(sector, readable.len(), size) else {
-                    return Ok(refused(pending, "is not inside of the disk"));
+                    return Ok(self.refused(pending, "is not inside of the disk"));
                 };
                 self.write(readable, at, pending)
             }
             Request::Flush => {
-                pending.what = "flush";
+                pending.what = FLUSH;
                 if self.readonly {
                     Started::Done(pending, Ok(()))
                 } else {
@@ -265,8 +282,20 @@ impl Block {
             }
             Request::Discard | Request::WriteZeroes | Request::GetId | Request::Unsupported => {
                 match self.answer(request, readable, writable) {
-                    Answer::Now(status, data) => return Ok(Some(conclude(pending, status, data))),
+                    Answer::Now(status, data) => {
+                        pending.what = match request {
+                            Request::Discard => DISCARD,
+                            Request::WriteZeroes => WRITE_ZEROES,
+                            _ => pending.what,
+                        };
+                        if status == Status::IoError {
+                            self.count(&pending, Field::Invalid);
+                        }
+                        return Ok(Some(conclude(pending, status, data)));
+                    }
                     Answer::Extents(what, extents) => {
+                        pending.bytes = extents.iter().map(|extent| extent.len).sum();
+                        pending.sector = extents.last().map_or(0, |extent| extent.at / 512);
                         (pending.what, pending.extents) = (what, extents);
                         match pending.extents.last() {
                             Some(extent) => self.engine.zero(*extent, pending),
@@ -278,8 +307,44 @@ impl Block {
         };
         Ok(match started {
             Started::InFlight => None,
-            Started::Done(pending, result) => self.settle(pending, result),
+            Started::Done(pending, result) => {
+                self.look_at_the_clock();
+                self.settle(pending, result)
+            }
         })
+    }
+
+    fn refused(&self, pending: Pending, why: &str) -> Option<(Token, u32)> {
+        ipc::guest_warn!("{} at sector {} {why}", pending.what, pending.sector);
+        self.count(&pending, Field::Invalid);
+        Some(conclude(pending, Status::IoError, 0))
+    }
+
+    fn look_at_the_clock(&mut self) {
+        if self.counters.is_some() {
+            self.clock = Instant::now();
+        }
+    }
+
+    /// Tells what became of a request: [`Field::Operations`], `Failed` or `Invalid`.
+    fn count(&self, pending: &Pending, outcome: Field) {
+        let (Some(counters), Some(kind)) = (&self.counters, kind(pending.what)) else {
+            return;
+        };
+        counters.add(kind, outcome, 1);
+        if outcome == Field::Invalid {
+            return;
+        }
+        let took = self.clock.saturating_duration_since(pending.taken);
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        counters.add(kind, Field::Nanoseconds, took);
+        if outcome == Field::Operations {
+            counters.add(kind, Field::Bytes, pending.bytes);
+            if kind == Kind::Write && pending.what == WRITE {
+                // Inside of the disk, which was checked.
+                counters.written_to(pending.sector * 512 + pending.bytes);
+            }
+        }
     }
 
     fn write(
@@ -388,6 +453,13 @@ impl Block {
                 return None;
             }
             let (status, data) = outcome(&pending, result, self.on_error(pending.what));
+            // What is not told the guest has failed all the same.
+            match result {
+                Ok(()) => self.count(&pending, Field::Operations),
+                // The driver will do it in another way.
+                Err(_) if status == Status::Unsupported => {}
+                Err(_) => self.count(&pending, Field::Failed),
+            }
             return Some(conclude(pending, status, data));
         }
     }
@@ -437,6 +509,9 @@ impl Block {
         let mut fault = None;
         let mut any = false;
         while let Some((pending, result)) = self.engine.finished() {
+            if !any {
+                self.look_at_the_clock();
+            }
             any = true;
             let queue = usize::from(pending.queue);
             if let Some((token, written)) = self.settle(pending, result)
@@ -537,9 +612,15 @@ fn outcome(pending: &Pending, result: Result<(), Errno>, on_error: OnError) -> (
     }
 }
 
-fn refused(pending: Pending, why: &str) -> Option<(Token, u32)> {
-    ipc::guest_warn!("{} at sector {} {why}", pending.what, pending.sector);
-    Some(conclude(pending, Status::IoError, 0))
+/// Where a request is counted, by its name in the log.
+fn kind(what: &str) -> Option<Kind> {
+    Some(match what {
+        READ => Kind::Read,
+        WRITE | WRITE_ZEROES => Kind::Write,
+        FLUSH => Kind::Flush,
+        DISCARD => Kind::Unmap,
+        _ => return None,
+    })
 }
 
 impl Device for Block {
@@ -586,8 +667,17 @@ impl Device for Block {
         }
     }
 
+    fn counts(&self) -> bool {
+        true
+    }
+
+    fn count_in(&mut self, counters: Counters) {
+        self.counters = Some(counters);
+    }
+
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
         let queue = ring.index();
+        self.look_at_the_clock();
         loop {
             if !self.engine.has_room() {
                 self.starved = true;

@@ -9,6 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::counters::Counters;
 use crate::fault::{DeviceFault, HostFault};
 use crate::ring::Ring;
 use crate::window::Window;
@@ -80,6 +81,14 @@ pub trait Device {
     /// A process before this one kept `kept`, or somebody says so: nothing of it is to be trusted. Comes before any queue
     /// starts, and after [`accept`](Self::accept).
     fn go_on_with(&mut self, _kept: &[u8]) {}
+
+    /// Whether the device counts what it does for the control process, by [`Counters`]. Always the same answer.
+    fn counts(&self) -> bool {
+        false
+    }
+
+    /// Here are the numbers to add to from now on.
+    fn count_in(&mut self, _counters: Counters) {}
 
     /// Requests may be available on `ring`: take and complete them until [`Ring::pop`] has no more, or leave them there when
     /// they wait for a back end.

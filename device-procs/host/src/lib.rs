@@ -10,6 +10,7 @@
 
 pub mod alone;
 mod chain;
+mod counters;
 mod device;
 mod fault;
 mod file_io;
@@ -33,6 +34,7 @@ pub mod test_frontend;
 mod window;
 
 pub use chain::{Chain, Token};
+pub use counters::Counters;
 pub use device::{Device, Interest, copy_config};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use file_io::{Access, FileIo, Range, Room};

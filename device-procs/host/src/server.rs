@@ -43,6 +43,7 @@ use vhost::vhost_user::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::counters::Counters;
 use crate::device::{Device, Interest};
 use crate::fault::{DeviceFault, GuestFault, HostFault};
 use crate::inflight::{InflightQueue, queue_bytes};
@@ -205,7 +206,7 @@ impl Resources {
             MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
         )
         .map_err(HostFault::of("memfd_create"))?;
-        let size = usize::from(queues) * queue_bytes(queue_size) + area_bytes(device.kept_len());
+        let size = region_bytes(device, queues, queue_size);
         // At most 33 queues of 32768 entries of 16 bytes.
         nix::unistd::ftruncate(&memory, size as libc::off_t)
             .map_err(HostFault::of("ftruncate of the in-flight region"))?;
@@ -821,6 +822,10 @@ impl<D: Device> Server<D> {
             ring.set_inflight(part);
         }
         self.inflight_shape = (region.mmap_offset, region.num_queues, region.queue_size);
+        if let Some(start) = counters_start(&self.device, region.num_queues, region.queue_size) {
+            let counters = Counters::new(mapping.clone(), start);
+            self.device.count_in(counters);
+        }
         let most = self.device.kept_len();
         if most > 0 {
             let start = usize::from(region.num_queues) * queue_bytes(region.queue_size);
@@ -887,9 +892,27 @@ impl<D: Device> Server<D> {
                 allowed: "at most the device's queue size",
             }));
         }
-        let queues = u64::from(region.num_queues) * queue_bytes(region.queue_size) as u64;
-        Ok(queues + area_bytes(self.device.kept_len()) as u64)
+        Ok(region_bytes(&self.device, region.num_queues, region.queue_size) as u64)
     }
+}
+
+/// Bytes of an in-flight region: the queues' parts, what the device keeps, and what it counts.
+fn region_bytes(device: &impl Device, queues: u16, queue_size: u16) -> usize {
+    counters_start(device, queues, queue_size).map_or_else(
+        || kept_end(device, queues, queue_size),
+        |start| start + ipc::counters::BYTES,
+    )
+}
+
+fn kept_end(device: &impl Device, queues: u16, queue_size: u16) -> usize {
+    usize::from(queues) * queue_bytes(queue_size) + area_bytes(device.kept_len())
+}
+
+/// Where a device's counters are in the region: at its end, on a cache line.
+fn counters_start(device: &impl Device, queues: u16, queue_size: u16) -> Option<usize> {
+    device
+        .counts()
+        .then(|| kept_end(device, queues, queue_size).next_multiple_of(64))
 }
 
 /// The time until `at` in `epoll_wait`'s milliseconds: rounded up, so that it is over afterwards.
@@ -1219,11 +1242,13 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             return Err(self.refuse(&Refusal::Running { message }));
         }
         let size = self.inflight_bytes(message, wanted)?;
+        // What is counted goes on.
+        let kept = kept_end(&self.device, wanted.num_queues, wanted.queue_size);
         let Some(file) = self.inflight_memory.take() else {
             return Err(self.refuse(&Refusal::InflightAway { message }));
         };
         if std::mem::replace(&mut self.inflight_given, true)
-            && let Err(source) = clear(&file, size)
+            && let Err(source) = clear(&file, kept as u64)
         {
             return Err(self.refuse(&Refusal::Memory { message, source }));
         }

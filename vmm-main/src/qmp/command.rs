@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use ipc::counters::BlockCounters;
 use ipc::spec::block::IoStop;
 use ipc::spec::vm::VmSpec;
 use nix::sys::eventfd::EventFd;
@@ -352,6 +353,15 @@ pub struct VmFacts {
     pub stopped: Vec<(String, IoStop)>,
 }
 
+/// What the VM is made of, and what its disks have counted.
+#[derive(Debug, Clone)]
+pub struct Counted {
+    /// The VM.
+    pub facts: VmFacts,
+    /// Ids of devices, with what they counted.
+    pub disks: Vec<(String, BlockCounters)>,
+}
+
 /// What one device's process does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
@@ -376,6 +386,8 @@ pub enum VmCommand {
     Chardevs(Reply<Vec<ChardevInfo>>),
     /// `query-block`, `qom-list` and others that tell what the VM is made of
     Facts(Reply<VmFacts>),
+    /// `query-blockstats`
+    Blockstats(Reply<Counted>),
     /// `query-workloads`
     Workloads(Reply<Vec<Workload>>),
     /// `query-mem-gpa`: the four bytes at this guest physical address, which is in hexadecimal, as the guest reads them

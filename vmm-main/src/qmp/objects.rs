@@ -7,10 +7,11 @@
 //! **Why this way.** Types and their properties are read from the command line's own table, values from the spec of the
 //! running VM, so nothing can be listed that this program does not take. Nothing can be set: there is no `qom-set`.
 
+use ipc::counters::{self, BlockCounters, Field};
 use ipc::spec::vm::{ChardevBackend, DeviceKind, FsSource, MachineKind, VmSpec};
 use serde_json::{Value, json};
 
-use super::command::{QmpError, VmFacts};
+use super::command::{Counted, QmpError, VmFacts};
 use super::schema::check::shown;
 use super::session::Info;
 use crate::cmdline::props::{Key, Kind, Shape};
@@ -499,18 +500,78 @@ pub(super) fn disks(facts: &VmFacts) -> Value {
         .collect()
 }
 
+/// `query-blockstats`: of disks, or of all drives by their names.
+pub(super) fn blockstats(counted: &Counted, nodes: bool) -> Value {
+    let spec = &counted.facts.spec;
+    let disk_of = |drive: &str| {
+        spec.devices.iter().find(
+            |device| matches!(&device.kind, DeviceKind::Block { drive: one, .. } if one == drive),
+        )
+    };
+    let of = |device: Option<&ipc::spec::vm::DeviceOption>| {
+        let numbers = device.and_then(|device| {
+            let mut disks = counted.disks.iter();
+            disks.find(|(id, _)| *id == device.id)
+        });
+        stats(&numbers.map(|(_, numbers)| *numbers).unwrap_or_default())
+    };
+    if nodes {
+        let node = |drive: &ipc::spec::vm::DriveSpec| json!({ "node-name": drive.id, "stats": of(disk_of(&drive.id)) });
+        return spec.drives.iter().map(node).collect();
+    }
+    let disk = |device: &ipc::spec::vm::DeviceOption| match &device.kind {
+        DeviceKind::Block { drive, .. } => Some(json!({
+            "device": drive,
+            "qdev": device.id,
+            "node-name": drive,
+            "stats": of(Some(device)),
+        })),
+        _ => None,
+    };
+    spec.devices.iter().filter_map(disk).collect()
+}
+
+fn stats(numbers: &BlockCounters) -> Value {
+    let mut stats = json!({
+        "wr_highest_offset": numbers.written_to(),
+        "account_invalid": false,
+        "account_failed": true,
+        "timed_stats": [],
+    });
+    for (kind, name) in [
+        (counters::Kind::Read, "rd"),
+        (counters::Kind::Write, "wr"),
+        (counters::Kind::Flush, "flush"),
+        (counters::Kind::Unmap, "unmap"),
+    ] {
+        stats[format!("{name}_operations")] = numbers.get(kind, Field::Operations).into();
+        stats[format!("{name}_total_time_ns")] = numbers.get(kind, Field::Nanoseconds).into();
+        stats[format!("failed_{name}_operations")] = numbers.get(kind, Field::Failed).into();
+        stats[format!("invalid_{name}_operations")] = numbers.get(kind, Field::Invalid).into();
+        if kind != counters::Kind::Flush {
+            stats[format!("{name}_bytes")] = numbers.get(kind, Field::Bytes).into();
+            // Each request is done as it comes.
+            stats[format!("{name}_merged")] = 0.into();
+        }
+    }
+    stats
+}
+
 /// `query-named-block-nodes`: all drives, with or without a device.
 pub(super) fn nodes(spec: &VmSpec) -> Value {
     spec.drives.iter().map(inserted).collect()
 }
 
 fn inserted(drive: &ipc::spec::vm::DriveSpec) -> Value {
-    use ipc::spec::block::DetectZeroes;
+    use ipc::spec::block::{DetectZeroes, ImageFormat};
     json!({
         "file": drive.file.to_string_lossy(),
         "node-name": drive.id,
         "ro": drive.readonly,
-        "drv": "raw",
+        "drv": match drive.io.format {
+            ImageFormat::Raw => "raw",
+            ImageFormat::Qcow2 { .. } => "qcow2",
+        },
         "encrypted": false,
         "detect_zeroes": match drive.io.detect_zeroes {
             DetectZeroes::Off => "off",
@@ -521,6 +582,6 @@ fn inserted(drive: &ipc::spec::vm::DriveSpec) -> Value {
         "iops": drive.io.iops_total, "iops_rd": 0, "iops_wr": 0,
         "cache": { "writeback": true, "direct": drive.direct, "no-flush": false },
         "write_threshold": 0,
-        "backing_file_depth": 0,
+        "backing_file_depth": drive.backing.len(),
     })
 }

@@ -21,6 +21,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use ipc::control::DeviceGrant;
+use ipc::counters::{self, BlockCounters};
 use ipc::limits::{
     MAX_CONFIG_SPACE, MAX_DEVICE_STATE, MAX_FS_TAG, MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS,
 };
@@ -416,6 +417,8 @@ const INFLIGHT_LAYOUT: usize = 24;
 struct InflightRegion {
     layout: [u8; INFLIGHT_LAYOUT],
     file: File,
+    /// Which of the device's processes has it.
+    process: u32,
 }
 
 impl InflightRegion {
@@ -429,12 +432,24 @@ impl InflightRegion {
         (usize::try_from(word(0)).unwrap_or(usize::MAX), word(8))
     }
 
+    /// What a disk of ours has counted: the last bytes.
+    fn counters(&self) -> std::io::Result<BlockCounters> {
+        let (size, offset) = self.place();
+        let mut bytes = [0; counters::BYTES];
+        let before = size.saturating_sub(bytes.len()) as u64;
+        self.file
+            .read_exact_at(&mut bytes, offset.saturating_add(before))?;
+        Ok(BlockCounters::from_bytes(bytes))
+    }
+
     /// How many requests it holds that were taken and not answered (vhost-user, "Inflight I/O tracking", split virtqueue). For
     /// people to read: what a hostile process wrote there gives a wrong number and nothing else.
     fn count(&self) -> std::io::Result<u32> {
         // Before the entries of a queue, and each of them, which begins with a byte that is 1 while it is in flight.
         const HEADER: usize = 16;
         const ENTRY: usize = 16;
+        // All back ends that are known here start each part on a cache line.
+        const ALIGN: usize = 64;
         let (size, offset) = self.place();
         let half = |at: usize| {
             self.layout[at..]
@@ -444,7 +459,8 @@ impl InflightRegion {
         let (queues, entries) = (half(16), half(18));
         let mut bytes = vec![0; size.min(MAX_INFLIGHT_REGION as usize)];
         self.file.read_exact_at(&mut bytes, offset)?;
-        let part = (bytes.len() / queues.max(1)).max(1);
+        // What follows the queues' parts is the device's own.
+        let part = (HEADER + entries * ENTRY).next_multiple_of(ALIGN);
         let taken = bytes.chunks_exact(part).take(queues).flat_map(|queue| {
             let entries = queue
                 .get(HEADER..)
@@ -633,6 +649,9 @@ impl Handshake {
             config,
             config_from: from,
             inflight: None,
+            processes: 0,
+            past: Vec::new(),
+            counted: BlockCounters::default(),
             restored: None,
             active: Vec::new(),
             exposed: false,
@@ -681,6 +700,12 @@ pub struct RemoteDevice {
     config_from: ConfigFrom,
     /// In-flight region. It outlives the device process: a restarted one gets it and replays what had not been answered.
     inflight: Option<InflightRegion>,
+    /// Processes that this one has had before its own.
+    processes: u32,
+    /// Regions before this one of processes that were not followed by another one yet, for what was counted there.
+    past: Vec<InflightRegion>,
+    /// What was counted in regions before those.
+    counted: BlockCounters,
     /// Contents that the next region starts with: those of a snapshot.
     restored: Option<Vec<u8>>,
     /// Queues that the device process runs.
@@ -778,7 +803,7 @@ impl RemoteDevice {
     pub fn fail(&mut self) {
         self.process_ended();
         self.failed = true;
-        self.inflight = None;
+        self.retire_inflight();
     }
 
     /// What the guest reads from now on is a disk without a medium, a card without a link. `true` if that is something new.
@@ -843,6 +868,12 @@ impl RemoteDevice {
         self.fits(&fresh)?;
         let before = std::mem::replace(&mut self.config, fresh.config);
         self.active.clear();
+        // Those of a process that is gone; the one that comes has memory of its own, or gets what is in flight.
+        let inflight = self.inflight.take();
+        self.counted = self.counters();
+        self.past.clear();
+        self.inflight = inflight;
+        self.processes = self.processes.wrapping_add(1);
         self.link = fresh.link;
         if self.link_down {
             self.show_link(false);
@@ -888,10 +919,11 @@ impl RemoteDevice {
             .protocol
             .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
         {
-            let region = match self.inflight.take() {
+            let mut region = match self.inflight.take() {
                 Some(region) => region,
                 None => self.get_inflight()?,
             };
+            region.process = self.processes;
             if let Some(bytes) = self.restored.take() {
                 self.fill_inflight(&region, &bytes)?;
             }
@@ -937,9 +969,14 @@ impl RemoteDevice {
     /// until [`RemoteDevice::process_ended`]: whoever started it has to end it before guest memory gets a new owner.
     pub fn deactivate(&mut self) -> Result<(), RemoteError> {
         let active = std::mem::take(&mut self.active);
-        // What was in flight belongs to a driver that is gone.
-        self.inflight = None;
+        // Counted to the end of what the driver asked for; what was in flight belongs to a driver that is gone.
+        let stopped = self.take_queues(active);
+        self.retire_inflight();
         self.restored = None;
+        stopped
+    }
+
+    fn take_queues(&mut self, active: Vec<u16>) -> Result<(), RemoteError> {
         if !self.exposed {
             return Ok(());
         }
@@ -980,6 +1017,27 @@ impl RemoteDevice {
                 .map_or(0, |base| u32::from_le_bytes(*base) as u16)
         });
         Ok(active.into_iter().zip(bases).collect())
+    }
+
+    /// What a disk of ours has counted since the VM began, or before that in the VM whose snapshot this is; zeros for any other
+    /// device. Nobody is asked: the numbers are in the in-flight region.
+    pub fn counters(&self) -> BlockCounters {
+        let ours = self.virtio_id == VIRTIO_ID_BLOCK && self.config_from.is_own();
+        let regions = self.past.iter().chain(&self.inflight);
+        regions
+            .filter(|_| ours)
+            .filter_map(|region| region.counters().ok())
+            .fold(self.counted, |before, counters| counters.after(&before))
+    }
+
+    /// What is in flight belongs to nobody any more. What was counted is not read here: a vCPU's thread comes this way, and
+    /// may read no file.
+    fn retire_inflight(&mut self) {
+        if let Some(region) = self.inflight.take() {
+            // One process hands out the same memory each time, and counts on in it.
+            self.past.retain(|past| past.process != region.process);
+            self.past.push(region);
+        }
     }
 
     /// How many requests were taken and not answered, as far as the in-flight region tells.
@@ -1225,9 +1283,12 @@ impl RemoteDevice {
             .and_then(|value| <[u8; INFLIGHT_LAYOUT]>::try_from(&value[..]).ok());
         let what = match (layout, fd) {
             (Some(layout), Some(fd)) if layout[..8] != [0; 8] => {
+                // What this process has counted is in this memory, too.
+                self.past.retain(|past| past.process != self.processes);
                 return Ok(InflightRegion {
                     layout,
                     file: File::from(fd),
+                    process: self.processes,
                 });
             }
             (_, None) => "a descriptor",
@@ -1835,7 +1896,11 @@ mod tests {
             layout[18..20].copy_from_slice(&entries.to_le_bytes());
             let file = tempfile::tempfile().unwrap();
             file.write_all_at(bytes, 0).unwrap();
-            InflightRegion { layout, file }
+            InflightRegion {
+                layout,
+                file,
+                process: 0,
+            }
         };
         // Two queues of three entries in 64 bytes each.
         let mut bytes = [0; 128];
@@ -1855,6 +1920,33 @@ mod tests {
         }
         assert!(region(u64::MAX, 2, 3, &bytes).count().is_err());
         assert!(region(129, 2, 3, &bytes).count().is_err());
+    }
+
+    #[test]
+    fn counters_are_the_end_of_the_region_wherever_a_device_says_that_is() {
+        use ipc::counters::{Field, Kind};
+        let region = |size: u64, offset: u64| {
+            let mut layout = [0; INFLIGHT_LAYOUT];
+            layout[..8].copy_from_slice(&size.to_le_bytes());
+            layout[8..16].copy_from_slice(&offset.to_le_bytes());
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&7u64.to_le_bytes(), 64).unwrap();
+            file.write_all_at(&[0xff; 8], 56).unwrap();
+            file.set_len(64 + counters::BYTES as u64).unwrap();
+            InflightRegion {
+                layout,
+                file,
+                process: 0,
+            }
+        };
+        let size = 64 + counters::BYTES as u64;
+        let told = region(size, 0).counters().unwrap();
+        assert_eq!(told.get(Kind::Read, Field::Operations), 7);
+        for (size, offset) in [(size + 1, 0), (u64::MAX, 0), (size, u64::MAX), (size, 1)] {
+            assert!(region(size, offset).counters().is_err(), "{size} {offset}");
+        }
+        // One that is smaller than they are: some numbers, and no harm.
+        assert!(region(1, 0).counters().is_ok());
     }
 
     #[test]
