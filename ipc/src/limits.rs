@@ -46,6 +46,8 @@ pub const MAX_FS_TAG: usize = 36;
 pub const DAX_UNIT: u64 = 2 << 20;
 /// Bytes of a shared folder's window at most: 4096 mappings.
 pub const MAX_DAX_WINDOW: u64 = 8 << 30;
+/// Rules for the users of a folder's guest in one direction, and for its groups: each is looked at for each request.
+pub const MAX_FS_ID_RULES: usize = 64;
 /// Request queues of a shared folder. A guest has one a vCPU at most, and a folder is on few disks.
 pub const MAX_FS_REQUEST_QUEUES: u16 = 8;
 /// Entries of the smallest queue of a shared folder: Linux refuses fewer than the four that a request's headers take.

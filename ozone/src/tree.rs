@@ -9,6 +9,7 @@
 //! Started by root, the jail has a user namespace in which all ids stay what they are, so that files can be given to any user
 //! while the capabilities for it mean nothing outside of the tree.
 
+pub use crate::steps::idmap::IdRange;
 use crate::{
     layer::{Layer, LayerReport, State},
     steps::{
@@ -62,11 +63,21 @@ pub struct Wanted<'a> {
     /// Make a user namespace even though the caller is root. Capabilities that the kernel looks for in the host's namespace
     /// (`MKNOD`, `SYS_ADMIN`) do not work in it.
     pub own_users: bool,
+    /// Users that exist inside, among them user 0; none stands for all of the caller's, which stay what they are. Only root can
+    /// ask for some.
+    pub users: &'a [IdRange],
+    /// The same for groups.
+    pub groups: &'a [IdRange],
 }
 
 /// Why there is no jail.
 #[derive(Debug, thiserror::Error)]
 pub enum TreeError {
+    /// Users of an own choice are the host's root's to give.
+    #[error(
+        "users and groups of a user namespace are chosen by root only, with CAP_SETUID and CAP_SETGID"
+    )]
+    Users,
     /// Other threads would not be in it.
     #[error("the jail must be entered before threads are started; there are {0}")]
     Threads(u64),
@@ -268,6 +279,10 @@ fn start(
         gid: unistd::getegid().as_raw(),
     };
     let new_users = !privileged || wanted.own_users;
+    let chosen = !wanted.users.is_empty() || !wanted.groups.is_empty();
+    if chosen && !(privileged && new_users) {
+        return Err(TreeError::Users);
+    }
     // Both processes have both ends. Each closes one, and no object of either closes the other.
     let (parents_end, childs_end) = socketpair(
         AddressFamily::Unix,
@@ -284,7 +299,8 @@ fn start(
     match sys::fork_with_descriptors(flags).map_err(step("making a process in new namespaces"))? {
         Some(pid) => {
             if new_users && privileged {
-                idmap::map_child_alike(pid).map_err(step("mapping users"))?;
+                idmap::map_child_to(pid, wanted.users, wanted.groups)
+                    .map_err(step("mapping users"))?;
             }
             unistd::write(&*parents_end, b"1").map_err(step("telling the process inside"))?;
             // What is left to do needs no right but that of doing this again.
@@ -317,6 +333,11 @@ fn start(
                 idmap::map_self_to_root(identity).map_err(step("mapping users"))?;
             }
             let mut inside = enter_namespaces(wanted, path, new_users)?;
+            // The mounts were made by the host's root, who may have no number in here.
+            if chosen {
+                sys::set_gid(0).map_err(step("becoming group 0"))?;
+                sys::set_uid(0).map_err(step("becoming user 0"))?;
+            }
             inside.lifeline = Some(ManuallyDrop::into_inner(me));
             inside.all_users = privileged;
             Ok(Side::Inside(inside))

@@ -382,6 +382,40 @@ fn a_linux_guest_cannot_change_a_readonly_folder() {
 }
 
 #[test]
+fn users_of_a_guest_are_others_on_the_host_whichever_process_serves() {
+    where_linux_boots(test_path!(), || {
+        let (_dir, tree) = tree();
+        let script = "mkdir -p /s; mount -t virtiofs share /s || exit 1\n\
+            : > /s/roots && mkdir /s/folder && : > /s/given && chown 12:34 /s/given || exit 2\n\
+            [ \"$(stat -c %u:%g /s/given)\" = 12:34 ] || exit 3\n\
+            chown 70 /s/given 2>&1; echo KILL; read next\n\
+            : > /s/later && chown 56 /s/later || exit 4\n\
+            [ \"$(stat -c %u:%g /s/given /s/later | tr '\\n' ' ')\" = '12:34 56:0 ' ]";
+        let rules =
+            ",translate-uid=map:0:100000:60+forbid-guest:60:1000,translate-gid=map:0:200000:1000";
+        let (builder, _initrd) = linux(script, &managed(&tree, rules, ""));
+        let mut vm = builder.with_qmp().start().unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        expect(&mut vm, "Operation not permitted");
+        expect(&mut vm, "KILL");
+        let pid = vm.process("fs").unwrap().unwrap();
+        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+        vm.console.send("go on\n").unwrap();
+        ends_well(&mut vm);
+        let owner = |name: &str| {
+            let file = fs::metadata(tree.join(name)).unwrap();
+            (file.uid(), file.gid())
+        };
+        for name in ["roots", "folder"] {
+            assert_eq!(owner(name), (100_000, 200_000), "{name}");
+        }
+        assert_eq!(owner("given"), (100_012, 200_034));
+        assert_eq!(owner("later"), (100_056, 200_000));
+    });
+}
+
+#[test]
 fn a_reboot_mounts_the_folder_again() {
     where_linux_boots(test_path!(), || {
         let (_dir, tree) = tree();

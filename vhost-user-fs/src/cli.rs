@@ -15,8 +15,10 @@ use fs_device::device::TAG_BYTES;
 use fs_device::passthrough::{Cache, Translation, XattrMap};
 use ipc::limits::{DAX_UNIT, MAX_DAX_WINDOW};
 use ipc::log::Level;
-use ozone::tree::{Kind, capability};
+use ozone::tree::{IdRange, Kind, capability};
 use thiserror::Error;
+
+use crate::daemon::OF_THE_HOST;
 
 /// What the kernel does with a system call that the filter does not name (`-seccomp`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -79,6 +81,10 @@ pub(crate) struct Options {
     pub(crate) tag: String,
     pub(crate) users: Translation,
     pub(crate) groups: Translation,
+    /// Users that the daemon's user namespace has; none stands for all of root's, or the caller alone.
+    pub(crate) uid_map: Vec<IdRange>,
+    /// The same for groups.
+    pub(crate) gid_map: Vec<IdRange>,
     pub(crate) noatime: bool,
     /// Bytes; 0 for none.
     pub(crate) dax_window: u64,
@@ -141,8 +147,6 @@ enum Takes {
     Unsupported(&'static str),
 }
 
-const NO_MAPS: &str = "the user namespace has all ids of root, or the user's own; -translate-uid and -translate-gid change ids";
-
 #[rustfmt::skip]
 const OPTIONS: &[(&str, Takes, &str)] = &[
     ("source", Takes::Value("FOLDER"), "the folder to share"),
@@ -169,6 +173,8 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("flock", Takes::Nothing, "locks of flock(2) hold on the host too; a lock that is taken is refused instead of waited for"),
     ("translate-uid", Takes::Values("RULE"), "users of the guest are others on the host, as in map:0:100000:65536; may be given several times"),
     ("translate-gid", Takes::Values("RULE"), "the same for groups"),
+    ("uid-map", Takes::Values("MAP"), "users that exist for the daemon, as in :0:100000:65536: ; may be given several times"),
+    ("gid-map", Takes::Values("MAP"), "the same for groups"),
     ("preserve-noatime", Takes::Nothing, "files that the guest opens with O_NOATIME keep their time of access"),
     ("dax-window", Takes::Value("SIZE"), "files can be mapped into a window of that size, 2M to 8G, if the front end knows how (default: none)"),
     ("tag", Takes::Value("NAME"), "the name to mount by, for front ends that ask for it (default: myfs)"),
@@ -177,8 +183,6 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("print-capabilities", Takes::Nothing, "what management tools ask for, as JSON"),
     ("help", Takes::Nothing, "this text"),
     ("version", Takes::Nothing, "the version"),
-    ("uid-map", Takes::Unsupported(NO_MAPS), ""),
-    ("gid-map", Takes::Unsupported(NO_MAPS), ""),
     ("allow-direct-io", Takes::Unsupported("the host's cache is always used; the guest's own is bypassed with O_DIRECT"), ""),
     ("syslog", Takes::Unsupported("messages go to standard error or to a file, -D"), ""),
     ("security-label", Takes::Unsupported("labels of new files are the host's"), ""),
@@ -322,6 +326,73 @@ fn translation(given: &Given, option: &'static str) -> Result<Translation, Usage
     Ok(rules)
 }
 
+/// Ranges of one map at most (Linux, `UID_GID_MAP_MAX_EXTENTS`).
+const MAX_RANGES: usize = 340;
+
+/// A range in virtiofsd's form, `:INSIDE:HOST:COUNT:`, with any character instead of `:`.
+fn id_range(text: &str) -> Result<IdRange, &'static str> {
+    const FORM: &str = ":INSIDE:HOST:COUNT:, with COUNT ids from INSIDE in the daemon's user namespace and from HOST on the host";
+    let mut rest = text.chars();
+    let separator = rest.next().filter(|c| !c.is_ascii_digit()).ok_or(FORM)?;
+    let inner = rest.as_str().strip_suffix(separator).ok_or(FORM)?;
+    let numbers: Option<Vec<u32>> = inner
+        .split(separator)
+        .map(|word| word.parse().ok())
+        .collect();
+    let Some(&[inside, host, count]) = numbers.as_deref() else {
+        return Err(FORM);
+    };
+    if count == 0 {
+        return Err("a range has one id at least");
+    }
+    // 4294967295 is no id: it means none to the kernel.
+    if [inside, host]
+        .iter()
+        .any(|first| first.checked_add(count).is_none())
+    {
+        return Err("ids end at 4294967294");
+    }
+    Ok(IdRange {
+        inside,
+        host,
+        count,
+    })
+}
+
+/// The ranges of an option that may be given several times.
+fn id_map(given: &Given, option: &'static str) -> Result<Vec<IdRange>, UsageError> {
+    let mut map: Vec<IdRange> = Vec::new();
+    let Some(Some(text)) = given.get(option) else {
+        return Ok(map);
+    };
+    let wrong = |value: &str, allowed| UsageError::Wrong {
+        option,
+        value: value.to_owned(),
+        allowed,
+    };
+    for range in text.split(SEPARATOR) {
+        let new = id_range(range).map_err(|allowed| wrong(range, allowed))?;
+        let overlap = |a: u32, b: u32, old: &IdRange| a < b + old.count && b < a + new.count;
+        if map
+            .iter()
+            .any(|old| overlap(new.inside, old.inside, old) || overlap(new.host, old.host, old))
+        {
+            return Err(wrong(range, "two ranges have an id in common"));
+        }
+        if map.len() >= MAX_RANGES {
+            return Err(wrong(range, "a map has 340 ranges at most"));
+        }
+        map.push(new);
+    }
+    if map.iter().all(|range| range.inside != 0) {
+        return Err(wrong(
+            &text.replace(SEPARATOR, " "),
+            "id 0 must be inside, which is the daemon's own",
+        ));
+    }
+    Ok(map)
+}
+
 /// What virtiofsd answers to `--print-capabilities`: options are separate words, none is behind `-o`.
 pub(crate) const CAPABILITIES: &str =
     "{\n  \"type\": \"fs\",\n  \"features\": [\"separate-options\"]\n}";
@@ -407,6 +478,18 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
         Some(list) => capabilities(&list)?,
         None => (0, 0),
     };
+    let (uid_map, gid_map) = (id_map(&given, "uid-map")?, id_map(&given, "gid-map")?);
+    for option in ["uid-map", "gid-map"].into_iter().filter(|map| has(map)) {
+        if text("sandbox").as_deref() == Some("chroot") {
+            return Err(UsageError::Conflict(option, "sandbox chroot"));
+        }
+        if add_caps & OF_THE_HOST != 0 {
+            return Err(UsageError::Conflict(
+                option,
+                "modcaps with MKNOD, SYS_ADMIN, SYS_RESOURCE or LINUX_IMMUTABLE",
+            ));
+        }
+    }
     let tag = text("tag").unwrap_or_else(|| "myfs".to_owned());
     if tag.is_empty() || tag.len() > TAG_BYTES {
         return Err(UsageError::Wrong {
@@ -503,6 +586,8 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
         xattrmap,
         users,
         groups,
+        uid_map,
+        gid_map,
         noatime: has("preserve-noatime"),
         dax_window: match text("dax-window") {
             Some(size) => window(&size).ok_or(UsageError::Wrong {
@@ -610,6 +695,21 @@ mod tests {
             let harmless = ["help", "version", "print-capabilities"].contains(name);
             assert!(harmless || wrong.contains(&format!("-{name}")), "-{name}");
         }
+    }
+
+    #[test]
+    fn a_map_has_as_many_ranges_as_the_kernel_takes() {
+        let line = |count: usize| {
+            let ranges = (0..count).map(|n| format!("--uid-map=/{n}/{}/1/ ", 1000 + n));
+            format!("-source /s -socket-path /p {}", ranges.collect::<String>())
+        };
+        let Ok(Command::Serve(options)) = parse(&line(MAX_RANGES)) else {
+            panic!("refused");
+        };
+        assert_eq!(options.uid_map.len(), MAX_RANGES);
+        let more = parse(&line(MAX_RANGES + 1)).unwrap_err().to_string();
+        assert_eq!(more, "-uid-map /340/1340/1/: a map has 340 ranges at most");
+        assert!(options.gid_map.is_empty());
     }
 
     #[test]

@@ -25,7 +25,8 @@ use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use ozone::tree::{self, Ended, Inside, Side, TreeError, Wanted};
+use nix::unistd::{getegid, geteuid};
+use ozone::tree::{self, Ended, IdRange, Inside, Side, TreeError, Wanted};
 use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
@@ -51,7 +52,16 @@ const SYS_RESOURCE: u64 = 1 << 24;
 const MKNOD: u64 = 1 << 27;
 const SETFCAP: u64 = 1 << 31;
 /// These count in the host's user namespace only.
-const OF_THE_HOST: u64 = LINUX_IMMUTABLE | SYS_ADMIN | SYS_RESOURCE | MKNOD;
+pub(crate) const OF_THE_HOST: u64 = LINUX_IMMUTABLE | SYS_ADMIN | SYS_RESOURCE | MKNOD;
+
+impl From<TreeError> for DaemonError {
+    fn from(error: TreeError) -> Self {
+        match error {
+            TreeError::Users => Self::NotRoot,
+            other => Self::Jail(other),
+        }
+    }
+}
 
 #[derive(Debug, Error)]
 enum DaemonError {
@@ -74,7 +84,12 @@ enum DaemonError {
     #[error("resource limits")]
     Limits(#[source] Errno),
     #[error(transparent)]
-    Jail(#[from] TreeError),
+    Jail(TreeError),
+    #[error(
+        "-uid-map, -gid-map: only root with CAP_SETUID and CAP_SETGID chooses the users that there are; for another user there \
+         is himself, as user 0 (newuidmap(1) is not run), and -translate-uid changes what the guest sees"
+    )]
+    NotRoot,
     #[error("memory for what the guest holds")]
     Kept(#[source] Errno),
     #[error("shared folder")]
@@ -148,6 +163,8 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
         readonly: options.readonly,
         capabilities,
         own_users: options.add_caps & OF_THE_HOST == 0,
+        users: chosen(&options.uid_map, geteuid().as_raw()),
+        groups: chosen(&options.gid_map, getegid().as_raw()),
     };
     let kept = Kept {
         store: Store::new(descriptors).map_err(DaemonError::Kept)?,
@@ -186,6 +203,14 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
                 return Ok(exit_code(ended));
             }
         }
+    }
+}
+
+/// The ranges of a map that are not what there is anyway: a user who is not root has himself, as user 0.
+fn chosen(map: &[IdRange], own: u32) -> &[IdRange] {
+    match map {
+        [range] if own != 0 && (range.inside, range.host, range.count) == (0, own, 1) => &[],
+        _ => map,
     }
 }
 

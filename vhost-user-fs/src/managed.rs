@@ -98,6 +98,8 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
         posix_acl: spec.posix_acl,
         announce_submounts: true,
         switch_user,
+        users: spec.users.clone(),
+        groups: spec.groups.clone(),
         // At most a million.
         descriptors: limit.saturating_sub(RESERVED) as usize,
         ..Config::default()

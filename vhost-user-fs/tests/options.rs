@@ -14,7 +14,8 @@ use std::time::{Duration, SystemTime};
 
 use fs_device::fuse::wire::{fopen, init, opcode};
 use libc::{EPERM, EROFS, O_RDONLY, O_RDWR};
-use nix::unistd::geteuid;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, geteuid};
 use raw::{Body, Client, u32_at, u64_at};
 use tests::daemon::Daemon;
 
@@ -269,6 +270,93 @@ fn users_and_groups_are_translated_both_ways() {
     let host = fs::metadata(dir.path().join("alike")).unwrap();
     assert_eq!(host.uid(), 2000);
     assert!(client.finish().success());
+}
+
+#[test]
+fn users_that_are_not_in_the_map_do_not_exist() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let dir = tree();
+    fs::write(dir.path().join("of-root"), "secret").unwrap();
+    fs::set_permissions(
+        dir.path().join("of-root"),
+        fs::Permissions::from_mode(0o600),
+    )
+    .unwrap();
+    let options = [
+        "-uid-map=:0:100000:1000:",
+        "-uid-map=/5000/7/1/",
+        "--gid-map",
+        ":0:200000:1000:",
+    ];
+    let mut client = Client::start(dir.path(), &options);
+    let on_host = |name: &str| {
+        let file = fs::metadata(dir.path().join(name)).unwrap();
+        (file.uid(), file.gid())
+    };
+    let owner = |client: &mut Client, node: u64| {
+        let attr = client
+            .call(opcode::GETATTR, node, Body::new().zeros(16))
+            .unwrap();
+        (u32_at(&attr, 16 + 68), u32_at(&attr, 16 + 72))
+    };
+    for (number, (guest, host)) in [
+        ((0, 0), (100_000, 200_000)),
+        ((5, 6), (100_005, 200_006)),
+        ((5000, 999), (7, 200_999)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("new-{number}");
+        (client.uid, client.gid) = guest;
+        let (node, _) = client.create(1, &name, O_RDWR).unwrap();
+        assert_eq!(on_host(&name), host);
+        assert_eq!(owner(&mut client, node), guest);
+    }
+    (client.uid, client.gid) = (1000, 0);
+    assert_eq!(client.create(1, "nobody's", O_RDWR), Err(libc::EINVAL));
+    // Not even the guest's root has a right on what belongs to someone else.
+    (client.uid, client.gid) = (0, 0);
+    let node = client.lookup(1, "of-root").unwrap();
+    assert_eq!(owner(&mut client, node), (65534, 65534));
+    assert_eq!(client.open(node, O_RDONLY), Err(libc::EACCES));
+    let mode = Body::new().u32(1).u32(0).zeros(60).u32(0o666).zeros(16);
+    assert_eq!(mode.0.len(), 88);
+    assert_eq!(client.call(opcode::SETATTR, node, mode), Err(EPERM));
+
+    // The next process has the same map.
+    let before = serving(&client.child);
+    kill(Pid::from_raw(before.cast_signed()), Signal::SIGKILL).unwrap();
+    (client.uid, client.gid) = (5, 6);
+    client.create(1, "later", O_RDWR).unwrap();
+    assert_eq!(on_host("later"), (100_005, 200_006));
+    let after = serving(&client.child);
+    assert_ne!(before, after);
+    let map = fs::read_to_string(format!("/proc/{after}/uid_map")).unwrap();
+    let numbers: Vec<u32> = map.split_whitespace().map(|n| n.parse().unwrap()).collect();
+    assert_eq!(numbers, [0, 100_000, 1000, 5000, 7, 1]);
+    assert!(client.finish().success());
+}
+
+#[test]
+fn only_root_chooses_the_users_that_there_are() {
+    if !geteuid().is_root() {
+        return;
+    }
+    let dir = tree();
+    // His own number is what he has anyway.
+    let own = ["-uid-map=:0:65534:1:", "-gid-map=:0:65534:1:"];
+    let mut client = Client::start_as(dir.path(), &own, Some(65534));
+    client.create(1, "new", O_RDWR).unwrap();
+    assert!(client.finish().success());
+    let log = dir.path().join("log");
+    let options = ["-uid-map=:0:100000:10:", "-D", log.to_str().unwrap()];
+    let (mut child, _socket) = raw::spawn(dir.path(), &options, Some(65534));
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let said = fs::read_to_string(&log).unwrap();
+    assert!(said.contains("-uid-map, -gid-map: only root"), "{said}");
 }
 
 #[test]

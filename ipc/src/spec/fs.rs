@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::ids::Translation;
 use crate::start::FD_BACKEND;
 
 /// The tree's root: a descriptor made in the jail, with `O_PATH`.
@@ -49,6 +50,10 @@ pub struct FsSpec {
     pub xattr: bool,
     /// POSIX access control lists; needs `xattr`.
     pub posix_acl: bool,
+    /// The guest's users are others on the host; not with `posix_acl`.
+    pub users: Translation,
+    /// The guest's groups are others on the host; not with `posix_acl`.
+    pub groups: Translation,
     /// Request queues beside the high-priority one: 1 to 8.
     pub request_queues: u16,
     /// Entries of a queue: a power of two, 8 to 1024.
@@ -93,6 +98,8 @@ mod tests {
             cache: FsCache::Auto,
             xattr: true,
             posix_acl: false,
+            users: Translation::default(),
+            groups: Translation::default(),
             request_queues: 1,
             queue_size: 1024,
         };

@@ -10,6 +10,7 @@ use crate::limits;
 pub mod block;
 pub mod cpus;
 pub mod fs;
+pub mod ids;
 pub mod needs;
 pub mod net;
 pub mod template;

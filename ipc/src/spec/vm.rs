@@ -257,6 +257,10 @@ pub struct FsdevSpec {
     pub xattr: bool,
     /// `posix-acl=`, default off; needs `xattr`.
     pub posix_acl: bool,
+    /// `translate-uid=`; not with `posix_acl`.
+    pub users: super::ids::Translation,
+    /// `translate-gid=`; not with `posix_acl`.
+    pub groups: super::ids::Translation,
 }
 
 /// `-chardev`

@@ -358,7 +358,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
     }
     if privileged && plan.namespaces & libc::CLONE_NEWUSER != 0 {
         match tree {
-            Some(_) => idmap::map_child_alike(pid),
+            Some(_) => idmap::map_child_to(pid, &[], &[]),
             None => idmap::map_child(pid, identity),
         }
         .map_err(parent_error("writing the child's user map"))?;

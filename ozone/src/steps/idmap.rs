@@ -116,24 +116,57 @@ pub(crate) fn map_self(outside: Identity) -> Result<(), Errno> {
     put(me(), "gid_map", line(outside.gid)?.bytes())
 }
 
-/// The parent's half for a child that works with the files of many users: every id that the caller has is the same one
-/// inside. Takes the same capabilities as [`map_child`].
-pub(crate) fn map_child_alike(child: libc::pid_t) -> Result<(), Errno> {
-    for file in ["uid_map", "gid_map"] {
-        let own = std::fs::read_to_string(format!("/proc/self/{file}"))
-            .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
-        let mut text = String::new();
-        for line in own.lines() {
-            let mut words = line.split_whitespace();
-            if let (Some(inside), Some(_), Some(count)) = (words.next(), words.next(), words.next())
-            {
-                // Writing to a string does not fail.
-                let _ = writeln!(text, "{inside} {inside} {count}");
-            }
-        }
+/// Ids of a user namespace as others of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdRange {
+    /// The first one inside.
+    pub inside: u32,
+    /// The first one of the host, as the caller sees it.
+    pub host: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// The parent's half for a child that works with the files of the users of some ranges: an id outside of them does not exist
+/// inside. No range at all stands for every id that the caller has, which stay what they are. Takes the same capabilities as
+/// [`map_child`].
+pub(crate) fn map_child_to(
+    child: libc::pid_t,
+    users: &[IdRange],
+    groups: &[IdRange],
+) -> Result<(), Errno> {
+    for (file, ranges) in [("uid_map", users), ("gid_map", groups)] {
+        let text = if ranges.is_empty() {
+            alike(file)?
+        } else {
+            let line = |range: &IdRange| {
+                let IdRange {
+                    inside,
+                    host,
+                    count,
+                } = range;
+                format!("{inside} {host} {count}\n")
+            };
+            ranges.iter().map(line).collect()
+        };
         put(format_args!("{child}"), file, text.as_bytes())?;
     }
     Ok(())
+}
+
+/// The text of a map in which every id that the caller has is the same one inside.
+fn alike(file: &str) -> Result<String, Errno> {
+    let own = std::fs::read_to_string(format!("/proc/self/{file}"))
+        .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    let mut text = String::new();
+    for line in own.lines() {
+        let mut words = line.split_whitespace();
+        if let (Some(inside), Some(_), Some(count)) = (words.next(), words.next(), words.next()) {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "{inside} {inside} {count}");
+        }
+    }
+    Ok(text)
 }
 
 /// The child's half without privileges, for a child that serves as user 0 inside: its only user and group are the caller's.

@@ -13,7 +13,6 @@ mod entries;
 mod files;
 mod folders;
 mod handles;
-mod ids;
 mod inodes;
 mod journal;
 mod locks;
@@ -43,7 +42,7 @@ use store::Word;
 
 pub use creds::may_switch_user;
 pub use files::Place;
-pub use ids::Translation;
+pub use ipc::spec::ids::Translation;
 pub use journal::Origin;
 pub use mapping::{Mapped, is_writable};
 pub use saved::StateError;

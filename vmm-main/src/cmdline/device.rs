@@ -4,6 +4,7 @@ use ipc::control::added::AdditionGrant;
 use ipc::limits;
 use ipc::spec::block::{Aio, BlockIo, DetectZeroes, ImageFormat, OnError};
 use ipc::spec::fs::FsCache;
+use ipc::spec::ids::Translation;
 use ipc::spec::net::{Bucket, Limit, NetLimits};
 use ipc::spec::vm::{
     DriveSpec, FsSource, FsdevSpec, IothreadSpec, NetBackend, NetdevSpec, RestartPolicy,
@@ -377,9 +378,16 @@ impl super::Draft {
             },
             xattr: on("xattr"),
             posix_acl: on("posix-acl"),
+            users: translation(props, "translate-uid")?,
+            groups: translation(props, "translate-gid")?,
         };
         if fsdev.posix_acl && !fsdev.xattr {
             return Err(props.error("posix-acl=on needs xattr=on"));
+        }
+        if fsdev.posix_acl && !(fsdev.users.is_empty() && fsdev.groups.is_empty()) {
+            return Err(props.error(
+                "posix-acl=on and translate-uid or translate-gid exclude each other: lists name users",
+            ));
         }
         if self.spec.fsdevs.iter().any(|other| other.id == fsdev.id) {
             return Err(props.error(format!("id {} is used by another -fsdev", fsdev.id)));
@@ -567,6 +575,17 @@ impl super::Draft {
         self.spec.iothreads.push(IothreadSpec { id, cpus });
         Ok(())
     }
+}
+
+/// The rules of one property, which are separated by `+`.
+fn translation(props: &Props<'_>, name: &'static str) -> Result<Translation, CmdlineError> {
+    let mut rules = Translation::default();
+    for rule in props.text(name).into_iter().flat_map(|all| all.split('+')) {
+        rules
+            .add(rule)
+            .map_err(|allowed| props.error(format!("{name}={rule}: {allowed}")))?;
+    }
+    Ok(rules)
 }
 
 fn fs_kind(props: &Props<'_>, source: FsSource) -> Result<DraftKind, CmdlineError> {

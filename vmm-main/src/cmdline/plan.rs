@@ -378,6 +378,8 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     cache: fsdev.map_or(FsCache::default(), |fsdev| fsdev.cache),
                     xattr: fsdev.is_some_and(|fsdev| fsdev.xattr),
                     posix_acl: fsdev.is_some_and(|fsdev| fsdev.posix_acl),
+                    users: fsdev.map(|fsdev| fsdev.users.clone()).unwrap_or_default(),
+                    groups: fsdev.map(|fsdev| fsdev.groups.clone()).unwrap_or_default(),
                     request_queues: *request_queues,
                     queue_size: *queue_size,
                 })

@@ -642,6 +642,14 @@ const FSDEV: &[Shape] = &[form(
             "POSIX access control lists; needs xattr=on",
         ),
         key(
+            "translate-uid",
+            Kind::Text(4096),
+            "",
+            "users of the guest are others on the host: rules as of vhost_user_fs(1), with + between them, as in \
+             map:0:100000:65536+forbid-guest:65536:1; not with posix-acl",
+        ),
+        key("translate-gid", Kind::Text(4096), "", "the same for groups"),
+        key(
             "security_model",
             Kind::Fixed(&["passthrough", "none"]),
             "passthrough",

@@ -294,7 +294,8 @@ fn every_option_of_the_table_is_handled() {
 #[test]
 fn a_folder_is_served_by_an_own_process_that_never_sees_its_path() {
     let spec = run(
-        "-kernel k -fsdev local,id=f,path=/srv/share,readonly=on,cache=always,xattr=on \
+        "-kernel k -fsdev local,id=f,path=/srv/share,readonly=on,cache=always,xattr=on,\
+         translate-uid=map:0:100000:60+forbid-guest:60:1000 \
          -device virtio-fs-device,fsdev=f,tag=share,num-request-queues=2",
     );
     let plan = plan(&spec, false);
@@ -311,6 +312,11 @@ fn a_folder_is_served_by_an_own_process_that_never_sees_its_path() {
     };
     assert_eq!((fs.id.as_str(), fs.tag.as_str()), ("virtio-fs0", "share"));
     assert!(fs.readonly && fs.xattr && !fs.posix_acl);
+    assert_eq!(fs.users.to_host(5), Some(100_005));
+    assert_eq!(
+        (fs.users.to_host(70), fs.groups.to_host(5)),
+        (None, Some(5))
+    );
     assert_eq!(fs.cache, ipc::spec::fs::FsCache::Always);
     assert_eq!((fs.num_queues(), fs.queue_size), (3, 1024));
     assert!(!format!("{:?}", grant.spec).contains("/srv"));

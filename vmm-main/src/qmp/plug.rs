@@ -8,6 +8,7 @@ use ipc::control::added::Addition;
 use ipc::limits;
 use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes};
 use ipc::spec::fs::{FsCache, FsSpec};
+use ipc::spec::ids::Translation;
 use ipc::spec::net::{Bucket, Limit, NetLimits, NetSpec};
 use ipc::spec::vm::{DriveSpec, FsdevSpec, NetBackend, NetdevSpec};
 use ipc::spec::{DeviceSpec, vm::DeviceKind, vm::FsSource};
@@ -189,6 +190,8 @@ impl NewBackend {
             },
             xattr: xattr || posix_acl,
             posix_acl,
+            users: Translation::default(),
+            groups: Translation::default(),
         })
     }
 
@@ -418,6 +421,8 @@ impl NewDevice {
                 cache: fsdev.cache,
                 xattr: fsdev.xattr,
                 posix_acl: fsdev.posix_acl,
+                users: fsdev.users.clone(),
+                groups: fsdev.groups.clone(),
                 request_queues: *request_queues,
                 queue_size: *queue_size,
             }),

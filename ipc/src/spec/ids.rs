@@ -1,13 +1,18 @@
-//! Users and groups of the guest as others of the host (`--translate-uid`, `--translate-gid`).
+//! Users and groups of the guest as others of the host (`translate-uid`, `translate-gid`).
 //!
 //! **Job.** Rules in virtiofsd's form, for ids on their way to the host and back.
 //! **Who is not trusted.** The guest: an id that a rule forbids is refused, wherever it comes from.
-//! **Why this way.** A list of ranges, looked at in order; an id that no rule covers stays what it is.
+//! **Why this way.** A list of ranges, looked at in order; an id that no rule covers stays what it is. The command line that has
+//! them and the process that follows them are two programs, so they are here.
 
 use std::ops::RangeInclusive;
 
+use serde::{Deserialize, Serialize};
+
+use crate::limits::MAX_FS_ID_RULES;
+
 /// What becomes of the ids of one range.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 enum Becomes {
     /// Those that begin here, in the same order.
     From(u32),
@@ -17,14 +22,14 @@ enum Becomes {
     Refused,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Rule {
     ids: RangeInclusive<u32>,
     becomes: Becomes,
 }
 
 /// Rules for users, or for groups.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Translation {
     to_host: Vec<Rule>,
     to_guest: Vec<Rule>,
@@ -72,12 +77,14 @@ impl Translation {
     }
 
     /// The host's id for one of the guest; `None` if it is refused.
-    pub(super) fn to_host(&self, id: u32) -> Option<u32> {
+    #[must_use]
+    pub fn to_host(&self, id: u32) -> Option<u32> {
         translate(&self.to_host, id)
     }
 
     /// The guest's id for one of the host.
-    pub(super) fn to_guest(&self, id: u32) -> u32 {
+    #[must_use]
+    pub fn to_guest(&self, id: u32) -> u32 {
         // No rule refuses in this direction.
         translate(&self.to_guest, id).unwrap_or(id)
     }
@@ -88,8 +95,8 @@ fn translate(rules: &[Rule], id: u32) -> Option<u32> {
         return Some(id);
     };
     match rule.becomes {
-        // Both ranges fit, as `add` has seen to.
-        Becomes::From(first) => Some(first + (id - rule.ids.start())),
+        // Both ranges fit, as `add` has seen to; rules of another making get no id.
+        Becomes::From(first) => first.checked_add(id - rule.ids.start()),
         Becomes::One(one) => Some(one),
         Becomes::Refused => None,
     }
@@ -119,6 +126,9 @@ fn add(
         Some(to) => Becomes::One(to),
         None => Becomes::Refused,
     };
+    if rules.len() >= MAX_FS_ID_RULES {
+        return Err("there are more than 64 rules for one direction");
+    }
     let overlaps = |rule: &Rule| rule.ids.start() <= ids.end() && ids.start() <= rule.ids.end();
     if rules.iter().any(overlaps) {
         return Err("two rules are for one id");
@@ -189,5 +199,18 @@ mod tests {
             "the host's 109 has a rule"
         );
         ids.add("guest:10:0:1").unwrap();
+    }
+
+    #[test]
+    fn there_are_so_many_rules_and_no_more() {
+        let mut ids = Translation::default();
+        for n in 0..MAX_FS_ID_RULES {
+            ids.add(&format!("guest:{n}:{}:1", 1000 + n)).unwrap();
+        }
+        let more = ids.add("guest:5000:1:1").unwrap_err();
+        assert!(more.contains(&MAX_FS_ID_RULES.to_string()), "{more}");
+        assert_eq!(ids.to_host(63), Some(1063));
+        assert_eq!(ids.to_host(5000), Some(5000), "it is not there");
+        ids.add("host:5000:1:1").unwrap();
     }
 }
