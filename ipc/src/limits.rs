@@ -27,6 +27,9 @@ pub const MAX_MICROVM_NICS: usize = 2;
 /// iothreads of a VM (VM configuration page, "iothread Configuration").
 pub const MAX_IOTHREADS: usize = 8;
 
+/// Memory nodes of a guest (manual 1.5).
+pub const MAX_NUMA_NODES: usize = 8;
+
 /// Images below a qcow2 image.
 pub const MAX_BACKING_IMAGES: usize = 8;
 

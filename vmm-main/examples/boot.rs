@@ -147,6 +147,7 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
         },
         features: CpuFeatures::default(),
         serial: Some(Box::new(Stdout { awaited })),
+        numa: None,
     };
     let mut machine = Microvm::new(&kvm, vm, ram, config)?;
     phase("machine");

@@ -146,6 +146,7 @@ fn guest_by(
         topology: Topology::flat(cpus).unwrap(),
         features: CpuFeatures::default(),
         serial: Some(Box::new(Bytewise(sender))),
+        numa: None,
     };
     let mut machine = Microvm::new(&kvm, vm, ram, config).unwrap();
     plug(&mut machine);

@@ -121,12 +121,14 @@ pub enum FileGrant {
     },
     /// A new pseudo terminal: the reply brings the controlling side and says the other's name.
     Pty,
-    /// Guest memory backing: `-mem-path`. In a directory, an unlinked file is made; a file is opened, and created and
+    /// Guest memory backing: `-mem-path`, `mem-path=`. In a directory, an unlinked file is made; a file is opened, and created and
     /// sized when absent.
     Memory {
+        /// Option on the command line, for errors.
+        option: String,
         /// Directory or file.
         path: PathBuf,
-        /// Bytes that the guest's RAM takes.
+        /// Bytes of guest RAM that it holds.
         size: u64,
     },
 }

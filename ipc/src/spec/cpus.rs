@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 /// Numbers that a set can hold: glibc's `cpu_set_t` has as many.
 pub const MAX_CPUS: usize = 1024;
 
+/// Memory nodes of the host: Linux has as many numbers for them (`CONFIG_NODES_SHIFT` is 10 at most).
+pub type NodeList = CpuList;
+
 /// Processors of the host, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct CpuList([u64; MAX_CPUS / 64]);
@@ -40,6 +43,16 @@ impl CpuList {
         if let Some(word) = self.0.get_mut(cpu / 64) {
             *word |= 1 << (cpu % 64);
         }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    /// The set as the kernel takes one: a bit for each number, the lowest first.
+    pub const fn words(&self) -> &[u64; MAX_CPUS / 64] {
+        &self.0
     }
 
     /// Whether it is one of them.

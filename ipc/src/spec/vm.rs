@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::control::added::AdditionGrant;
 use crate::limits;
 use crate::log::Level;
-use crate::spec::cpus::CpuList;
+use crate::spec::cpus::{CpuList, NodeList};
 use crate::spec::fs::FsCache;
 use crate::start::{SandboxMode, SeccompMode};
 
@@ -160,30 +160,98 @@ impl Default for CpuSpec {
     }
 }
 
-/// Guest RAM.
+/// `-m`, `-mem-path`, `-mem-prealloc`, `-object memory-backend-…`, `-numa`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemorySpec {
     /// Bytes, a multiple of 1 MiB: 128 MiB to 512 GiB.
+    pub size: u64,
+    /// What it is made of, in the order of guest-physical addresses. Never empty; the sizes add up to `size`.
+    pub zones: Vec<MemoryZone>,
+    /// `-numa node`, by their numbers. Empty for a guest that knows of no nodes.
+    pub nodes: Vec<NumaNode>,
+    /// `-numa dist`: how far it is from node `row` to node `column`, row by row, as ACPI's SLIT has it. Empty without nodes.
+    pub distances: Vec<u8>,
+}
+
+/// A part of guest RAM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryZone {
+    /// The id of its `-object`; `None` for what `-m` alone makes.
+    pub id: Option<String>,
+    /// Bytes, a multiple of 1 MiB.
     pub size: u64,
     /// `-mem-prealloc`: every page is there before the guest runs.
     pub prealloc: bool,
     /// `-mem-path`: a directory (hugetlbfs, say) or a file, absolute.
     pub path: Option<PathBuf>,
-    /// `dump-guest-core=on|off`: guest RAM is part of a core dump of the control process.
+    /// `dump-guest-core=on|off`: it is part of a core dump of the control process.
     pub dump_guest_core: bool,
     /// `mem-share=on|off`: with `mem-path`, whether the file takes the guest's writes. Device processes share guest RAM in
     /// either case.
     pub share: bool,
+    /// `policy=`
+    pub policy: MemoryPolicy,
+    /// `host-nodes=`: for the policies other than the default.
+    pub host_nodes: NodeList,
+}
+
+/// Which of the host's memory nodes pages come from: the modes of `mbind(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum MemoryPolicy {
+    /// The node of whoever touches a page first.
+    #[default]
+    Default,
+    /// The first of the given nodes, as long as it has pages.
+    Preferred,
+    /// The given nodes and no other.
+    Bind,
+    /// The given nodes in turn.
+    Interleave,
+}
+
+impl MemoryPolicy {
+    /// As on the command line and in QMP (`HostMemPolicy`).
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Preferred => "preferred",
+            Self::Bind => "bind",
+            Self::Interleave => "interleave",
+        }
+    }
+}
+
+/// `-numa node`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NumaNode {
+    /// Its vCPUs, by number.
+    pub cpus: CpuList,
+    /// Its memory: which of the zones. `None` for a node of processors alone.
+    pub zone: Option<u32>,
+}
+
+impl Default for MemoryZone {
+    fn default() -> Self {
+        Self {
+            id: None,
+            size: limits::DEFAULT_MEMORY,
+            prealloc: false,
+            path: None,
+            dump_guest_core: true,
+            share: false,
+            policy: MemoryPolicy::Default,
+            host_nodes: NodeList::default(),
+        }
+    }
 }
 
 impl Default for MemorySpec {
     fn default() -> Self {
         Self {
             size: limits::DEFAULT_MEMORY,
-            prealloc: false,
-            path: None,
-            dump_guest_core: true,
-            share: false,
+            zones: vec![MemoryZone::default()],
+            nodes: Vec::new(),
+            distances: Vec::new(),
         }
     }
 }

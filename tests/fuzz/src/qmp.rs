@@ -3,7 +3,7 @@
 //! The stream arrives in pieces as the first byte says. Each answer is one JSON object that a client can read.
 
 use crate::bytes::Input;
-use ipc::spec::vm::{CpuSpec, MachineKind};
+use ipc::spec::vm::{CpuSpec, MachineKind, MemorySpec};
 use serde_json::Value;
 use std::sync::Arc;
 use vmm_main::qmp::{Info, fuzzing};
@@ -17,7 +17,7 @@ pub fn run(data: &[u8]) {
         uuid: Some([7; 16]),
         machine: MachineKind::Microvm,
         cpus: CpuSpec::default(),
-        memory: 256 << 20,
+        memory: MemorySpec::default(),
     });
     let mut forwarded = 0;
     let answers = fuzzing::converse(&info, input.0.chunks(piece), |command| {

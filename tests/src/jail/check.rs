@@ -300,7 +300,10 @@ fn mappings(maps: &str, program: &str) -> Vec<Mapping> {
 
 /// Sizes of the pieces in which a process maps guest RAM, the largest first, and the places beside them that could be touched.
 fn ram_in(maps: &[Mapping]) -> (Vec<u64>, Vec<String>) {
-    let ram = |m: &Mapping| m.name.starts_with("/memfd:guest-ram");
+    // In a memfd, or in a file that was made in a folder.
+    let ram = |m: &Mapping| {
+        m.name.starts_with("/memfd:guest-ram") || m.name.contains("/.stratovirt-ram-")
+    };
     let together = |a: &Mapping, b: &Mapping| ram(a) && ram(b) && a.end == b.start;
     let (mut sizes, mut open) = (Vec::new(), Vec::new());
     for run in maps.chunk_by(together).filter(|run| ram(&run[0])) {

@@ -77,7 +77,7 @@ pub(super) fn file(
             .map(Into::into)
             .map_err(|what| format!("{option} fd={fd}: {what}")),
         FileGrant::Pty => pty(),
-        FileGrant::Memory { path, size } => memory(path, *size).map(Into::into),
+        FileGrant::Memory { option, path, size } => memory(option, path, *size).map(Into::into),
     }
 }
 
@@ -190,8 +190,8 @@ fn pty() -> Result<Opened, String> {
 }
 
 /// Backing for guest RAM: in a directory an unlinked file, else the file itself, at least `size` bytes long.
-fn memory(path: &Path, size: u64) -> Result<OwnedFd, String> {
-    let told = |what: String| format!("-mem-path {}: {what}", path.display());
+fn memory(option: &str, path: &Path, size: u64) -> Result<OwnedFd, String> {
+    let told = |what: String| format!("{option}{}: {what}", path.display());
     let meta = std::fs::metadata(path);
     let file = match &meta {
         Ok(meta) if meta.is_dir() => {

@@ -20,7 +20,10 @@ const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 /// Completes the spec.
 pub(super) fn finish(mut draft: Draft) -> Result<VmSpec, CmdlineError> {
     machine(&draft)?;
-    memory(&mut draft)?;
+    let memory = std::mem::take(&mut draft.memory);
+    let (memory, notes) = memory.finish(draft.spec.cpus.cpus)?;
+    draft.spec.memory = memory;
+    draft.spec.ignored.extend(notes);
     affinity(&draft)?;
     devices(&mut draft)?;
     character_devices(&mut draft)?;
@@ -59,42 +62,8 @@ fn machine(draft: &Draft) -> Result<(), CmdlineError> {
     }
 }
 
-/// Guest memory is what `-machine memory-backend=` names, if that is given.
-fn memory(draft: &mut Draft) -> Result<(), CmdlineError> {
-    let Some((arg, id)) = &draft.memory_backend else {
-        let notes = draft.memory_backends.iter();
-        let notes = notes.map(|backend| format!("-object {}: nothing uses it", backend.arg));
-        draft.spec.ignored.extend(notes);
-        return Ok(());
-    };
-    let ids = draft
-        .memory_backends
-        .iter()
-        .map(|backend| backend.id.as_str());
-    let at = lookup(("-machine", arg), ("memory-backend", id), ids)?;
-    let backend = &draft.memory_backends[at];
-    let memory = &mut draft.spec.memory;
-    let fail = |text: String| CmdlineError::new("-object", &backend.arg, text);
-    if draft.memory_option && memory.size != backend.size {
-        return Err(fail(format!(
-            "size is {} MiB, but -m says {} MiB",
-            backend.size >> 20,
-            memory.size >> 20
-        )));
-    }
-    if memory.path.is_some() {
-        return Err(fail("contradicts -mem-path".into()));
-    }
-    memory.size = backend.size;
-    memory.path.clone_from(&backend.path);
-    memory.share |= backend.share;
-    memory.prealloc |= backend.prealloc;
-    memory.dump_guest_core &= backend.dump;
-    Ok(())
-}
-
 /// The position of `id` among `ids`, or an error that says which there are.
-fn lookup<'a>(
+pub(super) fn lookup<'a>(
     (option, arg): (&str, &str),
     (key, id): (&str, &str),
     ids: impl Iterator<Item = &'a str> + Clone,

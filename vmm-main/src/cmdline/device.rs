@@ -13,24 +13,6 @@ use ipc::spec::vm::{
 use super::error::CmdlineError;
 use super::props::Props;
 
-/// An `-object memory-backend-…`.
-pub(super) struct MemoryBackend {
-    /// Its argument.
-    pub(super) arg: String,
-    /// `id=`
-    pub(super) id: String,
-    /// `size=` in bytes.
-    pub(super) size: u64,
-    /// `mem-path=`
-    pub(super) path: Option<std::path::PathBuf>,
-    /// `share=`
-    pub(super) share: bool,
-    /// `prealloc=`
-    pub(super) prealloc: bool,
-    /// `dump=`
-    pub(super) dump: bool,
-}
-
 /// A `-device` whose defaults are still open.
 pub(super) struct Draft {
     /// Its argument.
@@ -534,14 +516,13 @@ impl super::Draft {
     /// `-object`
     pub(super) fn object(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
         let id = props.required("id")?;
-        let backends = self.memory_backends.iter().map(|backend| &backend.id);
         if self
             .spec
             .iothreads
             .iter()
-            .map(|iothread| &iothread.id)
-            .chain(backends)
-            .any(|other| *other == id)
+            .map(|iothread| iothread.id.as_str())
+            .chain(self.memory.ids())
+            .any(|other| other == id)
         {
             return Err(props.error(format!("id {id} is used by another -object")));
         }
@@ -550,20 +531,7 @@ impl super::Draft {
             return Ok(());
         }
         if props.shape() != "iothread" {
-            let path = props.text("mem-path").map(std::path::PathBuf::from);
-            if path.as_ref().is_some_and(|path| !path.is_absolute()) {
-                return Err(props.error("mem-path is not an absolute path"));
-            }
-            self.memory_backends.push(MemoryBackend {
-                arg: props.raw().to_owned(),
-                id,
-                size: props.int("size").unwrap_or_default(),
-                path,
-                share: props.bool("share").unwrap_or(false),
-                prealloc: props.bool("prealloc").unwrap_or(false),
-                dump: props.bool("dump").unwrap_or(true),
-            });
-            return Ok(());
+            return self.memory.backend(id, props);
         }
         if self.spec.iothreads.len() == limits::MAX_IOTHREADS {
             return Err(props.error(format!(

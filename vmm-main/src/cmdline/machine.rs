@@ -1,7 +1,7 @@
 //! `-machine`, `-smp`, `-uuid`.
 
 use ipc::limits;
-use ipc::spec::vm::{CpuSpec, MachineKind, VmSpec};
+use ipc::spec::vm::{CpuSpec, MachineKind, MemoryZone, VmSpec};
 
 use super::error::CmdlineError;
 use super::nearest::nearest;
@@ -11,7 +11,11 @@ use super::props::Props;
 const LATER: &[&str] = &["q35", "pc", "virt"];
 
 /// `-machine`
-pub(super) fn machine(spec: &mut VmSpec, props: &Props<'_>) -> Result<(), CmdlineError> {
+pub(super) fn machine(
+    spec: &mut VmSpec,
+    memory: &mut MemoryZone,
+    props: &Props<'_>,
+) -> Result<(), CmdlineError> {
     if let Some(name) = props.text("type") {
         let lower = name.to_ascii_lowercase();
         spec.machine.kind = match lower.as_str() {
@@ -38,8 +42,8 @@ pub(super) fn machine(spec: &mut VmSpec, props: &Props<'_>) -> Result<(), Cmdlin
     {
         return Err(props.error(format!("accel={accel} is not supported yet; allowed: kvm")));
     }
-    spec.memory.dump_guest_core = props.bool("dump-guest-core").unwrap_or(true);
-    spec.memory.share = props.bool("mem-share").unwrap_or(false);
+    memory.dump_guest_core = props.bool("dump-guest-core").unwrap_or(true);
+    memory.share = props.bool("mem-share").unwrap_or(false);
     Ok(())
 }
 

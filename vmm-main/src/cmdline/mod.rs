@@ -30,6 +30,7 @@ mod device;
 mod error;
 mod help;
 mod machine;
+mod memory;
 mod nearest;
 pub mod plan;
 pub mod props;
@@ -86,12 +87,8 @@ struct Draft {
     chardev_args: Vec<String>,
     /// Devices, whose defaults need the whole command line.
     devices: Vec<device::Draft>,
-    /// `-object memory-backend-…`
-    memory_backends: Vec<device::MemoryBackend>,
-    /// Argument of `-machine`, and its `memory-backend=`.
-    memory_backend: Option<(String, String)>,
-    /// Whether there was a `-m`.
-    memory_option: bool,
+    /// Guest memory.
+    memory: memory::Draft,
     /// Argument of `-serial`.
     serial_arg: String,
     /// Arguments of `-mon` with the chardev each names.
@@ -297,9 +294,7 @@ impl Draft {
             fsdev_args: Vec::new(),
             chardev_args: Vec::new(),
             devices: Vec::new(),
-            memory_backends: Vec::new(),
-            memory_backend: None,
-            memory_option: false,
+            memory: memory::Draft::default(),
             serial_arg: String::new(),
             mon_args: Vec::new(),
             log_option: false,
@@ -318,8 +313,8 @@ impl Draft {
         match given.option.name {
             "machine" => {
                 let props = given.props()?;
-                machine::machine(spec, &props)?;
-                self.memory_backend = props
+                machine::machine(spec, &mut self.memory.whole, &props)?;
+                self.memory.named = props
                     .text("memory-backend")
                     .map(|id| (given.value.clone(), id.to_owned()));
             }
@@ -340,17 +335,19 @@ impl Draft {
                     .extend(props.cpus("cpus").map(|cpus| VcpuAffinity { vcpu, cpus }));
             }
             "m" => {
-                self.memory_option = true;
-                spec.memory.size = given.props()?.int("size").unwrap_or(limits::DEFAULT_MEMORY);
+                self.memory.sized = true;
+                self.memory.whole.size =
+                    given.props()?.int("size").unwrap_or(limits::DEFAULT_MEMORY);
             }
-            "mem-prealloc" => spec.memory.prealloc = true,
+            "mem-prealloc" => self.memory.whole.prealloc = true,
             "mem-path" => {
                 let path = given.path()?;
                 if !path.is_absolute() {
                     return Err(given.error("not an absolute path"));
                 }
-                spec.memory.path = Some(path);
+                self.memory.whole.path = Some(path);
             }
+            "numa" => self.memory.numa(&given.props()?)?,
             "name" => spec.name = given.props()?.text("guest").map(str::to_owned),
             "uuid" => {
                 let uuid = machine::uuid(&given.value);

@@ -27,8 +27,8 @@ pub struct Plan {
     pub kernel: Option<u32>,
     /// File of the initrd.
     pub initrd: Option<u32>,
-    /// Backing of guest memory; `None` for memfds.
-    pub memory: Option<u32>,
+    /// Backing of each zone of guest memory; `None` for the memfd.
+    pub memory: Vec<Option<u32>>,
     /// Files `state` and `memory` of the snapshot to go on from.
     pub incoming: Option<[u32; 2]>,
     /// QMP sockets, in the order of [`VmSpec::monitors`].
@@ -98,12 +98,19 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
         .initrd
         .as_ref()
         .map(|path| files.add(read("-initrd", path)));
-    let memory = spec.memory.path.as_ref().map(|path| {
-        files.add(FileGrant::Memory {
-            path: path.clone(),
-            size: spec.memory.size,
+    let memory = spec.memory.zones.iter().map(|zone| {
+        zone.path.as_ref().map(|path| {
+            files.add(FileGrant::Memory {
+                option: match &zone.id {
+                    None => "-mem-path ".into(),
+                    Some(id) => format!("-object memory-backend-file,id={id},mem-path="),
+                },
+                path: path.clone(),
+                size: zone.size,
+            })
         })
     });
+    let memory = memory.collect();
     let incoming = spec.incoming.as_ref().map(|folder| {
         ["state", "memory"].map(|file| files.add(read("-incoming", &folder.join(file))))
     });

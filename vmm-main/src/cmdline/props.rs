@@ -40,6 +40,10 @@ pub enum Kind {
     Fds(usize),
     /// Processors of the host, as in `0-3:6`.
     Cpus,
+    /// Memory nodes of the host, in the same form; more than once is all of them.
+    Nodes,
+    /// Processors of the guest, in the same form; more than once is all of them.
+    Vcpus,
 }
 
 impl Kind {
@@ -55,9 +59,7 @@ impl Kind {
             Self::Choice(words) | Self::Fixed(words) => list(words.iter().copied()),
             Self::Later => "nothing yet".into(),
             Self::Size => "an integer number of MiB from 128M to 512G, as in 256, 256m, 1G".into(),
-            Self::Bytes => {
-                "bytes, or a number with m, M, g or G; whole MiB from 128M to 512G".into()
-            }
+            Self::Bytes => "bytes, or a number with m, M, g or G; whole MiB from 1M to 512G".into(),
             Self::Mac => {
                 "six hexadecimal bytes, as in 52:54:00:12:34:56, the first one even".into()
             }
@@ -65,6 +67,11 @@ impl Kind {
                 "processors of the host, 0 to {}, as in 0-3:6",
                 cpus::MAX_CPUS - 1
             ),
+            Self::Nodes => format!(
+                "memory nodes of the host, 0 to {}, as in 0-3:6",
+                cpus::MAX_CPUS - 1
+            ),
+            Self::Vcpus => format!("vCPUs, 0 to {}, as in 0-3:6", ipc::limits::MAX_VCPUS - 1),
             Self::Fds(1) => "an inherited descriptor, 3 to 65535".into(),
             Self::Fds(max) => {
                 format!("1 to {max} inherited descriptors, 3 to 65535, separated by ':'")
@@ -84,7 +91,7 @@ impl Kind {
             Self::Later => "…".into(),
             Self::Size | Self::Bytes => "SIZE".into(),
             Self::Mac => "MAC".into(),
-            Self::Cpus => "N-N:N:…".into(),
+            Self::Cpus | Self::Nodes | Self::Vcpus => "N-N:N:…".into(),
             Self::Fds(1) => "FD".into(),
             Self::Fds(_) => "FD:FD:…".into(),
         }
@@ -125,10 +132,21 @@ impl Kind {
                 Value::Text((*word).to_owned())
             }
             Self::Later => return Err("not supported yet".into()),
-            Self::Size => Value::Int(read_size(text, 20).ok_or_else(wrong)?),
+            Self::Size => Value::Int(
+                read_size(text, 20)
+                    .filter(|size| *size >= ipc::limits::MIN_MEMORY)
+                    .ok_or_else(wrong)?,
+            ),
             Self::Bytes => Value::Int(read_size(text, 0).ok_or_else(wrong)?),
             Self::Mac => Value::Mac(read_mac(text).ok_or_else(wrong)?),
-            Self::Cpus => Value::Cpus(CpuList::parse(text).ok_or_else(wrong)?),
+            Self::Cpus | Self::Nodes => Value::Cpus(CpuList::parse(text).ok_or_else(wrong)?),
+            Self::Vcpus => {
+                let few = |list: &CpuList| {
+                    list.iter()
+                        .all(|vcpu| vcpu < ipc::limits::MAX_VCPUS as usize)
+                };
+                Value::Cpus(CpuList::parse(text).filter(few).ok_or_else(wrong)?)
+            }
             Self::Fds(max) => {
                 let fds: Option<Vec<i32>> = text.split(':').map(read_fd).collect();
                 Value::Fds(fds.filter(|fds| fds.len() <= max).ok_or_else(wrong)?)
@@ -266,14 +284,21 @@ impl<'a> Props<'a> {
                 _ => return Err(self.unknown(item)),
             },
         };
-        if self.has(key.name) {
-            return Err(format!("{} is given twice", key.name));
-        }
         let value = key
             .kind
             .read(&text)
-            .map_err(|why| format!("{}={text} is {why}", key.name))?;
-        self.values.push((key.name, value));
+            .map_err(|why| format!("{}={text} is {why}", key.name));
+        let before = self.values.iter_mut().find(|(name, _)| *name == key.name);
+        match (before, key.kind) {
+            (None, _) => self.values.push((key.name, value?)),
+            // QEMU's way to write what is no single range.
+            (Some((_, Value::Cpus(list))), Kind::Nodes | Kind::Vcpus) => {
+                if let Value::Cpus(more) = value? {
+                    more.iter().for_each(|number| list.insert(number));
+                }
+            }
+            (Some(_), _) => return Err(format!("{} is given twice", key.name)),
+        }
         Ok(())
     }
 
@@ -360,7 +385,7 @@ impl<'a> Props<'a> {
         }
     }
 
-    /// Processors.
+    /// Processors or memory nodes.
     pub(super) fn cpus(&self, name: &str) -> Option<CpuList> {
         match self.get(name) {
             Some(Value::Cpus(value)) => Some(*value),
@@ -443,6 +468,11 @@ fn json_items(raw: &str) -> Result<Vec<String>, String> {
                     .iter()
                     .try_for_each(|(name, value)| add(items, &prefix, name, value));
             }
+            // A set, as of nodes.
+            Value::Array(members) if members.iter().all(Value::is_u64) => {
+                let members: Vec<String> = members.iter().map(Value::to_string).collect();
+                format!("{key}={}", members.join(":"))
+            }
             Value::Null | Value::Array(_) => {
                 return Err(format!(
                     "{key} is {value}; allowed: text, a number, true, false"
@@ -494,7 +524,7 @@ pub(super) fn read_int(text: &str) -> Option<u64> {
     u64::from_str_radix(digits, radix).ok()
 }
 
-/// Bytes; a whole number of MiB within the manual's range. `shift` is the unit of a number that has none.
+/// Bytes; a whole number of MiB, at most the manual's. `shift` is the unit of a number that has none.
 fn read_size(text: &str, shift: u32) -> Option<u64> {
     let (digits, shift) = match text.as_bytes().last()? {
         b'k' | b'K' => (&text[..text.len() - 1], 10),
@@ -506,7 +536,7 @@ fn read_size(text: &str, shift: u32) -> Option<u64> {
         return None;
     }
     let bytes = digits.parse::<u64>().ok()?.checked_mul(1 << shift)?;
-    let range = ipc::limits::MIN_MEMORY..=ipc::limits::MAX_MEMORY;
+    let range = 1 << 20..=ipc::limits::MAX_MEMORY;
     (range.contains(&bytes) && bytes.is_multiple_of(1 << 20)).then_some(bytes)
 }
 
@@ -556,7 +586,8 @@ mod tests {
             ("1G", Some(1 << 30)),
             ("1048576k", Some(1 << 30)),
             ("512g", Some(512 << 30)),
-            ("127", None),
+            ("127", Some(127 << 20)),
+            ("0", None),
             ("513G", None),
             ("1.5G", None),
             ("131073k", None),

@@ -910,13 +910,27 @@ const LATER_DEVICES: &[&str] = &[
 const BACKEND_ID: Key = must(
     "id",
     Kind::Id,
-    "name that -machine memory-backend= refers to",
+    "name that -machine memory-backend= or -numa node,memdev= refers to",
 );
 const BACKEND_SIZE: Key = must(
     "size",
     Kind::Bytes,
-    "guest memory, the same as that of -m if that is given",
+    "its size; that of all guest memory is 128M at least and the same as that of -m, if that is given",
 );
+const BACKEND_POLICY: Key = key(
+    "policy",
+    Kind::Choice(&["default", "preferred", "bind", "interleave"]),
+    "default",
+    "which of host-nodes its pages come from: the first of them while it has any, none but them, or all in turn",
+);
+const BACKEND_NODES: Key = key(
+    "host-nodes",
+    Kind::Nodes,
+    "",
+    "memory nodes of the host, for every policy but the default",
+);
+const BACKEND_MEM_PREALLOC: Key = key("mem-prealloc", Kind::Bool, "off", "the same as prealloc=");
+const BACKEND_DUMP_GUEST_CORE: Key = key("dump-guest-core", Kind::Bool, "on", "the same as dump=");
 const BACKEND_SHARE: Key = key(
     "share",
     Kind::Bool,
@@ -939,6 +953,51 @@ const VCPU_AFFINITY: &[Shape] = &[one(
         must("cpus", Kind::Cpus, "where it runs"),
     ],
 )];
+
+/// `-numa`
+const NUMA: &[Shape] = &[
+    form(
+        "node",
+        "A node: which vCPUs are near which memory",
+        &[
+            key(
+                "nodeid",
+                Kind::Int(0, limits::MAX_NUMA_NODES as u64 - 1),
+                "the next one",
+                "its number; no number may be left out",
+            ),
+            key(
+                "cpus",
+                Kind::Vcpus,
+                "none",
+                "its vCPUs; each vCPU has one node",
+            ),
+            key(
+                "memdev",
+                Kind::Id,
+                "none",
+                "id of the -object memory-backend-… that is its memory; guest memory is that of all nodes, in their order",
+            ),
+        ],
+    ),
+    form(
+        "dist",
+        "How far it is from one node to another",
+        &[
+            must(
+                "src",
+                Kind::Int(0, limits::MAX_NUMA_NODES as u64 - 1),
+                "from",
+            ),
+            must("dst", Kind::Int(0, limits::MAX_NUMA_NODES as u64 - 1), "to"),
+            must(
+                "val",
+                Kind::Int(10, 255),
+                "10 within a node and nowhere else; 255 where there is no way; 20 if not given, or what the way back has",
+            ),
+        ],
+    ),
+];
 
 /// `-object`
 const OBJECT: &[Shape] = &[
@@ -977,7 +1036,11 @@ const OBJECT: &[Shape] = &[
             BACKEND_SIZE,
             BACKEND_SHARE,
             BACKEND_PREALLOC,
+            BACKEND_MEM_PREALLOC,
             BACKEND_DUMP,
+            BACKEND_DUMP_GUEST_CORE,
+            BACKEND_POLICY,
+            BACKEND_NODES,
         ],
     ),
     form(
@@ -988,7 +1051,11 @@ const OBJECT: &[Shape] = &[
             BACKEND_SIZE,
             BACKEND_SHARE,
             BACKEND_PREALLOC,
+            BACKEND_MEM_PREALLOC,
             BACKEND_DUMP,
+            BACKEND_DUMP_GUEST_CORE,
+            BACKEND_POLICY,
+            BACKEND_NODES,
             key(
                 "hugetlb",
                 Kind::Fixed(&["off"]),
@@ -1011,7 +1078,11 @@ const OBJECT: &[Shape] = &[
             ),
             BACKEND_SHARE,
             BACKEND_PREALLOC,
+            BACKEND_MEM_PREALLOC,
             BACKEND_DUMP,
+            BACKEND_DUMP_GUEST_CORE,
+            BACKEND_POLICY,
+            BACKEND_NODES,
         ],
     ),
 ];
@@ -1247,6 +1318,17 @@ pub static OPTIONS: &[OptionDef] = &[
         "m",
         props(MEMORY),
         "Guest memory, 128M to 512G in whole MiB; 256M if not given.",
+    ),
+    repeated(
+        Group::Machine,
+        "numa",
+        Arg::Props {
+            selector: "type",
+            noun: "part of a NUMA machine",
+            shapes: NUMA,
+            later: &["cpu", "hmat-cache", "hmat-lb"],
+        },
+        "Nodes of a machine whose memory is not equally far from all vCPUs, at most 8. With nodes -mem-path and -mem-prealloc have no effect: each memory-backend has its own.",
     ),
     def(
         Group::Machine,
@@ -1505,7 +1587,6 @@ pub static OPTIONS: &[OptionDef] = &[
         },
     ),
     later("no-acpi", "A board that does not describe itself by ACPI."),
-    later("numa", "NUMA nodes."),
     later("smbios", "SMBIOS tables."),
     later("global", "Defaults of a kind of device."),
     later("trace", "Events to trace."),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ipc::spec::vm::{ChardevBackend, DeviceKind, MonitorAddress, NetBackend};
+use ipc::spec::vm::{ChardevBackend, DeviceKind, MemoryPolicy, MonitorAddress, NetBackend};
 
 use super::*;
 
@@ -102,7 +102,7 @@ fn the_manuals_example_of_a_light_vm() {
     let plan = plan(&spec, true);
     assert_eq!(
         (plan.kernel, plan.initrd, plan.memory),
-        (Some(0), None, None)
+        (Some(0), None, vec![None])
     );
     assert_eq!(
         plan.monitors,
@@ -137,7 +137,7 @@ fn katas_command_line() {
         (4, 4, 4)
     );
     assert_eq!(spec.seccomp, SeccompMode::Disabled);
-    assert!(!spec.memory.dump_guest_core && spec.memory.share);
+    assert!(!spec.memory.zones[0].dump_guest_core && spec.memory.zones[0].share);
     assert_eq!(spec.netdevs[0].backend, NetBackend::TapFds(vec![7, 8]));
     assert_eq!(spec.netdevs[0].queues, 2);
     let plan = plan(&spec, false);
@@ -404,7 +404,7 @@ fn properties_may_be_json_as_libvirt_writes_them() {
          -device virtio-blk-device,drive=d,id=disk,num-queues=2,iothread=io,restart=off \
          -netdev tap,ifname=tap0,id=n -device virtio-net-device,netdev=n,mac=52:54:00:00:00:01");
     assert_eq!(json, text);
-    let memory = &json.memory;
+    let memory = &json.memory.zones[0];
     assert_eq!(memory.path.as_deref(), Some(Path::new("/a,b")));
     assert_eq!(memory.size, 512 << 20);
     assert!(memory.share && memory.prealloc && memory.dump_guest_core);
@@ -435,8 +435,12 @@ fn guest_memory_without_a_file_is_an_object_like_any() {
     let spec = run(
         "-kernel k -machine microvm,memory-backend=m -object memory-backend-memfd,id=m,size=1G,dump=off",
     );
-    assert_eq!((spec.memory.size, &spec.memory.path), (1 << 30, &None));
-    assert!(!spec.memory.dump_guest_core);
+    let zone = &spec.memory.zones[0];
+    assert_eq!(
+        (spec.memory.size, zone.size, &zone.path),
+        (1 << 30, 1 << 30, &None)
+    );
+    assert!(!zone.dump_guest_core);
     let unused = run("-kernel k -object memory-backend-ram,id=m,size=1G");
     assert_eq!(unused.memory.size, 256 << 20);
     assert_eq!(
@@ -477,4 +481,61 @@ fn without_a_guest_any_accelerator_will_do() {
         run("-machine none,accel=tcg").machine.kind,
         MachineKind::None
     );
+}
+
+#[test]
+fn nodes_have_vcpus_memory_and_distances() {
+    // The manual's example, 1.5.
+    let spec = run("-kernel k -smp 8 -m 4G -mem-prealloc \
+         -object memory-backend-file,size=2G,id=mem0,host-nodes=0-1,policy=bind,mem-path=/path/to/file \
+         -object memory-backend-memfd,size=2G,id=mem1,host-nodes=0-1,policy=bind,mem-prealloc=true \
+         -numa node,nodeid=0,cpus=0-1:4-5,memdev=mem0 -numa node,nodeid=1,cpus=2-3,cpus=6-7,memdev=mem1 \
+         -numa dist,src=0,dst=1,val=30 -numa dist,src=1,dst=0,val=40");
+    let memory = &spec.memory;
+    let nodes: Vec<_> = memory
+        .nodes
+        .iter()
+        .map(|node| (node.cpus.to_string(), node.zone))
+        .collect();
+    assert_eq!(
+        nodes,
+        [("0-1:4-5".into(), Some(0)), ("2-3:6-7".into(), Some(1))]
+    );
+    assert_eq!(memory.distances, [10, 30, 40, 10]);
+    let zones: Vec<_> = memory
+        .zones
+        .iter()
+        .map(|zone| {
+            (
+                zone.size >> 30,
+                zone.policy,
+                zone.host_nodes.to_string(),
+                zone.prealloc,
+            )
+        })
+        .collect();
+    assert_eq!(
+        zones,
+        [
+            (2, MemoryPolicy::Bind, "0-1".into(), false),
+            (2, MemoryPolicy::Bind, "0-1".into(), true)
+        ]
+    );
+    assert_eq!(
+        spec.ignored,
+        ["-mem-prealloc: each node has its own memory"]
+    );
+    assert_eq!(plan::plan(&spec, false).memory, [Some(1), None]);
+
+    // As libvirt writes it; the second node has no vCPUs, the third no memory, and their order is that of their numbers.
+    let spec = run("-kernel k -smp 2 \
+         -object '{\"qom-type\":\"memory-backend-ram\",\"id\":\"ram-node0\",\"size\":67108864,\"host-nodes\":[0,2],\"policy\":\"interleave\"}' \
+         -object memory-backend-ram,id=ram-node1,size=64M -numa node,nodeid=2,cpus=1 \
+         -numa node,nodeid=1,memdev=ram-node1 -numa node,nodeid=0,cpus=0,memdev=ram-node0 -numa dist,src=2,dst=0,val=15");
+    let memory = &spec.memory;
+    assert_eq!(memory.size, 128 << 20, "the memory of all nodes");
+    assert_eq!(memory.zones[0].host_nodes.to_string(), "0:2");
+    let zones: Vec<_> = memory.nodes.iter().map(|node| node.zone).collect();
+    assert_eq!(zones, [Some(0), Some(1), None]);
+    assert_eq!(memory.distances, [10, 20, 15, 20, 10, 20, 15, 20, 10]);
 }

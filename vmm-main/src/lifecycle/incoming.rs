@@ -22,7 +22,7 @@ use crate::memory::lazy::LazyRam;
 use crate::snapshot::Snapshot;
 use crate::snapshot::format::{self, FormatError};
 use crate::snapshot::memory::{self, MemoryError};
-use crate::snapshot::shape::{Shape, ShapeError};
+use crate::snapshot::shape::{self, Shape, ShapeError};
 use crate::virtio::remote::RemoteDevice;
 use crate::virtio::snapshot::{DeviceState, Misfit};
 
@@ -95,6 +95,8 @@ pub(super) fn shape(spec: &VmSpec, plan: &Plan, machine: &Microvm) -> Shape {
     Shape {
         memory: spec.memory.size,
         cpus: spec.cpus,
+        nodes: shape::nodes(&spec.memory),
+        distances: spec.memory.distances.clone(),
         processor: machine.processor().to_vec(),
         serial: spec.serial.is_some(),
         devices: plan
@@ -155,9 +157,11 @@ impl Incoming {
             devices: devices.into_iter().map(Some).collect(),
             lazy: None,
         };
+        let zones = &spec.memory.zones;
         let (memory, index) = if spec.incoming_lazy
-            && !spec.memory.prealloc
-            && plan.memory.is_none()
+            && zones
+                .iter()
+                .all(|zone| !zone.prealloc && zone.path.is_none())
         {
             index.check(ram.size()).map_err(told)?;
             memory::check_length(&memory, ram.size()).map_err(told)?;
@@ -176,7 +180,7 @@ impl Incoming {
         } else {
             (memory, index)
         };
-        if spec.memory.path.is_some() {
+        if zones.iter().any(|zone| zone.path.is_some()) {
             // A file may hold something.
             ram.zero().map_err(|source| IncomingError::Machine {
                 path: path.clone(),

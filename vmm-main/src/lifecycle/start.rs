@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use ipc::channel::ChannelError;
 use ipc::control::{DeviceGrant, Exit, FileGrant, Request};
 use ipc::log::{info, warn};
-use ipc::spec::vm::{BootSpec, MachineKind, VmSpec};
+use ipc::spec::vm::{BootSpec, MachineKind, MemorySpec, NumaNode, VmSpec};
 use ipc::start::SeccompMode;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -38,7 +38,8 @@ use crate::kvm::cpuid::CpuFeatures;
 use crate::kvm::{self, Kvm, Topology};
 use crate::machine::microvm::{self, Microvm, MicrovmConfig};
 use crate::memory::lazy::{LazyRam, Progress};
-use crate::memory::{self, Backing, GuestRam, RamConfig};
+use crate::memory::{self, Backing, GuestRam, RamConfig, Zone, ZoneRange};
+use crate::platform::numa::Numa;
 use crate::qmp;
 use crate::virtio::core::CoreError;
 use crate::virtio::mmio::MmioTransport;
@@ -176,7 +177,10 @@ pub(super) fn start(
     );
     // What is wrong with a snapshot is told before any device's process is started.
     let first = plan.incoming.map_or(Vec::new(), |files| {
-        files.into_iter().chain(plan.memory).collect()
+        files
+            .into_iter()
+            .chain(plan.memory.iter().copied().flatten())
+            .collect()
     });
     ask(
         &broker,
@@ -203,11 +207,11 @@ pub(super) fn start(
         MachineKind::None => None,
         MachineKind::Microvm => Some(Kvm::open()?),
     };
-    // With -mem-path the file comes from the broker; a memfd, and the board on it, are made while the broker works.
-    let mut early = match (&kvm, plan.memory) {
-        (Some(kvm), None) => Some(board(kvm, &spec, None)?),
-        (Some(kvm), Some(file)) if !first.is_empty() => {
-            Some(board(kvm, &spec, given.files.take(file))?)
+    // Files for RAM come from the broker; a memfd, and the board on it, are made while the broker works.
+    let without_files = plan.memory.iter().all(Option::is_none);
+    let mut early = match &kvm {
+        Some(kvm) if without_files || !first.is_empty() => {
+            Some(board(kvm, &spec, &plan, &mut given.files)?)
         }
         _ => None,
     };
@@ -248,8 +252,7 @@ pub(super) fn start(
     let mut machine = match (early.take(), kvm) {
         (Some(machine), _) => Some(machine),
         (None, Some(kvm)) => {
-            let backing = plan.memory.and_then(|file| given.files.take(file));
-            let machine = board(&kvm, &spec, backing)?;
+            let machine = board(&kvm, &spec, &plan, &mut given.files)?;
             phases.done("VM, guest RAM and vCPUs");
             Some(machine)
         }
@@ -546,20 +549,63 @@ fn inherited_socket(socket: &OwnedFd, listens: bool) -> Result<(), &'static str>
 }
 
 /// The board with its RAM and vCPUs, before anything is plugged.
-fn board(kvm: &Kvm, spec: &VmSpec, backing: Option<File>) -> Result<Microvm, StartError> {
+fn board(kvm: &Kvm, spec: &VmSpec, plan: &Plan, files: &mut Files) -> Result<Microvm, StartError> {
+    let zones = spec.memory.zones.iter().zip(&plan.memory);
+    let zones = zones.map(|(zone, file)| Zone {
+        size: zone.size,
+        backing: file
+            .and_then(|file| files.take(file))
+            .map_or(Backing::Memfd, Backing::File),
+        prealloc: zone.prealloc,
+        dump_guest_core: zone.dump_guest_core,
+        policy: zone.policy,
+        host_nodes: zone.host_nodes,
+    });
     let ram = Arc::new(GuestRam::new(RamConfig {
-        size: spec.memory.size,
-        backing: backing.map_or(Backing::Memfd, Backing::File),
-        prealloc: spec.memory.prealloc,
-        dump_guest_core: spec.memory.dump_guest_core,
+        zones: zones.collect(),
         huge_pages: false,
     })?);
     let config = MicrovmConfig {
         topology: topology(spec)?,
         features: CpuFeatures::default(),
         serial: None,
+        numa: numa(&spec.memory),
     };
     Ok(Microvm::new(kvm, kvm::Vm::create(kvm)?, ram, config)?)
+}
+
+/// What the guest is told of nodes.
+fn numa(memory: &MemorySpec) -> Option<Numa> {
+    let nodes = &memory.nodes;
+    if nodes.is_empty() {
+        return None;
+    }
+    let node_of = |is: &dyn Fn(&NumaNode) -> bool| {
+        let node = nodes.iter().position(is).unwrap_or_default();
+        u8::try_from(node).unwrap_or_default()
+    };
+    let vcpus = nodes.iter().flat_map(|node| node.cpus.iter()).max();
+    let sizes: Vec<u64> = memory.zones.iter().map(|zone| zone.size).collect();
+    let ranges = memory::zone_ranges(&sizes).into_iter();
+    Some(Numa {
+        nodes: nodes.len(),
+        cpus: (0..=vcpus.unwrap_or_default())
+            .map(|vcpu| node_of(&|node| node.cpus.contains(vcpu)))
+            .collect(),
+        memory: ranges
+            .map(
+                |ZoneRange {
+                     address,
+                     size,
+                     zone,
+                 }| {
+                    let node = node_of(&|node| node.zone.is_some_and(|one| one as usize == zone));
+                    (address, size, node)
+                },
+            )
+            .collect(),
+        distances: memory.distances.clone(),
+    })
 }
 
 fn topology(spec: &VmSpec) -> Result<Topology, StartError> {

@@ -1,24 +1,31 @@
 //! Guest RAM: made once, mapped here, and shared as file descriptors with the device processes.
 //!
-//! Job: a sealed memfd (or a backing file that the broker opened) of the guest's size, mapped below and above the
-//! hole, with the (address, size, fd, offset) of each region for KVM's slots and the vhost-user memory table.
+//! Job: a sealed memfd of the guest's size, or backing files that the broker opened, mapped below and above the hole, with
+//! the (address, size, fd, offset) of each region for KVM's slots and the vhost-user memory table; and from which of the host's
+//! memory nodes the pages of each zone come.
 //! Who is not trusted: the device processes that get the descriptor. The seals keep them from shrinking the file
 //! (which would turn this process's accesses into SIGBUS), from growing it, and from adding seals.
-//! Why this way: one file with both regions at consecutive offsets, so that one descriptor is all a device gets, and
-//! `zero` frees the pages in the file itself, which empties every process's mapping at once. Each region lies between guards
-//! ([`ipc::guarded`]), as in the device processes.
+//! Why this way: all zones without a file of their own are in one memfd at consecutive offsets, so that one descriptor is all a
+//! device gets, and `zero` frees the pages in the file itself, which empties every process's mapping at once. A policy belongs to
+//! a range of that file, not to a process: pages that a device process touches first come from the right node as well. Each
+//! region lies between guards ([`ipc::guarded`]), as in the device processes.
 
 #![allow(unsafe_code)] // madvise on our own mapping has no safe wrapper, nor has vm-memory for a mapping between guards
 
 pub mod lazy;
+mod policy;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use ipc::guarded::{Guarded, GuardedError};
+use ipc::spec::cpus::NodeList;
+use ipc::spec::vm::MemoryPolicy;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
+use nix::unistd::{Whence, lseek};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
@@ -70,29 +77,57 @@ pub enum Error {
     Advise { advice: &'static str, source: Errno },
     #[error("cannot free the pages of guest RAM for a reset")]
     Zero(#[source] Errno),
+    #[error(transparent)]
+    Policy(#[from] policy::PolicyError),
 }
 
-/// Where the pages of guest RAM live.
+/// Where the pages of a zone live.
 #[derive(Debug)]
 pub enum Backing {
-    /// A fresh memfd, sealed against shrinking, growing and more seals.
+    /// A fresh memfd, sealed against shrinking, growing and more seals, which all such zones share.
     Memfd,
-    /// An open file (`-mem-path`), readable and writable; it is grown to the guest's size when smaller.
+    /// An open file (`-mem-path`), readable and writable; it is grown to the zone's size when smaller.
     /// Files on most file systems cannot be sealed, so who else can open it must be trusted.
     File(File),
 }
 
-/// How to make guest RAM.
+/// A part of guest RAM that has its own properties.
 #[derive(Debug)]
-pub struct RamConfig {
-    /// Bytes, [`MIN_SIZE`] to [`MAX_SIZE`], a multiple of 4096.
+pub struct Zone {
+    /// Bytes, a multiple of 4096.
     pub size: u64,
     /// Where the pages live.
     pub backing: Backing,
     /// Allocate all pages now instead of at first touch.
     pub prealloc: bool,
-    /// Whether a core dump of this process contains guest RAM (`dump-guest-core`).
+    /// Whether a core dump of this process contains it (`dump-guest-core`).
     pub dump_guest_core: bool,
+    /// Which of the host's memory nodes its pages come from.
+    pub policy: MemoryPolicy,
+    /// The nodes, for policies other than the default.
+    pub host_nodes: NodeList,
+}
+
+impl Zone {
+    /// `size` bytes in the memfd, not dumped, allocated at first touch, on any node.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        Self {
+            size,
+            backing: Backing::Memfd,
+            prealloc: false,
+            dump_guest_core: false,
+            policy: MemoryPolicy::Default,
+            host_nodes: NodeList::default(),
+        }
+    }
+}
+
+/// How to make guest RAM.
+#[derive(Debug)]
+pub struct RamConfig {
+    /// What it is made of, in the order of guest-physical addresses: [`MIN_SIZE`] to [`MAX_SIZE`] bytes altogether.
+    pub zones: Vec<Zone>,
     /// Ask for transparent huge pages. Costs time at each first touch and gives speed later.
     pub huge_pages: bool,
 }
@@ -102,10 +137,7 @@ impl RamConfig {
     #[must_use]
     pub fn new(size: u64) -> Self {
         Self {
-            size,
-            backing: Backing::Memfd,
-            prealloc: false,
-            dump_guest_core: false,
+            zones: vec![Zone::new(size)],
             huge_pages: false,
         }
     }
@@ -120,10 +152,31 @@ pub struct RamRegion<'a> {
     pub size: u64,
     /// Where this process has it mapped.
     pub host_address: u64,
+    /// Bytes of RAM at lower guest-physical addresses.
+    pub ram_offset: u64,
     /// The memory file.
     pub file: &'a File,
     /// Offset of the region in the file.
     pub file_offset: u64,
+}
+
+/// A part of a zone that no hole divides: where it is in the guest, and in which file.
+#[derive(Debug, Clone)]
+struct Piece {
+    address: u64,
+    size: u64,
+    file: Arc<File>,
+    file_offset: u64,
+    zone: usize,
+}
+
+impl Piece {
+    /// Whether `next` goes on where this ends, in the guest and in the file.
+    fn is_followed_by(&self, next: &Self) -> bool {
+        Arc::ptr_eq(&self.file, &next.file)
+            && self.address + self.size == next.address
+            && self.file_offset + self.size == next.file_offset
+    }
 }
 
 /// Guest RAM, mapped in this process.
@@ -131,7 +184,8 @@ pub struct RamRegion<'a> {
 pub struct GuestRam {
     memory: GuestMemory,
     size: u64,
-    prealloc: bool,
+    /// (address here, bytes) of what is allocated in advance.
+    prealloc: Vec<(usize, u64)>,
 }
 
 /// (guest address, size) of each RAM region of a guest with `size` bytes.
@@ -150,66 +204,87 @@ impl GuestRam {
     /// # Errors
     /// A size out of range, or a system call that failed; see [`Error`].
     pub fn new(config: RamConfig) -> Result<Self, Error> {
-        let size = config.size;
+        let RamConfig { zones, huge_pages } = config;
+        let size = zones
+            .iter()
+            .fold(0, |sum: u64, zone| sum.saturating_add(zone.size));
         if !(MIN_SIZE..=MAX_SIZE).contains(&size) {
             return Err(Error::Size(size));
         }
-        if !size.is_multiple_of(4096) {
-            return Err(Error::Alignment(size));
+        if let Some(zone) = zones.iter().find(|zone| !zone.size.is_multiple_of(4096)) {
+            return Err(Error::Alignment(zone.size));
         }
-        let file = match config.backing {
-            Backing::Memfd => sealed_memfd(size)?,
-            Backing::File(file) => {
-                let length = file
-                    .metadata()
-                    .map_err(|source| Error::Resize { size, source })?
-                    .len();
-                if length < size {
-                    file.set_len(size)
-                        .map_err(|source| Error::Resize { size, source })?;
-                }
-                file
+        let (settings, files) = files(zones)?;
+        let pieces = pieces(&files);
+        let mut whole: Vec<Piece> = Vec::with_capacity(pieces.len());
+        for piece in &pieces {
+            match whole.last_mut() {
+                Some(last) if last.is_followed_by(piece) => last.size += piece.size,
+                _ => whole.push(piece.clone()),
             }
-        };
-        let mut regions = Vec::with_capacity(2);
-        let mut file_offset = 0;
-        let shared = std::sync::Arc::new(file);
-        for (address, size) in ram_ranges(size) {
-            let mapping = map(&shared, file_offset, address, size)?;
+        }
+        let mut regions = Vec::with_capacity(whole.len());
+        for Piece {
+            address,
+            size,
+            file,
+            file_offset,
+            ..
+        } in whole
+        {
+            let mapping = map(&file, file_offset, address, size)?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(address))
                 .ok_or(Error::Region { address, size })?;
             regions.push(region);
-            file_offset += size;
         }
         let memory = GuestMemory::from_regions(regions).map_err(Error::Collection)?;
-        let ram = Self {
+        let mut ram = Self {
             memory,
             size,
-            prealloc: config.prealloc,
+            prealloc: Vec::new(),
         };
-        if !config.dump_guest_core {
-            ram.advise(libc::MADV_DONTDUMP)
-                .map_err(|source| Error::Advise {
+        for piece in &pieces {
+            let zone = &settings[piece.zone];
+            let range = (ram.here(piece)?, piece.size);
+            policy::set(range, zone.policy, &zone.host_nodes)?;
+            if !zone.dump_guest_core {
+                advise(range, libc::MADV_DONTDUMP).map_err(|source| Error::Advise {
                     advice: "MADV_DONTDUMP",
                     source,
                 })?;
-        }
-        if config.huge_pages {
-            match ram.advise(libc::MADV_HUGEPAGE) {
-                // EINVAL: a kernel without transparent huge pages; the hint is then moot.
-                Ok(()) | Err(Errno::EINVAL) => {}
-                Err(source) => {
-                    return Err(Error::Advise {
-                        advice: "MADV_HUGEPAGE",
-                        source,
-                    });
+            }
+            if huge_pages {
+                match advise(range, libc::MADV_HUGEPAGE) {
+                    // EINVAL: a kernel without transparent huge pages; the hint is then moot.
+                    Ok(()) | Err(Errno::EINVAL) => {}
+                    Err(source) => {
+                        return Err(Error::Advise {
+                            advice: "MADV_HUGEPAGE",
+                            source,
+                        });
+                    }
                 }
             }
+            if zone.prealloc {
+                ram.prealloc.push(range);
+            }
         }
-        if ram.prealloc {
-            ram.populate(populate_threads(size))?;
-        }
+        ram.populate(populate_threads(ram.preallocated()))?;
         Ok(ram)
+    }
+
+    /// Where this process has a piece.
+    fn here(&self, piece: &Piece) -> Result<usize, Error> {
+        let (address, size) = (piece.address, piece.size);
+        self.memory
+            .get_host_address(GuestAddress(address))
+            .map(|at| at as usize)
+            .map_err(|_| Error::Region { address, size })
+    }
+
+    /// Bytes that are allocated in advance.
+    fn preallocated(&self) -> u64 {
+        self.prealloc.iter().map(|(_, size)| size).sum()
     }
 
     /// The memory, for reading and writing guest structures and for vm-memory users.
@@ -232,51 +307,90 @@ impl GuestRam {
 
     /// The regions in order of their address: KVM's slots and the vhost-user memory table.
     pub fn regions(&self) -> impl Iterator<Item = RamRegion<'_>> {
-        self.memory.iter().filter_map(|region| {
+        let mut below = 0;
+        self.memory.iter().filter_map(move |region| {
             // Always there: `new` maps regions from files only.
             let backing = region.file_offset()?;
+            let ram_offset = below;
+            below += region.len();
             Some(RamRegion {
                 guest_address: region.start_addr().0,
                 size: region.len(),
                 host_address: region.as_ptr() as u64,
+                ram_offset,
                 file: backing.file(),
                 file_offset: backing.start(),
             })
         })
     }
 
-    /// Copies RAM from `offset` in its file into `bytes`; `None` if that is not all in one region.
+    /// The region with the byte of RAM at `offset`, and how far into it that is.
+    fn at(&self, offset: u64) -> Option<(RamRegion<'_>, u64)> {
+        self.regions().find_map(|region| {
+            let within = offset.checked_sub(region.ram_offset)?;
+            (within < region.size).then_some((region, within))
+        })
+    }
+
+    /// Copies RAM from `offset`, counted without the hole, into `bytes`; `None` if that is not all in one region.
     #[must_use]
     pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Option<()> {
         let address = self.address_of(offset)?;
         self.memory.read_slice(bytes, address).ok()
     }
 
-    /// Copies RAM from `offset` in its file on, without touching a page that is not there.
+    /// Copies RAM from `offset` on, counted without the hole, without touching a page that is not there.
     ///
     /// # Errors
     /// There is no such place, or the file cannot be read.
     pub fn read_file_at(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
-        let region = self.regions().find(|region| {
-            (region.file_offset..region.file_offset + region.size).contains(&offset)
-        });
-        let region = region.ok_or(std::io::ErrorKind::InvalidInput)?;
-        region.file.read_exact_at(bytes, offset)
+        let (region, within) = self.at(offset).ok_or(std::io::ErrorKind::InvalidInput)?;
+        region
+            .file
+            .read_exact_at(bytes, region.file_offset + within)
     }
 
-    /// Copies `bytes` into RAM at `offset` in its file; `None` if that is not all in one region.
+    /// The first place from `offset` on, counted without the hole, that may hold something else than zeros; `None` if there is
+    /// none.
+    ///
+    /// # Errors
+    /// A memory file cannot be looked at.
+    pub fn next_data(&self, offset: u64) -> Result<Option<u64>, Errno> {
+        for region in self.regions() {
+            let end = region.ram_offset + region.size;
+            if end <= offset {
+                continue;
+            }
+            let from = offset.max(region.ram_offset);
+            let start = region.file_offset + (from - region.ram_offset);
+            match lseek(region.file, start.cast_signed(), Whence::SeekData) {
+                Ok(data) => {
+                    let data = data.cast_unsigned().max(start) - region.file_offset;
+                    if data < region.size {
+                        return Ok(Some(region.ram_offset + data));
+                    }
+                }
+                // Nothing up to the file's end.
+                Err(Errno::ENXIO) => {}
+                // A file system that does not know of holes.
+                Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(Some(from)),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Copies `bytes` into RAM at `offset`, counted without the hole; `None` if that is not all in one region.
     #[must_use]
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Option<()> {
         let address = self.address_of(offset)?;
         self.memory.write_slice(bytes, address).ok()
     }
 
-    /// The guest-physical address of a place in the memory file.
+    /// The guest-physical address of a place in RAM, counted without the hole.
     fn address_of(&self, offset: u64) -> Option<GuestAddress> {
-        self.regions().find_map(|region| {
-            let within = offset.checked_sub(region.file_offset)?;
-            (within < region.size).then_some(GuestAddress(region.guest_address + within))
-        })
+        let (region, within) = self.at(offset)?;
+        Some(GuestAddress(region.guest_address + within))
     }
 
     /// Makes all RAM read as zero again, for every process that maps it, and gives the pages back.
@@ -294,36 +408,27 @@ impl GuestRam {
             )
             .map_err(Error::Zero)?;
         }
-        if self.prealloc {
-            // One thread: the process is locked down by now and makes no more.
-            self.populate(1)?;
-        }
-        Ok(())
+        // One thread: the process is locked down by now and makes no more.
+        self.populate(1)
     }
 
-    /// Allocates all pages, `threads` pieces at a time.
+    /// Allocates all pages that are wanted in advance, `threads` pieces at a time.
     fn populate(&self, threads: u64) -> Result<(), Error> {
+        let size = self.preallocated();
         // Whole huge pages, so that no two threads share one.
-        let piece = (self.size / threads)
+        let piece = (size / threads)
             .next_multiple_of(PREALLOC_ALIGNMENT)
             .max(PREALLOC_ALIGNMENT);
-        let pieces: Vec<(usize, usize)> = self
-            .memory
+        let pieces: Vec<(usize, u64)> = self
+            .prealloc
             .iter()
-            .flat_map(|region| {
-                let (start, size) = (region.as_ptr() as usize, region.len());
+            .flat_map(|&(start, size)| {
                 (0..size)
                     .step_by(piece as usize)
-                    .map(move |offset| (start + offset as usize, piece.min(size - offset) as usize))
+                    .map(move |offset| (start + offset as usize, piece.min(size - offset)))
             })
             .collect();
-        let populate = |(start, length): (usize, usize)| {
-            // SAFETY: the range lies in one mapping that `self` owns; the advice allocates its pages and changes
-            // nothing that they contain.
-            let result =
-                unsafe { libc::madvise(start as *mut _, length, libc::MADV_POPULATE_WRITE) };
-            Errno::result(result).map(drop)
-        };
+        let populate = |range| advise(range, libc::MADV_POPULATE_WRITE);
         let result = if threads == 1 {
             pieces.into_iter().try_for_each(populate)
         } else {
@@ -338,21 +443,128 @@ impl GuestRam {
                     .try_for_each(|worker| worker.join().unwrap_or(Err(Errno::EAGAIN)))
             })
         };
-        result.map_err(|source| Error::Prealloc {
-            size: self.size,
-            source,
-        })
+        result.map_err(|source| Error::Prealloc { size, source })
     }
+}
 
-    fn advise(&self, advice: i32) -> Result<(), Errno> {
-        for region in self.memory.iter() {
-            // SAFETY: the range is one whole mapping that `self` owns, and none of the advices used here
-            // (DONTDUMP, HUGEPAGE) changes what the memory contains.
-            let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
-            Errno::result(result)?;
+/// Gives advice for a part of guest RAM as it is mapped here.
+fn advise((start, size): (usize, u64), advice: i32) -> Result<(), Errno> {
+    // SAFETY: the range is part of a mapping that stays for the life of the process, and none of the advices used here
+    // (DONTDUMP, HUGEPAGE, POPULATE_WRITE) changes what the memory contains.
+    let result = unsafe { libc::madvise(start as *mut _, size as usize, advice) };
+    Errno::result(result).map(drop)
+}
+
+/// What a zone is beside its file.
+struct Settings {
+    prealloc: bool,
+    dump_guest_core: bool,
+    policy: MemoryPolicy,
+    host_nodes: NodeList,
+}
+
+/// The file of each zone, its offset there and its size.
+type ZoneFiles = Vec<(Arc<File>, u64, u64)>;
+
+/// Makes and sizes what the zones live in.
+fn files(zones: Vec<Zone>) -> Result<(Vec<Settings>, ZoneFiles), Error> {
+    let in_memfd = zones
+        .iter()
+        .filter(|zone| matches!(zone.backing, Backing::Memfd));
+    let memfd = match in_memfd.map(|zone| zone.size).sum() {
+        0 => None,
+        size => Some(Arc::new(sealed_memfd(size)?)),
+    };
+    let mut used = 0;
+    let mut settings = Vec::with_capacity(zones.len());
+    let mut files = Vec::with_capacity(zones.len());
+    for zone in zones {
+        let size = zone.size;
+        match (zone.backing, &memfd) {
+            (Backing::File(file), _) => {
+                let resize = |source| Error::Resize { size, source };
+                if file.metadata().map_err(resize)?.len() < size {
+                    file.set_len(size).map_err(resize)?;
+                }
+                files.push((Arc::new(file), 0, size));
+            }
+            (Backing::Memfd, Some(memfd)) => {
+                files.push((memfd.clone(), used, size));
+                used += size;
+            }
+            // An empty zone of a memfd that has no others.
+            (Backing::Memfd, None) => return Err(Error::Size(size)),
         }
-        Ok(())
+        settings.push(Settings {
+            prealloc: zone.prealloc,
+            dump_guest_core: zone.dump_guest_core,
+            policy: zone.policy,
+            host_nodes: zone.host_nodes,
+        });
     }
+    Ok((settings, files))
+}
+
+/// Lays the zones out one behind the other, around the hole.
+fn pieces(files: &ZoneFiles) -> Vec<Piece> {
+    let sizes: Vec<u64> = files.iter().map(|(_, _, size)| *size).collect();
+    let mut within = vec![0; files.len()];
+    zone_ranges(&sizes)
+        .into_iter()
+        .map(
+            |ZoneRange {
+                 address,
+                 size,
+                 zone,
+             }| {
+                let (file, start, _) = &files[zone];
+                let file_offset = start + within[zone];
+                within[zone] += size;
+                Piece {
+                    address,
+                    size,
+                    file: file.clone(),
+                    file_offset,
+                    zone,
+                }
+            },
+        )
+        .collect()
+}
+
+/// A part of guest RAM that is of one zone and that no hole divides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ZoneRange {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Number of the zone.
+    pub zone: usize,
+}
+
+/// Where zones of these sizes are in the guest, by address.
+#[must_use]
+pub fn zone_ranges(sizes: &[u64]) -> Vec<ZoneRange> {
+    let mut found = Vec::with_capacity(sizes.len() + 1);
+    // Bytes of RAM below the zone, and below the range.
+    let mut before = 0;
+    for (zone, &size) in sizes.iter().enumerate() {
+        let mut below = 0;
+        for (start, room) in ram_ranges(sizes.iter().sum()) {
+            let (from, to) = (before.max(below), (before + size).min(below + room));
+            if from < to {
+                found.push(ZoneRange {
+                    address: start + (from - below),
+                    size: to - from,
+                    zone,
+                });
+            }
+            below += room;
+        }
+        before += size;
+    }
+    found
 }
 
 /// 2 MiB
@@ -367,12 +579,7 @@ fn populate_threads(size: u64) -> u64 {
 }
 
 /// Maps a part of the memory file, for guest address `address`, for as long as the process lives.
-fn map(
-    file: &std::sync::Arc<File>,
-    offset: u64,
-    address: u64,
-    size: u64,
-) -> Result<MmapRegion, Error> {
+fn map(file: &Arc<File>, offset: u64, address: u64, size: u64) -> Result<MmapRegion, Error> {
     // Never unmapped: KVM's slots and clones of the memory map name these addresses, and neither keeps them from being used for
     // something else. A process has one guest RAM in its life.
     let guarded = Guarded::new(file, offset, size).map_err(|source| Error::Map {
@@ -431,6 +638,73 @@ mod tests {
             ram_ranges(MAX_SIZE),
             [(0, LOW_RAM_END), (HIGH_RAM_START, MAX_SIZE - LOW_RAM_END)]
         );
+    }
+
+    #[test]
+    fn zones_lie_one_behind_the_other_around_the_hole() {
+        let range = |address, size, zone| ZoneRange {
+            address,
+            size,
+            zone,
+        };
+        assert_eq!(
+            zone_ranges(&[64 << 20, 192 << 20]),
+            [range(0, 64 << 20, 0), range(64 << 20, 192 << 20, 1)]
+        );
+        let half = LOW_RAM_END / 2;
+        assert_eq!(
+            zone_ranges(&[half, LOW_RAM_END, half]),
+            [
+                range(0, half, 0),
+                range(half, half, 1),
+                range(HIGH_RAM_START, half, 1),
+                range(HIGH_RAM_START + half, half, 2)
+            ]
+        );
+    }
+
+    #[test]
+    fn zones_share_a_memfd_and_have_files_of_their_own() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        let mut config = RamConfig::new(64 << 20);
+        config.zones.push(Zone {
+            backing: Backing::File(file.try_clone().unwrap()),
+            prealloc: true,
+            ..Zone::new(32 << 20)
+        });
+        config.zones.push(Zone::new(32 << 20));
+        let ram = GuestRam::new(config).unwrap();
+        let regions: Vec<_> = ram
+            .regions()
+            .map(|r| (r.guest_address, r.size, r.ram_offset, r.file_offset))
+            .collect();
+        assert_eq!(
+            regions,
+            [
+                (0, 64 << 20, 0, 0),
+                (64 << 20, 32 << 20, 64 << 20, 0),
+                (96 << 20, 32 << 20, 96 << 20, 64 << 20)
+            ]
+        );
+        assert_eq!(
+            std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512,
+            32 << 20,
+            "only this zone is allocated in advance"
+        );
+        // The last zone's first page, by every way there is.
+        assert_eq!(ram.next_data(96 << 20), Ok(None));
+        ram.write_at(96 << 20, b"here").unwrap();
+        assert_eq!(ram.next_data(96 << 20), Ok(Some(96 << 20)));
+        assert_eq!(ram.next_data(0), Ok(Some(64 << 20)), "allocated in advance");
+        let mut bytes = [0; 4];
+        ram.read_file_at(96 << 20, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"here");
+        ram.zero().unwrap();
+        assert_eq!(ram.next_data(96 << 20), Ok(None));
+        // Zones that follow each other in the memfd are one region.
+        let mut config = RamConfig::new(64 << 20);
+        config.zones.push(Zone::new(64 << 20));
+        assert_eq!(GuestRam::new(config).unwrap().regions().count(), 1);
     }
 
     #[test]
@@ -527,8 +801,8 @@ mod tests {
     fn a_backing_file_grows_to_the_size_and_can_be_populated() {
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         let mut config = RamConfig::new(MIN_SIZE);
-        config.backing = Backing::File(file.try_clone().unwrap());
-        config.prealloc = true;
+        config.zones[0].backing = Backing::File(file.try_clone().unwrap());
+        config.zones[0].prealloc = true;
         let ram = GuestRam::new(config).unwrap();
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), MIN_SIZE);

@@ -1,6 +1,6 @@
 //! ACPI tables of a machine without firmware.
 //!
-//! Job: RSDP, XSDT, FADT, MADT and DSDT (ACPI 6.5), so that a stock kernel finds processors, devices and the ways to
+//! Job: RSDP, XSDT, FADT, MADT, DSDT, and with nodes SRAT and SLIT (ACPI 6.5), so that a stock kernel finds processors, devices and the ways to
 //! power off and reset.
 //! Who is not trusted: nobody; the input is this machine's own description.
 //! Why this way: the hardware-reduced profile (4.1) needs no power-management chip and no SCI; sleep and reset are one
@@ -17,6 +17,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
+use super::numa::{self, Numa};
 use super::{power, rtc, slots};
 use crate::machine::layout;
 
@@ -52,6 +53,8 @@ pub struct Description<'a> {
     pub slots: &'a [VirtioWindow],
     /// Whether there is a serial port.
     pub serial: bool,
+    /// Nodes, if the guest is to know of any.
+    pub numa: Option<&'a Numa>,
 }
 
 /// All tables as one block whose first byte, the RSDP's, goes to `address` (16-byte aligned, below 4 GiB).
@@ -72,6 +75,14 @@ pub fn build(address: u64, description: &Description<'_>) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt_at);
     xsdt.add_entry(madt_at);
+    if let Some(numa) = description.numa {
+        let empty = |signature, length, revision| {
+            Sdt::new(signature, length, revision, OEM, OEM_TABLE, OEM_REVISION)
+        };
+        let srat = numa::srat(numa, description.apic_ids, empty);
+        xsdt.add_entry(place(&mut block, &srat));
+        xsdt.add_entry(place(&mut block, &numa::slit(numa, empty)));
+    }
     let xsdt_at = place(&mut block, &xsdt);
     let mut rsdp = Vec::with_capacity(Rsdp::len());
     Rsdp::new(OEM, xsdt_at).to_aml_bytes(&mut rsdp);
@@ -444,6 +455,7 @@ mod tests {
                 windows: &windows(devices),
                 slots: &windows(11)[usize::from(devices)..],
                 serial: true,
+                numa: None,
             },
         )
     }
@@ -485,6 +497,41 @@ mod tests {
             table(&block, word(fadt, 140), b"DSDT");
             assert_eq!(madt.len(), 44 + 12 + 8 * usize::from(cpus));
         }
+    }
+
+    #[test]
+    fn nodes_are_described_and_there_is_room_for_the_largest_machine() {
+        let numa = Numa {
+            nodes: 8,
+            cpus: (0..254).map(|vcpu| vcpu / 32).collect(),
+            memory: (0..9)
+                .map(|part| (part << 30, 1 << 30, part as u8 % 8))
+                .collect(),
+            distances: (0..64).collect(),
+        };
+        let ids: Vec<u8> = (0..254).collect();
+        let description = Description {
+            apic_ids: &ids,
+            io_apic_id: 254,
+            windows: &windows(11),
+            slots: &[],
+            serial: true,
+            numa: Some(&numa),
+        };
+        let block = build(AT, &description);
+        assert!(AT + block.len() as u64 <= layout::ACPI_END);
+        let xsdt = table(&block, word(&block, 24), b"XSDT");
+        let srat = table(&block, word(xsdt, 52), b"SRAT");
+        let slit = table(&block, word(xsdt, 60), b"SLIT");
+        assert_eq!(srat.len(), 48 + 254 * 16 + 9 * 40);
+        // vCPU 33: node 1, its APIC id, enabled.
+        assert_eq!(srat[48 + 33 * 16..][..8], [0, 16, 1, 33, 1, 0, 0, 0]);
+        let last = &srat[48 + 254 * 16 + 8 * 40..];
+        assert_eq!((last[0], last[1], last[2]), (1, 40, 0));
+        assert_eq!((word(last, 8), word(last, 16)), (8 << 30, 1 << 30));
+        assert_eq!(last[28], 1, "enabled");
+        assert_eq!(word(slit, 36), 8);
+        assert_eq!(slit[44..], numa.distances);
     }
 
     #[test]
@@ -536,6 +583,7 @@ mod tests {
                 windows: &windows(2),
                 slots: &[],
                 serial: false,
+                numa: None,
             },
         );
         assert_eq!(count(&none), 2);

@@ -10,6 +10,7 @@ pub mod acpi;
 pub mod generation;
 pub mod i8042;
 pub mod mptable;
+pub mod numa;
 pub mod power;
 pub mod rtc;
 pub mod serial;

@@ -135,6 +135,8 @@ const fn type_name(kind: Kind) -> &'static str {
         | Kind::Later
         | Kind::Mac
         | Kind::Cpus
+        | Kind::Nodes
+        | Kind::Vcpus
         | Kind::Fds(_) => "str",
     }
 }
@@ -224,7 +226,10 @@ fn tree(info: &Info, facts: &VmFacts) -> Vec<Object> {
     };
     let mut machine = vec![
         ("accel", json!("kvm")),
-        ("dump-guest-core", json!(spec.memory.dump_guest_core)),
+        (
+            "dump-guest-core",
+            json!(spec.memory.zones.iter().any(|zone| zone.dump_guest_core)),
+        ),
     ];
     let path = |path: &std::path::Path| json!(path.to_string_lossy());
     machine.extend(spec.boot.kernel.as_ref().map(|one| ("kernel", path(one))));
@@ -274,6 +279,26 @@ fn tree(info: &Info, facts: &VmFacts) -> Vec<Object> {
             properties,
         });
     }
+    list.extend(spec.memory.zones.iter().filter_map(|zone| {
+        let id = zone.id.as_ref()?;
+        Some(Object {
+            path: format!("/objects/{id}"),
+            kind: if zone.path.is_some() {
+                "memory-backend-file"
+            } else {
+                "memory-backend-memfd"
+            }
+            .into(),
+            properties: vec![
+                ("size", json!(zone.size)),
+                ("share", json!(zone.share)),
+                ("prealloc", json!(zone.prealloc)),
+                ("dump", json!(zone.dump_guest_core)),
+                ("policy", json!(zone.policy.name())),
+                ("host-nodes", zone.host_nodes.iter().collect()),
+            ],
+        })
+    }));
     list.extend(spec.iothreads.iter().map(|iothread| Object {
         path: format!("/objects/{}", iothread.id),
         kind: "iothread".into(),

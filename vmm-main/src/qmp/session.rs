@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use ipc::limits::{MAX_QMP_FDS, MAX_QMP_REQUEST};
-use ipc::spec::vm::{CpuSpec, MachineKind, VmSpec};
+use ipc::spec::vm::{CpuSpec, MachineKind, MemorySpec, VmSpec};
 
 use super::command::{Outbox, QmpError, Ticket, VmCommand, answer};
 use super::descriptors::{Descriptors, Desk};
@@ -27,8 +27,8 @@ pub struct Info {
     pub machine: MachineKind,
     /// The topology.
     pub cpus: CpuSpec,
-    /// Guest RAM in bytes.
-    pub memory: u64,
+    /// Guest RAM, and its nodes.
+    pub memory: MemorySpec,
 }
 
 impl From<&VmSpec> for Info {
@@ -38,7 +38,7 @@ impl From<&VmSpec> for Info {
             uuid: spec.uuid,
             machine: spec.machine.kind,
             cpus: spec.cpus,
-            memory: spec.memory.size,
+            memory: spec.memory.clone(),
         }
     }
 }
@@ -272,7 +272,7 @@ mod tests {
             uuid: None,
             machine: MachineKind::Microvm,
             cpus: CpuSpec::default(),
-            memory: 0,
+            memory: MemorySpec::default(),
         };
         for id in [
             "3e91",

@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use ipc::limits;
-use ipc::spec::vm::{CpuSpec, MachineKind};
+use ipc::spec::vm::{CpuSpec, MachineKind, MemorySpec};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 
@@ -27,7 +27,10 @@ fn info() -> Info {
             threads: 2,
             ..CpuSpec::default()
         },
-        memory: 512 << 20,
+        memory: MemorySpec {
+            size: 512 << 20,
+            ..MemorySpec::default()
+        },
     }
 }
 

@@ -12,8 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ipc::limits::SNAPSHOT_BLOCK;
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -147,22 +145,9 @@ impl Writer {
 
     /// Start of the first block from here on that has data; `None` if there is none.
     fn next_data(&self) -> Result<Option<u64>, MemoryError> {
-        let Some(region) = self.ram.regions().next() else {
-            return Ok(None);
-        };
-        let from = libc::off_t::try_from(self.next).unwrap_or(libc::off_t::MAX);
-        match lseek(region.file, from, Whence::SeekData) {
-            Ok(data) => {
-                let data = u64::try_from(data).unwrap_or(self.next).max(self.next);
-                Ok((data < self.ram.size())
-                    .then_some(data - data % u64::from(SNAPSHOT_BLOCK))
-                    .map(|data| data.max(self.next)))
-            }
-            Err(Errno::ENXIO) => Ok(None),
-            // A file system that does not know of holes.
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(self.next)),
-            Err(e) => Err(io("looking for data in guest RAM")(e.into())),
-        }
+        let data = self.ram.next_data(self.next);
+        let data = data.map_err(|e| io("looking for data in guest RAM")(e.into()))?;
+        Ok(data.map(|data| (data - data % u64::from(SNAPSHOT_BLOCK)).max(self.next)))
     }
 
     fn write_block(&mut self) -> Result<(), MemoryError> {

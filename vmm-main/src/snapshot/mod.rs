@@ -57,6 +57,8 @@ impl Snapshot {
             shape: Shape {
                 memory: 128 << 20,
                 cpus: ipc::spec::vm::CpuSpec::default(),
+                nodes: Vec::new(),
+                distances: Vec::new(),
                 processor: vec![crate::kvm::cpuid::CpuidLeaf([0, 0, 13, 1, 2, 3])],
                 serial: false,
                 devices: vec![shape::DeviceShape {

@@ -7,7 +7,8 @@
 //! tap.
 
 use ipc::spec::DeviceSpec;
-use ipc::spec::vm::CpuSpec;
+use ipc::spec::cpus::CpuList;
+use ipc::spec::vm::{CpuSpec, MemorySpec};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -20,12 +21,36 @@ pub struct Shape {
     pub memory: u64,
     /// `-smp`
     pub cpus: CpuSpec,
+    /// `-numa node`, by their numbers.
+    pub nodes: Vec<NodeShape>,
+    /// `-numa dist`
+    pub distances: Vec<u8>,
     /// The boot processor's CPUID.
     pub processor: Vec<CpuidLeaf>,
     /// There is a serial port.
     pub serial: bool,
     /// What is behind each window.
     pub devices: Vec<DeviceShape>,
+}
+
+/// What a guest has seen of a memory node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeShape {
+    /// Its vCPUs.
+    pub cpus: CpuList,
+    /// Bytes of its memory.
+    pub memory: u64,
+}
+
+/// What a guest has seen of the nodes of its memory.
+#[must_use]
+pub fn nodes(memory: &MemorySpec) -> Vec<NodeShape> {
+    let size = |zone: u32| memory.zones.get(zone as usize).map(|zone| zone.size);
+    let nodes = memory.nodes.iter().map(|node| NodeShape {
+        cpus: node.cpus,
+        memory: node.zone.and_then(size).unwrap_or_default(),
+    });
+    nodes.collect()
 }
 
 /// What a guest has seen of a device.
@@ -83,6 +108,16 @@ pub enum ShapeError {
         /// In the snapshot.
         saved: CpuSpec,
     },
+    /// `-numa`
+    #[error(
+        "has a guest with {saved} memory nodes; -numa gives {now}, or other vCPUs, memory or distances of them"
+    )]
+    Nodes {
+        /// In the snapshot.
+        saved: usize,
+        /// On the command line.
+        now: usize,
+    },
     /// `-serial`
     #[error("has {}", if *.saved { "a serial port; the command line has no -serial" } else { "no serial port; the command line has -serial" })]
     Serial {
@@ -135,6 +170,12 @@ impl Shape {
         }
         if self.cpus != now.cpus {
             return Err(ShapeError::Cpus { saved: self.cpus });
+        }
+        if self.nodes != now.nodes || self.distances != now.distances {
+            return Err(ShapeError::Nodes {
+                saved: self.nodes.len(),
+                now: now.nodes.len(),
+            });
         }
         if self.serial != now.serial {
             return Err(ShapeError::Serial { saved: self.serial });

@@ -41,6 +41,7 @@ use crate::platform::acpi::{self, VirtioWindow};
 use crate::platform::generation::Generation;
 use crate::platform::i8042::I8042;
 use crate::platform::mptable;
+use crate::platform::numa::Numa;
 use crate::platform::power::{self, PowerButton, PowerControl, PowerPorts};
 use crate::platform::rtc::Rtc;
 use crate::platform::serial::{SerialInput, SerialPort, SerialSink};
@@ -95,6 +96,8 @@ pub struct MicrovmConfig {
     pub features: CpuFeatures,
     /// Where the serial port's output goes; without, the machine has no serial port.
     pub serial: Option<Box<dyn SerialSink>>,
+    /// Which of its parts belong together, if the guest is to know of nodes.
+    pub numa: Option<Numa>,
 }
 
 impl std::fmt::Debug for MicrovmConfig {
@@ -103,6 +106,7 @@ impl std::fmt::Debug for MicrovmConfig {
             .field("topology", &self.topology)
             .field("features", &self.features)
             .field("serial", &self.serial.is_some())
+            .field("numa", &self.numa)
             .finish()
     }
 }
@@ -162,6 +166,7 @@ pub struct Microvm {
     vm: Arc<Vm>,
     ram: Arc<GuestRam>,
     topology: Topology,
+    numa: Option<Numa>,
     cpuid: CpuidTemplate,
     windows: [bool; MMIO_SLOTS],
     /// Windows that may get a device later are described to the guest.
@@ -247,6 +252,7 @@ impl Microvm {
             vm: Arc::new(vm),
             ram,
             topology,
+            numa: config.numa,
             cpuid,
             windows: [false; MMIO_SLOTS],
             offers_slots: false,
@@ -517,6 +523,7 @@ impl Microvm {
             windows: &windows,
             slots,
             serial: self.serial.is_some(),
+            numa: self.numa.as_ref(),
         };
         self.write(
             &acpi::build(layout::ACPI_RSDP, &description),

@@ -49,10 +49,44 @@ const MACHINE: Object = object(
 const PROPS: Object = object(
     "CpuInstanceProperties",
     &[
+        may("node-id", Type::UINT, "memory node that it is in"),
         may("socket-id", Type::UINT, "socket in the machine"),
         may("die-id", Type::UINT, "die in the socket"),
         may("core-id", Type::UINT, "core in the die"),
         may("thread-id", Type::UINT, "thread in the core"),
+    ],
+);
+
+const MEMDEV: Object = object(
+    "Memdev",
+    &[
+        may("id", Type::TEXT, "its id"),
+        must("size", Type::UINT, "bytes"),
+        must("merge", Type::Bool, "whether equal pages become one: never"),
+        must(
+            "dump",
+            Type::Bool,
+            "whether a core dump of the control process contains it",
+        ),
+        must(
+            "prealloc",
+            Type::Bool,
+            "whether all of it was allocated at the start",
+        ),
+        must("share", Type::Bool, "`share=`"),
+        must(
+            "host-nodes",
+            Type::List(&Type::UINT),
+            "memory nodes of the host that it may be on",
+        ),
+        must(
+            "policy",
+            Type::Enum(&Enum {
+                name: "HostMemPolicy",
+                values: &["default", "preferred", "bind", "interleave"],
+            }),
+            "which of them",
+        ),
     ],
 );
 
@@ -205,7 +239,7 @@ pub(super) static COMMANDS: &[Command] = &[
         "Tells how much memory the guest has",
         |info, _| {
             Ok(json!({
-                "base-memory": if info.machine == MachineKind::None { 0 } else { info.memory },
+                "base-memory": if info.machine == MachineKind::None { 0 } else { info.memory.size },
                 "plugged-memory": 0,
             }))
         },
@@ -225,10 +259,27 @@ pub(super) static COMMANDS: &[Command] = &[
     .returns(Type::List(&Type::Any)),
     here(
         "query-memdev",
-        "Lists memory back ends with an id, of which there are none",
-        |_, _| Ok(json!([])),
+        "Lists what guest memory is made of, as far as it has ids",
+        |info, _| {
+            let zones = info.memory.zones.iter();
+            Ok(zones
+                .filter(|zone| zone.id.is_some())
+                .map(|zone| {
+                    json!({
+                        "id": zone.id,
+                        "size": zone.size,
+                        "merge": false,
+                        "dump": zone.dump_guest_core,
+                        "prealloc": zone.prealloc,
+                        "share": zone.share,
+                        "host-nodes": zone.host_nodes.iter().collect::<Vec<_>>(),
+                        "policy": zone.policy.name(),
+                    })
+                })
+                .collect())
+        },
     )
-    .returns(Type::List(&Type::Any)),
+    .returns(Type::List(&Type::Object(&MEMDEV))),
     main(
         "query-mem-gpa",
         "Tells the four bytes of guest memory at an address, as a hexadecimal number in the guest's byte order",
@@ -373,12 +424,17 @@ pub(in crate::qmp) fn topology(info: &Info, index: u8) -> Value {
         of(spec.cores) * of(spec.clusters),
         of(spec.dies),
     );
-    json!({
+    let mut place = json!({
         "thread-id": index % threads,
         "core-id": index / threads % cores,
         "die-id": index / (threads * cores) % dies,
         "socket-id": index / (threads * cores * dies),
-    })
+    });
+    let mut nodes = info.memory.nodes.iter();
+    if let Some(node) = nodes.position(|node| node.cpus.contains(index as usize)) {
+        place["node-id"] = node.into();
+    }
+    place
 }
 
 fn cpu_fast(info: &Info, cpu: &CpuThread) -> Value {
