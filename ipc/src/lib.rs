@@ -24,6 +24,7 @@ pub mod log;
 pub mod relay;
 pub mod spec;
 pub mod start;
+pub mod tap;
 
 /// Version of every message in this crate. Both ends of a channel must have been built from the same value.
 pub const PROTOCOL_VERSION: u32 = 1;

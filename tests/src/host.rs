@@ -134,11 +134,21 @@ impl Tap {
     /// # Errors
     /// When it cannot be made.
     pub fn of_user(name: &str, address: &str, uid: u32) -> Result<Self, LabError> {
+        Self::made(name, address, &["user", &uid.to_string()])
+    }
+
+    /// As [`Tap::new`], for several queues.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn of_queues(name: &str, address: &str) -> Result<Self, LabError> {
+        Self::made(name, address, &["multi_queue"])
+    }
+
+    fn made(name: &str, address: &str, more: &[&str]) -> Result<Self, LabError> {
         ensure_packages(&["iproute2"])?;
-        let uid = uid.to_string();
-        run_program(
-            Command::new("ip").args(["tuntap", "add", "dev", name, "mode", "tap", "user", &uid]),
-        )?;
+        let words = ["tuntap", "add", "dev", name, "mode", "tap"];
+        run_program(Command::new("ip").args(words).args(more))?;
         let tap = Self {
             name: name.to_owned(),
             address: address.split('/').next().unwrap_or_default().to_owned(),
@@ -146,6 +156,15 @@ impl Tap {
         run_program(Command::new("ip").args(["addr", "add", address, "dev", name]))?;
         run_program(Command::new("ip").args(["link", "set", name, "up"]))?;
         Ok(tap)
+    }
+
+    /// Gives it another address.
+    ///
+    /// # Errors
+    /// When it cannot have it.
+    pub fn add_address(&self, address: &str) -> Result<(), LabError> {
+        let words = ["addr", "add", address, "dev", &self.name];
+        run_program(Command::new("ip").args(words)).map(drop)
     }
 
     /// One queue of it with `virtio_net_hdr`, as the broker opens it.

@@ -1,7 +1,7 @@
 //! # Cards that somebody else serves
 //!
 //! **Job.** `-netdev vhost-user` with a daemon that runs already: `dpdk-testpmd`, which nobody here wrote and which answers ARP
-//! requests by itself, ends while the guest works and comes back. No Linux guest is needed.
+//! requests by itself, and our own `net`; each is killed while the guest works and comes back. No Linux guest is needed.
 //! **Who is not trusted.** The VMM; a daemon that is not one.
 //! **Why this way.** A bare guest checks each buffer that it gets back: none may be lost or come twice, whoever serves.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
@@ -14,24 +14,56 @@ use std::time::Duration;
 
 use serde_json::json;
 use tests::console::Console;
-use tests::host::{require_kvm, require_root};
+use tests::host::{Tap, require_kvm, require_root};
 use tests::lab::ensure_packages;
 use tests::payload::Payload;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, binary};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// `dpdk-testpmd`, which is killed when this is dropped.
-struct Testpmd {
-    child: Child,
-    /// It stops when nobody reads what it says.
-    _console: Console,
+/// The host's address on the tap of our own daemon; `dpdk-testpmd` has all addresses.
+const HOST: &str = "10.7.98.1";
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Testpmd,
+    Ours,
 }
 
-impl Testpmd {
-    /// Listens at `socket` when this returns.
-    fn start(socket: &Path) -> Self {
-        let _ = std::fs::remove_file(socket);
+/// A daemon, which is killed when this is dropped.
+struct Daemon {
+    child: Child,
+    /// `dpdk-testpmd` stops when nobody reads what it says.
+    _console: Option<Console>,
+}
+
+impl Daemon {
+    /// Somebody listens at the place's socket when this returns.
+    fn start(kind: Kind, place: &Place) -> Self {
+        let _ = std::fs::remove_file(&place.socket);
+        match kind {
+            Kind::Testpmd => Self::testpmd(&place.socket),
+            Kind::Ours => Self::ours(&place.socket, &place.tap.name),
+        }
+    }
+
+    fn ours(socket: &Path, tap: &str) -> Self {
+        let listener = UnixListener::bind(socket).unwrap();
+        let child = Command::new("sh")
+            // The listener becomes descriptor 3.
+            .args(["-c", "exec \"$@\" 3<&0 </dev/null", "-"])
+            .arg(binary("net").unwrap())
+            .args(["--tap", tap, "--fd=3", "--keep"])
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .spawn()
+            .unwrap();
+        Self {
+            child,
+            _console: None,
+        }
+    }
+
+    fn testpmd(socket: &Path) -> Self {
         let mut child = Command::new("dpdk-testpmd")
             .args(["--no-huge", "-m", "128", "--no-pci", "--no-telemetry"])
             .args(["-l", "0,1", "--no-shconf"])
@@ -52,12 +84,12 @@ impl Testpmd {
             .unwrap_or_else(|e| panic!("{e}"));
         Self {
             child,
-            _console: console,
+            _console: Some(console),
         }
     }
 }
 
-impl Drop for Testpmd {
+impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -67,23 +99,30 @@ impl Drop for Testpmd {
 struct Place {
     _dir: tempfile::TempDir,
     socket: PathBuf,
+    tap: Tap,
 }
 
 impl Place {
-    fn new() -> Self {
+    /// With a tap of this name.
+    fn new(tap: &str) -> Self {
         require_kvm();
         require_root();
         ensure_packages(&["dpdk-dev", "librte-net-vhost23"]).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
-        Self { _dir: dir, socket }
+        let tap = Tap::new(tap, &format!("{HOST}/24")).unwrap();
+        Self {
+            _dir: dir,
+            socket,
+            tap,
+        }
     }
 
     fn vm(&self, payload: Payload, more: &str) -> VmBuilder {
-        let words = "host=10.7.98.1 own=10.7.98.2";
+        let words = format!("host={HOST} own=10.7.98.2");
         Vm::builder()
             .args(["-machine", "microvm", "-m", "128"])
-            .kernel(&payload.path(), words)
+            .kernel(&payload.path(), &words)
             .arg("-chardev")
             .arg(format!("socket,id=c,path={}", self.socket.display()))
             .args(["-netdev", "vhost-user,id=n,chardev=c", "-device"])
@@ -109,20 +148,30 @@ fn ends_well(vm: &mut Vm) {
 
 #[test]
 fn a_guest_gets_an_answer_through_somebody_elses_daemon() {
-    let place = Place::new();
-    let _daemon = Testpmd::start(&place.socket);
-    let mut vm = place.vm(Payload::NetTx, "").start().unwrap();
-    vm.wait_for("NET mac 52:54:00:00:62:02", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    vm.wait_for("NET-TX OK host is at ", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    ends_well(&mut vm);
+    let place = Place::new("svcard0");
+    for kind in [Kind::Testpmd, Kind::Ours] {
+        let _daemon = Daemon::start(kind, &place);
+        let mut vm = place.vm(Payload::NetTx, "").start().unwrap();
+        vm.wait_for("NET mac 52:54:00:00:62:02", LIMIT)
+            .unwrap_or_else(|e| panic!("{kind:?}: {e}"));
+        vm.wait_for("NET-TX OK host is at ", LIMIT)
+            .unwrap_or_else(|e| panic!("{kind:?}: {e}"));
+        ends_well(&mut vm);
+    }
 }
 
 #[test]
-fn a_card_goes_on_when_its_daemon_was_killed_and_comes_back() {
-    let place = Place::new();
-    let mut daemon = Some(Testpmd::start(&place.socket));
+fn a_card_goes_on_when_testpmd_was_killed_and_comes_back() {
+    comes_back(Kind::Testpmd, &Place::new("svcard1"));
+}
+
+#[test]
+fn a_card_goes_on_when_a_stand_alone_net_was_killed_and_comes_back() {
+    comes_back(Kind::Ours, &Place::new("svcard2"));
+}
+
+fn comes_back(kind: Kind, place: &Place) {
+    let mut daemon = Some(Daemon::start(kind, place));
     let mut vm = place.vm(Payload::NetLoop, "").start().unwrap();
     let mut qmp = vm.qmp().unwrap();
     for _ in 0..2 {
@@ -130,7 +179,7 @@ fn a_card_goes_on_when_its_daemon_was_killed_and_comes_back() {
         drop(daemon.take());
         let gone = qmp.wait_event("VHOST_USER_DISCONNECTED", LIMIT).unwrap();
         assert_eq!(gone["data"], json!({ "device": "x" }));
-        daemon = Some(Testpmd::start(&place.socket));
+        daemon = Some(Daemon::start(kind, place));
         let back = qmp.wait_event("VHOST_USER_CONNECTED", LIMIT).unwrap();
         assert_eq!(back["data"], json!({ "device": "x" }));
         let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
@@ -145,8 +194,8 @@ fn a_card_goes_on_when_its_daemon_was_killed_and_comes_back() {
 
 #[test]
 fn a_daemons_queues_work_again_when_the_link_is_up_again() {
-    let place = Place::new();
-    let _daemon = Testpmd::start(&place.socket);
+    let place = Place::new("svcard3");
+    let _daemon = Daemon::start(Kind::Testpmd, &place);
     let mut vm = place.vm(Payload::NetLoop, "").start().unwrap();
     let mut qmp = vm.qmp().unwrap();
     for _ in 0..3 {
@@ -166,7 +215,7 @@ fn a_daemons_queues_work_again_when_the_link_is_up_again() {
 
 #[test]
 fn what_is_no_daemon_is_told_at_the_start() {
-    let place = Place::new();
+    let place = Place::new("svcard4");
     let refused = || {
         let mut vm = place.vm(Payload::FirstByte, "").start().unwrap();
         let status = vm.wait(LIMIT).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! **Job.** QEMU in pure emulation boots Debian's kernel with our `block` and `net` processes as its vhost-user back ends: the
 //! guest reads and writes the disk and pings the host. No KVM is needed. Once as a broker would start them, and once as a person
-//! does: `block --socket-path`, whose serving process is killed while the guest works.
+//! does: `block --socket-path` and `net --socket-path`, whose serving process is killed while the guest works.
 //! **Who is not trusted.** The device processes, which are under test with their filters on.
 //! **Why this way.** Our own front end and our back end could share a misreading of the specification; QEMU does not share it.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
@@ -182,7 +182,7 @@ fn qemu_drives_block_and_net() {
     assert!(block_status.success() && net_status.success(), "{all}");
 }
 
-/// A stand-alone `block`, which is killed if the test does not get that far.
+/// A stand-alone `block` or `net`, which is killed if the test does not get that far.
 struct Alone {
     child: Child,
     log: BufReader<ChildStderr>,
@@ -191,13 +191,16 @@ struct Alone {
 impl Alone {
     /// Returns once it listens.
     fn start(image: &Path, socket: &Path, more: &[&str]) -> Self {
-        let mut child = Command::new(binary("block").unwrap())
-            .arg("--file")
-            .arg(image)
+        let mut command = Command::new(binary("block").unwrap());
+        command.arg("--file").arg(image).args(more);
+        Self::listening(command, socket)
+    }
+
+    fn listening(mut command: Command, socket: &Path) -> Self {
+        let mut child = command
             .arg("--socket-path")
             .arg(socket)
             .args(["--log-level", "info"])
-            .args(more)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -220,6 +223,14 @@ impl Alone {
         line
     }
 
+    /// The end of its story, for whoever did not see what was wanted.
+    fn rest(&mut self) -> String {
+        let _ = self.child.kill();
+        let mut rest = String::new();
+        let _ = std::io::Read::read_to_string(&mut self.log, &mut rest);
+        rest
+    }
+
     /// The process that serves the front end that came last.
     fn serving(&mut self) -> i32 {
         let line = self.log_until("serving a front end, process ");
@@ -234,28 +245,24 @@ impl Drop for Alone {
     }
 }
 
-/// As much as for a disk's process that a broker started.
-fn is_jailed(pid: i32, image: &Path) {
+/// As much as for a device's process that a broker started. `back_ends` are what it has from descriptor 4 on.
+fn is_jailed_with(pid: i32, back_ends: &[&str]) {
     let jail = Jail::of(pid).unwrap();
     assert_eq!(jail.own_namespaces, NAMESPACES, "{jail:?}");
     assert_eq!((jail.uid, jail.no_new_privs), (65534, true), "{jail:?}");
     assert_eq!(jail.capabilities, [0; 5], "{jail:?}");
     assert!(jail.read_only_root && jail.root.is_empty(), "{jail:?}");
     assert!(jail.threads.iter().all(|(_, mode)| *mode == 2), "{jail:?}");
-    let kinds: Vec<&str> = (0..7).map(|fd| jail.fds[&fd].kind()).collect();
-    let image = image.to_str().unwrap();
-    let want = [
-        "pipe",
-        "pipe",
-        "pipe",
-        "socket",
-        "io_uring",
-        image,
-        "eventpoll",
-    ];
+    let want = [&["pipe", "pipe", "pipe", "socket"][..], back_ends].concat();
+    let count = want.len() as i32;
+    let kinds: Vec<&str> = (0..count).map(|fd| jail.fds[&fd].kind()).collect();
     assert_eq!(kinds, want, "{jail:?}");
-    let others: BTreeSet<&str> = jail.fds.range(7..).map(|(_, fd)| fd.kind()).collect();
+    let others: BTreeSet<&str> = jail.fds.range(count..).map(|(_, fd)| fd.kind()).collect();
     assert_eq!(others, BTreeSet::from(["eventfd", "memfd"]), "{jail:?}");
+}
+
+fn is_jailed(pid: i32, image: &Path) {
+    is_jailed_with(pid, &["io_uring", image.to_str().unwrap(), "eventpoll"]);
 }
 
 #[test]
@@ -324,6 +331,96 @@ fn qemu_drives_a_stand_alone_block_whose_process_is_killed() {
     assert!(qemu.wait().unwrap().success());
     assert!(block.child.wait().unwrap().success());
     assert!(!socket.exists(), "the socket is gone with the program");
+}
+
+#[test]
+fn qemu_drives_a_stand_alone_net_whose_process_is_killed() {
+    require_root();
+    ensure_packages(&["qemu-system-x86"]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("net.sock");
+    let tap = Tap::of_queues("svalone0", "10.7.97.1/24").unwrap();
+    let guest = Guest::ready(Flavour::Cloud).unwrap();
+    // The other addresses are the host's as soon as the next process is there.
+    let script = Script::new(
+        "set -e\n\
+         ifconfig eth0 10.7.97.2 up\n\
+         ping -c 3 -s 1400 10.7.97.1\n\
+         echo PAIRS $(ls -d /sys/class/net/eth0/queues/rx-* | wc -l)\n\
+         echo FIRST-PART\n\
+         until ping -c 1 -W 1 10.7.97.9 > /dev/null 2>&1; do :; done\n\
+         echo SECOND-PART\n\
+         ping -c 3 -s 1400 10.7.97.1\n\
+         until ping -c 1 -W 1 10.7.97.10 > /dev/null 2>&1; do :; done\n\
+         echo ALL-DONE\n",
+    );
+    let initrd = guest.initrd_with(&script).unwrap();
+    let mut command = Command::new(binary("net").unwrap());
+    command.args(["--tap", &tap.name, "--queues=2"]);
+    let mut net = Alone::listening(command, &socket);
+
+    let chardev = format!("socket,id=c0,path={},reconnect=1", socket.display());
+    let mut qemu = qemu(&guest, initrd.path())
+        .args(["-chardev", &chardev])
+        .args(["-netdev", "vhost-user,id=n0,chardev=c0,queues=2", "-device"])
+        // As above.
+        .arg("virtio-net-pci,netdev=n0,mac=52:54:00:00:61:02,mq=on,vectors=0")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut console = Console::new(OwnedFd::from(qemu.stdout.take().unwrap()), None);
+    let seen = |console: &mut Console, net: &mut Alone, text| match console.wait_for(text, LIMIT) {
+        Ok(before) => before,
+        Err(error) => panic!("{error}\nnet: {}", net.rest()),
+    };
+    let first = net.serving();
+    let before = seen(&mut console, &mut net, "FIRST-PART");
+    assert!(before.contains("3 packets received"), "{before}");
+    assert!(before.contains("PAIRS 2"), "{before}");
+    let back_ends = ["eventpoll", "/dev/net/tun", "/dev/net/tun"];
+    is_jailed_with(first, &back_ends);
+
+    let watched = Watched::new(first).unwrap();
+    nix::sys::signal::kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    assert!(watched.ended(Deadline::after(LIMIT)).unwrap());
+    let second = net.serving();
+    assert_ne!(first, second);
+    tap.add_address("10.7.97.9/24").unwrap();
+    seen(&mut console, &mut net, "SECOND-PART");
+    is_jailed_with(second, &back_ends);
+    tap.add_address("10.7.97.10/24").unwrap();
+    let after = seen(&mut console, &mut net, "ALL-DONE");
+    assert!(after.contains("3 packets received"), "{after}");
+    console.wait_end(LIMIT).unwrap();
+    assert!(qemu.wait().unwrap().success());
+    assert!(net.child.wait().unwrap().success());
+    assert!(!socket.exists(), "the socket is gone with the program");
+}
+
+#[test]
+fn what_a_stand_alone_net_cannot_open_is_told() {
+    require_root();
+    let tap = Tap::new("svalone1", "10.7.96.1/24").unwrap();
+    let said = |words: &[&str]| {
+        let output = Command::new(binary("net").unwrap())
+            .args(words)
+            .args(["--socket-path", "/nowhere/net.sock"])
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let text = said(&["--tap", "svnone0"]);
+    let wanted = "net: --tap svnone0: no such network interface; make it with: ip tuntap add";
+    assert!(text.contains(wanted), "{text}");
+    let text = said(&["--tap", "lo"]);
+    assert!(text.contains("--tap lo: not a tap device"), "{text}");
+    let text = said(&["--tap", &tap.name, "--queues=2"]);
+    assert!(text.contains("cannot attach 2 queues"), "{text}");
+    let _taken = tap.queue().unwrap();
+    let text = said(&["--tap", &tap.name]);
+    assert!(text.contains("is in use by another process"), "{text}");
 }
 
 #[test]

@@ -45,6 +45,20 @@ pub trait Device {
     /// Queues that the device has at most.
     fn num_queues(&self) -> u16;
 
+    /// What `GET_QUEUE_NUM` tells: queues, but pairs of them for a card whose control queue is the front end's.
+    fn told_queues(&self) -> u64 {
+        u64::from(self.num_queues())
+    }
+
+    /// Whether regions of memory may be added one by one. QEMU does it once for each pair of a card's queues, so that each would
+    /// be there several times.
+    fn takes_single_regions(&self) -> bool {
+        true
+    }
+
+    /// The front end lets queue `index` run, or not.
+    fn enabled(&mut self, _index: u16, _on: bool) {}
+
     /// Entries of a queue at most: a power of two.
     fn max_queue_size(&self) -> u16;
 

@@ -394,6 +394,8 @@ impl<D: Device> Connection<D> {
             return false;
         };
         ring.enabled = state == 1;
+        let number = ring.index();
+        server.device.enabled(number, state == 1);
         take(MsgFlags::empty()).is_some()
     }
 }
@@ -1130,7 +1132,11 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | if self.device.takes_single_regions() {
+                VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            } else {
+                VhostUserProtocolFeatures::empty()
+            }
             | if self.device.has_state() {
                 VhostUserProtocolFeatures::DEVICE_STATE
             } else {
@@ -1157,7 +1163,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     }
 
     fn get_queue_num(&mut self) -> VhostResult<u64> {
-        Ok(self.rings.len() as u64)
+        Ok(self.device.told_queues())
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
@@ -1167,8 +1173,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         }
         let ring = self.ring("SET_VRING_ENABLE", index)?;
         ring.enabled = enable;
+        let number = ring.index();
         ipc::log::debug!("queue {index}: enabled {enable}");
         ring.due = ring.is_running();
+        self.device.enabled(number, enable);
         if !self.begun {
             // They may have been waiting for this one.
             self.rings.iter_mut().for_each(Ring::want_turn);

@@ -288,7 +288,7 @@ fn started(name: &'static str, run: impl FnOnce(Inherited) -> Result<(), RunErro
         eprintln!(
             "{name}: a part of stratovirt, which starts it with a log, a vhost-user socket and a start message on descriptors 2, 3 and 4{}",
             // Not all can do without.
-            if name == "block" {
+            if matches!(name, "block" | "net") {
                 "; --help tells how to use it alone"
             } else {
                 ""

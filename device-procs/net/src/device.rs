@@ -23,7 +23,7 @@ use crate::receive::{Receiver, Stopped};
 use crate::transmit;
 
 /// Smallest ring that a driver gets along with.
-const MIN_QUEUE_SIZE: u16 = 4;
+pub(crate) const MIN_QUEUE_SIZE: u16 = 4;
 
 /// One tap queue and the state of both its directions.
 #[derive(Debug)]
@@ -45,6 +45,9 @@ pub struct Net {
     pairs: Vec<Pair>,
     config: ConfigSpace,
     queue_size: u16,
+    /// There is a control queue; if not, `enabled` says which receive queues the front end lets run.
+    control: bool,
+    enabled: u32,
     offered: Features,
     accepted: Features,
     /// On the control queue.
@@ -104,7 +107,9 @@ impl Net {
         Ok(Self {
             config: ConfigSpace::new(spec.mac, pairs),
             queue_size: size,
-            offered: Features::offered(pairs, uso),
+            control: spec.control_queue,
+            enabled: 0,
+            offered: Features::offered(pairs, uso, spec.control_queue),
             accepted: Features::default(),
             told: Told::new(spec.mac),
             unkept: false,
@@ -117,17 +122,26 @@ impl Net {
     }
 
     /// Index of the control queue, if the driver knows one (5.1.2: after the pairs that the driver knows).
-    fn control_queue(&self) -> usize {
-        if self.accepted.has(VIRTIO_NET_F_MQ) {
-            2 * self.pairs.len()
+    fn control_queue(&self) -> Option<usize> {
+        let pairs = if self.accepted.has(VIRTIO_NET_F_MQ) {
+            self.pairs.len()
         } else {
-            2
-        }
+            1
+        };
+        self.control.then_some(2 * pairs)
     }
 
     /// Pairs in use; the driver's word is held against those that there are.
     fn active(&self) -> usize {
         usize::from(self.told.pairs).clamp(1, self.pairs.len())
+    }
+
+    fn use_pairs(&mut self, count: u16) {
+        self.told.pairs = count;
+        // Each tap queue feeds another ring now, whose buffers it has not looked at.
+        for pair in &mut self.pairs {
+            pair.receiving = true;
+        }
     }
 
     /// Takes packets from tap queue `index` for `ring`.
@@ -188,11 +202,7 @@ impl Net {
             Command::Pairs(count) => {
                 let possible = (1..=self.pairs.len()).contains(&usize::from(count));
                 if possible {
-                    told.pairs = count;
-                    // Each tap queue feeds another ring now, whose buffers it has not looked at.
-                    for pair in &mut self.pairs {
-                        pair.receiving = true;
-                    }
+                    self.use_pairs(count);
                 }
                 possible
             }
@@ -245,7 +255,33 @@ impl Device for Net {
 
     fn num_queues(&self) -> u16 {
         // At most 16 pairs.
-        2 * self.pairs.len() as u16 + 1
+        2 * self.pairs.len() as u16 + u16::from(self.control)
+    }
+
+    fn told_queues(&self) -> u64 {
+        if self.control {
+            u64::from(self.num_queues())
+        } else {
+            self.pairs.len() as u64
+        }
+    }
+
+    fn takes_single_regions(&self) -> bool {
+        self.control || self.pairs.len() == 1
+    }
+
+    fn enabled(&mut self, index: u16, on: bool) {
+        if self.control || index % 2 == 1 {
+            return;
+        }
+        let bit = 1u32.checked_shl(u32::from(index / 2)).unwrap_or(0);
+        self.enabled = if on {
+            self.enabled | bit
+        } else {
+            self.enabled & !bit
+        };
+        // Drivers use the first ones. At most 32.
+        self.use_pairs((self.enabled.trailing_ones() as u16).max(1));
     }
 
     fn max_queue_size(&self) -> u16 {
@@ -296,7 +332,7 @@ impl Device for Net {
 
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
         let index = usize::from(ring.index());
-        if index == self.control_queue() {
+        if self.control_queue() == Some(index) {
             return control::process(ring, self.accepted, |command| self.obey(command));
         }
         let pair = index / 2;
@@ -372,6 +408,7 @@ impl Device for Net {
     fn reset(&mut self) {
         self.accepted = Features::default();
         self.told = Told::new(self.mac);
+        self.enabled = 0;
         self.unkept = true;
         for pair in &mut self.pairs {
             pair.receiver.reset();

@@ -20,11 +20,11 @@ const fn bit(feature: u32) -> u64 {
 pub(crate) struct Features(pub(crate) u64);
 
 impl Features {
-    /// All that a card with `pairs` queue pairs offers.
-    pub(crate) fn offered(pairs: u16, uso: bool) -> Self {
+    /// All that a card with `pairs` queue pairs offers. Without a `control` queue that, and what the driver reads first, are the
+    /// front end's.
+    pub(crate) fn offered(pairs: u16, uso: bool, control: bool) -> Self {
         let mut bits = bit(VIRTIO_NET_F_CSUM)
             | bit(VIRTIO_NET_F_GUEST_CSUM)
-            | bit(VIRTIO_NET_F_MAC)
             | bit(VIRTIO_NET_F_GUEST_TSO4)
             | bit(VIRTIO_NET_F_GUEST_TSO6)
             | bit(VIRTIO_NET_F_GUEST_ECN)
@@ -33,13 +33,16 @@ impl Features {
             | bit(VIRTIO_NET_F_HOST_TSO6)
             | bit(VIRTIO_NET_F_HOST_ECN)
             | bit(VIRTIO_NET_F_HOST_UFO)
-            | bit(VIRTIO_NET_F_MRG_RXBUF)
-            | bit(VIRTIO_NET_F_STATUS)
-            | bit(VIRTIO_NET_F_CTRL_VQ)
-            | bit(VIRTIO_NET_F_CTRL_RX)
-            | bit(VIRTIO_NET_F_CTRL_VLAN)
-            | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
-            | bit(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS);
+            | bit(VIRTIO_NET_F_MRG_RXBUF);
+        if control {
+            bits |= bit(VIRTIO_NET_F_MAC)
+                | bit(VIRTIO_NET_F_STATUS)
+                | bit(VIRTIO_NET_F_CTRL_VQ)
+                | bit(VIRTIO_NET_F_CTRL_RX)
+                | bit(VIRTIO_NET_F_CTRL_VLAN)
+                | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
+                | bit(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS);
+        }
         if uso {
             bits |= bit(VIRTIO_NET_F_GUEST_USO4)
                 | bit(VIRTIO_NET_F_GUEST_USO6)
@@ -108,12 +111,16 @@ mod tests {
 
     #[test]
     fn several_pairs_and_uso_are_offered_where_they_are() {
-        let one = Features::offered(1, false);
+        let one = Features::offered(1, false, true);
         assert!(one.has(VIRTIO_NET_F_CTRL_VQ) && !one.has(VIRTIO_NET_F_MQ));
         assert!(!one.has(VIRTIO_NET_F_HOST_USO));
-        let four = Features::offered(4, true);
+        let four = Features::offered(4, true, true);
         assert!(four.has(VIRTIO_NET_F_CTRL_VQ) && four.has(VIRTIO_NET_F_MQ));
         assert!(four.has(VIRTIO_NET_F_HOST_USO));
+        let alone = Features::offered(4, true, false);
+        assert!(alone.has(VIRTIO_NET_F_MQ) && alone.has(VIRTIO_NET_F_HOST_USO));
+        let front_ends = [VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS];
+        assert!(!front_ends.into_iter().any(|bit| alone.has(bit)));
     }
 
     #[test]
@@ -130,7 +137,7 @@ mod tests {
             tap::CSUM
         );
         assert_eq!(
-            Features::offered(1, true).tap_offloads(),
+            Features::offered(1, true, true).tap_offloads(),
             tap::CSUM | tap::TSO4 | tap::TSO6 | tap::TSO_ECN | tap::UFO | tap::USO
         );
     }

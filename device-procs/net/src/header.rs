@@ -82,7 +82,7 @@ mod tests {
     }
 
     fn all() -> Features {
-        Features::offered(1, true)
+        Features::offered(1, true, true)
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! **Job.** Carries packets between a guest's queues and the queues of one tap. `device.rs` is the device, `header.rs` the
 //! header in front of each packet, `receive.rs` and `transmit.rs` the two directions, `control.rs` the control queue,
 //! `filter.rs` what the driver wants to receive, `limit.rs` how much may pass, `kept.rs` what outlives the process,
-//! `features.rs` what is offered, `config_space.rs` what the driver reads first, `backend/` the tap.
+//! `features.rs` what is offered, `config_space.rs` what the driver reads first, `backend/` the tap, `standalone/` the program without a VM's broker.
 //!
 //! **Who is not trusted.** The guest: headers, lengths, buffers. The network: of a packet no more is looked at than two addresses and a VLAN tag, and that only for a
 //! driver that asks for it.
@@ -23,6 +23,7 @@ mod header;
 mod kept;
 mod limit;
 mod receive;
+pub mod standalone;
 mod transmit;
 
 pub use device::Net;

@@ -23,7 +23,7 @@ use ipc::spec::DeviceSpec;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, openat2};
 
-use super::open::{self, Hold};
+use super::open::Hold;
 
 /// A granted folder.
 #[derive(Debug)]
@@ -431,7 +431,7 @@ fn given_tap(fds: Vec<OwnedFd>) -> Result<Backend, String> {
             format!("too many descriptors for a tap; allowed: 1 to {MAX_NET_QUEUE_PAIRS}")
         })?;
     for fd in &fds {
-        open::check_tap(fd).map_err(|what| format!("the tap's descriptor: {what}"))?;
+        ipc::tap::check(fd).map_err(|what| format!("the tap's descriptor: {what}"))?;
     }
     Ok(Backend {
         grant: BackendGrant::Given,

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -261,7 +261,7 @@ pub(super) fn backend(
                 let fd = inherited.duplicate(*number).ok_or_else(|| {
                     format!("-netdev fd={number}: no such open descriptor was inherited (device {device})")
                 })?;
-                check_tap(&fd).map_err(|what| format!("-netdev fd={number}: {what}"))?;
+                ipc::tap::check(&fd).map_err(|what| format!("-netdev fd={number}: {what}"))?;
                 Ok(fd)
             })
             .collect(),
@@ -376,97 +376,8 @@ fn image(path: &Path, at: &Path, readonly: bool, direct: bool) -> Result<OwnedFd
         .map_err(|e| format!("-drive file={}: {e}", path.display()))
 }
 
-mod tap_ioctl {
-    //! `linux/if_tun.h`
-    nix::ioctl_write_int!(tunsetiff, b'T', 202);
-    // The header names the size of an int; the kernel fills a struct ifreq.
-    nix::ioctl_read_bad!(
-        tungetiff,
-        nix::request_code_read!(b'T', 210, size_of::<libc::c_uint>()),
-        libc::ifreq
-    );
-}
-
-const IFF_TAP: libc::c_short = libc::IFF_TAP as libc::c_short;
-const IFF_NO_PI: libc::c_short = libc::IFF_NO_PI as libc::c_short;
-const IFF_VNET_HDR: libc::c_short = libc::IFF_VNET_HDR as libc::c_short;
-const IFF_MULTI_QUEUE: libc::c_short = libc::IFF_MULTI_QUEUE as libc::c_short;
-
-#[allow(unsafe_code)] // ioctls of the tun driver
 fn tap(ifname: &str, queues: u16) -> Result<Vec<OwnedFd>, String> {
-    let told = |what: String| format!("-netdev ifname={ifname}: {what}");
-    if ifname.is_empty() || ifname.len() >= libc::IFNAMSIZ {
-        return Err(told(format!(
-            "an interface name has 1 to {} bytes",
-            libc::IFNAMSIZ - 1
-        )));
-    }
-    // TUNSETIFF makes an interface that is not there; a typing error must not become a new one.
-    if nix::net::if_::if_nametoindex(ifname).is_err() {
-        return Err(told(
-            "no such network interface; make it with: ip tuntap add NAME mode tap [multi_queue]"
-                .into(),
-        ));
-    }
-    let mut fds = Vec::with_capacity(usize::from(queues));
-    for _ in 0..queues {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/net/tun")
-            .map_err(|e| told(format!("cannot open /dev/net/tun: {e}")))?;
-        // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        for (to, from) in request.ifr_name.iter_mut().zip(ifname.bytes()) {
-            *to = from as libc::c_char;
-        }
-        request.ifr_ifru.ifru_flags =
-            IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
-        // SAFETY: the argument points to an ifreq that lives across the call.
-        unsafe { tap_ioctl::tunsetiff(file.as_raw_fd(), std::ptr::from_ref(&request) as u64) }.map_err(
-            |e| match e {
-                Errno::EBUSY => told("the tap device is in use by another process".into()),
-                Errno::EINVAL if queues > 1 => told(format!(
-                    "cannot attach {queues} queues: make it with: ip tuntap add {ifname} mode tap multi_queue"
-                )),
-                Errno::EINVAL => told(
-                    "not a tap device, or one made with multi_queue that wants queues=2 or more".into(),
-                ),
-                Errno::EPERM => told("no permission to attach to this tap device".into()),
-                other => told(format!("cannot attach to the tap device: {}", other.desc())),
-            },
-        )?;
-        fds.push(file.into());
-    }
-    Ok(fds)
-}
-
-/// An inherited descriptor must be one queue of a tap device with virtio headers and without packet information.
-#[allow(unsafe_code)] // ioctls of the tun driver
-pub(super) fn check_tap(fd: &OwnedFd) -> Result<(), String> {
-    // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // SAFETY: the argument points to an ifreq that lives across the call.
-    unsafe { tap_ioctl::tungetiff(fd.as_raw_fd(), &raw mut request) }
-        .map_err(|_| "not an open tap device".to_string())?;
-    // SAFETY: TUNGETIFF fills the flags member of the union.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    if flags & IFF_TAP == 0 {
-        return Err("a tun device; a tap device (IFF_TAP) is needed".into());
-    }
-    if flags & IFF_VNET_HDR == 0 || flags & IFF_NO_PI == 0 {
-        return Err("the tap must be opened with IFF_VNET_HDR and IFF_NO_PI".into());
-    }
-    let set = nix::fcntl::fcntl(fd.as_fd(), nix::fcntl::FcntlArg::F_GETFL)
-        .map(OFlag::from_bits_retain)
-        .and_then(|now| {
-            nix::fcntl::fcntl(
-                fd.as_fd(),
-                nix::fcntl::FcntlArg::F_SETFL(now | OFlag::O_NONBLOCK),
-            )
-        });
-    set.map(|_| ()).map_err(|e| e.desc().to_string())
+    ipc::tap::open(ifname, queues).map_err(|e| format!("-netdev ifname={ifname}: {e}"))
 }
 
 #[cfg(test)]

@@ -6,13 +6,10 @@
 
 mod cli;
 
-use std::fs::OpenOptions;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use device_host::alone::cli::{LogError, is_asked_for as asked_for};
 use device_host::alone::{self, Alone, AloneError};
 use ipc::image::ImageError;
 use ipc::spec::DeviceSpec;
@@ -22,19 +19,18 @@ use cli::{Command, Options};
 
 #[derive(Debug, Error)]
 enum DiskError {
-    #[error("-D {0}")]
-    Log(PathBuf, #[source] io::Error),
+    #[error(transparent)]
+    Log(#[from] LogError),
     #[error("--file {}", .0.display())]
     Image(PathBuf, #[source] ImageError),
     #[error(transparent)]
     Alone(#[from] AloneError),
 }
 
-/// Whether these are the words of a person or a manager: options. A broker gives the program's name and the device's id, which it
-/// never begins with a dash.
+/// Whether these are the words of a person or a manager.
 #[must_use]
 pub fn is_asked_for(words: &[String]) -> bool {
-    words.get(1).is_some_and(|word| word.starts_with('-')) || words.len() > 2
+    asked_for(words)
 }
 
 /// The program, with the arguments after its name.
@@ -72,38 +68,22 @@ pub fn run(arguments: impl Iterator<Item = String>) -> ExitCode {
 }
 
 fn serve(options: Options) -> Result<(), DiskError> {
+    let Options { file, disk, common } = options;
     // First, since its number must not be given to anything else.
-    let inherited = alone::inherit(&options.socket)?;
-    let log = open_log(options.log.as_deref())?;
-    let disk = &options.disk;
-    let image = ipc::image::open(&options.file, disk.readonly, disk.direct)
-        .map_err(|e| DiskError::Image(options.file.clone(), e))?;
+    let inherited = alone::inherit(&common.socket)?;
+    let log = common.open_log()?;
+    let image = ipc::image::open(&file, disk.readonly, disk.direct)
+        .map_err(|e| DiskError::Image(file, e))?;
     // Whatever is wrong before this is for who starts it.
-    ipc::log::init("block", options.log_level, log);
+    ipc::log::init("block", common.log_level, log);
     let alone = Alone {
-        device: DeviceSpec::Block(options.disk),
+        device: DeviceSpec::Block(disk),
         backends: vec![image.into()],
-        socket: options.socket,
-        seccomp: options.seccomp,
-        sandbox: options.sandbox,
-        log_level: options.log_level,
-        keep: options.keep,
+        socket: common.socket,
+        seccomp: common.seccomp,
+        sandbox: common.sandbox,
+        log_level: common.log_level,
+        keep: common.keep,
     };
     Ok(alone::serve(&alone, inherited)?)
-}
-
-fn open_log(path: Option<&Path>) -> Result<OwnedFd, DiskError> {
-    let Some(path) = path else {
-        return io::stderr()
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(|e| DiskError::Log("standard error".into(), e));
-    };
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .map(OwnedFd::from)
-        .map_err(|e| DiskError::Log(path.to_owned(), e))
 }

@@ -7,6 +7,7 @@
 //! **Why this way.** One jail for both ways of starting, built by the same code: what is proven of the managed process holds for this
 //! one. What stays outside keeps the right to start processes and nothing else.
 
+pub mod cli;
 mod listen;
 pub mod socket;
 
