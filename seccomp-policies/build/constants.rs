@@ -34,6 +34,7 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("MAP_FIXED", 0x10),
     ("MAP_ANONYMOUS", 0x20),
     ("MAP_NORESERVE", 0x4000),
+    ("MAP_STACK", 0x20000),
     // madvise(2)
     ("MADV_DONTNEED", 4),
     ("MADV_REMOVE", 9),

@@ -41,6 +41,8 @@ pub enum Policy {
     Template,
     /// The file-sharing daemon.
     VhostUserFs,
+    /// A thread of the file-sharing daemon that moves data between open files and guest memory.
+    FsMover,
     /// The process that keeps what a guest holds of a shared folder, and starts those that serve it.
     FsKeeper,
     /// The process of the file-sharing daemon that waits outside of the jail, and starts others inside.
@@ -83,7 +85,7 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
@@ -95,6 +97,7 @@ impl Policy {
         Self::Net,
         Self::Template,
         Self::VhostUserFs,
+        Self::FsMover,
         Self::FsKeeper,
         Self::FsOutside,
         Self::OzoneOutside,
@@ -116,6 +119,7 @@ impl Policy {
             Self::Net => &generated::NET_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
             Self::VhostUserFs => &generated::VHOST_USER_FS_INFO,
+            Self::FsMover => &generated::FS_MOVER_INFO,
             Self::FsKeeper => &generated::FS_KEEPER_INFO,
             Self::FsOutside => &generated::FS_OUTSIDE_INFO,
             Self::OzoneOutside => &generated::OZONE_OUTSIDE_INFO,
@@ -147,6 +151,7 @@ impl Policy {
             Self::Net => &generated::NET,
             Self::Template => &generated::TEMPLATE,
             Self::VhostUserFs => &generated::VHOST_USER_FS,
+            Self::FsMover => &generated::FS_MOVER,
             Self::FsKeeper => &generated::FS_KEEPER,
             Self::FsOutside => &generated::FS_OUTSIDE,
             Self::OzoneOutside => &generated::OZONE_OUTSIDE,

@@ -89,6 +89,8 @@ pub(crate) struct Options {
     /// Bytes; 0 for none.
     pub(crate) dax_window: u64,
     pub(crate) socket_group: Option<String>,
+    /// That copy; as many as the host is good for if nothing is said.
+    pub(crate) threads: Option<usize>,
 }
 
 /// What was asked for.
@@ -178,7 +180,7 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("preserve-noatime", Takes::Nothing, "files that the guest opens with O_NOATIME keep their time of access"),
     ("dax-window", Takes::Value("SIZE"), "files can be mapped into a window of that size, 2M to 8G, if the front end knows how (default: none)"),
     ("tag", Takes::Value("NAME"), "the name to mount by, for front ends that ask for it (default: myfs)"),
-    ("thread-pool-size", Takes::Value("NUMBER"), "0: requests are done by the thread that takes them; more is not supported"),
+    ("thread-pool-size", Takes::Value("NUMBER"), "threads that copy large reads and writes beside the one that serves, 0 to 64 (default: one for each further processor, at most 3)"),
     ("inode-file-handles", Takes::Value("WHEN"), "never, or prefer, which is the same here: inodes are kept as descriptors"),
     ("print-capabilities", Takes::Nothing, "what management tools ask for, as JSON"),
     ("help", Takes::Nothing, "this text"),
@@ -448,11 +450,11 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
         (None, Some(fd)) => Socket::Fd(fd as RawFd),
         (None, None) => return Err(UsageError::NoSocket),
     };
-    number(
+    let threads = number(
         &given,
         "thread-pool-size",
-        0..=0,
-        "only 0 is supported: requests are done by the thread that takes them",
+        0..=64,
+        "0 to 64 threads are possible",
     )?;
     choice(
         &given,
@@ -598,6 +600,8 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
             None => 0,
         },
         socket_group: text("socket-group"),
+        // At most 64.
+        threads: threads.map(|count| count as usize),
         tag,
     })))
 }

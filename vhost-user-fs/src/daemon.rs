@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use device_host::alone::socket::{self, Inherited, SocketError};
-use device_host::{Record, ServeError, Standalone};
+use device_host::{MoversError, Record, ServeError, Standalone};
 use fs_device::FsDevice;
 use fs_device::passthrough::{Config, OwnFds, Passthrough, Store};
 use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
@@ -31,7 +31,7 @@ use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
 use crate::cli::{LogTo, Options, Seccomp, Socket};
-use crate::{inherited, resident};
+use crate::{inherited, movers, resident};
 
 /// Descriptors that are not for the guest's files: the socket, queues, memory while it is mapped, the log.
 const RESERVED: u64 = 128;
@@ -94,6 +94,8 @@ enum DaemonError {
     Kept(#[source] Errno),
     #[error("shared folder")]
     Tree(#[source] Errno),
+    #[error("-thread-pool-size")]
+    Movers(#[from] MoversError),
     #[error("-tag does not fit")]
     Tag,
     #[error("waiting for the front end")]
@@ -169,6 +171,7 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
     let kept = Kept {
         store: Store::new(descriptors).map_err(DaemonError::Kept)?,
         record: Record::new().map_err(DaemonError::Kept)?,
+        movers: options.threads.unwrap_or_else(movers::sensible),
         own: inherited::first_free().map_err(DaemonError::Inherited)?,
     };
     let mut restarts = Restarts::default();
@@ -219,6 +222,8 @@ fn chosen(map: &[IdRange], own: u32) -> &[IdRange] {
 struct Kept {
     store: Store,
     record: Record,
+    /// Threads that move data, of each serving process.
+    movers: usize,
     /// Descriptors below this number are of the process outside, from before it started any.
     own: i32,
 }
@@ -280,7 +285,12 @@ fn serve(
     front_end: ManuallyDrop<Inherited>,
     (descriptors, kept): (usize, Kept),
 ) -> Result<ExitCode, DaemonError> {
-    let Kept { store, record, .. } = kept;
+    let Kept {
+        store,
+        record,
+        movers,
+        ..
+    } = kept;
     let all_users = inside.all_users;
     let locked = inside.lock()?;
     if let Some(missing) = tree::describe_missing(locked.layers()) {
@@ -323,9 +333,12 @@ fn serve(
         store.keep_open(inside.mounts);
         Passthrough::new(inside.tree, own, store, config).map_err(DaemonError::Tree)?
     };
+    let action = action(options.seccomp);
+    let movers = movers::start(movers, action)?;
     let device = FsDevice::new(tree, &options.tag)
         .ok_or(DaemonError::Tag)?
         .with_window(options.dax_window)
+        .with_movers(movers)
         .with_lifeline(inside.lifeline)
         .with_rest(resident::give_code_back);
     let prepared = Standalone::new(device)?;
@@ -340,7 +353,6 @@ fn serve(
         };
         jailed.serve_on_record(stream, record)?
     };
-    let action = action(options.seccomp);
     if action != Some(Action::Kill) {
         ipc::log::warn!("-seccomp: unexpected system calls do not end this process");
     }

@@ -6,7 +6,9 @@
 //! get larger than the room for them.
 //! **Why this way.** One thread does every request to its end before the next, so there is no order to get wrong and nothing
 //! left behind when a queue stops. The high-priority queue is served by the same code: what may wait there is the guest's
-//! business. Only a request for a lock that somebody else has stays behind: it is tried again whenever others had their turn, since
+//! business. Only the copying of large `READ`s and `WRITE`s may be left to others ([`Movers`]), while this thread goes on with the
+//! next request: both name a place in an open file and change no table, so whatever comes in between, and another try after the
+//! death of this process, finds them as a disk would have them. What closes a file waits for them. And a request for a lock that somebody else has stays behind: it is tried again whenever others had their turn, since
 //! the guest may have given the lock back itself, and every few milliseconds, since the host may have.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,8 +16,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use device_host::{
-    Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Ring, Token, Window,
-    WindowError, WindowRange,
+    Chain, Device, DeviceFault, GuestBuffers, HostFault, Interest, Movers, Moving, Ring, Token,
+    Window, WindowError, WindowRange,
 };
 use ipc::limits::{DAX_UNIT, FS_LOCK_RETRY_MS, FS_POLL_US, MAX_FS_WAITERS};
 use nix::errno::Errno;
@@ -23,7 +25,7 @@ use nix::errno::Errno;
 use crate::fuse::decode::MAX_BODY;
 use crate::fuse::decode::{Lock, Ranges};
 use crate::fuse::reply::{self, Put};
-use crate::fuse::wire::{IN_HEADER, OUT_HEADER, WRITE_IN, opcode};
+use crate::fuse::wire::{IN_HEADER, OUT_HEADER, WRITE_IN, WRITE_OUT, opcode};
 use crate::fuse::{Body, InHeader, decode};
 use crate::passthrough::{Origin, Outcome, Passthrough, Place, is_writable};
 
@@ -35,6 +37,10 @@ pub const REQUEST_QUEUES: u16 = 8;
 const REST: Duration = Duration::from_secs(1);
 /// Entries of a queue at most; a `WRITE` of 1 MiB needs 256 and a few.
 pub const QUEUE_SIZE: u16 = 1024;
+
+/// Bytes of a `READ` or `WRITE` from which on it may be left to other threads.
+const LARGE_READ: usize = 32 << 10;
+const LARGE_WRITE: usize = 4 << 10;
 
 /// A shared tree as a device.
 #[derive(Debug)]
@@ -62,6 +68,52 @@ pub struct FsDevice {
     waiters: Vec<Waiter>,
     /// When their locks are asked for again, even if nothing happens.
     retry_at: Option<Instant>,
+    /// Threads that copy, if there are any.
+    movers: Option<Movers<Moved>>,
+    /// The request at hand is left to them.
+    moving: Option<(Moving, Reply)>,
+}
+
+/// A request whose data other threads move.
+#[derive(Debug)]
+pub struct Moved {
+    queue: u16,
+    token: Token,
+    reply: Reply,
+}
+
+/// The reply that is in the guest's memory already, and is right if all bytes are moved.
+#[derive(Debug, Clone, Copy)]
+struct Reply {
+    unique: u64,
+    /// Bytes of the data.
+    size: usize,
+    write: bool,
+}
+
+impl Reply {
+    /// Its length, header and body with `result`: bytes of the data.
+    fn of(self, result: Result<usize, Errno>) -> (u32, [u8; OUT_HEADER + WRITE_OUT]) {
+        let (len, body, error) = match (result, self.write) {
+            // At most `size`, which is 32 bits in a request.
+            (Ok(count), true) => ((OUT_HEADER + WRITE_OUT) as u32, count as u32, 0),
+            (Ok(count), false) => (OUT_HEADER as u32 + count as u32, 0, 0),
+            (Err(errno), _) => (OUT_HEADER as u32, 0, errno as i32),
+        };
+        let mut bytes = [0; OUT_HEADER + WRITE_OUT];
+        bytes[..OUT_HEADER].copy_from_slice(&reply::header(len, error, self.unique));
+        bytes[OUT_HEADER..OUT_HEADER + 4].copy_from_slice(&body.to_ne_bytes());
+        (len, bytes)
+    }
+
+    /// Bytes of it in front of the data of a `READ`, or all of them.
+    fn fixed(self, result: Result<usize, Errno>) -> usize {
+        if self.write && result.is_ok() {
+            OUT_HEADER + WRITE_OUT
+        } else {
+            OUT_HEADER
+        }
+    }
 }
 
 /// A request for a lock that somebody else has.
@@ -99,7 +151,15 @@ impl FsDevice {
             blocked: None,
             waiters: Vec::new(),
             retry_at: None,
+            movers: None,
+            moving: None,
         })
+    }
+
+    /// Has large reads and writes copied by these threads as well.
+    #[must_use]
+    pub fn with_movers(self, movers: Option<Movers<Moved>>) -> Self {
+        Self { movers, ..self }
     }
 
     /// Has `request_queues` of `queue_size` entries. Without this there are more than the driver is told of, for front ends that
@@ -191,8 +251,16 @@ impl FsDevice {
                 size,
                 write_flags,
             } => {
-                let result = self.write((fh, offset, size, write_flags), data);
-                self.answer(&header, writable, result)
+                let request = (fh, offset, size, write_flags);
+                match self.write(&header, request, data, &writable) {
+                    // The reply is written below; what it tells is decided later.
+                    Ok(None) => 0,
+                    Ok(Some(written)) => {
+                        self.reply.u32(written).u32(0);
+                        self.answer(&header, writable, Ok(()))
+                    }
+                    Err(errno) => self.answer(&header, writable, Err(errno)),
+                }
             }
             Body::SetupMapping {
                 fh,
@@ -213,6 +281,7 @@ impl FsDevice {
                 self.answer(&header, writable, result)
             }
             body => {
+                self.settle_before(&body);
                 // What a session before this one mapped goes with it.
                 if matches!(body, Body::Init { .. } | Body::Destroy) {
                     self.unmap_all();
@@ -254,9 +323,31 @@ impl FsDevice {
             return 0;
         };
         writable.truncate(size as usize);
-        let result = i64::try_from(offset)
+        let file = i64::try_from(offset)
             .map_err(|_| Errno::EINVAL)
-            .and_then(|offset| writable.fill_from_file(self.tree.readable(fh)?, offset));
+            .and_then(|offset| Ok((offset, self.tree.readable(fh)?)));
+        let result = match file {
+            Ok((offset, file)) => {
+                if writable.len() >= LARGE_READ
+                    && let Some(movers) = &mut self.movers
+                    && let Some(moving) = movers.read(file, offset, &writable)
+                {
+                    let reply = Reply {
+                        unique: header.unique,
+                        size: writable.len(),
+                        write: false,
+                    };
+                    let (len, bytes) = reply.of(Ok(reply.size));
+                    let mut fixed = [0; OUT_HEADER];
+                    fixed.copy_from_slice(&bytes[..OUT_HEADER]);
+                    head.set(&fixed);
+                    self.moving = Some((moving, reply));
+                    return len;
+                }
+                writable.fill_from_file(file, offset)
+            }
+            Err(errno) => Err(errno),
+        };
         let (len, error) = match result {
             // At most `size`.
             Ok(n) => (OUT_HEADER as u32 + n as u32, 0),
@@ -266,11 +357,14 @@ impl FsDevice {
         len
     }
 
+    /// Bytes written; `None` if others do it.
     fn write(
         &mut self,
+        header: &InHeader,
         (fh, offset, size, flags): (u64, u64, u32, u32),
         mut data: GuestBuffers<'_>,
-    ) -> Result<(), Errno> {
+        writable: &GuestBuffers<'_>,
+    ) -> Result<Option<u32>, Errno> {
         if data.len() < size as usize {
             return Err(Errno::EIO);
         }
@@ -289,9 +383,68 @@ impl FsDevice {
             }
         };
         let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
+        if place == Place::Told
+            && data.len() >= LARGE_WRITE
+            && writable.len() >= OUT_HEADER + WRITE_OUT
+            && let Some(movers) = &mut self.movers
+            && let Some(moving) = movers.write(file, offset, &data)
+        {
+            let reply = Reply {
+                unique: header.unique,
+                size: data.len(),
+                write: true,
+            };
+            self.moving = Some((moving, reply));
+            return Ok(None);
+        }
         let written = data.put_into_file(file, offset, append)?;
         // At most `size`.
-        self.reply.u32(written as u32).u32(0);
+        Ok(Some(written as u32))
+    }
+
+    /// What closes files that others are at comes after them. Guests wait for the replies before they release a file.
+    fn settle_before(&mut self, body: &Body<'_>) {
+        let Some(movers) = &mut self.movers else {
+            return;
+        };
+        let closes = match body {
+            Body::Release { fh, .. } => self.tree.readable(*fh).is_ok_and(|file| movers.uses(file)),
+            Body::Init { .. } | Body::Destroy => movers.in_flight() > 0,
+            _ => false,
+        };
+        if closes {
+            movers.settle();
+        }
+    }
+
+    /// Whether a back end is the event that something was moved.
+    fn is_of_movers(&self, index: usize) -> bool {
+        index == 0 && self.movers.is_some()
+    }
+
+    /// Answers those whose data is where it belongs.
+    fn answer_moved(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        let Some(movers) = &mut self.movers else {
+            return Ok(());
+        };
+        while let Some((moved, result)) = movers.finished() {
+            let Moved {
+                queue,
+                token,
+                reply,
+            } = moved;
+            let ring = rings.get_mut(usize::from(queue));
+            let Some(ring) = ring.filter(|ring| ring.is_running()) else {
+                continue;
+            };
+            let (len, bytes) = reply.of(result);
+            if reply.write || result != Ok(reply.size) {
+                let mut writable = ring.writable_of(&token)?;
+                writable.write(&bytes[..reply.fixed(result)]);
+            }
+            ring.complete(token, len)?;
+            ring.interrupt()?;
+        }
         Ok(())
     }
 
@@ -466,6 +619,18 @@ impl Device for FsDevice {
                 head: token.head(),
             };
             let written = self.serve((origin, token.is_replayed()), readable, writable);
+            if let Some((moving, reply)) = self.moving.take() {
+                let moved = Moved {
+                    queue: index,
+                    token,
+                    reply,
+                };
+                if let Some(movers) = &mut self.movers {
+                    movers.remember(moving, moved);
+                }
+                self.tree.end();
+                continue;
+            }
             if let Some((header, lock)) = self.blocked.take() {
                 self.waiters.push(Waiter {
                     queue: index,
@@ -498,7 +663,26 @@ impl Device for FsDevice {
         Duration::from_micros(u64::from(FS_POLL_US))
     }
 
+    fn has_finished(&mut self) -> bool {
+        self.movers.as_ref().is_some_and(Movers::has_finished)
+    }
+
+    fn may_sleep(&mut self) -> bool {
+        self.movers.as_ref().is_none_or(Movers::may_sleep)
+    }
+
+    fn is_due(&self) -> bool {
+        self.movers.as_ref().is_some_and(Movers::has_work)
+    }
+
     fn after_turns(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        self.answer_moved(rings)?;
+        while self.movers.as_mut().is_some_and(Movers::work) {
+            self.answer_moved(rings)?;
+            if rings.iter().any(Ring::wants_turn) {
+                break;
+            }
+        }
         if !self.waiters.is_empty() {
             self.answer_waiters(rings, |tree, waiter| {
                 if waiter.interrupted {
@@ -528,23 +712,37 @@ impl Device for FsDevice {
 
     /// Nobody can wait beyond the end of a queue.
     fn drain(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
+        if let Some(movers) = &mut self.movers {
+            movers.settle();
+        }
+        self.answer_moved(rings)?;
         self.answer_waiters(rings, |_, _| Err(Errno::EAGAIN))
     }
 
     fn backends(&self) -> Vec<BorrowedFd<'_>> {
-        self.lifeline.iter().map(AsFd::as_fd).collect()
+        let movers = self.movers.iter().map(AsFd::as_fd);
+        movers
+            .chain(self.lifeline.iter().map(AsFd::as_fd))
+            .collect()
     }
 
-    fn interest(&self, _index: usize) -> Interest {
-        Interest::READ
+    fn interest(&self, index: usize) -> Interest {
+        if self.is_of_movers(index) {
+            Interest::EVENT
+        } else {
+            Interest::READ
+        }
     }
 
     fn backend_ready(
         &mut self,
-        _index: usize,
+        index: usize,
         _ready: Interest,
-        _rings: &mut [Ring],
+        rings: &mut [Ring],
     ) -> Result<(), DeviceFault> {
+        if self.is_of_movers(index) {
+            return self.answer_moved(rings);
+        }
         Err(HostFault::of("waiting process: it is gone, so this")(Errno::ESRCH).into())
     }
 

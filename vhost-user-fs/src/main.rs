@@ -4,6 +4,7 @@ mod cli;
 mod daemon;
 mod inherited;
 mod managed;
+mod movers;
 mod resident;
 
 use std::process::ExitCode;

@@ -11,9 +11,9 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
-use device_host::{BackendFds, Estate, Heir, Kept};
+use device_host::{BackendFds, Estate, Heir, Kept, Movers, MoversError};
 use fs_device::FsDevice;
-use fs_device::device::TAG_BYTES;
+use fs_device::device::{Moved, TAG_BYTES};
 use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, Store, may_switch_user};
 use ipc::channel::Channel;
 use ipc::limits::{MAX_FS_QUEUE_SIZE, MAX_FS_REQUEST_QUEUES, MIN_FS_QUEUE_SIZE};
@@ -24,7 +24,10 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
+use seccomp_policies::Action;
 use thiserror::Error;
+
+use crate::movers;
 
 /// First word of the arguments of a process that the broker has started.
 pub(crate) const NAME: &str = "fs";
@@ -48,6 +51,8 @@ enum BuildError {
     Limits(#[source] Errno),
     #[error("shared folder")]
     Tree(#[source] Errno),
+    #[error(transparent)]
+    Movers(#[from] MoversError),
 }
 
 /// Serves until the VM ends.
@@ -105,6 +110,8 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
         ..Config::default()
     };
     let processes = ManuallyDrop::new(processes);
+    let movers = movers::sensible();
+    let action = device_host::filter_action(start);
     if let Some(line) = fds.take() {
         let spec = spec.clone();
         // The index of inodes hashes with these seeds, which nothing has asked for yet and which the filter gives to nobody.
@@ -121,6 +128,8 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
                     spec,
                     config,
                     store,
+                    movers,
+                    action,
                     processes,
                 })
             }),
@@ -140,6 +149,8 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
         spec: spec.clone(),
         config,
         store,
+        movers,
+        action,
         processes,
     };
     if shared.own_fds().is_err() {
@@ -148,7 +159,8 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
         );
         let own = OwnFds::new(ManuallyDrop::into_inner(shared.processes));
         let tree = Passthrough::new(tree, own, store, shared.config).map_err(BuildError::Tree)?;
-        return device(tree, spec).map(Kept::Alone);
+        // Its threads would have to be started before the jail is shut.
+        return device(tree, spec, None).map(Kept::Alone);
     }
     // Descriptors are on the mounts of this jail, whichever process has them.
     let mounts = shared.mounts().map_err(BuildError::Tree)?;
@@ -157,9 +169,16 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
     Ok(Kept::By(shared, Channel::from_fd(broker)))
 }
 
-fn device(tree: Passthrough, spec: &FsSpec) -> Result<FsDevice, BuildError> {
+fn device(
+    tree: Passthrough,
+    spec: &FsSpec,
+    movers: Option<Movers<Moved>>,
+) -> Result<FsDevice, BuildError> {
     FsDevice::new(tree, &spec.tag)
-        .map(|device| device.with_queues(spec.request_queues, spec.queue_size))
+        .map(|device| {
+            let device = device.with_queues(spec.request_queues, spec.queue_size);
+            device.with_movers(movers)
+        })
         .ok_or(BuildError::NotAFolder)
 }
 
@@ -168,6 +187,9 @@ struct Shared {
     spec: FsSpec,
     config: Config,
     store: Store,
+    /// Threads that move data, and what their filters do.
+    movers: usize,
+    action: Option<Action>,
     /// A `/proc` of the jail. Both processes have it, so neither closes it.
     processes: ManuallyDrop<OwnedFd>,
 }
@@ -194,7 +216,8 @@ impl Estate for Shared {
         let own = OwnFds::new(self.own_fds().map_err(BuildError::Tree)?);
         let tree = Passthrough::resume(None, own, self.store, self.config.clone())
             .map_err(BuildError::Tree)?;
-        device(tree, &self.spec)
+        let movers = movers::start(self.movers, self.action)?;
+        device(tree, &self.spec, movers)
     }
 
     fn descriptors(&self, with: &mut dyn FnMut(RawFd)) {

@@ -45,10 +45,24 @@ fn status(pid: u32) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// The threads of a serving process that only move data.
+fn movers(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks
+        .map(|task| task.unwrap())
+        .filter(|task| {
+            fs::read_to_string(task.path().join("comm"))
+                .unwrap()
+                .starts_with("mover")
+        })
+        .map(|task| task.file_name().into_string().unwrap().parse().unwrap())
+        .collect()
+}
+
 #[test]
 fn the_serving_process_holds_what_it_needs_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
-    let mut client = Client::start(dir.path(), &[]);
+    let mut client = Client::start(dir.path(), &["--thread-pool-size=2"]);
     let pid = serving(client.child.id());
     let status = status(pid);
     for set in ["CapInh", "CapAmb"] {
@@ -60,7 +74,7 @@ fn the_serving_process_holds_what_it_needs_and_nothing_else() {
     }
     assert_eq!(status["NoNewPrivs"], "1");
     assert_eq!(status["Seccomp"], "2");
-    assert_eq!(status["Threads"], "1");
+    assert_eq!(status["Threads"], "3");
     for kind in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"] {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
         assert_ne!(of(&pid.to_string()), of("self"), "{kind}");
@@ -82,12 +96,28 @@ fn the_serving_process_holds_what_it_needs_and_nothing_else() {
     let only = |policy: Policy| policy.program(Action::Kill).to_vec();
     assert_eq!(filters(client.child.id()), [only(Policy::FsOutside)]);
     assert_eq!(filters(pid), [only(Policy::VhostUserFs)]);
+    // Threads that move data have a filter and no right that it has not.
+    let movers = movers(pid);
+    assert_eq!(movers.len(), 2);
+    for mover in &movers {
+        let status = self::status(*mover);
+        for set in ["CapPrm", "CapEff", "CapBnd", "NoNewPrivs"] {
+            assert_eq!(status[set], self::status(pid)[set], "{set}");
+        }
+        assert_eq!(filters(*mover), [only(Policy::FsMover)]);
+    }
     // One that goes on for it has inherited the filter of the process outside.
     kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
     client.assert_alive();
     let next = serving(client.child.id());
     let both = [Policy::FsOutside, Policy::VhostUserFs].map(only);
     assert_eq!(filters(next), both);
+    let both = [Policy::FsOutside, Policy::FsMover].map(only);
+    let movers = self::movers(next);
+    assert_eq!(movers.len(), 2);
+    for mover in movers {
+        assert_eq!(filters(mover), both);
+    }
     assert!(client.finish().success());
 }
 

@@ -361,3 +361,142 @@ fn a_kill_loop_under_load_changes_no_byte_and_no_count() {
     assert!(kills > requests / 60, "{kills} kills only");
     assert!(open < 40, "{open} descriptors are open at the end");
 }
+
+/// Bytes that tell which file and which round they are of, anew in each place.
+fn pattern(file: u64, round: u64, len: usize) -> Vec<u8> {
+    let mut numbers = Numbers(0x9e37_79b9 + (file << 32) + round);
+    let words = (0..len.div_ceil(8)).flat_map(|_| numbers.next().to_le_bytes());
+    words.take(len).collect()
+}
+
+#[test]
+fn large_requests_that_several_threads_are_at_are_done_once_whoever_dies() {
+    const FILES: u64 = 4;
+    const SIZE: u32 = 300 << 10;
+    let rounds = std::env::var("SURVIVAL_REQUESTS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .map_or(120, |requests: u64| requests / 8);
+    let dir = tempfile::tempdir().unwrap();
+    let options = ["-log-level", "error", "--thread-pool-size=3"];
+    let mut client = Client::start(dir.path(), &options);
+    let files: Vec<_> = (0..FILES)
+        .map(|file| {
+            let flags = O_RDWR | O_EXCL;
+            client.create(1, &format!("file-{file}"), flags).unwrap()
+        })
+        .collect();
+    let kills = AtomicU32::new(0);
+    let outside = client.child.id();
+    let place = |round: u64| round % 2 * u64::from(SIZE);
+    std::thread::scope(|scope| {
+        let (tell, words) = channel();
+        let count = &kills;
+        scope.spawn(move || killer(outside, &words, count));
+        let mut random = Numbers(0x5eed_4321_8765_cba9);
+        for round in 1..=rounds {
+            // Each file's one half is written while what the last round wrote to the other is read.
+            let mut begun = BTreeMap::new();
+            for (slot, &(node, fh)) in (0..).zip(&files) {
+                let data = pattern(slot, round, SIZE as usize);
+                client.front.memory.write(Client::large_at(slot), &data);
+                let body = Body::new().u64(fh).u64(place(round)).u32(SIZE).zeros(20);
+                let (unique, head) = client.begin_large(opcode::WRITE, node, body, slot, SIZE);
+                begun.insert(head, (slot, unique));
+                let room = Client::large_at(FILES + slot);
+                client.front.memory.write(room, &vec![0; SIZE as usize]);
+                let body = Body::new().u64(fh).u64(place(round - 1)).u32(SIZE);
+                let body = body.zeros(20);
+                let slot = FILES + slot;
+                let (unique, head) = client.begin_large(opcode::READ, node, body, slot, SIZE);
+                begun.insert(head, (slot, unique));
+                if round % 3 == 0 && slot == FILES + 1 {
+                    tell.send(random.next() as u32 % 100_000).unwrap();
+                }
+            }
+            while !begun.is_empty() {
+                let (head, used) = client.answered();
+                let (slot, unique) = begun.remove(&head).expect("each is answered once");
+                if slot < FILES {
+                    assert_eq!(client.large_reply(slot, unique), Ok(SIZE));
+                    assert_eq!(used, 24);
+                    continue;
+                }
+                client.large_reply(slot, unique).unwrap();
+                if round == 1 {
+                    // Nothing is there yet, or what is being written.
+                    continue;
+                }
+                assert_eq!(used, 16 + SIZE);
+                let read = client
+                    .front
+                    .memory
+                    .read(Client::large_at(slot), SIZE as usize);
+                let file = slot - FILES;
+                assert!(
+                    read == pattern(file, round - 1, SIZE as usize),
+                    "{file} in {round}"
+                );
+            }
+        }
+        drop(tell);
+    });
+    let kills = kills.into_inner();
+    println!("{kills} kills in {rounds} rounds");
+    assert!(u64::from(kills) > rounds / 6, "{kills} kills only");
+    for (file, &(node, fh)) in (0..).zip(&files) {
+        client.release(node, fh).unwrap();
+        client.forget(node, 1);
+        let found = fs::read(dir.path().join(format!("file-{file}"))).unwrap();
+        for round in [rounds - 1, rounds] {
+            let at = place(round) as usize;
+            let part = &found[at..at + SIZE as usize];
+            assert!(
+                part == pattern(file, round, SIZE as usize),
+                "{file} at {at}"
+            );
+        }
+    }
+    assert!(client.finish().success());
+}
+
+#[test]
+fn a_file_is_closed_after_what_others_still_read_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = 300u32 << 10;
+    let data = pattern(1, 1, size as usize);
+    fs::write(dir.path().join("file"), &data).unwrap();
+    let options = ["-log-level", "error", "--thread-pool-size=3"];
+    let mut client = Client::start(dir.path(), &options);
+    let node = client.lookup(1, "file").unwrap();
+    for _ in 0..50 {
+        let fh = client.open(node, libc::O_RDONLY).unwrap();
+        let mut begun = BTreeMap::new();
+        for slot in 0..8 {
+            let body = Body::new().u64(fh).u64(0).u32(size).zeros(20);
+            let (unique, head) = client.begin_large(opcode::READ, node, body, slot, size);
+            begun.insert(head, (slot, unique));
+        }
+        // No guest does that before it has the answers; a hostile one gets what it asked for first, and no other file's bytes.
+        let release = client.begin(opcode::RELEASE, node, Body::new().u64(fh).zeros(16));
+        let mut released = false;
+        for _ in 0..9 {
+            let (head, used) = client.answered();
+            if head == release.1 {
+                released = true;
+                continue;
+            }
+            let (slot, unique) = begun.remove(&head).unwrap();
+            client.large_reply(slot, unique).unwrap();
+            assert_eq!(used, 16 + size);
+            let read = client
+                .front
+                .memory
+                .read(Client::large_at(slot), size as usize);
+            assert!(read == data);
+        }
+        assert!(released);
+        client.outcome(release.0).unwrap();
+    }
+    assert!(client.finish().success());
+}

@@ -21,6 +21,8 @@ pub struct Interest {
     pub readable: bool,
     /// Something can be written.
     pub writable: bool,
+    /// Told once for each time that it becomes so, whether or not anything is read: for an eventfd that nobody reads.
+    pub edge: bool,
 }
 
 impl Interest {
@@ -28,11 +30,17 @@ impl Interest {
     pub const NONE: Self = Self {
         readable: false,
         writable: false,
+        edge: false,
     };
     /// Polled for reading.
     pub const READ: Self = Self {
         readable: true,
-        writable: false,
+        ..Self::NONE
+    };
+    /// An eventfd that is never read.
+    pub const EVENT: Self = Self {
+        edge: true,
+        ..Self::READ
     };
 }
 
@@ -176,6 +184,17 @@ pub trait Device {
 
     /// While the process looks for more work: whether [`after_turns`](Self::after_turns) has something to complete.
     fn has_finished(&mut self) -> bool {
+        false
+    }
+
+    /// The process is about to sleep until something happens: whether it may, or [`after_turns`](Self::after_turns) has something
+    /// to do at once. What finishes later must show at a back end.
+    fn may_sleep(&mut self) -> bool {
+        true
+    }
+
+    /// [`after_turns`](Self::after_turns) is to be called again at once, and returned only so that other queues have their turn.
+    fn is_due(&self) -> bool {
         false
     }
 

@@ -60,7 +60,8 @@ pub(crate) fn serve(start: &StartMessage) -> Result<(), JailError> {
     Ok(())
 }
 
-fn action(start: &StartMessage) -> Option<Action> {
+/// What the filters of this process do; `None` without any.
+pub fn action(start: &StartMessage) -> Option<Action> {
     match start.seccomp {
         SeccompMode::Kill => Some(Action::Kill),
         SeccompMode::Log => Some(Action::Log),

@@ -21,6 +21,7 @@ mod jail;
 mod keeper;
 mod kept;
 mod memory;
+mod movers;
 mod patience;
 mod record;
 mod resume;
@@ -39,12 +40,13 @@ pub use device::{Device, Interest, copy_config};
 pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use file_io::{Access, FileIo, Range, Room};
 pub use heritage::HeritageError;
-pub use jail::JailError;
+pub use jail::{JailError, action as filter_action};
 pub use keeper::{Adopt, Estate, Heir, KeeperError, Kept};
 pub use memory::{
     BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, HeldByte, MemoryError,
     PACKET_SEGMENTS, direct_io_alignment,
 };
+pub use movers::{Movers, MoversError, Moving};
 pub use record::Record;
 pub use ring::Ring;
 pub use server::ServeError;

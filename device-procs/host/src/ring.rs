@@ -136,6 +136,11 @@ impl Ring {
         self.due = self.is_running();
     }
 
+    /// Whether the device would take chains from it if it had a turn now, as far as is known without a kick.
+    pub fn wants_turn(&self) -> bool {
+        self.due || self.has_more()
+    }
+
     pub(crate) fn is_started(&self) -> bool {
         self.started
     }

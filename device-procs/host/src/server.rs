@@ -494,19 +494,26 @@ fn flags(interest: Interest) -> EpollFlags {
     if interest.writable {
         flags |= EpollFlags::EPOLLOUT;
     }
+    if interest.edge {
+        flags |= EpollFlags::EPOLLET;
+    }
     flags
 }
 
 impl<D: Device> Server<D> {
     fn wait(&mut self, events: &mut [EpollEvent]) -> Result<usize, HostFault> {
-        if !self.is_due() && !self.look_for_work() {
+        if self.is_due() {
+            // Whoever does not sleep is not kicked.
+            self.look_at_rings();
+        } else if !self.look_for_work() {
             for ring in &mut self.rings {
                 if let Err(kind) = ring.listen() {
                     ring.break_with(kind);
                 }
             }
+            self.finished |= !self.is_due() && !self.device.may_sleep();
         }
-        let now = self.is_due();
+        let now = self.is_due() || self.finished;
         let timeout = if now {
             EpollTimeout::ZERO
         } else {
@@ -528,7 +535,19 @@ impl<D: Device> Server<D> {
     }
 
     fn is_due(&self) -> bool {
-        self.rings.iter().any(|ring| ring.due)
+        self.device.is_due() || self.rings.iter().any(|ring| ring.due)
+    }
+
+    /// Gives those that have more since they were last looked at a turn. Returns whether there are any.
+    fn look_at_rings(&mut self) -> bool {
+        let mut found = false;
+        for ring in &mut self.rings {
+            if ring.has_more() {
+                ring.want_turn();
+                found = true;
+            }
+        }
+        found
     }
 
     /// Stays awake for a while, if that has paid lately, and looks at the rings and the back end without any system call.
@@ -545,15 +564,8 @@ impl<D: Device> Server<D> {
         let start = Instant::now();
         loop {
             for _ in 0..LOOKS {
-                let mut found = self.device.has_finished();
-                self.finished |= found;
-                for ring in &mut self.rings {
-                    if ring.has_more() {
-                        ring.want_turn();
-                        found = true;
-                    }
-                }
-                if found {
+                self.finished |= self.device.has_finished();
+                if self.look_at_rings() || self.finished {
                     return true;
                 }
                 std::hint::spin_loop();
@@ -583,6 +595,7 @@ impl<D: Device> Server<D> {
         let ready = Interest {
             readable: failed || ready.contains(EpollFlags::EPOLLIN),
             writable: failed || ready.contains(EpollFlags::EPOLLOUT),
+            edge: false,
         };
         self.rings.iter_mut().for_each(Ring::refill_budget);
         let result = self.device.backend_ready(index, ready, &mut self.rings);
@@ -596,7 +609,7 @@ impl<D: Device> Server<D> {
         if !self.begun && !self.begin()? {
             return Ok(());
         }
-        let mut any = std::mem::take(&mut self.finished);
+        let mut any = std::mem::take(&mut self.finished) | self.device.is_due();
         for index in 0..self.rings.len() {
             let Some(ring) = self.rings.get_mut(index) else {
                 break;

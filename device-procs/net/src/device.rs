@@ -358,6 +358,7 @@ impl Device for Net {
             .map_or(Interest::NONE, |pair| Interest {
                 readable: pair.receiving && self.config.link_is_up(),
                 writable: pair.full,
+                ..Interest::NONE
             })
     }
 

@@ -6,7 +6,7 @@
 //! are none, and a test of a VM with a removed layer asserts that the check for that layer is the one that speaks.
 
 use super::expect::{
-    BackEnd, CONTROL_THREADS, Device, KVM_WORKER, RAM_GUARD, RING_WORKER, Setting, Want,
+    BackEnd, CONTROL_THREADS, Device, KVM_WORKER, MOVER, RAM_GUARD, RING_WORKER, Setting, Want,
 };
 use super::{NAMESPACES, probe};
 use crate::procfs::{self, Fd, Status};
@@ -200,7 +200,13 @@ pub fn check(vm: &mut Vm, setting: &Setting, reply: &Value) -> Result<Vec<Findin
             filters.insert(1, Policy::FsKeeper);
         }
         process.filters = each(&process, &filters);
-        report.one_thread(&process);
+        let movers = process.filter_movers();
+        let wanted = device.movers();
+        if movers != wanted {
+            let found = format!("{movers} threads that move data instead of {wanted}");
+            report.add(device.id, Check::Threads, found);
+        }
+        report.threads(&process, 1 + wanted);
         report.ring_workers(&process, device.has_ring().then_some(2));
         report.every(&process)?;
         let kept = match device.back_end {
@@ -362,6 +368,21 @@ impl Process {
             .filter(|(_, status)| !is_ring_worker(status))
     }
 
+    /// Gives threads that only move data their own filter in place of the serving one's; returns how many there are.
+    fn filter_movers(&mut self) -> usize {
+        let mut count = 0;
+        for (tid, status) in &self.threads {
+            let number = status.name().strip_prefix(MOVER).map(str::parse::<usize>);
+            if matches!(number, Some(Ok(_)))
+                && let Some(last) = self.filters.get_mut(tid).and_then(|f| f.last_mut())
+            {
+                *last = Policy::FsMover;
+                count += 1;
+            }
+        }
+        count
+    }
+
     fn pipes(&self) -> Vec<String> {
         let reading = self.fds.values().filter(|fd| !fd.writable());
         reading
@@ -390,12 +411,16 @@ impl Report {
     }
 
     fn one_thread(&mut self, process: &Process) {
+        self.threads(process, 1);
+    }
+
+    fn threads(&mut self, process: &Process, wanted: usize) {
         let count = process.own_threads().count();
-        if count != 1 {
+        if count != wanted {
             self.add(
                 &process.label,
                 Check::Threads,
-                format!("{count} instead of 1"),
+                format!("{count} instead of {wanted}"),
             );
         }
     }

@@ -10,6 +10,8 @@ use ipc::limits::{
     FS_INODE_MEMORY, MAX_DEVICE_MEMORY, MAX_FS_DESCRIPTORS, MAX_FS_TABLES, MAX_INFLIGHT_REGION,
     MAX_MEMORY_REGIONS,
 };
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
 use seccomp_policies::Policy;
 
 /// A device of the VM under test.
@@ -125,6 +127,20 @@ impl Device {
         self.kind().is_some_and(|kind| kind.ring)
     }
 
+    /// Threads that move data beside the one that serves: one for each further processor, at most three.
+    #[must_use]
+    pub fn movers(&self) -> usize {
+        if !self.has_keeper() {
+            return 0;
+        }
+        let processors = sched_getaffinity(Pid::from_raw(0)).map_or(1, |set| {
+            (0..CpuSet::count())
+                .filter(|cpu| set.is_set(*cpu).unwrap_or(false))
+                .count()
+        });
+        (processors - 1).min(3)
+    }
+
     /// Whether another process of its jail keeps its state and starts it. That one ends with the broker, and everything in
     /// its pid namespace with it.
     #[must_use]
@@ -207,7 +223,11 @@ impl Device {
                 all.push(Want::at(8, "mnt", "r"));
                 all.push(Want::at(9, "pidfd", "rw"));
                 all.push(Want::at(10, "/fd", ""));
-                all.push(Want::at(11, "eventpoll", "rw"));
+                // What threads that move data tell.
+                let movers = usize::from(self.movers() > 0);
+                all.extend((0..movers).map(|_| Want::at(11, "eventfd", "rw")));
+                // At most one more.
+                all.push(Want::at(11 + movers as i32, "eventpoll", "rw"));
                 all.push(Want::some("memfd:inflight", "rw"));
                 all.extend((0..3 * self.started).map(|_| Want::some("eventfd", "rw")));
                 return all;
@@ -393,6 +413,9 @@ const CONTROL_EVENTFDS: usize = 10;
 /// A thread that KVM makes in the process that first runs a vCPU. It is the kernel's: it runs no instruction of the process,
 /// and there is none where KVM splits no huge pages.
 pub const KVM_WORKER: &str = "kvm-nx-lpage-re";
+
+/// How the names begin of threads that move data for a shared folder.
+pub const MOVER: &str = "mover";
 
 /// How the names begin of threads that the kernel makes for io_uring: they run no instruction of the process, have its filter,
 /// and come and go.

@@ -15,6 +15,8 @@ pub const IN_HEADER: usize = 40;
 pub const OUT_HEADER: usize = 16;
 /// Bytes of `fuse_write_in`.
 pub const WRITE_IN: usize = 40;
+/// Bytes of `fuse_write_out`.
+pub const WRITE_OUT: usize = 8;
 /// Bytes of `fuse_dirent` without the name.
 pub const DIRENT: usize = 24;
 /// Bytes of `fuse_entry_out`.

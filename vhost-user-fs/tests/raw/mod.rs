@@ -165,6 +165,60 @@ impl Client {
         (self.unique, head)
     }
 
+    /// Offers a `READ` or `WRITE` as Linux lays it out and does not wait for it: the request, what is written behind it, the reply's
+    /// header, and room for what is read, at the places of `slot`. Its number and its head in the queue.
+    pub fn begin_large(
+        &mut self,
+        opcode: u32,
+        node: u64,
+        body: Body,
+        slot: u64,
+        size: u32,
+    ) -> (u64, u16) {
+        let write = opcode == fs_device::fuse::wire::opcode::WRITE;
+        let len = 40 + body.0.len() as u32 + if write { size } else { 0 };
+        let bytes = self.request(opcode, node, len, &body.0);
+        let (request, reply) = (REQUEST + 0x10_0000 + slot * 0x400, REPLY + slot * 0x400);
+        self.front.memory.write(request, &bytes);
+        let data = Self::large_at(slot);
+        let head = Buffer::readable(request, bytes.len() as u32);
+        let buffers = if write {
+            // Two pieces that are not of a page each.
+            [
+                head,
+                Buffer::readable(data, 1000),
+                Buffer::readable(data + 1000, size - 1000),
+                Buffer::writable(reply, 24),
+            ]
+        } else {
+            [
+                head,
+                Buffer::writable(reply, 16),
+                Buffer::writable(data, 1000),
+                Buffer::writable(data + 1000, size - 1000),
+            ]
+        };
+        let head = self.queue.chain(&self.front.memory, &buffers);
+        self.queue.offer(&self.front.memory, head);
+        self.queue.kick();
+        (self.unique, head)
+    }
+
+    /// Where the data of a slot is, up to 384 KiB; there are 8.
+    pub fn large_at(slot: u64) -> u64 {
+        REPLY + 0x4_0000 + slot * 0x6_0000
+    }
+
+    /// The reply in a slot: error number, or the word behind the header.
+    pub fn large_reply(&self, slot: u64, unique: u64) -> Result<u32, i32> {
+        let bytes = self.front.memory.read(REPLY + slot * 0x400, 24);
+        assert_eq!(u64_at(&bytes, 8), unique);
+        match u32_at(&bytes, 4).cast_signed() {
+            0 => Ok(u32_at(&bytes, 16)),
+            error => Err(-error),
+        }
+    }
+
     fn begun_at(unique: u64) -> (u64, u64) {
         let request = REQUEST + 0x1000 + unique % 256 * 0x400;
         (request, request + 0x200)
