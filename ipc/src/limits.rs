@@ -130,7 +130,8 @@ pub const KEEPER_PATIENCE_MS: u64 = 2000;
 pub const MAX_FS_WAITERS: usize = 64;
 /// Milliseconds after which it is asked anew for a lock that somebody on the host may have given back.
 pub const FS_LOCK_RETRY_MS: u64 = 10;
-/// Milliseconds that the broker waits for a new keeper to be ready, and then for it to have taken over a million descriptors.
+/// Milliseconds that a new keeper has to be ready, and then to have taken over a million descriptors. The broker does other work
+/// meanwhile.
 pub const HAND_OVER_PATIENCE_MS: u64 = 10_000;
 
 /// Milliseconds that the control process waits for a device process to answer one vhost-user message.

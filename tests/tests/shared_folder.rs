@@ -22,7 +22,7 @@ use tests::jail::{Jail, NAMESPACES};
 use tests::lab::{Flavour, Guest, Script, ensure_packages, where_linux_boots};
 use tests::payload::Payload;
 use tests::procfs;
-use tests::qmp::QmpError;
+use tests::qmp::{Qmp, QmpError};
 use tests::test_path;
 use tests::vm::{Vm, VmBuilder, binary};
 use tests::wait::Deadline;
@@ -705,6 +705,166 @@ fn another_program_takes_over_what_the_guest_has_open() {
         refused("device binary vhost_user_fs");
         expect(&mut vm, "A-");
         assert_eq!(both(&mut vm), before);
+        all_is_written(&mut vm, &tree);
+    });
+}
+
+/// Asks for another program of folder `id` and does not wait for the answer, which is that to "upgrade".
+fn begin_upgrade(qmp: &mut Qmp, id: &str) {
+    let command = json!({ "execute": "device-upgrade", "arguments": { "id": id } });
+    qmp.send_raw(&format!("{command}\n")).unwrap();
+}
+
+/// What came of it; why it was refused.
+#[track_caller]
+fn upgraded(qmp: &mut Qmp) -> Result<(), String> {
+    let reply = qmp.reply("device-upgrade").unwrap();
+    match reply["error"]["desc"].as_str() {
+        Some(refused) => Err(refused.to_owned()),
+        None => Ok(()),
+    }
+}
+
+/// The keeper that is on its way beside those in `known`, all of which are children of the broker; `None` once it is none any more.
+fn newcomer(broker: i32, known: &[i32], deadline: Deadline) -> Option<i32> {
+    while !deadline.left().is_zero() {
+        let children = procfs::descendants(broker).unwrap();
+        let new = children
+            .into_iter()
+            .find(|pid| !known.contains(pid) && procfs::parent(*pid).is_ok_and(|p| p == broker));
+        if new.is_some() {
+            return new;
+        }
+    }
+    None
+}
+
+#[test]
+fn another_folder_is_cared_for_while_one_is_handed_over() {
+    require_kvm();
+    require_root();
+    let (_dir, tree) = tree();
+    let share = |id: &str| {
+        let (fsdev, device) = (
+            format!("local,id=of-{id},path={}", tree.display()),
+            format!("virtio-fs-device,fsdev=of-{id},tag={id},id={id}"),
+        );
+        ["-fsdev".to_owned(), fsdev, "-device".to_owned(), device]
+    };
+    let vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::FirstByte.path(), "")
+        .args(share("one"))
+        .args(share("other"))
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let processes = |id: &str| {
+        let mut found: Vec<(String, i32)> = procfs::descendants(vm.pid())
+            .unwrap()
+            .into_iter()
+            // The keeper and what it started have the words that the broker gave them.
+            .filter(|pid| procfs::command_line(*pid).is_ok_and(|words| words == ["fs", id]))
+            .map(|pid| (procfs::Status::of(pid).unwrap().name().to_owned(), pid))
+            .collect();
+        found.sort();
+        let [(serves, serving), (keeps, keeper)] = &found[..] else {
+            panic!("{found:?}");
+        };
+        assert_eq!((serves.as_str(), keeps.as_str()), ("fs", "fs-keeper"));
+        (*serving, *keeper)
+    };
+    let (before, other) = (processes("one"), processes("other"));
+    // One that has what the guest opened and does not say so: the new one waits for it.
+    kill(Pid::from_raw(before.1), Signal::SIGSTOP).unwrap();
+    begin_upgrade(&mut qmp, "one");
+    kill(Pid::from_raw(other.0), Signal::SIGKILL).unwrap();
+    let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    assert_eq!(back["data"]["device"], "other");
+    // It is the same keeper's, and the hand-over has not ended.
+    let again = processes("other");
+    assert!(again.0 != other.0 && again.1 == other.1, "{again:?}");
+    assert!(procfs::Status::of(before.0).is_ok());
+    kill(Pid::from_raw(before.1), Signal::SIGCONT).unwrap();
+    upgraded(&mut qmp).unwrap();
+    let after = processes("one");
+    assert!(after.0 != before.0 && after.1 != before.1, "{after:?}");
+
+    // The one that is to take over is killed while it waits: nothing has changed.
+    kill(Pid::from_raw(after.1), Signal::SIGSTOP).unwrap();
+    begin_upgrade(&mut qmp, "one");
+    let broker = procfs::parent(after.1).unwrap();
+    let known = [after.1, again.1];
+    let new = newcomer(broker, &known, Deadline::after(LIMIT)).unwrap();
+    kill(Pid::from_raw(new), Signal::SIGKILL).unwrap();
+    let refused = upgraded(&mut qmp).unwrap_err();
+    let wanted = "Device 'one' goes on with the process that it has: ";
+    assert!(refused.starts_with(wanted), "{refused}");
+    kill(Pid::from_raw(after.1), Signal::SIGCONT).unwrap();
+    assert_eq!(processes("one"), after);
+
+    // The one that has everything is killed, and what the guest had open goes with it; a new one begins anew.
+    kill(Pid::from_raw(after.1), Signal::SIGSTOP).unwrap();
+    begin_upgrade(&mut qmp, "one");
+    newcomer(broker, &known, Deadline::after(LIMIT)).unwrap();
+    kill(Pid::from_raw(after.1), Signal::SIGKILL).unwrap();
+    upgraded(&mut qmp).unwrap_err();
+    let back = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    assert_eq!(back["data"]["device"], "one");
+    qmp.execute("device-upgrade", json!({ "id": "one" }))
+        .unwrap();
+}
+
+#[test]
+fn a_guest_loses_nothing_when_a_hand_over_is_broken_off() {
+    where_linux_boots(test_path!(), || {
+        let (_dir, tree) = tree();
+        let options = managed(&tree, "", ",max-restarts=1000");
+        let (builder, _initrd) = linux(HELD, &options);
+        let mut vm = builder.with_qmp().start().unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        expect(&mut vm, "READY");
+        for n in 0..12 {
+            expect(&mut vm, ["A-", "B-", "C-", "D-"][n % 4]);
+            let (serving, keeper) = both(&mut vm);
+            let broker = procfs::parent(keeper).unwrap();
+            let signal = |pid, signal| kill(Pid::from_raw(pid), signal);
+            match n % 3 {
+                // The one that is to take over is killed.
+                0 => {
+                    signal(keeper, Signal::SIGSTOP).unwrap();
+                    begin_upgrade(&mut qmp, "fs0");
+                    let new = newcomer(broker, &[keeper], Deadline::after(LIMIT)).unwrap();
+                    signal(new, Signal::SIGKILL).unwrap();
+                    upgraded(&mut qmp).unwrap_err();
+                    signal(keeper, Signal::SIGCONT).unwrap();
+                    assert_eq!(both(&mut vm), (serving, keeper));
+                }
+                // The one that serves is, before the hand-over, in it, or after it, which it does not live to see.
+                1 => {
+                    begin_upgrade(&mut qmp, "fs0");
+                    let _ = signal(serving, Signal::SIGKILL);
+                    match upgraded(&mut qmp) {
+                        Ok(()) => println!("it was taken over from"),
+                        Err(refused) => {
+                            println!("{refused}");
+                            qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+                        }
+                    }
+                    assert_ne!(both(&mut vm).0, serving);
+                }
+                // The one that has just taken over is.
+                _ => {
+                    begin_upgrade(&mut qmp, "fs0");
+                    upgraded(&mut qmp).unwrap();
+                    let (next, keeper) = both(&mut vm);
+                    signal(next, Signal::SIGKILL).unwrap();
+                    qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+                    assert_eq!(both(&mut vm).1, keeper);
+                }
+            }
+        }
         all_is_written(&mut vm, &tree);
     });
 }

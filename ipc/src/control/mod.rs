@@ -229,7 +229,8 @@ pub enum Request {
     },
     /// Start another process of device `index` beside the one that runs, from the program that is at its place now, with the
     /// same descriptors. [`Request::Settle`] ends one of them. A shared folder's cannot be: its keeper has the guest's open
-    /// files.
+    /// files. There the new one takes them over, and the answer, [`Reply::Started`] or [`Reply::GoesOn`], comes when that is
+    /// done, while other requests are answered as ever.
     Upgrade {
         /// Index of the device.
         index: u32,
@@ -378,6 +379,13 @@ pub enum Reply {
     /// A request failed; `message` is complete and fit for the user.
     Failed {
         /// What went wrong, naming option, value and range.
+        message: String,
+    },
+    /// [`Request::Upgrade`] of a shared folder failed: the process that it has goes on.
+    GoesOn {
+        /// Index of the device.
+        index: u32,
+        /// What went wrong, fit for the user.
         message: String,
     },
     /// Unasked: a device process ended.

@@ -98,6 +98,13 @@ pub enum Notice {
         /// Index of the device.
         index: u32,
     },
+    /// A shared folder goes on with the process that it has: no other one took over.
+    GoesOn {
+        /// Index of the device.
+        index: u32,
+        /// Why, for the user.
+        message: String,
+    },
     /// The oldest request without a reply failed.
     Refused {
         /// For the log.
@@ -452,6 +459,7 @@ impl Client {
                 Ok(Notice::Settled { index })
             }
             Reply::Failed { message } => Ok(Notice::Refused { message }),
+            Reply::GoesOn { index, message } => Ok(Notice::GoesOn { index, message }),
             other => Err(ClientError::OutOfOrder(format!("{other:?}"))),
         }
     }

@@ -38,8 +38,30 @@ pub(super) struct Devices {
     slots: Vec<Option<Process>>,
     /// Processes that are about to take the place of those, by the same index.
     newer: BTreeMap<usize, Process>,
+    /// Those that are about to take over what one of those keeps.
+    heirs: BTreeMap<usize, Heir>,
     log: Option<BorrowedFd<'static>>,
 }
+
+/// A process with a keeper that is to go on with what another one keeps. The broker waits for it as for all else: other devices
+/// may need a new process meanwhile.
+#[derive(Debug)]
+struct Heir {
+    process: Process,
+    /// The control process's end of its vhost-user socket.
+    socket: OwnedFd,
+    /// It is sent what the other one keeps, which serves no more.
+    takes: bool,
+    /// When it must have come to the next step.
+    deadline: Instant,
+}
+
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_millis(HAND_OVER_PATIENCE_MS)
+}
+
+/// Another process that serves, or why there is none, for the control process.
+pub(super) type Succession = Result<(OwnedFd, i32), String>;
 
 #[derive(Debug)]
 struct Process {
@@ -70,6 +92,7 @@ impl Devices {
         Self {
             slots: std::iter::repeat_with(|| None).take(count).collect(),
             newer: BTreeMap::new(),
+            heirs: BTreeMap::new(),
             log: ipc::log::descriptor(),
         }
     }
@@ -134,53 +157,80 @@ impl Devices {
         Ok((socket, pid))
     }
 
-    /// Starts another keeper for entry `index`, which takes over what the one that runs keeps, and takes its place. Until it has
-    /// said that it can do that, the guest is served as before; it is waited for.
+    /// Starts another keeper for entry `index`, which is to take over what the one that runs keeps, and its place.
+    /// [`follow_heir`](Self::follow_heir) tells what came of it. Until the new one has said that it can do that, the guest is
+    /// served as before.
     pub(super) fn take_over(
         &mut self,
         index: usize,
         grant: &DeviceGrant,
         backend: Vec<OwnedFd>,
         policy: &Policy,
-    ) -> Result<(OwnedFd, i32), String> {
+    ) -> Result<(), String> {
         let id = grant.spec.id();
-        let goes_on =
-            |why: &str| format!("Device '{id}' goes on with the process that it has: {why}");
         let slot = self.slots.get_mut(index).and_then(Option::as_mut);
         let keeper = slot
             .and_then(|process| process.keeper.as_ref())
-            .filter(|keeper| keeper.is_serving());
+            .filter(|keeper| keeper.is_serving() && !self.heirs.contains_key(&index));
         let Some(keeper) = keeper else {
             return Err(format!(
-                "Device '{id}' has no process that keeps what the guest opened beside the one that serves"
+                "Device '{id}' has no process that keeps what the guest opened beside the one that serves, or is about to get another"
             ));
         };
-        let told = |e: &dyn std::error::Error| goes_on(&with_causes(e));
+        let told = |e: &dyn std::error::Error| goes_on(id, &with_causes(e));
         let (old, new) = Channel::pair().map_err(|e| told(&e))?;
-        let (socket, mut process) = launch(grant, backend, policy, Some(new.into_fd()))?;
+        let (socket, process) = launch(grant, backend, policy, Some(new.into_fd()))?;
         keeper.offer(old.as_fd()).map_err(|e| told(&e))?;
-        drop(old);
-        let ready = process.wait_until_ready(self.log);
-        let pid = ready.and_then(|()| {
-            keeper.hand_over().map_err(|e| with_causes(&e))?;
-            let keeper = process.keeper.as_mut().ok_or("it has no keeper")?;
-            keeper.taken_over().map_err(|e| with_causes(&e))
-        });
-        match pid {
+        let heir = Heir {
+            process,
+            socket,
+            takes: false,
+            deadline: deadline(),
+        };
+        self.heirs.insert(index, heir);
+        Ok(())
+    }
+
+    /// When the next one that is to take over must have come further.
+    pub(super) fn heirs_deadline(&self) -> Option<Instant> {
+        self.heirs.values().map(|heir| heir.deadline).min()
+    }
+
+    /// Those that are to take over, by their device.
+    pub(super) fn heirs(&self) -> Vec<usize> {
+        self.heirs.keys().copied().collect()
+    }
+
+    /// Follows the process that is to take over entry `index`, and tells when it serves or will not.
+    pub(super) fn follow_heir(&mut self, index: usize) -> Option<Succession> {
+        let heir = self.heirs.get_mut(&index)?;
+        let keeper = self
+            .slots
+            .get(index)
+            .and_then(|slot| slot.as_ref()?.keeper.as_ref());
+        let outcome = heir.advance(self.log, keeper).transpose()?;
+        let Heir {
+            mut process,
+            socket,
+            ..
+        } = self.heirs.remove(&index)?;
+        match outcome {
             Ok(pid) => {
                 process.told = pid;
                 if let Some(mut old) = self.slots[index].replace(process) {
                     old.end();
                     old.lines.relay(self.log);
                 }
-                Ok((socket, pid))
+                Some(Ok((socket, pid)))
             }
             Err(why) => {
+                let id = process.id.clone();
                 process.end();
                 process.lines.relay(self.log);
                 // What it said itself says more than that it is gone.
                 let words = process.lines.take_last();
-                Err(goes_on(if words.is_empty() { &why } else { &words }))
+                let why = if words.is_empty() { &why } else { &words };
+                Some(Err(goes_on(&id, why)))
             }
         }
     }
@@ -246,24 +296,39 @@ impl Devices {
     pub(super) fn watched(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
         let older = self.slots.iter().enumerate();
         let older = older.filter_map(|(index, slot)| Some((index, slot.as_ref()?)));
+        // One that hands over ends what it serves, as it was told to: that is no news yet.
+        let older = older.filter(|(index, _)| !self.hands_over(*index));
         let newer = self.newer.iter().map(|(index, process)| (*index, process));
-        older.chain(newer).flat_map(|(index, process)| {
-            let pipe = process.lines.pipe();
-            let life = match &process.stage {
-                Stage::Pending(pending) => Some(pending.as_fd()),
-                Stage::Running(child) => Some(child.pidfd.as_fd()),
-                Stage::Gone => None,
-            };
-            let line = process.keeper.as_ref().map(AsFd::as_fd);
-            pipe.into_iter()
-                .chain(life)
-                .chain(line)
-                .map(move |fd| (index, fd))
-        })
+        let heirs = self.heirs.iter();
+        let heirs = heirs.map(|(index, heir)| (*index, &heir.process));
+        older
+            .chain(newer)
+            .chain(heirs)
+            .flat_map(|(index, process)| {
+                let pipe = process.lines.pipe();
+                let life = match &process.stage {
+                    Stage::Pending(pending) => Some(pending.as_fd()),
+                    Stage::Running(child) => Some(child.pidfd.as_fd()),
+                    Stage::Gone => None,
+                };
+                let line = process.keeper.as_ref().map(AsFd::as_fd);
+                pipe.into_iter()
+                    .chain(life)
+                    .chain(line)
+                    .map(move |fd| (index, fd))
+            })
+    }
+
+    /// Whether the process of entry `index` is sending what it keeps to another one.
+    fn hands_over(&self, index: usize) -> bool {
+        self.heirs.get(&index).is_some_and(|heir| heir.takes)
     }
 
     /// Takes log lines of device `index`, follows it into its program, and tells if its process has ended, or another one serves.
     pub(super) fn handle(&mut self, index: usize) -> Option<Reply> {
+        if self.hands_over(index) {
+            return None;
+        }
         let slot = self.slots.get_mut(index)?;
         let process = slot.as_mut()?;
         process.lines.relay(self.log);
@@ -322,14 +387,17 @@ impl Devices {
 
     /// Ends all: first every signal, then every wait, so that they go side by side.
     pub(super) fn end_all(&mut self) {
-        for process in self.slots.iter().flatten().chain(self.newer.values()) {
+        let heirs = self.heirs.values().map(|heir| &heir.process);
+        let all = self.slots.iter().flatten().chain(self.newer.values());
+        for process in all.chain(heirs) {
             if let Stage::Running(child) = &process.stage {
                 kill(child);
             }
         }
-        let newer = std::mem::take(&mut self.newer);
+        let newer = std::mem::take(&mut self.newer).into_values();
+        let heirs = std::mem::take(&mut self.heirs).into_values();
         let older = self.slots.iter_mut().filter_map(Option::take);
-        for mut process in older.chain(newer.into_values()) {
+        for mut process in older.chain(newer).chain(heirs.map(|heir| heir.process)) {
             process.end();
             process.lines.relay(self.log);
         }
@@ -451,6 +519,57 @@ fn cpus(grant: &DeviceGrant, policy: &Policy) -> Result<Option<CpuSet>, Errno> {
         .transpose()
 }
 
+/// What the user is told when there is no other process.
+fn goes_on(id: &str, why: &str) -> String {
+    format!("Device '{id}' goes on with the process that it has: {why}")
+}
+
+impl Heir {
+    /// Comes a step further, if there is news: the process that serves, once it does, as a result that `keeper`, which has what is to
+    /// be taken over, has a part in.
+    fn advance(
+        &mut self,
+        log: Option<BorrowedFd<'_>>,
+        keeper: Option<&Keeper>,
+    ) -> Result<Option<i32>, String> {
+        let process = &mut self.process;
+        process.lines.relay(log);
+        if let Some((how, words)) = process.follow() {
+            return Err(words.unwrap_or_else(|| format!("the new one ended ({how:?})")));
+        }
+        let late = self.deadline <= Instant::now();
+        let Some(own) = process.keeper.as_mut() else {
+            // Its end, with its last words, is about to be told.
+            return if late { Err(LATE.into()) } else { Ok(None) };
+        };
+        let told = if self.takes {
+            own.news()
+        } else {
+            own.is_ready().map(|ready| ready.then_some(News::Ready))
+        };
+        match told {
+            Ok(Some(News::Serves(pid))) => Ok(Some(pid)),
+            Ok(Some(News::Ready)) => {
+                let keeper = keeper.ok_or("the one that has what the guest opened has ended")?;
+                keeper.hand_over().map_err(|e| with_causes(&e))?;
+                self.takes = true;
+                self.deadline = deadline();
+                Ok(None)
+            }
+            Ok(Some(News::Ended(..))) => Err("the new one does not serve".into()),
+            Ok(None) if late => Err(LATE.into()),
+            Ok(None) => Ok(None),
+            Err(KeeperError::Line(ChannelError::Closed)) => {
+                process.keeper = None;
+                Ok(None)
+            }
+            Err(e) => Err(with_causes(&e)),
+        }
+    }
+}
+
+const LATE: &str = "the new one is not ready in time";
+
 impl Process {
     /// Moves on to the next stage if it has been reached; `Some` if the process has ended, with the reason if its jail
     /// could not be built.
@@ -486,44 +605,6 @@ impl Process {
         }
     }
 
-    /// Waits until its keeper has said that it can go on with what another one keeps.
-    fn wait_until_ready(&mut self, log: Option<BorrowedFd<'_>>) -> Result<(), String> {
-        let deadline = Instant::now() + Duration::from_millis(HAND_OVER_PATIENCE_MS);
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err("the new one is not ready in time".into());
-            }
-            let life = match &self.stage {
-                Stage::Pending(pending) => Some(pending.as_fd()),
-                Stage::Running(child) => Some(child.pidfd.as_fd()),
-                Stage::Gone => None,
-            };
-            let line = self.keeper.as_ref().map(AsFd::as_fd);
-            let mut polled: Vec<_> = life
-                .into_iter()
-                .chain(line)
-                .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
-                .collect();
-            // Interrupted is as good as nothing.
-            let _ = poll(
-                &mut polled,
-                PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO),
-            );
-            self.lines.relay(log);
-            if let Some((how, words)) = self.follow() {
-                return Err(words.unwrap_or_else(|| format!("the new one ended ({how:?})")));
-            }
-            match self.keeper.as_mut().map(Keeper::is_ready) {
-                Some(Ok(true)) => return Ok(()),
-                Some(Ok(false)) | None => {}
-                // Its end, with its last words, is about to be told.
-                Some(Err(KeeperError::Line(ChannelError::Closed))) => self.keeper = None,
-                Some(Err(e)) => return Err(with_causes(&e)),
-            }
-        }
-    }
-
     /// What its keeper says; one that says what it may not is ended, which the next look at it tells.
     fn news(&mut self, log: Option<BorrowedFd<'_>>, index: u32) -> Option<Reply> {
         let news = self.keeper.as_mut()?.news();
@@ -537,7 +618,8 @@ impl Process {
         index: u32,
     ) -> Option<Reply> {
         match news {
-            Ok(None) => None,
+            // The latter is said to one who asks for it.
+            Ok(None | Some(News::Ready)) => None,
             Ok(Some(News::Serves(pid))) => {
                 self.told = pid;
                 Some(Reply::Serves { index, pid })

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use ipc::channel::{Channel, ChannelError};
 use ipc::control::Exit;
 use ipc::keeper::{Order, Told};
-use ipc::limits::{HAND_OVER_PATIENCE_MS, KEEPER_PATIENCE_MS};
+use ipc::limits::KEEPER_PATIENCE_MS;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
@@ -39,6 +39,8 @@ pub(super) enum News {
     Serves(i32),
     /// This one has ended, without having been asked to.
     Ended(i32, Exit),
+    /// It can go on with what another one keeps. Only [`Keeper::is_ready`] hears this.
+    Ready,
 }
 
 /// A keeper, from its first process that serves on.
@@ -88,7 +90,7 @@ impl Keeper {
         let (told, fds) = self.wait(deadline)?;
         match self.take(told, fds)? {
             News::Serves(pid) => Ok(pid),
-            News::Ended(..) => Err(KeeperError::OutOfOrder(told)),
+            News::Ended(..) | News::Ready => Err(KeeperError::OutOfOrder(told)),
         }
     }
 
@@ -154,16 +156,6 @@ impl Keeper {
             None => Ok(false),
             Some((Told::Ready, fds)) if fds.is_empty() => Ok(true),
             Some((told, _)) => Err(KeeperError::OutOfOrder(told)),
-        }
-    }
-
-    /// Waits for a new keeper to have taken over what another one kept: the process that serves.
-    pub(super) fn taken_over(&mut self) -> Result<i32, KeeperError> {
-        let deadline = Instant::now() + Duration::from_millis(HAND_OVER_PATIENCE_MS);
-        let (told, fds) = self.wait(deadline)?;
-        match self.take(told, fds)? {
-            News::Serves(pid) => Ok(pid),
-            News::Ended(..) => Err(KeeperError::OutOfOrder(told)),
         }
     }
 

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
@@ -25,7 +26,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::added::Added;
 use super::cleanup::Cleanup;
-use super::devices::Devices;
+use super::devices::{Devices, Succession};
 use super::inspect::{self, Witness};
 use super::log_target;
 use super::open;
@@ -293,7 +294,14 @@ impl Broker {
                     .iter()
                     .map(|(_, fd)| PollFd::new(*fd, PollFlags::POLLIN)),
             );
-            match poll(&mut polled, PollTimeout::NONE) {
+            let heirs = self.devices.heirs_deadline();
+            let timeout = heirs.map_or(PollTimeout::NONE, |deadline| {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // A millisecond more: what was waited for is over then.
+                let left = left.as_millis().saturating_add(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            });
+            match poll(&mut polled, timeout) {
                 Ok(_) => {}
                 Err(Errno::EINTR) => return Ok(()),
                 Err(source) => {
@@ -324,10 +332,25 @@ impl Broker {
                 self.channel.send(&news, &[])?;
             }
         }
+        for index in self.devices.heirs() {
+            if let Some(succession) = self.devices.follow_heir(index) {
+                self.succeed(index as u32, succession)?;
+            }
+        }
         if request_waits && let Some((request, fds)) = self.channel.try_receive::<Request>()? {
             self.answer(&request, fds)?;
         }
         Ok(())
+    }
+
+    /// Tells what came of the upgrade of a shared folder.
+    fn succeed(&self, index: u32, succession: Succession) -> Result<(), ChannelError> {
+        match succession {
+            Ok((socket, pid)) => self
+                .channel
+                .send(&Reply::Started { index, pid }, &[socket.as_fd()]),
+            Err(message) => self.channel.send(&Reply::GoesOn { index, message }, &[]),
+        }
     }
 
     fn answer(&mut self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), ChannelError> {
@@ -340,7 +363,17 @@ impl Broker {
                 self.kept.remove(index);
                 stopped.map(|()| (Reply::Stopped { index: *index }, None))
             }
-            Request::Upgrade { index } => self.upgrade(*index),
+            Request::Upgrade { index } => match self.upgrade(*index) {
+                Ok(Some((socket, pid))) => {
+                    Ok((Reply::Started { index: *index, pid }, Some(socket)))
+                }
+                // Its answer follows.
+                Ok(None) => return Ok(()),
+                Err(message) if self.is_folder(*index) => {
+                    return self.succeed(*index, Err(message));
+                }
+                Err(message) => Err(message),
+            },
             Request::Settle { index, newer } => self.settle(*index, *newer),
             Request::Resize { index, size } => self
                 .resize(*index, *size)
@@ -433,7 +466,8 @@ impl Broker {
         Ok((Reply::Started { index, pid }, Some(socket)))
     }
 
-    fn upgrade(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
+    /// The socket and the process id of another process beside the one that serves; `None` if they are told later.
+    fn upgrade(&mut self, index: u32) -> Result<Option<(OwnedFd, i32)>, String> {
         let grant = match self.plugged.get(&index) {
             Some(grant) => grant,
             None => self
@@ -463,11 +497,18 @@ impl Broker {
             }
         };
         let (at, policy) = (index as usize, &self.policy);
-        let (socket, pid) = match grant.spec {
+        match grant.spec {
             DeviceSpec::Fs(_) => self.devices.take_over(at, grant, backend, policy)?,
-            _ => self.devices.upgrade(at, grant, backend, policy)?,
-        };
-        Ok((Reply::Started { index, pid }, Some(socket)))
+            _ => return self.devices.upgrade(at, grant, backend, policy).map(Some),
+        }
+        Ok(None)
+    }
+
+    /// Whether device `index` is a folder that this process shares.
+    fn is_folder(&self, index: u32) -> bool {
+        let plugged = self.plugged.get(&index);
+        let grant = plugged.or_else(|| self.policy.devices.get(index as usize));
+        grant.is_some_and(|grant| matches!(grant.spec, DeviceSpec::Fs(_)))
     }
 
     /// Makes a disk's image longer, as far as the command line allowed it.

@@ -418,7 +418,7 @@ impl Supervisor {
                     _ => Ok(()),
                 }
             }
-            Notice::Started { index, pid, socket } => match self.asked.pop_front() {
+            Notice::Started { index, pid, socket } => match self.take_asked(Some(index)) {
                 Some(Asked::Upgrade(at)) => self.coming(at, pid, socket, cx),
                 Some(Asked::Other(number)) => {
                     let notice = Notice::Started { index, pid, socket };
@@ -427,8 +427,12 @@ impl Supervisor {
                 }
                 _ => self.started(index as usize, pid, socket, cx),
             },
+            Notice::GoesOn { index, message } => match self.take_asked(Some(index)) {
+                Some(Asked::Upgrade(index)) => self.upgrade_refused(index, message, cx),
+                _ => Ok(()),
+            },
             Notice::Added | Notice::Removed | Notice::Resized | Notice::Unplugged { .. } => {
-                if let Some(Asked::Other(number)) = self.asked.pop_front() {
+                if let Some(Asked::Other(number)) = self.take_asked(None) {
                     self.others.push_back(Told::Answer(number, Ok(notice)));
                 }
                 Ok(())
@@ -437,27 +441,13 @@ impl Supervisor {
                 if let Some(device) = self.devices.get_mut(index as usize) {
                     device.retired = None;
                 }
-                if let Some(Asked::Settle(_, Some((reply, outcome)))) = self.asked.pop_front() {
+                if let Some(Asked::Settle(_, Some((reply, outcome)))) = self.take_asked(None) {
                     reply.send(outcome);
                 }
                 Ok(())
             }
-            Notice::Refused { message } => match self.asked.pop_front() {
-                Some(Asked::Upgrade(index)) => {
-                    let device = &mut self.devices[index];
-                    let Some(upgrade) = device.upgrade.take() else {
-                        return Ok(());
-                    };
-                    warn!("{message}");
-                    upgrade.reply.send(Err(QmpError::generic(message)));
-                    if matches!(device.process, Process::Starting) {
-                        self.start(index, cx)
-                    } else if upgrade.unwell {
-                        self.stop(index, cx)
-                    } else {
-                        Ok(())
-                    }
-                }
+            Notice::Refused { message } => match self.take_asked(None) {
+                Some(Asked::Upgrade(index)) => self.upgrade_refused(index, message, cx),
                 Some(Asked::Settle(..)) => {
                     error!("{message}");
                     Ok(())
@@ -480,6 +470,46 @@ impl Supervisor {
                     Ok(())
                 }
             },
+        }
+    }
+
+    /// Takes what the broker has answered: its answers come in the order of the requests, but for the one to the upgrade of a shared
+    /// folder, which it gives when it knows, and which names the folder as `index`.
+    fn take_asked(&mut self, index: Option<u32>) -> Option<Asked> {
+        let folder = |asked: &Asked| match asked {
+            Asked::Upgrade(at) => {
+                let device = self.devices.get(*at);
+                device
+                    .is_some_and(|device| matches!(device.spec, DeviceSpec::Fs(_)))
+                    .then_some(*at as u32)
+            }
+            _ => None,
+        };
+        let own = |asked: &Asked| index.is_some() && folder(asked) == index;
+        let at = self.asked.iter().position(own);
+        let at = at.or_else(|| self.asked.iter().position(|asked| folder(asked).is_none()))?;
+        self.asked.remove(at)
+    }
+
+    /// No other process takes the place of the one that serves, or served.
+    fn upgrade_refused(
+        &mut self,
+        index: usize,
+        message: String,
+        cx: &mut Context<'_>,
+    ) -> Result<(), ClientError> {
+        let device = &mut self.devices[index];
+        let Some(upgrade) = device.upgrade.take() else {
+            return Ok(());
+        };
+        warn!("{message}");
+        upgrade.reply.send(Err(QmpError::generic(message)));
+        if matches!(device.process, Process::Starting) {
+            self.start(index, cx)
+        } else if upgrade.unwell {
+            self.stop(index, cx)
+        } else {
+            Ok(())
         }
     }
 
