@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{Shutdown, SockType, getsockopt, shutdown, sockopt};
+use nix::sys::socket::{
+    AddressFamily, Shutdown, SockFlag, SockProtocol, SockType, getsockopt, shutdown, socket,
+    sockopt,
+};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tests::chance::Chance;
@@ -556,6 +559,53 @@ fn a_cards_process_is_replaced_under_load_and_no_buffer_is_lost() {
     guest.ends_well();
     drop(tap);
     println!("gap in ms, 50 %, 99 %, most: {:.2?}", percentiles(stalls));
+}
+
+#[test]
+fn a_card_tells_the_network_where_its_guest_is() {
+    let tap = Tap::new("sv-where", "10.7.36.1/24").unwrap();
+    let mut guest = with_card("sv-where", 36, "");
+    guest.expect("LOOP 10\r");
+    // All frames of all interfaces; the guest's address is the only one of its kind.
+    let frames = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::EthAll,
+    )
+    .unwrap();
+    let mut frames = std::fs::File::from(frames);
+    for arguments in [
+        json!({}),
+        json!({ "interfaces": ["card"] }),
+        json!({ "interfaces": ["n0"], "rounds": 3 }),
+    ] {
+        guest.qmp.execute("announce-self", arguments).unwrap();
+        loop {
+            let ready = readable(&[frames.as_fd()], Deadline::after(LIMIT)).unwrap();
+            assert!(ready.is_some(), "no reverse ARP request");
+            let mut frame = [0; 2048];
+            let len = std::io::Read::read(&mut frames, &mut frame).unwrap();
+            // This driver does not know how to announce itself, so that its card does.
+            if len == 60 && frame[6..14] == [0x52, 0x54, 0, 0, 0, 0x36, 0x80, 0x35] {
+                break;
+            }
+        }
+    }
+    for (name, why) in [
+        ("nobody", "Device 'nobody' not found"),
+        ("d0", "Device 'd0' not found"),
+    ] {
+        let error = guest
+            .qmp
+            .execute("announce-self", json!({ "interfaces": [name] }))
+            .unwrap_err();
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    guest.type_a_byte();
+    guest.expect("NET-LOOP OK answers ");
+    guest.ends_well();
+    drop(tap);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What the driver reads before it sends a packet (virtio 1.3, 5.1.4).
 
-use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
+use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 /// `mac`, `status`, `max_virtqueue_pairs`.
 const LEN: usize = 10;
@@ -28,11 +28,22 @@ impl ConfigSpace {
     /// The host changes `status`; all else stays. Whether `data` is that.
     pub(crate) fn set_status(&mut self, offset: usize, data: &[u8]) -> bool {
         let [low, 0] = *data else { return false };
-        if offset != STATUS || u32::from(low) & !VIRTIO_NET_S_LINK_UP != 0 {
+        let known = VIRTIO_NET_S_LINK_UP | VIRTIO_NET_S_ANNOUNCE;
+        if offset != STATUS || u32::from(low) & !known != 0 {
             return false;
         }
         self.0[STATUS] = low;
         true
+    }
+
+    /// Whether the driver is asked to tell the network where it is now (5.1.6.5.4).
+    pub(crate) fn announces(&self) -> bool {
+        u32::from(self.0[STATUS]) & VIRTIO_NET_S_ANNOUNCE != 0
+    }
+
+    /// It is not asked any more.
+    pub(crate) fn announced(&mut self) {
+        self.0[STATUS] &= !(VIRTIO_NET_S_ANNOUNCE as u8); // 2
     }
 
     /// Copies what there is from `offset` on; the rest of `out` stays as it is.
@@ -59,7 +70,7 @@ mod tests {
             (0, &[0, 0][..]),
             (8, &[0, 0]),
             (6, &[0]),
-            (6, &[2, 0]),
+            (6, &[4, 0]),
             (6, &[0, 1]),
         ] {
             assert!(!space.set_status(offset, data), "{offset} {data:?}");
@@ -67,5 +78,9 @@ mod tests {
         }
         assert!(space.set_status(6, &[0, 0]) && !space.link_is_up());
         assert!(space.set_status(6, &[1, 0]) && space.link_is_up());
+        assert!(!space.announces());
+        assert!(space.set_status(6, &[3, 0]) && space.announces());
+        space.announced();
+        assert!(space.link_is_up() && !space.announces());
     }
 }

@@ -10,8 +10,9 @@ use device_host::{BackendFds, Device, DeviceFault, HostFault, Interest, Ring};
 use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_QUEUE_SIZE};
 use ipc::spec::DeviceSpec;
 use ipc::start::StartMessage;
-use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ};
 
+use crate::announce;
 use crate::backend::tap::TapQueue;
 use crate::config_space::ConfigSpace;
 use crate::control::{self, Command};
@@ -220,6 +221,10 @@ impl Net {
                 true
             }
             Command::Vlan(id, on) => told.filter.set_vlan(id, on),
+            Command::Announced => {
+                self.config.announced();
+                true
+            }
             Command::Offloads(offloads) => {
                 // 5.1.6.5.6.2: none that was not negotiated.
                 let possible = offloads & !self.accepted.guest_offloads() == 0;
@@ -231,6 +236,22 @@ impl Net {
         };
         self.unkept |= done;
         done
+    }
+
+    /// The network is to learn where the guest is: from its driver, if that can do it, and from here if not.
+    fn announce(&mut self) {
+        if !self.config.announces()
+            || self.config.link_is_up() && self.accepted.has(VIRTIO_NET_F_GUEST_ANNOUNCE)
+        {
+            return;
+        }
+        self.config.announced();
+        if let Some(pair) = self.pairs.first().filter(|_| self.config.link_is_up()) {
+            let frame = announce::frame(self.told.filter.mac());
+            if let Err(errno) = pair.tap.send(&frame) {
+                ipc::guest_warn!("the network was not told where the guest is: {errno}");
+            }
+        }
     }
 
     /// Packets that came while the link was down are nobody's.
@@ -305,8 +326,11 @@ impl Device for Net {
         let before = self.config.link_is_up();
         if !self.config.set_status(offset, data) {
             ipc::guest_warn!("configuration bytes {data:?} at {offset} are not the host's to set");
-        } else if !before && self.config.link_is_up() {
-            self.discard();
+        } else {
+            if !before && self.config.link_is_up() {
+                self.discard();
+            }
+            self.announce();
         }
     }
 
@@ -409,6 +433,7 @@ impl Device for Net {
     fn reset(&mut self) {
         self.accepted = Features::default();
         self.told = Told::new(self.mac);
+        self.config.announced();
         self.enabled = 0;
         self.unkept = true;
         for pair in &mut self.pairs {

@@ -41,6 +41,11 @@ impl Filter {
         }
     }
 
+    /// The card's own address.
+    pub(crate) fn mac(&self) -> Address {
+        self.mac
+    }
+
     /// Whether everything passes.
     pub(crate) fn is_open(&self) -> bool {
         self.promiscuous && self.vlans.is_none()

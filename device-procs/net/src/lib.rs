@@ -2,7 +2,7 @@
 //!
 //! **Job.** Carries packets between a guest's queues and the queues of one tap. `device.rs` is the device, `header.rs` the
 //! header in front of each packet, `receive.rs` and `transmit.rs` the two directions, `control.rs` the control queue,
-//! `filter.rs` what the driver wants to receive, `limit.rs` how much may pass, `kept.rs` what outlives the process,
+//! `filter.rs` what the driver wants to receive, `limit.rs` how much may pass, `kept.rs` what outlives the process, `announce.rs` where a guest is,
 //! `features.rs` what is offered, `config_space.rs` what the driver reads first, `backend/` the tap, `standalone/` the program without a VM's broker.
 //!
 //! **Who is not trusted.** The guest: headers, lengths, buffers. The network: of a packet no more is looked at than two addresses and a VLAN tag, and that only for a
@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+mod announce;
 mod backend;
 mod config_space;
 mod control;

@@ -34,6 +34,7 @@ const MQ: u64 = 1 << 22;
 const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
 const CTRL_RX: u64 = 1 << 18;
 const CTRL_VLAN: u64 = 1 << 19;
+const GUEST_ANNOUNCE: u64 = 1 << 21;
 const CTRL_MAC_ADDR: u64 = 1 << 23;
 /// Where commands are, and their answers.
 const CONTROL: u64 = 0x30_0000;
@@ -753,6 +754,55 @@ fn while_the_link_is_down_nothing_passes() {
     }
     assert!(!heard.contains(&2), "{heard:?}");
     card.finish();
+}
+
+#[test]
+fn the_network_learns_where_the_guest_is() {
+    let status = |card: &mut Card, status: u8| {
+        let host = VhostUserConfigFlags::LIVE_MIGRATION;
+        card.front.vhost.set_config(6, host, &[status, 0]).unwrap();
+        card.front.config(6, 2)
+    };
+    // A driver that announces itself is asked to, until it says that it has seen it.
+    let Some(mut able) = card(1, CTRL_VQ | GUEST_ANNOUNCE) else {
+        return;
+    };
+    assert_eq!(status(&mut able, 3), [3, 0]);
+    assert_eq!(able.command(&[3, 1]), 1, "no such command");
+    assert_eq!(able.front.config(6, 2), [3, 0]);
+    assert_eq!(able.command(&[3, 0]), 0);
+    assert_eq!(able.front.config(6, 2), [1, 0]);
+    able.finish();
+    // For one that cannot, a frame is sent, if there is a link.
+    let mut other = card(1, 0).unwrap();
+    assert_eq!(status(&mut other, 2), [0, 0]);
+    assert_eq!(status(&mut other, 1), [1, 0]);
+    other.transmit([0; 12], &frame(100, 1));
+    assert_eq!(status(&mut other, 3), [1, 0]);
+    other.transmit([0; 12], &frame(100, 2));
+    let mut types = Vec::new();
+    loop {
+        wait_readable(&other.host, "a frame");
+        let mut seen = [0; 200];
+        let len = other.host.read(&mut seen).unwrap();
+        if seen[12..14] == [0x80, 0x35] {
+            let mut want = [0; 60];
+            want[..6].fill(0xff);
+            want[6..12].copy_from_slice(&MAC);
+            want[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+            want[22..28].copy_from_slice(&MAC);
+            want[32..38].copy_from_slice(&MAC);
+            assert_eq!(seen[..len], want);
+            types.push(0);
+        } else if seen[12..14] == [0x88, 0xb5] {
+            types.push(seen[20]);
+            if seen[20] == 2 {
+                break;
+            }
+        }
+    }
+    assert_eq!(types, [1, 0, 2]);
+    other.finish();
 }
 
 /// Frames that pass in `time`, with packets of `len` bytes.

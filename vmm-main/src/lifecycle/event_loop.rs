@@ -464,6 +464,7 @@ impl Vm {
             VmCommand::DeviceUpgrade(id, reply) => self.upgrade_device(&id, reply)?,
             VmCommand::DeviceDel(id, reply) => self.remove_device(&id, reply)?,
             VmCommand::SetLink(name, up, reply) => reply.send(self.set_link(&name, up)),
+            VmCommand::AnnounceSelf(names, reply) => reply.send(self.announce_guest(&names)),
             VmCommand::Wrong(why, reply) => reply.send(Err(QmpError::generic(why))),
             VmCommand::Stop(reply) => {
                 let done = match self.state {
@@ -565,8 +566,26 @@ impl Vm {
         })
     }
 
-    /// Pulls the cable of the card with this name, or whose netdev has it, or plugs it in.
-    fn set_link(&self, name: &str, up: bool) -> Result<(), QmpError> {
+    /// Has cards tell the network where the guest is: those with these names, or all.
+    fn announce_guest(&self, names: &[String]) -> Result<(), QmpError> {
+        let cards: Vec<&str> = if names.is_empty() {
+            let all = self.parts.spec.devices.iter();
+            let cards = all.filter(|device| matches!(device.kind, DeviceKind::Net { .. }));
+            cards.map(|device| device.id.as_str()).collect()
+        } else {
+            let named = names.iter().map(|name| self.card(name));
+            named.collect::<Result<_, _>>()?
+        };
+        for mut transport in self.parts.transports.iter().map(lock) {
+            if cards.contains(&transport.core().device().id()) {
+                transport.announce();
+            }
+        }
+        Ok(())
+    }
+
+    /// Id of the card with this name, or whose netdev has it.
+    fn card(&self, name: &str) -> Result<&str, QmpError> {
         let named = |device: &&ipc::spec::vm::DeviceOption| {
             device.id == name
                 || matches!(&device.kind, DeviceKind::Net { netdev, .. } if netdev == name)
@@ -579,8 +598,14 @@ impl Vm {
                 "Device '{name}' is no network card; allowed: the id of one, or of its netdev"
             )));
         }
+        Ok(&device.id)
+    }
+
+    /// Pulls the cable of the card with this name, or whose netdev has it, or plugs it in.
+    fn set_link(&self, name: &str, up: bool) -> Result<(), QmpError> {
+        let card = self.card(name)?;
         let mut transports = self.parts.transports.iter().map(lock);
-        let transport = transports.find(|one| one.core().device().id() == device.id);
+        let transport = transports.find(|one| one.core().device().id() == card);
         match transport {
             Some(transport) if transport.core().device().is_failed() => Err(
                 QmpError::device_not_active(format!("Device '{name}' was given up")),

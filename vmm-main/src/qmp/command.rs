@@ -416,6 +416,8 @@ pub enum VmCommand {
     DeviceDel(String, Reply<()>),
     /// `set_link`: of this device or netdev, up or down
     SetLink(String, bool, Reply<()>),
+    /// `announce-self`: these cards or netdevs, or all if none is named
+    AnnounceSelf(Vec<String>, Reply<()>),
     /// A command with an argument that is wrong for this reason.
     Wrong(String, Reply<()>),
     /// `stop`: pauses the vCPUs; emits STOP before it answers.

@@ -153,6 +153,8 @@ pub struct Core {
     attention: Arc<Attention>,
     /// Queues stand still for a snapshot, whoever serves them.
     held: bool,
+    /// It comes from a snapshot, and its network does not know yet.
+    moved: bool,
     /// Where each queue goes on, when it was stopped in order.
     bases: Vec<u16>,
 }
@@ -181,6 +183,7 @@ impl Core {
             error,
             attention,
             held: false,
+            moved: false,
             bases: Vec::new(),
         })
     }
@@ -471,6 +474,9 @@ impl Core {
     pub fn release(&mut self, lines: &impl Interrupts) {
         if std::mem::take(&mut self.held) {
             self.go_on(lines);
+            if std::mem::take(&mut self.moved) {
+                self.announce(lines);
+            }
         }
     }
 
@@ -505,7 +511,24 @@ impl Core {
         self.bases = state.bases;
         self.device.restore_inflight(state.inflight);
         self.held = true;
+        self.moved = true;
         Ok(())
+    }
+
+    /// The network is to learn where a card's guest is, if a driver uses the card.
+    pub fn announce(&mut self, lines: &impl Interrupts) {
+        if !self.is_running() || self.device.socket().is_none() {
+            return;
+        }
+        match self.device.announce() {
+            Ok(false) => {}
+            Ok(true) => {
+                self.state.config_generation = self.state.config_generation.wrapping_add(1);
+                self.state.config_changed = true;
+                lines.signal_config();
+            }
+            Err(error) => self.trouble(&error, lines),
+        }
     }
 
     /// Pulls a card's cable or plugs it in; the driver is told.

@@ -155,6 +155,11 @@ impl MmioTransport {
         self.core.set_link(up, &self.line);
     }
 
+    /// See [`Core::announce`].
+    pub fn announce(&mut self) {
+        self.core.announce(&self.line);
+    }
+
     /// See [`Core::save`].
     pub fn save(&mut self, exchange: Option<&File>) -> Result<DeviceState, RemoteError> {
         self.core.save(exchange)

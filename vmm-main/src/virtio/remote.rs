@@ -406,6 +406,9 @@ impl ConfigFrom {
 
 /// Where a card's `status` is, of which bit 0 says that there is a link (virtio 1.3, 5.1.4).
 pub(super) const NET_STATUS: usize = 6;
+/// The bits of it.
+const STATUS_LINK_UP: u8 = 1;
+const STATUS_ANNOUNCE: u8 = 2;
 
 /// Bytes of an in-flight description (vhost-user, "Inflight description": size, offset, queues, queue size, and padding
 /// to a multiple of 8).
@@ -825,7 +828,7 @@ impl RemoteDevice {
     /// What the guest reads of a card's link from now on.
     fn show_link(&mut self, up: bool) {
         if let Some(status) = self.config.get_mut(NET_STATUS) {
-            *status = *status & !1 | u8::from(up);
+            *status = u8::from(up);
         }
     }
 
@@ -840,6 +843,18 @@ impl RemoteDevice {
         Ok(self.config != before)
     }
 
+    /// Has a card tell the network where the guest is. `true` if its driver is to do that, and has to be told: configuration space says
+    /// so until the driver has seen it.
+    pub fn announce(&mut self) -> Result<bool, RemoteError> {
+        if self.virtio_id != VIRTIO_ID_NET || !self.config_from.is_own() || self.link_down {
+            return Ok(false);
+        }
+        self.tell_status(STATUS_LINK_UP | STATUS_ANNOUNCE)?;
+        self.refresh_config()?;
+        let status = self.config.get(NET_STATUS);
+        Ok(status.is_some_and(|status| status & STATUS_ANNOUNCE != 0))
+    }
+
     fn tell_link(&mut self) -> Result<(), RemoteError> {
         if matches!(self.config_from, ConfigFrom::Card(_)) {
             // No daemon knows a link; it has no queues to use while there is none.
@@ -852,7 +867,11 @@ impl RemoteDevice {
                 link.finish().map(drop)
             });
         }
-        let status = [u8::from(!self.link_down), 0];
+        self.tell_status(u8::from(!self.link_down))
+    }
+
+    fn tell_status(&mut self, status: u8) -> Result<(), RemoteError> {
+        let status = [status, 0];
         // Not the driver's doing: the device takes it from nobody else.
         let flags = VhostUserConfigFlags::LIVE_MIGRATION;
         let header = VhostUserConfig::new(NET_STATUS as u32, status.len() as u32, flags);
@@ -969,6 +988,12 @@ impl RemoteDevice {
     /// until [`RemoteDevice::process_ended`]: whoever started it has to end it before guest memory gets a new owner.
     pub fn deactivate(&mut self) -> Result<(), RemoteError> {
         let active = std::mem::take(&mut self.active);
+        if self.virtio_id == VIRTIO_ID_NET
+            && let Some(status) = self.config.get_mut(NET_STATUS)
+        {
+            // The next driver is asked nothing.
+            *status &= !STATUS_ANNOUNCE;
+        }
         // Counted to the end of what the driver asked for; what was in flight belongs to a driver that is gone.
         let stopped = self.take_queues(active);
         self.retire_inflight();

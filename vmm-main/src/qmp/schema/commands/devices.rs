@@ -254,6 +254,28 @@ pub(super) static COMMANDS: &[Command] = &[
         must("name", Type::ID, "id of the card or of its netdev"),
         must("up", Type::Bool, "whether there is a link"),
     ]),
+    main(
+        "announce-self",
+        "Has network cards tell the network where the guest is, as they do by themselves when a VM goes on from a snapshot: the guest's driver does it, or, if it cannot, the card's process sends one frame (RARP)",
+        |ticket, mut arguments| {
+            VmCommand::AnnounceSelf(
+                arguments.texts("interfaces"),
+                Reply::new(ticket, |_, ()| json!({})),
+            )
+        },
+    )
+    .takes(&[
+        may("initial", Type::UINT, "accepted: it is done once, now"),
+        may("max", Type::UINT, "accepted"),
+        may("rounds", Type::UINT, "accepted"),
+        may("step", Type::UINT, "accepted"),
+        may("id", Type::ID, "accepted"),
+        may(
+            "interfaces",
+            Type::List(&Type::ID),
+            "ids of cards or their netdevs; all cards without it",
+        ),
+    ]),
     main("query-iothreads", "Lists the iothreads", |ticket, _| {
         VmCommand::Iothreads(Reply::new(ticket, |_, threads| {
             let one = |thread: IothreadInfo| {
