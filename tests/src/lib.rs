@@ -21,6 +21,7 @@ pub mod host;
 pub mod jail;
 pub mod lab;
 pub mod payload;
+pub mod plot;
 pub mod procfs;
 pub mod qmp;
 #[cfg(target_arch = "x86_64")]

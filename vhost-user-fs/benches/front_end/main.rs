@@ -68,7 +68,7 @@ fn rounds(parts: &mut [Part], load: &Load, source: &Path, options: &Options) -> 
 }
 
 /// All loads in one cache mode.
-fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) {
+fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) -> Vec<Row> {
     let names: Vec<&str> = daemons.iter().map(|d| d.name).collect();
     report::head(cache, &names);
     let mut parts: Vec<Part> = daemons
@@ -116,6 +116,7 @@ fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) {
     for n in 0..daemons.len() {
         fs::remove_dir_all(source.join(format!("small-of-{n}"))).unwrap();
     }
+    rows
 }
 
 fn main() {
@@ -152,8 +153,14 @@ fn main() {
             fs::write(source.join(loads::data_file(job)), &data).unwrap();
         }
         drop(data);
+        let names: Vec<&str> = daemons.iter().map(|d| d.name).collect();
+        let mut plot = report::plot(&names);
         for cache in &options.cache {
-            table(&options, &daemons, source, *cache);
+            let rows = table(&options, &daemons, source, *cache);
+            report::add(&mut plot, &rows, *cache, names.len());
+        }
+        if let Some(file) = &options.plot {
+            plot.write(file);
         }
     }
     println!("load average after: {}", load_average());

@@ -27,6 +27,8 @@ pub(crate) struct Options {
     pub(crate) list: bool,
     pub(crate) help: bool,
     pub(crate) virtiofsd: Option<PathBuf>,
+    /// Where the picture goes.
+    pub(crate) plot: Option<PathBuf>,
 }
 
 pub(crate) const USAGE: &str = "\
@@ -44,7 +46,8 @@ options of bench fs:
   --idle                memory at rest, and nothing else
   --guest               from one Linux guest under QEMU with fio, and nothing else
                         (3 rounds, 300 files if not given; minutes)
-  --dir FOLDER          where the shared folder is made";
+  --dir FOLDER          where the shared folder is made
+  --plot FILE           the ratios as a picture (SVG)";
 
 impl Options {
     pub(crate) fn read() -> Self {
@@ -62,6 +65,7 @@ impl Options {
             list: false,
             help: false,
             virtiofsd: None,
+            plot: None,
         };
         let mut words = Words::of_program(USAGE);
         while let Some(option) = words.option() {
@@ -91,6 +95,7 @@ impl Options {
                         _ => words.wrong("is none, auto or both"),
                     }
                 }
+                "--plot" => options.plot = Some(words.value().into()),
                 "--help" => options.help = true,
                 _ => words.wrong("is not known"),
             }

@@ -5,6 +5,7 @@
 //! turns follow each other within a fraction of a second; the median of ratios then is not that of whoever had the quiet minute.
 
 use crate::daemons::Cache;
+use tests::plot::Plot;
 
 /// One daemon's figures of one turn.
 #[derive(Debug, Clone, Copy, Default)]
@@ -127,4 +128,25 @@ pub(crate) fn summary(rows: &[Row], names: &[&str]) {
             cpus.iter().filter(|c| **c < 1.0).count(),
         );
     }
+}
+
+/// A picture of the ratios, still without any; `names` are those of all daemons.
+pub(crate) fn plot(names: &[&str]) -> Plot {
+    let peers = names[1..].iter().map(|name| format!("beside {name}"));
+    Plot {
+        title: "vhost_user_fs".into(),
+        unit: "operations per second, times those of the other".into(),
+        parties: peers.chain(["beside plain preadv".into()]).collect(),
+        groups: Vec::new(),
+        line: Some(1.0),
+    }
+}
+
+/// Adds the loads of one cache mode.
+pub(crate) fn add(plot: &mut Plot, rows: &[Row], cache: Cache, daemons: usize) {
+    plot.groups.extend(rows.iter().map(|row| {
+        let peers = (0..daemons - 1).map(|n| Some(row.peers.get(n)?.rate_ratio));
+        let name = format!("cache {cache:?}: {}", row.name);
+        (name, peers.chain([row.floor]).collect())
+    }));
 }

@@ -105,6 +105,14 @@ fn main() {
         rows.push(row);
     }
     report::summary(&rows, &parties);
+    if let Some(file) = &options.plot {
+        let way = if options.direct {
+            "O_DIRECT"
+        } else {
+            "page cache"
+        };
+        report::plot(&rows, &parties, format!("block, {way}")).write(file);
+    }
     println!("load average after: {}", load_average());
     for party in parties {
         party.finish();

@@ -23,6 +23,8 @@ pub(crate) struct Options {
     pub(crate) fio: bool,
     pub(crate) list: bool,
     pub(crate) help: bool,
+    /// Where the picture goes.
+    pub(crate) plot: Option<PathBuf>,
 }
 
 pub(crate) const USAGE: &str = "\
@@ -38,7 +40,8 @@ options of bench block:
   --rounds N            turns of each back end with each load (default 7)
   --slice-ms N          length of a turn (default 250)
   --size-mib N          size of the file (default 256)
-  --dir FOLDER          where the file is made (default /var/tmp)";
+  --dir FOLDER          where the file is made (default /var/tmp)
+  --plot FILE           the ratios as a picture (SVG)";
 
 impl Options {
     pub(crate) fn read() -> Self {
@@ -55,6 +58,7 @@ impl Options {
             fio: true,
             list: false,
             help: false,
+            plot: None,
         };
         let mut words = Words::of_program(USAGE);
         while let Some(option) = words.option() {
@@ -74,6 +78,7 @@ impl Options {
                 "--slice-ms" => options.slice = Duration::from_millis(words.number(1)),
                 "--size-mib" => options.mebibytes = words.number(1),
                 "--dir" => options.dir = Some(words.value().into()),
+                "--plot" => options.plot = Some(words.value().into()),
                 "--help" => options.help = true,
                 _ => words.wrong("is not known"),
             }

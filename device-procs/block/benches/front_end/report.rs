@@ -6,6 +6,7 @@
 
 use crate::fio::Floor;
 use crate::parties::Party;
+use tests::plot::Plot;
 
 /// One back end's figures of one turn.
 #[derive(Debug, Clone, Default)]
@@ -156,4 +157,28 @@ pub(crate) fn summary(rows: &[Row], parties: &[Party]) {
     }
     let floors = rows.iter().filter_map(|row| Some(row.floor?.0)).collect();
     told("fio on the plain file".into(), floors, 0.9);
+}
+
+/// The ratios, as a picture.
+pub(crate) fn plot(rows: &[Row], parties: &[Party], title: String) -> Plot {
+    let peers = parties
+        .iter()
+        .skip(1)
+        .map(|party| format!("beside {}", party.name));
+    Plot {
+        title,
+        unit: "requests per second, times those of the other".into(),
+        parties: peers
+            .chain(["beside fio on the plain file".into()])
+            .collect(),
+        groups: rows
+            .iter()
+            .map(|row| {
+                let ratios = row.columns.iter().skip(1).map(|column| Some(column.ratio));
+                let floor = row.floor.map(|(ratio, _)| ratio);
+                (row.name.clone(), ratios.chain([floor]).collect())
+            })
+            .collect(),
+        line: Some(1.0),
+    }
 }

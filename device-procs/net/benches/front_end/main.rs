@@ -59,7 +59,7 @@ fn main() {
     let counter = Counter::new();
     println!("load average before: {}", load_average());
     let mut rows = Vec::new();
-    let mut known = false;
+    let mut names: Vec<&str> = Vec::new();
     for queues in [1, 4] {
         let loads: Vec<&Load> = loads.iter().filter(|load| load.queues == queues).collect();
         if loads.is_empty() {
@@ -68,8 +68,8 @@ fn main() {
         let Some(mut parties) = parties::all(&options, queues) else {
             return;
         };
-        if !std::mem::replace(&mut known, true) {
-            let names: Vec<&str> = parties.iter().map(|p| p.name).collect();
+        if names.is_empty() {
+            names = parties.iter().map(|p| p.name).collect();
             report::head(&names);
         }
         for load in loads {
@@ -96,5 +96,8 @@ fn main() {
         }
     }
     report::summary(&rows);
+    if let Some(file) = &options.plot {
+        report::plot(&rows, &names).write(file);
+    }
     println!("load average after: {}", load_average());
 }

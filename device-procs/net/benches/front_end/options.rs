@@ -3,6 +3,7 @@
 //! **Job.** The command line of the bench. **Who is not trusted.** Nobody. **Why this way.** Every option has a default with which
 //! the figures that the README shows come out; `--quick` is for a look.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use tests::bench::Words;
@@ -16,6 +17,8 @@ pub(crate) struct Options {
     pub(crate) peers: bool,
     pub(crate) list: bool,
     pub(crate) help: bool,
+    /// Where the picture goes.
+    pub(crate) plot: Option<PathBuf>,
 }
 
 pub(crate) const USAGE: &str = "\
@@ -25,7 +28,8 @@ options of bench net:
   --list                names of the loads
   --no-peers            without dpdk-testpmd
   --rounds N            turns of each back end with each load (default 11)
-  --slice-ms N          length of a turn (default 200)";
+  --slice-ms N          length of a turn (default 200)
+  --plot FILE           the ratios as a picture (SVG)";
 
 impl Options {
     pub(crate) fn read() -> Self {
@@ -36,6 +40,7 @@ impl Options {
             peers: true,
             list: false,
             help: false,
+            plot: None,
         };
         let mut words = Words::of_program(USAGE);
         while let Some(option) = words.option() {
@@ -49,6 +54,7 @@ impl Options {
                 "--no-peers" => options.peers = false,
                 "--rounds" => options.rounds = words.number(1),
                 "--slice-ms" => options.slice = Duration::from_millis(words.number(1)),
+                "--plot" => options.plot = Some(words.value().into()),
                 "--help" => options.help = true,
                 _ => words.wrong("is not known"),
             }

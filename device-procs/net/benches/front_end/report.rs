@@ -5,6 +5,7 @@
 //! turns follow each other within a second; the median of ratios then is not that of whoever had the quiet minute.
 
 use crate::loads::Load;
+use tests::plot::Plot;
 
 /// One party's figures of one turn.
 #[derive(Debug, Clone, Copy)]
@@ -139,4 +140,26 @@ pub(crate) fn summary(rows: &[Row]) {
         "beside the floor: {mean:.2} times in geometric mean, lowest {lowest:.2}, {reached} of {} loads at least 0.9 times",
         ratios.len()
     );
+}
+
+/// The ratios, as a picture; `names` are those of all parties.
+pub(crate) fn plot(rows: &[Row], names: &[&str]) -> Plot {
+    Plot {
+        title: "net".into(),
+        unit: "packets per second, times those of the other".into(),
+        parties: names
+            .iter()
+            .skip(1)
+            .map(|name| format!("beside {name}"))
+            .collect(),
+        groups: rows
+            .iter()
+            .map(|row| {
+                let others = row.columns.iter().skip(1);
+                let ratios = others.map(|column| Some(column.as_ref()?.ratio.median()));
+                (row.name.clone(), ratios.collect())
+            })
+            .collect(),
+        line: Some(1.0),
+    }
 }
