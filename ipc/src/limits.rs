@@ -136,6 +136,9 @@ pub const HAND_OVER_PATIENCE_MS: u64 = 10_000;
 
 /// Milliseconds that the control process waits for a device process to answer one vhost-user message.
 pub const DEVICE_REPLY_MS: u64 = 5_000;
+/// Milliseconds for which a snapshot waits for devices whose processes are being replaced: that one of them does not answer is found
+/// out in half of it.
+pub const SNAPSHOT_WAIT_MS: u64 = 2 * DEVICE_REPLY_MS;
 /// Milliseconds of one queue's turn, after which a device process takes no further request before it has looked at the control
 /// process's messages and its other queues: far less than [`DEVICE_REPLY_MS`], whatever a guest asks for.
 pub const DEVICE_TURN_MS: u64 = 50;

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
 use serde_json::json;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -380,6 +381,10 @@ fn what_is_told_about_the_vm_is_true() {
         .map(|one| one["name"].as_str().unwrap())
         .collect();
     assert_eq!(names, ["type", "device[0]", "device[1]"]);
+    assert_eq!(
+        ask("query-mem", json!({})).unwrap(),
+        json!({ "regions": [{ "address": 0, "size": 128 << 20 }] })
+    );
     let core = json!({ "path": "/machine/unattached/device[1]", "property": "core-id" });
     assert_eq!(ask("qom-get", core).unwrap(), 1);
     let append = json!({ "path": "/machine", "property": "append" });
@@ -443,6 +448,102 @@ fn what_is_told_about_the_vm_is_true() {
     .unwrap_err()
     .to_string();
     assert!(monitor.contains("query-cpus-fast"), "{monitor}");
+}
+
+/// A tool's output.
+fn told(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_dump_is_a_core_file_that_debuggers_read() {
+    tests::lab::ensure_packages(&["binutils", "gdb"]).unwrap();
+    let vm = sleeping_guest();
+    let mut qmp = vm.qmp().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let dump = |name: &str| json!({ "paging": false, "protocol": format!("fd:{name}") });
+    let name = json!({ "fdname": "core" });
+    qmp.execute_with("getfd", name.clone(), &[file.as_fd()])
+        .unwrap();
+    qmp.execute("dump-guest-memory", dump("core")).unwrap();
+    assert_eq!(
+        qmp.execute("query-status", json!({})).unwrap()["status"],
+        "running",
+        "it goes on"
+    );
+    let path = file.path().to_str().unwrap();
+    let headers = told("readelf", &["--wide", "--file-header", "--segments", path]);
+    assert!(headers.contains("CORE (Core file)"), "{headers}");
+    let load = headers.lines().find(|line| line.contains("LOAD")).unwrap();
+    let words: Vec<&str> = load.split_whitespace().collect();
+    // Offset, virtual and physical address, bytes in the file and in memory.
+    assert_eq!(
+        words[3..6],
+        ["0x0000000000000000", "0x8000000", "0x8000000"]
+    );
+    let offset = u64::from_str_radix(&words[1][2..], 16).unwrap();
+    assert_eq!(
+        file.as_file().metadata().unwrap().len(),
+        offset + (128 << 20)
+    );
+    let notes = told("readelf", &["--wide", "--notes", path]);
+    assert!(
+        notes.contains("NT_PRSTATUS") && notes.contains("QEMU"),
+        "{notes}"
+    );
+
+    // The guest sleeps at the same place ever since.
+    qmp.execute("stop", json!({})).unwrap();
+    let register = json!({ "vcpu": 0, "addr": "10" });
+    let pointer = qmp.execute("query-vcpu-reg", register).unwrap();
+    let pointer = u64::from_str_radix(pointer.as_str().unwrap(), 16).unwrap();
+    let code = json!({ "gpa": format!("{pointer:x}") });
+    let code = qmp.execute("query-mem-gpa", code).unwrap();
+    let code = u32::from_str_radix(code.as_str().unwrap(), 16).unwrap();
+    let commands = [
+        "--batch",
+        "--nx",
+        &format!("--core={path}"),
+        "--eval-command=output/x $rip",
+        "--eval-command=echo \\n",
+        "--eval-command=output/x *(unsigned int *)$rip",
+    ];
+    let seen = told("gdb", &commands);
+    let expected = format!("{pointer:#x}\n{code:#x}");
+    assert!(
+        code != 0 && seen.trim_end().ends_with(&expected),
+        "{seen}\nis not {expected}"
+    );
+
+    // What is refused.
+    let mut refuse = |arguments: serde_json::Value, why: &str| {
+        let said = qmp
+            .execute("dump-guest-memory", arguments)
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains(why), "{said}");
+    };
+    refuse(
+        json!({ "paging": false, "protocol": "file:/tmp/core" }),
+        "allowed: fd:NAME",
+    );
+    refuse(
+        json!({ "paging": true, "protocol": "fd:core" }),
+        "'paging' is true",
+    );
+    refuse(dump("core"), "'core' not found");
+    let (_reader, writer) = std::io::pipe().unwrap();
+    for (fd, why) in [(file.as_fd(), "allowed: 0"), (writer.as_fd(), "is no file")] {
+        let mut qmp = vm.qmp().unwrap();
+        qmp.execute_with("getfd", name.clone(), &[fd]).unwrap();
+        let said = qmp
+            .execute("dump-guest-memory", dump("core"))
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains(why), "{said}");
+    }
 }
 
 #[test]

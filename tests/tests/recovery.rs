@@ -457,6 +457,38 @@ fn a_device_that_cannot_be_saved_fails_and_the_vm_goes_on() {
     }
 }
 
+/// A snapshot that is asked for while a device's process is dead, or does not answer, has the state of the next one.
+#[test]
+fn a_snapshot_waits_for_a_device_that_is_being_restarted() {
+    let templates = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = image(dir.path());
+    let vm = builder(Payload::BlkLoop, "spin=1")
+        .arg("-drive")
+        .arg(format!("id=d0,file={},direct=off", disk.display()))
+        .args(["-device", "virtio-blk-device,drive=d0,id=disk"])
+        .arg("-snapshot-dir")
+        .arg(templates.path());
+    let mut guest = Guest::start(vm, dir);
+    guest.expect("LOOP 0");
+    for (how, name) in [(Signal::SIGKILL, "killed"), (Signal::SIGSTOP, "stopped")] {
+        let pid = guest.pid("block");
+        signal(pid, how);
+        let place = templates.path().join(name);
+        let uri = format!("file:{}", place.display());
+        guest.qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+        assert!(place.join("state").exists() && place.join("memory").exists());
+        let recovered = guest.event("DEVICE_RECOVERED");
+        assert_ne!(recovered["pid"], pid, "{name}");
+        let status = guest.qmp.execute("query-status", json!({})).unwrap();
+        assert_eq!(status["running"], true, "{status}");
+        guest.expect("LOOP ");
+    }
+    guest.type_a_byte();
+    guest.expect("BLK-LOOP OK bursts ");
+    guest.ends_well();
+}
+
 impl Guest {
     /// Replaces the process of `device` and gives the id of the next one, and how long neither served, in ms.
     #[track_caller]

@@ -23,6 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::daemon::Ready;
+use super::dump::Dump;
 use super::hotplug::Hotplug;
 use super::poller::Poller;
 use super::serial::Chardevs;
@@ -67,6 +68,8 @@ pub(super) struct Vm {
     pub(super) state: RunState,
     /// A snapshot that is being made.
     pub(super) job: Option<Job>,
+    /// A core file that is being written.
+    pub(super) dump: Option<Dump>,
     /// The last one, for `query-migrate`.
     pub(super) migration: Migration,
     /// The last step of it that clients know.
@@ -148,6 +151,7 @@ impl Vm {
             supervisor,
             state: RunState::Prelaunch,
             job: None,
+            dump: None,
             migration: Migration::default(),
             told_migration: MigrationStatus::default(),
             inspections: VecDeque::new(),
@@ -205,10 +209,16 @@ impl Vm {
             return self.finish(end);
         }
         loop {
-            let deadline = [self.supervisor.deadline(), self.hotplug.deadline()];
+            let snapshot = self.job.as_ref().and_then(Job::deadline);
+            let deadline = [
+                self.supervisor.deadline(),
+                self.hotplug.deadline(),
+                snapshot,
+            ];
             let deadline = deadline.into_iter().flatten().min();
             let wake = match &self.job {
                 Some(job) if job.has_work() => Some(Instant::now()),
+                _ if self.dump.is_some() => Some(Instant::now()),
                 _ => deadline,
             };
             let events = match self.poller.wait(wake) {
@@ -224,7 +234,10 @@ impl Vm {
                 }
             }
             self.answer_inspections();
-            if let Err(end) = self.go_on_with_snapshot() {
+            if let Err(end) = self
+                .go_on_with_snapshot()
+                .and_then(|()| self.go_on_with_dump())
+            {
                 return self.finish(end);
             }
             if deadline.is_some()
@@ -420,9 +433,20 @@ impl Vm {
                 )));
                 Ok(())
             }
+            (VmCommand::Cont(reply) | VmCommand::SystemReset(reply), None)
+                if self.dump.is_some() =>
+            {
+                reply.send(Err(QmpError::generic(
+                    "Guest memory is being dumped: wait for that",
+                )));
+                Ok(())
+            }
             (command, job) => {
                 if let (VmCommand::Stop(_), Some(job)) = (&command, job) {
                     job.stay_paused();
+                }
+                if let (VmCommand::Stop(_), Some(dump)) = (&command, &mut self.dump) {
+                    dump.stay_paused();
                 }
                 self.execute(command)
             }
@@ -432,6 +456,7 @@ impl Vm {
     fn execute(&mut self, command: VmCommand) -> Result<(), End> {
         match command {
             VmCommand::Migrate(uri, reply) => self.migrate(&uri, reply)?,
+            VmCommand::Dump(fds, reply) => self.dump(fds, reply)?,
             VmCommand::QueryMigrate(reply) => reply.send(Ok(self.migration())),
             VmCommand::CancelMigration(reply) => {
                 let done = self.cancel_migration();

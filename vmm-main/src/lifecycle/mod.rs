@@ -19,6 +19,7 @@
 //! | `phases.rs` | where start-up time goes, at log level trace |
 //! | `snapshot.rs` | `migrate`: a snapshot of the VM, in steps of the main loop |
 //! | `incoming.rs` | `-incoming`: going on from one |
+//! | `dump.rs` | `dump-guest-memory`, in steps of the main loop |
 //! | `poller.rs` | the epoll of the main loop |
 //! | `serial.rs` | the serial port's other end in the main loop |
 //! | `hotplug.rs` | devices that come and go while the VM runs |
@@ -26,6 +27,7 @@
 
 mod daemon;
 mod descriptors;
+mod dump;
 mod event_loop;
 mod hotplug;
 mod incoming;

@@ -6,20 +6,26 @@
 //! **Who is not trusted.** Clients, whose path is only compared with what the command line grants; device processes, which
 //! have to stop their queues in time and are replaced if they do not.
 //!
+//! A device whose process is being replaced at that moment is waited for, with the guest running, and so is one that turns out
+//! not to answer, which is replaced for it: [`SNAPSHOT_WAIT_MS`](ipc::limits::SNAPSHOT_WAIT_MS) in all.
+//!
 //! **Why this way.** All files come from the broker, so this works in the locked-down state. The guest goes on as soon as
 //! everything is written; that it is on the disk is waited for with the guest running. A client gets its answer at the very
 //! end, so that one that then ends the VM has its snapshot.
 //!
 //! ```text
-//! migrate ─> asked ─(files)─> pause, hold devices, read state ─> writing … ─> release, resume ─> ending ─> answer
+//! migrate ─> asked ─(files)─> waiting ─> pause, hold devices, read state ─> writing … ─> release, resume ─> ending ─> answer
+//!               │                └─<──(one is being replaced)──┘
 //!               └───────────────── any failure, migrate_cancel: release, resume ──────────────────┘
 //! ```
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use ipc::control::{Request, is_snapshot_name};
+use ipc::limits::SNAPSHOT_WAIT_MS;
 use ipc::log::{info, warn};
 
 use super::event_loop::{End, Vm, host_error, lock};
@@ -47,6 +53,8 @@ pub(super) struct Job {
 enum Phase {
     /// The broker was asked for files.
     Asked,
+    /// There are files, and until then devices may get processes that can stop in order.
+    Waiting(SnapshotFiles, Instant),
     /// The guest stands still, and its RAM is being written.
     Writing(Box<Writing>),
     /// The broker was asked to keep the snapshot, or to remove it because of this.
@@ -65,12 +73,23 @@ struct Writing {
 impl Job {
     /// Whether the guest and its devices stand still for it, or are about to.
     pub(super) const fn holds_the_guest(&self) -> bool {
-        matches!(self.phase, Phase::Asked | Phase::Writing(_))
+        matches!(
+            self.phase,
+            Phase::Asked | Phase::Waiting(..) | Phase::Writing(_)
+        )
     }
 
     /// Whether there is work to do without waiting for anything.
     pub(super) const fn has_work(&self) -> bool {
         matches!(self.phase, Phase::Writing(_))
+    }
+
+    /// When waiting is over.
+    pub(super) const fn deadline(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Waiting(_, deadline) => Some(deadline),
+            _ => None,
+        }
     }
 
     /// The guest stays paused afterwards.
@@ -122,6 +141,7 @@ impl Vm {
     pub(super) fn migrate(&mut self, uri: &str, reply: Reply<()>) -> Result<(), End> {
         let refused = match (&self.parts.machine, self.state) {
             _ if self.job.is_some() => Some("A snapshot is being made already".to_owned()),
+            _ if self.dump.is_some() => Some("Guest memory is being dumped".to_owned()),
             _ if self.supervisor.is_upgrading() => {
                 Some("A device gets another process; wait for DEVICE_UPGRADED".to_owned())
             }
@@ -192,11 +212,11 @@ impl Vm {
             };
             match (answer, job.phase) {
                 (SnapshotAnswer::Begun(files), Phase::Asked) => {
-                    let job = Job {
-                        phase: Phase::Asked,
+                    let deadline = Instant::now() + Duration::from_millis(SNAPSHOT_WAIT_MS);
+                    self.job = Some(Job {
+                        phase: Phase::Waiting(files, deadline),
                         ..job
-                    };
-                    self.capture(job, files)?;
+                    });
                 }
                 (SnapshotAnswer::Failed(why), Phase::Asked) => {
                     self.finish_migration(job.reply, Err(why));
@@ -216,6 +236,19 @@ impl Vm {
                 resume,
                 phase: Phase::Writing(writing),
             }) => self.write(reply, resume, writing),
+            Some(Job {
+                reply,
+                resume,
+                phase: Phase::Waiting(files, deadline),
+            }) => {
+                let phase = Phase::Waiting(files, deadline);
+                let job = Job {
+                    reply,
+                    resume,
+                    phase,
+                };
+                self.capture_when_devices_are_there(job)
+            }
             job => {
                 self.job = job;
                 Ok(())
@@ -223,8 +256,34 @@ impl Vm {
         }
     }
 
+    fn capture_when_devices_are_there(&mut self, job: Job) -> Result<(), End> {
+        let Some(deadline) = job.deadline() else {
+            self.job = Some(job);
+            return Ok(());
+        };
+        let missing = self.parts.transports.iter().find_map(|transport| {
+            let transport = lock(transport);
+            let core = transport.core();
+            core.is_between_processes()
+                .then(|| core.device().id().to_owned())
+        });
+        match missing {
+            None => self.capture(job),
+            Some(_) if Instant::now() < deadline => {
+                self.job = Some(job);
+                Ok(())
+            }
+            Some(id) => {
+                let why = format!(
+                    "device \"{id}\" has had no process for {SNAPSHOT_WAIT_MS} ms, and another one is awaited"
+                );
+                self.give_up(job, MigrationStatus::Failed, &why)
+            }
+        }
+    }
+
     /// Pauses the guest and reads the state of everything but RAM.
-    fn capture(&mut self, mut job: Job, files: SnapshotFiles) -> Result<(), End> {
+    fn capture(&mut self, mut job: Job) -> Result<(), End> {
         if self.state == RunState::Running {
             job.resume = true;
             self.pause(RunState::Paused)?;
@@ -235,6 +294,20 @@ impl Vm {
             return self.give_up(job, MigrationStatus::Failed, "the guest has ended");
         }
         self.supervise(Supervisor::settle)?;
+        if let Err(why) = self.hold_devices() {
+            return self.wait_or_give_up(job, &why);
+        }
+        let (files, job) = match job.phase {
+            Phase::Waiting(files, _) => (
+                files,
+                Job {
+                    phase: Phase::Asked,
+                    ..job
+                },
+            ),
+            phase => return self.keep_job(Job { phase, ..job }),
+        };
+        let mut job = job;
         match self.read_state(files) {
             Ok(writing) => {
                 self.migration.status = MigrationStatus::Active;
@@ -245,6 +318,36 @@ impl Vm {
             }
             Err(why) => self.give_up(job, MigrationStatus::Failed, &why),
         }
+    }
+
+    /// Has every device's process stop in order.
+    fn hold_devices(&self) -> Result<(), String> {
+        self.parts
+            .transports
+            .iter()
+            .try_for_each(|transport| lock(transport).hold().map_err(|e| with_causes(&e)))
+    }
+
+    /// A device's process did not stop in order: it is replaced, and that is waited for once the guest goes on.
+    fn wait_or_give_up(&mut self, mut job: Job, why: &str) -> Result<(), End> {
+        let patient = job
+            .deadline()
+            .is_some_and(|deadline| Instant::now() < deadline);
+        if !patient {
+            return self.give_up(job, MigrationStatus::Failed, why);
+        }
+        info!("the snapshot waits: {why}");
+        self.supervise(Supervisor::settle)?;
+        self.release_devices();
+        if std::mem::take(&mut job.resume) && self.state == RunState::Paused {
+            self.resume()?;
+        }
+        self.keep_job(job)
+    }
+
+    fn keep_job(&mut self, job: Job) -> Result<(), End> {
+        self.job = Some(job);
+        Ok(())
     }
 
     fn read_state(&mut self, files: SnapshotFiles) -> Result<Writing, String> {
@@ -260,7 +363,6 @@ impl Vm {
         let mut devices = Vec::with_capacity(self.parts.transports.len());
         for transport in &self.parts.transports {
             let mut transport = lock(transport);
-            transport.hold().map_err(|e| with_causes(&e))?;
             let exchange = if transport.core().device().has_state() {
                 exchanges.next()
             } else {

@@ -430,6 +430,8 @@ pub enum VmCommand {
     SystemPowerdown(Reply<()>),
     /// `migrate` to this URI; answers when the snapshot is on the disk.
     Migrate(String, Reply<()>),
+    /// `dump-guest-memory`, to the descriptor that the client passed
+    Dump(Vec<Arc<OwnedFd>>, Reply<()>),
     /// `query-migrate`
     QueryMigrate(Reply<Migration>),
     /// `migrate_cancel`

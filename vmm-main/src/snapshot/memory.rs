@@ -19,7 +19,7 @@ use crate::memory::GuestRam;
 
 const BLOCK: usize = SNAPSHOT_BLOCK as usize;
 /// Bytes of one [`Writer::step`]: a few milliseconds of work.
-const STEP: u64 = 8 << 20;
+pub(super) const STEP: u64 = 8 << 20;
 /// Threads that read RAM back, at most: memory bandwidth is used up by then.
 const READERS: usize = 8;
 
@@ -64,7 +64,7 @@ pub enum MemoryError {
     },
 }
 
-fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> MemoryError {
+pub(super) fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> MemoryError {
     move |source| MemoryError::Io { what, source }
 }
 
@@ -127,7 +127,8 @@ impl Writer {
             if work >= STEP {
                 return Ok(true);
             }
-            if let Some(data) = self.next_data()? {
+            if let Some(data) = next_data(&self.ram, self.next)? {
+                let data = (data - data % u64::from(SNAPSHOT_BLOCK)).max(self.next);
                 // Blocks in between are holes in RAM's own file.
                 let empty = (data - self.next) / u64::from(SNAPSHOT_BLOCK);
                 self.sums.extend((0..empty).map(|_| None));
@@ -141,13 +142,6 @@ impl Writer {
             }
         }
         Ok(false)
-    }
-
-    /// Start of the first block from here on that has data; `None` if there is none.
-    fn next_data(&self) -> Result<Option<u64>, MemoryError> {
-        let data = self.ram.next_data(self.next);
-        let data = data.map_err(|e| io("looking for data in guest RAM")(e.into()))?;
-        Ok(data.map(|data| (data - data % u64::from(SNAPSHOT_BLOCK)).max(self.next)))
     }
 
     fn write_block(&mut self) -> Result<(), MemoryError> {
@@ -180,7 +174,13 @@ impl Writer {
     }
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+/// The first place of RAM from `next` on where there is data; `None` if there is none.
+pub(super) fn next_data(ram: &GuestRam, next: u64) -> Result<Option<u64>, MemoryError> {
+    let data = ram.next_data(next);
+    data.map_err(|e| io("looking for data in guest RAM")(e.into()))
+}
+
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     // In this form the compiler compares whole vectors.
     bytes
         .chunks(64)

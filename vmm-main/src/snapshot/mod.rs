@@ -17,7 +17,9 @@
 //! | `format.rs` | the envelope of `state`: magic number, version, length, checksums |
 //! | `shape.rs` | what VM a snapshot is of |
 //! | `memory.rs` | guest RAM to and from the file `memory` |
+//! | `elf_core.rs` | guest RAM and registers as an ELF core file, which nothing goes on from |
 
+pub mod elf_core;
 pub mod format;
 pub mod memory;
 pub mod shape;

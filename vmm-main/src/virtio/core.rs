@@ -458,6 +458,15 @@ impl Core {
         Ok(())
     }
 
+    /// Whether the driver is at work and the process that it worked with is gone, with another one to come.
+    pub fn is_between_processes(&self) -> bool {
+        self.is_running()
+            && !self.held
+            && !self.has(NEEDS_RESET)
+            && !self.device.is_active()
+            && !self.device.is_failed()
+    }
+
     /// Has the device process stop its queues in order, and remembers where each goes on.
     fn stop_queues(&mut self) -> Result<(), RemoteError> {
         let mut bases = vec![0; self.state.queues.len()];

@@ -157,6 +157,14 @@ const CPU_DEFINITION: Object = object(
     ],
 );
 
+const REGION: Object = object(
+    "MemoryRange",
+    &[
+        must("address", Type::UINT, "physical address of its first byte"),
+        must("size", Type::UINT, "its bytes"),
+    ],
+);
+
 const EXPANSION: Type = Type::Enum(&Enum {
     name: "CpuModelExpansionType",
     values: &["static", "full"],
@@ -280,6 +288,26 @@ pub(super) static COMMANDS: &[Command] = &[
         },
     )
     .returns(Type::List(&Type::Object(&MEMDEV))),
+    here(
+        "query-mem",
+        "Tells where the guest's memory is",
+        |info, _| {
+            let size = if info.machine == MachineKind::None { 0 } else { info.memory.size };
+            let ranges = crate::memory::ram_ranges(size).into_iter().filter(|(_, size)| *size > 0);
+            let regions: Vec<Value> = ranges
+                .map(|(address, size)| json!({ "address": address, "size": size }))
+                .collect();
+            Ok(json!({ "regions": regions }))
+        },
+    )
+    .returns(Type::Object(&object(
+        "MemoryLayout",
+        &[must(
+            "regions",
+            Type::List(&Type::Object(&REGION)),
+            "what is memory, by address",
+        )],
+    ))),
     main(
         "query-mem-gpa",
         "Tells the four bytes of guest memory at an address, as a hexadecimal number in the guest's byte order",

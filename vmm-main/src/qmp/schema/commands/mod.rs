@@ -2,6 +2,8 @@
 
 mod descriptors;
 mod devices;
+mod dump;
+mod foreign;
 mod hotplug;
 mod machine;
 mod migration;
@@ -56,6 +58,10 @@ pub static GROUPS: &[Group] = &[
         commands: migration::COMMANDS,
     },
     Group {
+        title: "Dumps",
+        commands: dump::COMMANDS,
+    },
+    Group {
         title: "Hot-plug",
         commands: hotplug::COMMANDS,
     },
@@ -66,5 +72,9 @@ pub static GROUPS: &[Group] = &[
     Group {
         title: "Sandbox",
         commands: sandbox::COMMANDS,
+    },
+    Group {
+        title: "Of other boards",
+        commands: foreign::COMMANDS,
     },
 ];
