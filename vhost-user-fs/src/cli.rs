@@ -171,8 +171,8 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("announce-submounts", Takes::Nothing, "the guest sees mounts in the folder as mounts"),
     ("allow-mmap", Takes::Nothing, "files can be mapped shared although they are not cached"),
     ("no-readdirplus", Takes::Nothing, "folders are read without the attributes of their files"),
-    ("posix-lock", Takes::Nothing, "locks of fcntl(2) hold on the host too; a lock that is taken is refused instead of waited for"),
-    ("flock", Takes::Nothing, "locks of flock(2) hold on the host too; a lock that is taken is refused instead of waited for"),
+    ("posix-lock", Takes::Nothing, "locks of fcntl(2) hold on the host too"),
+    ("flock", Takes::Nothing, "locks of flock(2) hold on the host too"),
     ("translate-uid", Takes::Values("RULE"), "users of the guest are others on the host, as in map:0:100000:65536; may be given several times"),
     ("translate-gid", Takes::Values("RULE"), "the same for groups"),
     ("uid-map", Takes::Values("MAP"), "users that exist for the daemon, as in :0:100000:65536: ; may be given several times"),
@@ -461,7 +461,9 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
         "inode-file-handles",
         &[("never", ()), ("prefer", ())],
         (),
-        "never or prefer: inodes are kept as descriptors, since opening a file by its handle takes a right over the whole host",
+        "never or prefer. mandatory would take CAP_DAC_READ_SEARCH in the host's user namespace, with which every file of the host's file \
+         systems can be opened by its handle, in the shared folder or not, and past Landlock: no -sandbox keeps that right. Inodes are \
+         descriptors, and beyond -rlimit-nofile they are found again by folder and name",
     )?;
     let xattrmap = match text("xattrmap") {
         Some(rules) => {

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, SystemTime};
 
+use device_host::test_frontend::{INDIRECT_DESC, TestFrontend};
 use fs_device::fuse::wire::{fopen, init, opcode};
 use libc::{EPERM, EROFS, O_RDONLY, O_RDWR};
 use nix::sys::signal::{Signal, kill};
@@ -584,6 +585,264 @@ fn mounts_in_the_folder_are_announced_when_asked_for() {
             .unwrap()
             .success()
     );
+}
+
+/// A front end at the daemon's socket.
+fn connected(socket: &Path) -> TestFrontend {
+    TestFrontend::connect(UnixStream::connect(socket).unwrap(), INDIRECT_DESC)
+}
+
+#[test]
+fn the_folder_is_named_in_two_ways() {
+    let dir = tree();
+    let socket = dir.path().join("socket");
+    for option in ["-source", "-shared-dir"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
+        let path = socket.to_str().unwrap();
+        command.arg(option).arg(dir.path());
+        command.args(["-socket-path", path, "-log-level", "info"]);
+        let mut daemon = Daemon::start(&mut command, "listening").unwrap();
+        let mut front = connected(&socket);
+        // With an answer, it is in its jail.
+        front.config(0, 4);
+        let outside = daemon.pid();
+        let children = format!("/proc/{outside}/task/{outside}/children");
+        let inside = fs::read_to_string(children).unwrap();
+        let root = fs::metadata(format!("/proc/{}/root", inside.trim())).unwrap();
+        let shared = fs::metadata(dir.path()).unwrap();
+        assert_eq!((root.dev(), root.ino()), (shared.dev(), shared.ino()));
+        drop(front);
+        assert!(daemon.wait(LIMIT).unwrap().success(), "{option}");
+    }
+}
+
+#[test]
+fn the_name_to_mount_by_is_in_the_configuration_space() {
+    for (options, name) in [(&["-tag", "other"][..], "other"), (&[], "myfs")] {
+        let dir = tree();
+        let mut client = Client::start(dir.path(), options);
+        let space = client.front.config(0, 36);
+        assert_eq!(space[..name.len()], *name.as_bytes());
+        assert!(space[name.len()..].iter().all(|byte| *byte == 0));
+        assert!(client.finish().success());
+    }
+}
+
+#[test]
+fn inodes_are_descriptors_whether_or_not_handles_are_preferred() {
+    let dir = tree();
+    for when in ["never", "prefer"] {
+        let mut client = Client::start(dir.path(), &["-inode-file-handles", when]);
+        client.lookup(1, "file").unwrap();
+        // The file is known by folder and name until it is opened for the first time, and held from then on.
+        let node = client.lookup(1, "file").unwrap();
+        client.open(node, O_RDONLY).unwrap();
+        let pid = serving(&client.child);
+        let held = fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .filter_map(|fd| fs::read_link(fd.unwrap().path()).ok())
+            .filter(|target| target.ends_with("file"))
+            .count();
+        assert_eq!(held, 2, "{when}: the inode, and the open file");
+        assert!(client.finish().success());
+    }
+    let refused = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
+        .args([
+            "-source",
+            "/tmp",
+            "-fd",
+            "3",
+            "-inode-file-handles",
+            "mandatory",
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        said.contains("-inode-file-handles mandatory: never or prefer"),
+        "{said}"
+    );
+    assert!(said.contains("CAP_DAC_READ_SEARCH"), "{said}");
+}
+
+/// Which test shows what an option changes: its file and its name.
+const SHOWN_BY: &[(&str, &str, &str)] = &[
+    ("source", "options.rs", "the_folder_is_named_in_two_ways"),
+    (
+        "shared-dir",
+        "options.rs",
+        "the_folder_is_named_in_two_ways",
+    ),
+    (
+        "socket-path",
+        "options.rs",
+        "the_folder_is_named_in_two_ways",
+    ),
+    (
+        "socket-group",
+        "options.rs",
+        "the_socket_is_for_its_user_or_for_a_group_too",
+    ),
+    ("fd", "raw/mod.rs", "spawn"),
+    ("D", "options.rs", "messages_go_where_they_are_sent"),
+    ("log-level", "options.rs", "messages_go_where_they_are_sent"),
+    (
+        "seccomp",
+        "options.rs",
+        "the_filter_is_there_and_its_weakening_is_told",
+    ),
+    (
+        "sandbox",
+        "options.rs",
+        "chroot_changes_the_root_and_nothing_else",
+    ),
+    (
+        "modcaps",
+        "options.rs",
+        "capabilities_are_added_and_taken_away",
+    ),
+    (
+        "rlimit-nofile",
+        "options.rs",
+        "the_number_of_descriptors_bounds_the_guest",
+    ),
+    (
+        "cache",
+        "options.rs",
+        "the_cache_policy_says_how_long_things_hold",
+    ),
+    (
+        "writeback",
+        "options.rs",
+        "flags_of_the_session_follow_the_options",
+    ),
+    (
+        "readonly",
+        "options.rs",
+        "a_read_only_folder_refuses_and_another_does_not",
+    ),
+    (
+        "xattr",
+        "options.rs",
+        "attributes_are_passed_on_when_asked_for",
+    ),
+    (
+        "xattrmap",
+        "options.rs",
+        "attributes_have_the_names_that_the_map_gives_them",
+    ),
+    (
+        "posix-acl",
+        "options.rs",
+        "flags_of_the_session_follow_the_options",
+    ),
+    (
+        "announce-submounts",
+        "options.rs",
+        "mounts_in_the_folder_are_announced_when_asked_for",
+    ),
+    (
+        "allow-mmap",
+        "options.rs",
+        "flags_of_the_session_follow_the_options",
+    ),
+    (
+        "no-readdirplus",
+        "options.rs",
+        "flags_of_the_session_follow_the_options",
+    ),
+    (
+        "posix-lock",
+        "attacks.rs",
+        "attributes_and_locks_work_when_asked_for",
+    ),
+    (
+        "flock",
+        "attacks.rs",
+        "attributes_and_locks_work_when_asked_for",
+    ),
+    (
+        "translate-uid",
+        "options.rs",
+        "users_and_groups_are_translated_both_ways",
+    ),
+    (
+        "translate-gid",
+        "options.rs",
+        "users_and_groups_are_translated_both_ways",
+    ),
+    (
+        "uid-map",
+        "options.rs",
+        "users_that_are_not_in_the_map_do_not_exist",
+    ),
+    (
+        "gid-map",
+        "options.rs",
+        "users_that_are_not_in_the_map_do_not_exist",
+    ),
+    (
+        "preserve-noatime",
+        "options.rs",
+        "times_of_access_stay_when_asked_for",
+    ),
+    ("dax-window", "mapping.rs", "start"),
+    (
+        "tag",
+        "options.rs",
+        "the_name_to_mount_by_is_in_the_configuration_space",
+    ),
+    (
+        "thread-pool-size",
+        "daemon.rs",
+        "the_serving_process_holds_what_it_needs_and_nothing_else",
+    ),
+    (
+        "inode-file-handles",
+        "options.rs",
+        "inodes_are_descriptors_whether_or_not_handles_are_preferred",
+    ),
+    (
+        "print-capabilities",
+        "options.rs",
+        "what_virtiofsds_users_write_works",
+    ),
+    ("help", "options.rs", "what_virtiofsds_users_write_works"),
+    ("version", "options.rs", "what_virtiofsds_users_write_works"),
+];
+
+#[test]
+fn each_option_of_the_help_has_a_test_that_shows_its_effect() {
+    let help = Command::new(env!("CARGO_BIN_EXE_vhost_user_fs"))
+        .arg("--help")
+        .output()
+        .unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let options: Vec<&str> = help
+        .lines()
+        .filter_map(|line| line.strip_prefix("  -")?.split_whitespace().next())
+        .collect();
+    assert!(options.len() >= SHOWN_BY.len(), "{options:?}");
+    for option in options {
+        let shown = SHOWN_BY.iter().find(|(name, ..)| *name == option);
+        let (_, file, test) = shown.unwrap_or_else(|| panic!("no test shows what -{option} does"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests")
+            .join(file);
+        let text = fs::read_to_string(path).unwrap();
+        let body = text
+            .split_once(&format!("fn {test}("))
+            .map(|(_, rest)| rest);
+        let body = body.unwrap_or_else(|| panic!("{file} has no {test}"));
+        let (body, _) = body.split_once("\n}\n").unwrap();
+        let used = ["\"", "=", ","].iter().any(|end| {
+            ["\"-", "\"--"]
+                .iter()
+                .any(|start| body.contains(&format!("{start}{option}{end}")))
+        });
+        assert!(used, "{file}: {test} does not use -{option}");
+    }
 }
 
 #[test]
