@@ -133,6 +133,8 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("CLOCK_MONOTONIC", 1),
     // sockets
     ("AF_UNIX", 1),
+    ("SOCK_STREAM", 1),
+    ("SOCK_CLOEXEC", 0x80000),
     ("AF_INET", 2),
     ("AF_INET6", 10),
     ("AF_VSOCK", 40),

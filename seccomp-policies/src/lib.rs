@@ -27,6 +27,8 @@ pub enum Policy {
     ControlVcpu,
     /// The control process's thread that brings in guest memory of a snapshot.
     ControlPager,
+    /// The control process's thread that maps files of shared folders for the guest.
+    ControlWindow,
     /// The broker, and whatever its children do before they install their own filter.
     Broker,
     /// The broker of a VM that shares a folder.
@@ -85,11 +87,12 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
         Self::ControlPager,
+        Self::ControlWindow,
         Self::Broker,
         Self::BrokerFs,
         Self::Block,
@@ -112,6 +115,7 @@ impl Policy {
             Self::ControlQmp => &generated::CONTROL_QMP_INFO,
             Self::ControlVcpu => &generated::CONTROL_VCPU_INFO,
             Self::ControlPager => &generated::CONTROL_PAGER_INFO,
+            Self::ControlWindow => &generated::CONTROL_WINDOW_INFO,
             Self::Broker => &generated::BROKER_INFO,
             Self::BrokerFs => &generated::BROKER_FS_INFO,
             Self::Block => &generated::BLOCK_INFO,
@@ -144,6 +148,7 @@ impl Policy {
             Self::ControlQmp => &generated::CONTROL_QMP,
             Self::ControlVcpu => &generated::CONTROL_VCPU,
             Self::ControlPager => &generated::CONTROL_PAGER,
+            Self::ControlWindow => &generated::CONTROL_WINDOW,
             Self::Broker => &generated::BROKER,
             Self::BrokerFs => &generated::BROKER_FS,
             Self::Block => &generated::BLOCK,

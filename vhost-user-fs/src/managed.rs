@@ -16,7 +16,9 @@ use fs_device::FsDevice;
 use fs_device::device::{Moved, TAG_BYTES};
 use fs_device::passthrough::{Cache, Config, OwnFds, Passthrough, Store, may_switch_user};
 use ipc::channel::Channel;
-use ipc::limits::{MAX_FS_QUEUE_SIZE, MAX_FS_REQUEST_QUEUES, MIN_FS_QUEUE_SIZE};
+use ipc::limits::{
+    DAX_UNIT, MAX_DAX_WINDOW, MAX_FS_QUEUE_SIZE, MAX_FS_REQUEST_QUEUES, MIN_FS_QUEUE_SIZE,
+};
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::start::StartMessage;
@@ -82,6 +84,13 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
     }
     if !(1..=TAG_BYTES).contains(&spec.tag.len()) {
         return Err(wrong("length of tag", spec.tag.len(), "1 to 36 bytes"));
+    }
+    if spec.window > MAX_DAX_WINDOW || !spec.window.is_multiple_of(DAX_UNIT) {
+        return Err(BuildError::Property {
+            property: "cache-size",
+            value: spec.window,
+            allowed: "a multiple of 2M, up to 8G",
+        });
     }
     let (Some(tree), Some(processes), Some(broker)) = (fds.take(), fds.take(), fds.take()) else {
         return Err(BuildError::NoTree);
@@ -177,7 +186,7 @@ fn device(
     FsDevice::new(tree, &spec.tag)
         .map(|device| {
             let device = device.with_queues(spec.request_queues, spec.queue_size);
-            device.with_movers(movers)
+            device.with_window(spec.window).with_movers(movers)
         })
         .ok_or(BuildError::NotAFolder)
 }

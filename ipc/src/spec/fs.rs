@@ -58,6 +58,8 @@ pub struct FsSpec {
     pub request_queues: u16,
     /// Entries of a queue: a power of two, 8 to 1024.
     pub queue_size: u16,
+    /// Bytes of the window into which files are mapped for the guest, a multiple of [`DAX_UNIT`](crate::limits::DAX_UNIT); 0 for none.
+    pub window: u64,
 }
 
 impl FsSpec {
@@ -102,6 +104,7 @@ mod tests {
             groups: Translation::default(),
             request_queues: 1,
             queue_size: 1024,
+            window: 0,
         };
         assert_eq!(spec.capabilities(), 1 << 2);
         spec.readonly = false;

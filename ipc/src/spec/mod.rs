@@ -104,6 +104,16 @@ impl DeviceSpec {
                     1,
                     limits::MAX_FS_REQUEST_QUEUES,
                 )?;
+                if spec.window > limits::MAX_DAX_WINDOW
+                    || !spec.window.is_multiple_of(limits::DAX_UNIT)
+                {
+                    return Err(format!(
+                        "cache-size is {}; allowed: multiples of {}, up to {}",
+                        spec.window,
+                        limits::DAX_UNIT,
+                        limits::MAX_DAX_WINDOW
+                    ));
+                }
                 size(limits::MIN_FS_QUEUE_SIZE, limits::MAX_FS_QUEUE_SIZE)
             }
             Self::Template(_) => Ok(()),

@@ -436,6 +436,8 @@ pub enum DeviceKind {
         request_queues: u16,
         /// `queue-size=`, default 1024.
         queue_size: u16,
+        /// `cache-size=` in bytes, default 0: none.
+        window: u64,
     },
 }
 

@@ -288,6 +288,7 @@ pub const CONTROL_THREADS: &[(&str, Policy)] = &[
     ("qmp", Policy::ControlQmp),
     ("vcpu", Policy::ControlVcpu),
     ("pager", Policy::ControlPager),
+    ("window", Policy::ControlWindow),
 ];
 
 impl Setting {

@@ -57,6 +57,7 @@ pub(super) enum DraftKind {
         tag: String,
         request_queues: u16,
         queue_size: u16,
+        window: u64,
     },
 }
 
@@ -564,5 +565,6 @@ fn fs_kind(props: &Props<'_>, source: FsSource) -> Result<DraftKind, CmdlineErro
         queue_size: props
             .small("queue-size")
             .unwrap_or(limits::MAX_FS_QUEUE_SIZE),
+        window: props.int("cache-size").unwrap_or(0),
     })
 }

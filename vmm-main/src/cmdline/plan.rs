@@ -376,6 +376,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
             tag,
             request_queues,
             queue_size,
+            window,
         } => {
             let whole = |fsdev: Option<&FsdevSpec>| {
                 DeviceSpec::Fs(FsSpec {
@@ -389,6 +390,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     groups: fsdev.map(|fsdev| fsdev.groups.clone()).unwrap_or_default(),
                     request_queues: *request_queues,
                     queue_size: *queue_size,
+                    window: *window,
                 })
             };
             match source {

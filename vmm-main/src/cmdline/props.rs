@@ -7,6 +7,7 @@
 use super::error::{CmdlineError, list};
 use super::nearest::nearest;
 use super::table::{Arg, OptionDef};
+use ipc::limits;
 use ipc::spec::cpus::{self, CpuList};
 
 /// The type of a value, with its range.
@@ -34,6 +35,8 @@ pub enum Kind {
     Size,
     /// Memory size, in which a number without unit is in bytes.
     Bytes,
+    /// Size of a window into which files are mapped.
+    Window,
     /// MAC address, `52:54:00:12:34:56`.
     Mac,
     /// Inherited descriptors, separated by `:`; at most so many.
@@ -60,6 +63,7 @@ impl Kind {
             Self::Later => "nothing yet".into(),
             Self::Size => "an integer number of MiB from 128M to 512G, as in 256, 256m, 1G".into(),
             Self::Bytes => "bytes, or a number with m, M, g or G; whole MiB from 1M to 512G".into(),
+            Self::Window => "0, or a multiple of 2M up to 8G, as in 512M or 2G".into(),
             Self::Mac => {
                 "six hexadecimal bytes, as in 52:54:00:12:34:56, the first one even".into()
             }
@@ -89,7 +93,7 @@ impl Kind {
             Self::Path => "PATH".into(),
             Self::Int(..) | Self::PowerOfTwo(..) => "N".into(),
             Self::Later => "…".into(),
-            Self::Size | Self::Bytes => "SIZE".into(),
+            Self::Size | Self::Bytes | Self::Window => "SIZE".into(),
             Self::Mac => "MAC".into(),
             Self::Cpus | Self::Nodes | Self::Vcpus => "N-N:N:…".into(),
             Self::Fds(1) => "FD".into(),
@@ -138,6 +142,7 @@ impl Kind {
                     .ok_or_else(wrong)?,
             ),
             Self::Bytes => Value::Int(read_size(text, 0).ok_or_else(wrong)?),
+            Self::Window => Value::Int(read_window(text).ok_or_else(wrong)?),
             Self::Mac => Value::Mac(read_mac(text).ok_or_else(wrong)?),
             Self::Cpus | Self::Nodes => Value::Cpus(CpuList::parse(text).ok_or_else(wrong)?),
             Self::Vcpus => {
@@ -522,6 +527,26 @@ pub(super) fn read_int(text: &str) -> Option<u64> {
         return None;
     }
     u64::from_str_radix(digits, radix).ok()
+}
+
+/// Bytes of a window.
+fn read_window(text: &str) -> Option<u64> {
+    if text == "0" {
+        return Some(0);
+    }
+    let shift = match text.as_bytes().last()? {
+        b'm' | b'M' => 20,
+        b'g' | b'G' => 30,
+        _ => return None,
+    };
+    let digits = &text[..text.len() - 1];
+    if !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let bytes = digits.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    let allowed = (limits::DAX_UNIT..=limits::MAX_DAX_WINDOW).contains(&bytes)
+        && bytes.is_multiple_of(limits::DAX_UNIT);
+    allowed.then_some(bytes)
 }
 
 /// Bytes; a whole number of MiB, at most the manual's. `shift` is the unit of a number that has none.

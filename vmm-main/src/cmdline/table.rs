@@ -823,6 +823,12 @@ const DEVICE: &[Shape] = &[
             FS_QUEUES,
             FS_QUEUE_SIZE,
             key(
+                "cache-size",
+                Kind::Window,
+                "0",
+                "window in the guest's memory into which files are mapped (DAX)",
+            ),
+            key(
                 "iothread",
                 Kind::Id,
                 "",

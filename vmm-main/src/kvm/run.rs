@@ -61,6 +61,8 @@ pub enum VcpuStop {
     },
     /// The guest used a system event (PSCI-like reset or shutdown); 1 shutdown, 2 reset, 3 crash.
     SystemEvent(u32),
+    /// The guest touched memory behind which the host has nothing, or not what the access needs.
+    Fault(String),
     /// The start-up closure of the thread failed, KVM_RUN returned an error, or an exit nobody asked for came up.
     Error(String),
 }
@@ -502,7 +504,7 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
             Ok(VcpuExit::FailEntry(reason, _)) => After::FailEntry(reason),
             Ok(VcpuExit::SystemEvent(kind, _)) => return Some(VcpuStop::SystemEvent(kind)),
             Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
-                return Some(VcpuStop::Error(format!(
+                return Some(VcpuStop::Fault(format!(
                     "access to guest address {gpa:#x} ({size} bytes, flags {flags:#x}) failed on the host"
                 )));
             }
@@ -514,6 +516,7 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
                     After::Nothing
                 }
                 libc::EAGAIN => After::Nothing,
+                libc::EFAULT => return Some(VcpuStop::Fault(format!("KVM_RUN: {error}"))),
                 _ => return Some(VcpuStop::Error(format!("KVM_RUN: {error}"))),
             },
         };

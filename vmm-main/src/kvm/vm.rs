@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Error;
 use crate::machine::layout;
 use crate::memory::GuestRam;
+use crate::virtio::window::Window;
 
 /// The KVM device, checked.
 #[derive(Debug)]
@@ -177,6 +178,27 @@ impl Vm {
             })?;
         }
         Ok(())
+    }
+
+    /// Puts `window` at its guest address, in slot `slot`, which no RAM has. Windows are never unmapped in this process, so nothing
+    /// has to outlive anything.
+    ///
+    /// # Errors
+    /// KVM refused.
+    pub fn map_window(&self, slot: u32, window: &Window) -> Result<(), Error> {
+        let description = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: window.guest_address(),
+            memory_size: window.size(),
+            userspace_addr: window.host_address(),
+        };
+        // SAFETY: the range was made for this window, holds nothing of this process, and stays as long as the process.
+        unsafe { self.fd.set_user_memory_region(description) }.map_err(|source| Error::MapRam {
+            address: window.guest_address(),
+            size: window.size(),
+            source,
+        })
     }
 
     /// Lets a write to `event` raise line `gsi` as an edge.

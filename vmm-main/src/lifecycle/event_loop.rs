@@ -55,6 +55,8 @@ pub(super) struct Parts {
     pub(super) signals: SignalFd,
     /// Guest memory that is still coming in from a snapshot.
     pub(super) pager: Option<Arc<Progress>>,
+    /// Files of shared folders are mapped into the guest's memory.
+    pub(super) has_windows: bool,
 }
 
 /// A VM.
@@ -397,7 +399,17 @@ impl Vm {
                     status: ExitCode::FAILURE,
                 })
             }
-            VmEvent::InternalError { .. }
+            VmEvent::MemoryFault { .. } if self.parts.has_windows => {
+                tell_lines(&format!(
+                    "{event}: the guest touched a part of a shared folder's window (cache-size=) in which no file is, or not any more since it was made shorter on the host, or that it may not write; it is stopped, and 'cont' has it try again"
+                ));
+                match self.state {
+                    RunState::Running => self.pause(RunState::IoError),
+                    _ => Ok(()),
+                }
+            }
+            VmEvent::MemoryFault { .. }
+            | VmEvent::InternalError { .. }
             | VmEvent::FailEntry { .. }
             | VmEvent::VcpuError { .. } => {
                 tell_lines(&event.to_string());

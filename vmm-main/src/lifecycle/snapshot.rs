@@ -149,6 +149,9 @@ impl Vm {
                 "Guest memory is still coming in; query-migrate tells how far it is".to_owned(),
             ),
             (None, _) => Some("Machine 'none' has no guest".to_owned()),
+            _ if self.parts.has_windows => Some(
+                "A shared folder of this VM has a window (cache-size=), and what a guest has mapped there is not in a snapshot: start the VM without it".to_owned(),
+            ),
             _ if self.hotplug.unsettled().is_some() => self.hotplug.unsettled(),
             (_, RunState::Running | RunState::Paused | RunState::Prelaunch) => None,
             (_, state) => Some(format!(

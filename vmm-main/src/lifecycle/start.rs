@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 use ipc::channel::ChannelError;
 use ipc::control::{DeviceGrant, Exit, FileGrant, Request};
 use ipc::log::{info, warn};
+use ipc::spec::DeviceSpec;
 use ipc::spec::vm::{BootSpec, MachineKind, MemorySpec, NumaNode, VmSpec};
 use ipc::start::SeccompMode;
 use nix::errno::Errno;
@@ -44,6 +45,7 @@ use crate::qmp;
 use crate::virtio::core::CoreError;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::remote::{Handshake, RemoteError};
+use crate::virtio::window::{WindowError, Windows};
 
 /// Why there is no VM.
 #[derive(Debug, Error)]
@@ -111,6 +113,9 @@ pub(super) enum StartError {
     /// Processors that were asked for.
     #[error(transparent)]
     Affinity(#[from] AffinityError),
+    /// A shared folder's window.
+    #[error(transparent)]
+    Window(#[from] WindowError),
     /// Lock-down.
     #[error(transparent)]
     Lock(#[from] ozone::SelfLockError),
@@ -268,6 +273,7 @@ pub(super) fn start(
     }
 
     let mut lazy = None;
+    let mut windows: Option<Windows> = None;
     let mut transports = Vec::with_capacity(handshakes.len());
     if let Some(machine) = &mut machine {
         for (index, handshake) in (0u32..).zip(&mut handshakes) {
@@ -296,11 +302,18 @@ pub(super) fn start(
                 Some(incoming) => Some(incoming.device(index as usize, &device)?),
                 None => None,
             };
-            transports.push(attach(
-                machine,
-                index as usize,
-                MmioTransport::new(device, machine.ram().memory().clone())?,
-            )?);
+            let mut transport = MmioTransport::new(device, machine.ram().memory().clone())?;
+            if let Some(DeviceSpec::Fs(folder)) =
+                plan.policy.devices.get(index as usize).map(|g| &g.spec)
+                && folder.window != 0
+            {
+                let windows = match &mut windows {
+                    Some(windows) => windows,
+                    none => none.insert(Windows::new()?),
+                };
+                transport.set_window(machine.add_window(windows, &folder.id, folder.window)?)?;
+            }
+            transports.push(attach(machine, index as usize, transport)?);
             if let (Some(state), Some(transport)) = (state, transports.last()) {
                 lock(transport).restore(state)?;
             }
@@ -357,6 +370,10 @@ pub(super) fn start(
         machine.vcpu_thread_ids()?;
     }
     let pager = lazy.map(|lazy| pager(lazy, mode)).transpose()?;
+    let has_windows = windows.is_some();
+    if let Some(windows) = windows {
+        serve_windows(windows, mode)?;
+    }
     qmp.started()?;
     phases.done("threads locked down");
 
@@ -374,6 +391,7 @@ pub(super) fn start(
         commands,
         signals,
         pager,
+        has_windows,
     })?;
     vm.wait_for_clients()?;
     let vm = vm.announce(ready)?;
@@ -410,6 +428,36 @@ fn pager(lazy: LazyRam, mode: SeccompMode) -> Result<Arc<Progress>, StartError> 
         filtered?;
     }
     Ok(progress)
+}
+
+/// Starts the thread that maps files of shared folders for the guest; returns when it has its filter.
+fn serve_windows(windows: Windows, mode: SeccompMode) -> Result<(), StartError> {
+    windows.hand_over();
+    let (told, started) = std::sync::mpsc::sync_channel(1);
+    std::thread::Builder::new()
+        .name("window".into())
+        .spawn(move || {
+            let filtered = lockdown::filter(Policy::ControlWindow, mode);
+            let goes = filtered.is_ok();
+            let _ = told.send(filtered);
+            drop(told);
+            if goes {
+                windows.serve();
+            }
+            // A thread's end takes calls that its filter would have to allow for nothing but that.
+            loop {
+                std::thread::park();
+            }
+        })
+        .map_err(|e| StartError::System {
+            call: "clone3",
+            source: e.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
+        })?;
+    // It sends before anything can end it.
+    if let Ok(filtered) = started.recv() {
+        filtered?;
+    }
+    Ok(())
 }
 
 /// What ends the VM in good order.

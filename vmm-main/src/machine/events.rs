@@ -42,6 +42,13 @@ pub enum VmEvent {
         /// Registers of the vCPU at that point.
         registers: Box<RegisterDump>,
     },
+    /// The guest touched memory behind which the host has nothing; a vCPU stands before that access.
+    MemoryFault {
+        /// Number of the vCPU.
+        vcpu: u32,
+        /// What happened.
+        message: String,
+    },
     /// A vCPU cannot run for a reason on the host.
     VcpuError {
         /// Number of the vCPU.
@@ -78,7 +85,9 @@ impl std::fmt::Display for VmEvent {
                     "the processor refused to enter the guest, reason {reason:#x}\n{registers}"
                 )
             }
-            Self::VcpuError { vcpu, message } => write!(f, "vCPU {vcpu} cannot run: {message}"),
+            Self::MemoryFault { vcpu, message } | Self::VcpuError { vcpu, message } => {
+                write!(f, "vCPU {vcpu} cannot run: {message}")
+            }
         }
     }
 }

@@ -10,13 +10,25 @@
 //! 0x0009_fc00  reserved; 0xe_0000 RSDP and ACPI tables, 0xe_f000 generation id, 0xf_0000 MP table, 0xf_fff0 reset vector
 //! 0x0010_0000  RAM: kernel upwards, initrd downwards from the end of low RAM
 //! 0xc000_0000  hole: 0xd000_0000 virtio-mmio windows, 0xfec0_0000 IOAPIC, 0xfee0_0000 LAPIC, 0xfffb_c000 KVM
-//! 0x1_0000_0000  rest of the RAM
+//! 0x1_0000_0000  rest of the RAM, then, from a multiple of 1 GiB on, windows of shared folders
 //! ```
 
 /// First address above low RAM: RAM never reaches into the hole from here to 4 GiB.
 pub const LOW_RAM_END: u64 = 0xC000_0000;
 /// Where RAM goes on when it does not fit below [`LOW_RAM_END`].
 pub const HIGH_RAM_START: u64 = 1 << 32;
+
+/// Where the first window of a shared folder begins in a guest whose RAM ends at `end`: above it and the hole, at a multiple of 1 GiB.
+#[must_use]
+pub const fn first_window(end: u64) -> u64 {
+    let above = if end < HIGH_RAM_START {
+        HIGH_RAM_START
+    } else {
+        end
+    };
+    // RAM is never as much as to overflow.
+    above.next_multiple_of(1 << 30)
+}
 
 /// GDT of the boot processor (5 descriptors).
 pub const BOOT_GDT: u64 = 0x500;

@@ -126,7 +126,7 @@ const fn type_name(kind: Kind) -> &'static str {
         Kind::Bool => "bool",
         Kind::Int(..) => "uint64",
         Kind::PowerOfTwo(..) => "uint16",
-        Kind::Size | Kind::Bytes => "size",
+        Kind::Size | Kind::Bytes | Kind::Window => "size",
         Kind::Text(_)
         | Kind::Id
         | Kind::Path
@@ -192,7 +192,7 @@ pub(super) fn options(wanted: Option<&str>) -> Result<Value, QmpError> {
                     "type": match key.kind {
                         Kind::Bool => "boolean",
                         Kind::Int(..) | Kind::PowerOfTwo(..) => "number",
-                        Kind::Size | Kind::Bytes => "size",
+                        Kind::Size | Kind::Bytes | Kind::Window => "size",
                         _ => "string",
                     },
                     "help": key.help,
@@ -375,6 +375,7 @@ fn device_object(kind: &DeviceKind) -> (&'static str, Vec<(&'static str, Value)>
             tag,
             request_queues,
             queue_size,
+            window,
         } => {
             let (kind, property, id) = match source {
                 FsSource::Fsdev(id) => ("virtio-fs-device", "fsdev", id),
@@ -387,6 +388,7 @@ fn device_object(kind: &DeviceKind) -> (&'static str, Vec<(&'static str, Value)>
                     ("tag", json!(tag)),
                     ("num-request-queues", json!(request_queues)),
                     ("queue-size", json!(queue_size)),
+                    ("cache-size", json!(window)),
                 ],
             )
         }

@@ -425,6 +425,8 @@ impl NewDevice {
                 groups: fsdev.groups.clone(),
                 request_queues: *request_queues,
                 queue_size: *queue_size,
+                // Its place in the guest's memory would have to be made while the guest runs.
+                window: 0,
             }),
             _ => return None,
         })
@@ -456,6 +458,7 @@ impl NewDevice {
                 tag: tag.clone(),
                 request_queues: *request_queues,
                 queue_size: *queue_size,
+                window: 0,
             },
             _ => DeviceKind::Block {
                 drive: self.backend().1.to_owned(),

@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::attention::Attention;
 use super::remote::{F_VERSION_1, QueueHandover, QueueState, RemoteDevice, RemoteError};
 use super::snapshot::DeviceState;
+use super::window::Window;
 
 /// Device status bits (virtio 1.3, section 2.1).
 pub mod status {
@@ -191,6 +192,11 @@ impl Core {
     /// What the driver told the device.
     pub const fn state(&self) -> &CoreState {
         &self.state
+    }
+
+    /// See [`RemoteDevice::set_window`].
+    pub fn set_window(&mut self, window: Arc<Window>) -> Result<(), RemoteError> {
+        self.device.set_window(window)
     }
 
     /// The device process.

@@ -27,6 +27,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use thiserror::Error;
 use vhost::vhost_user::message::{
     FrontendReq, MAX_MSG_SIZE, VhostUserConfig, VhostUserHeaderFlag, VhostUserInflight,
+    VhostUserShMemConfig,
 };
 
 /// Bytes of a message header: request, flags, size; 32 bits each, little-endian on every machine we run on.
@@ -399,6 +400,7 @@ const fn reply_size(request: FrontendReq) -> Option<usize> {
         | FrontendReq::CHECK_DEVICE_STATE
         | FrontendReq::GET_VRING_BASE => Some(8),
         FrontendReq::GET_CONFIG => Some(size_of::<VhostUserConfig>()),
+        FrontendReq::GET_SHMEM_CONFIG => Some(size_of::<VhostUserShMemConfig>()),
         FrontendReq::GET_INFLIGHT_FD => Some(size_of::<VhostUserInflight>()),
         _ => None,
     }

@@ -31,6 +31,7 @@ use super::attention::Attention;
 use super::core::{Area, Core, CoreError, Half, Interrupts};
 use super::remote::{RemoteDevice, RemoteError};
 use super::snapshot::DeviceState;
+use super::window::Window;
 
 /// Offset of `QueueNotify`, for which each queue has an ioeventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
@@ -65,6 +66,8 @@ impl Interrupts for Line {
 pub struct MmioTransport {
     core: Core,
     line: Line,
+    /// The shared memory region that its registers speak of.
+    region_select: u32,
 }
 
 impl MmioTransport {
@@ -80,7 +83,13 @@ impl MmioTransport {
         Ok(Self {
             core: Core::new(device, memory)?,
             line: Line(line),
+            region_select: 0,
         })
+    }
+
+    /// See [`RemoteDevice::set_window`].
+    pub fn set_window(&mut self, window: Arc<Window>) -> Result<(), RemoteError> {
+        self.core.set_window(window)
     }
 
     /// The state behind the registers.
@@ -211,8 +220,7 @@ impl MmioTransport {
                 used | config
             }
             0x70 => u32::from(self.core.status()),
-            // There is no shared memory region: length and base are all ones (section 4.2.2.1).
-            0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
+            0xb0 | 0xb4 | 0xb8 | 0xbc => self.region(offset),
             // A queue is never being reset: VIRTIO_F_RING_RESET is not offered.
             0xc0 => 0,
             0xfc => self.core.state().config_generation,
@@ -223,6 +231,26 @@ impl MmioTransport {
                 );
                 0
             }
+        }
+    }
+
+    /// Half of the length or base of the shared memory region that is selected; all ones if there is none (section 4.2.2.1).
+    fn region(&self, offset: u64) -> u32 {
+        let Some(window) = self
+            .core
+            .device()
+            .window()
+            .filter(|_| self.region_select == 0)
+        else {
+            return u32::MAX;
+        };
+        let value = match offset {
+            0xb0 | 0xb4 => window.size(),
+            _ => window.guest_address(),
+        };
+        match offset {
+            0xb0 | 0xb8 => value as u32,
+            _ => (value >> 32) as u32,
         }
     }
 
@@ -256,8 +284,7 @@ impl MmioTransport {
             0x94 => core.write_queue_address(Area::Driver, Half::High, value),
             0xa0 => core.write_queue_address(Area::Device, Half::Low, value),
             0xa4 => core.write_queue_address(Area::Device, Half::High, value),
-            // Selecting a shared memory region has no effect where there is none.
-            0xac => {}
+            0xac => self.region_select = value,
             _ => guest_warn!(
                 "device \"{}\": write of {value:#x} to register {offset:#x}, ignored",
                 core.device().id()
@@ -308,6 +335,7 @@ impl BusDevice for MmioTransport {
 
     // The device process is told, keeps running, and does not touch guest memory on return unless it has failed.
     fn reset(&mut self) {
+        self.region_select = 0;
         self.core.reset();
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! **Job.** [`core`] is what all transports share: status, features, queue addresses, configuration space. [`mmio`] puts
 //! registers in front of it. [`remote`] speaks vhost-user with the device process behind it, over [`link`]. [`attention`] is how a process
-//! that does not obey gets ended, and [`snapshot`] is a device in a snapshot.
+//! that does not obey gets ended, and [`snapshot`] is a device in a snapshot. [`window`] is
+//! guest memory into which a shared folder's process has files mapped.
 //!
 //! **Who is not trusted**: the guest, which writes every register with any value in any order, and the device process.
 //!
@@ -14,6 +15,7 @@ mod link;
 pub mod mmio;
 pub mod remote;
 pub mod snapshot;
+pub mod window;
 
 #[cfg(test)]
 mod fake_device;

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ipc::control::DeviceGrant;
@@ -42,6 +43,7 @@ use vm_memory::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::link::{Link, LinkError};
+use super::window::{Window, WindowError};
 
 /// `VIRTIO_F_VERSION_1` (virtio 1.3, section 6).
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -95,6 +97,9 @@ const DISK_NUM_QUEUES: usize = 34;
 const WELCOME: VhostUserProtocolFeatures = VhostUserProtocolFeatures::INFLIGHT_SHMFD
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::DEVICE_STATE);
+/// What a device with a window must have besides.
+const WITH_WINDOW: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::BACKEND_REQ.union(VhostUserProtocolFeatures::SHMEM);
 /// In the answer to `SET_DEVICE_STATE_FD`: no descriptor comes with it. All else is failure.
 const NO_DESCRIPTOR: u64 = 1 << 8;
 
@@ -188,6 +193,24 @@ pub enum RemoteError {
         offset: u32,
         /// Bytes that were asked for.
         want: usize,
+    },
+    /// Its window has another size than it was started with.
+    #[error("device \"{id}\" has a window of {got} bytes, but was started with {want}")]
+    WindowSize {
+        /// Device id.
+        id: String,
+        /// What it says.
+        got: u64,
+        /// The spec's number.
+        want: u64,
+    },
+    /// There is no way to its window.
+    #[error("device \"{id}\"")]
+    Window {
+        /// Device id.
+        id: String,
+        /// Why.
+        source: WindowError,
     },
     /// Its in-flight region is not usable.
     #[error("device \"{id}\" gave an in-flight region without {what}")]
@@ -322,6 +345,8 @@ struct Expected {
     virtio_id: u32,
     num_queues: u16,
     queue_size: u16,
+    /// Bytes of its window; 0 for none.
+    window: u64,
     config: ConfigFrom,
 }
 
@@ -516,6 +541,10 @@ impl Handshake {
                 virtio_id: spec.virtio_id(),
                 num_queues: spec.num_queues(),
                 queue_size: spec.queue_size(),
+                window: match spec {
+                    DeviceSpec::Fs(spec) => spec.window,
+                    _ => 0,
+                },
                 config,
             },
             negotiated: None,
@@ -574,7 +603,11 @@ impl Handshake {
             return Err(self.lacks("virtio", features, need));
         }
         let protocol = VhostUserProtocolFeatures::from_bits_truncate(protocol);
-        let (required, config) = (self.expected.config.required(), self.expected.config.len());
+        let (mut required, config) = (self.expected.config.required(), self.expected.config.len());
+        let has_window = self.expected.window != 0;
+        if has_window {
+            required |= WITH_WINDOW;
+        }
         if !protocol.contains(required) {
             return Err(self.lacks("vhost-user", protocol.bits(), required.bits()));
         }
@@ -594,6 +627,10 @@ impl Handshake {
             .and_then(|()| match config {
                 0 => Ok(()),
                 len => post_get_config(link, len),
+            })
+            .and_then(|()| match has_window {
+                true => link.post(FrontendReq::GET_SHMEM_CONFIG, &[], &[]),
+                false => Ok(()),
             })
             .and_then(|()| link.flush());
         self.check(sent)?;
@@ -638,6 +675,9 @@ impl Handshake {
             });
         }
         let config = from.space(&id, values.get(1), self.expected.num_queues)?;
+        if self.expected.window != 0 {
+            check_window(&id, values.last(), self.expected.window)?;
+        }
         // `negotiate` succeeded, so this is there; an absent value would offer nothing to the guest.
         let (features, protocol) = self
             .negotiated
@@ -657,6 +697,7 @@ impl Handshake {
             counted: BlockCounters::default(),
             restored: None,
             active: Vec::new(),
+            window: None,
             exposed: false,
             failed: false,
             link_down: false,
@@ -679,6 +720,27 @@ impl Handshake {
             need,
         }
     }
+}
+
+/// Whether `reply`, to `GET_SHMEM_CONFIG`, tells one region of `want` bytes: the number of regions in 32 bits, as many of padding,
+/// then the bytes of each of 256 (vhost-user, "VIRTIO Shared Memory Region configuration").
+fn check_window(id: &str, reply: Option<&Vec<u8>>, want: u64) -> Result<(), RemoteError> {
+    let reply = reply.map_or(&[][..], Vec::as_slice);
+    let regions = reply
+        .first_chunk::<4>()
+        .map_or(0, |word| u32::from_le_bytes(*word));
+    let first = reply
+        .get(8..)
+        .and_then(|sizes| sizes.first_chunk::<8>())
+        .map_or(0, |word| u64::from_le_bytes(*word));
+    if (regions, first) == (1, want) {
+        return Ok(());
+    }
+    Err(RemoteError::WindowSize {
+        id: id.to_owned(),
+        got: first,
+        want,
+    })
 }
 
 impl AsFd for Handshake {
@@ -713,6 +775,8 @@ pub struct RemoteDevice {
     restored: Option<Vec<u8>>,
     /// Queues that the device process runs.
     active: Vec<u16>,
+    /// Where it has files mapped for the guest.
+    window: Option<Arc<Window>>,
     /// A process was given queues and has neither given them back nor ended.
     exposed: bool,
     /// No process will come any more.
@@ -752,6 +816,31 @@ impl RemoteDevice {
     /// Configuration space, [`MAX_CONFIG_SPACE`] bytes, zero where the device has none.
     pub fn config(&self) -> &[u8] {
         &self.config
+    }
+
+    /// Gives the process the way to `window`, as it will give it to those that come after this one.
+    pub fn set_window(&mut self, window: Arc<Window>) -> Result<(), RemoteError> {
+        self.window = Some(window);
+        self.tell_window()
+    }
+
+    /// Where it has files mapped for the guest.
+    pub fn window(&self) -> Option<&Window> {
+        self.window.as_deref()
+    }
+
+    fn tell_window(&mut self) -> Result<(), RemoteError> {
+        let Some(window) = self.window.clone() else {
+            return Ok(());
+        };
+        let channel = window.connect().map_err(|source| RemoteError::Window {
+            id: self.id.clone(),
+            source,
+        })?;
+        self.talk(|link| {
+            link.post(FrontendReq::SET_BACKEND_REQ_FD, &[], &[channel.as_fd()])?;
+            link.finish().map(drop)
+        })
     }
 
     /// An error if another process could not know what this one had taken from the queues and not done.
@@ -894,6 +983,7 @@ impl RemoteDevice {
         self.inflight = inflight;
         self.processes = self.processes.wrapping_add(1);
         self.link = fresh.link;
+        self.tell_window()?;
         if self.link_down {
             self.show_link(false);
             self.tell_link()?;
@@ -932,6 +1022,9 @@ impl RemoteDevice {
         let features =
             self.config_from.told(features) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.exposed |= self.link.is_some();
+        if let Some(window) = &self.window {
+            window.open();
+        }
         self.talk(|link| link.post(FrontendReq::SET_FEATURES, &[&features.to_le_bytes()], &[]))?;
         self.post_memory(memory)?;
         if self
@@ -998,6 +1091,10 @@ impl RemoteDevice {
         let stopped = self.take_queues(active);
         self.retire_inflight();
         self.restored = None;
+        // Last: it may have had something mapped until here.
+        if let Some(window) = &self.window {
+            window.close();
+        }
         stopped
     }
 

@@ -46,6 +46,7 @@ use crate::platform::power::{self, PowerButton, PowerControl, PowerPorts};
 use crate::platform::rtc::Rtc;
 use crate::platform::serial::{SerialInput, SerialPort, SerialSink};
 use crate::platform::slots::Slots;
+use crate::virtio::window::{self, Window, Windows};
 
 pub use snapshot::MachineState;
 
@@ -75,6 +76,8 @@ pub enum Error {
     SlotTaken { slot: usize },
     #[error("the generation id cannot be made or told")]
     Generation(#[source] std::io::Error),
+    #[error(transparent)]
+    Window(#[from] window::WindowError),
     #[error("cannot press the power button")]
     PowerButton(#[source] std::io::Error),
     #[error("cannot write {what} to guest RAM")]
@@ -338,6 +341,27 @@ impl Microvm {
         }
         self.buses.mmio.add(window.base, window.size, device)?;
         self.windows[slot] = true;
+        Ok(window)
+    }
+
+    /// Puts a window of `len` bytes behind those that there are, above all RAM, for device `id`.
+    ///
+    /// # Errors
+    /// No addresses are left, or KVM refuses.
+    pub fn add_window(
+        &mut self,
+        windows: &mut Windows,
+        id: &str,
+        len: u64,
+    ) -> Result<Arc<Window>, Error> {
+        let ram = self.ram.regions().count();
+        let end = self.ram.regions().map(|one| one.guest_address + one.size);
+        let guest = windows
+            .end()
+            .unwrap_or_else(|| layout::first_window(end.max().unwrap_or(0)));
+        let slot = (ram + windows.len()) as u32;
+        let window = windows.add(id, guest, len)?;
+        self.vm.map_window(slot, &window)?;
         Ok(window)
     }
 
@@ -657,6 +681,7 @@ fn event_of(vcpu: u32, reason: VcpuStop) -> VmEvent {
             vcpu,
             message: format!("the guest raised system event {kind}"),
         },
+        VcpuStop::Fault(message) => VmEvent::MemoryFault { vcpu, message },
         VcpuStop::Error(message) => VmEvent::VcpuError { vcpu, message },
     }
 }
