@@ -39,22 +39,41 @@ struct Entry<'a> {
     len: usize,
 }
 
+/// Inode number, position of the next one, and length of the first entry in `bytes`, which the kernel wrote.
+fn head(bytes: &[u8]) -> Option<(u64, u64, usize)> {
+    let (ino, rest) = bytes.split_first_chunk()?;
+    let (next, rest) = rest.split_first_chunk()?;
+    let (len, _) = rest.split_first_chunk()?;
+    Some((
+        u64::from_ne_bytes(*ino),
+        u64::from_ne_bytes(*next),
+        usize::from(u16::from_ne_bytes(*len)),
+    ))
+}
+
 impl<'a> Entry<'a> {
     /// The first one in `bytes`, which the kernel wrote.
     fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let u64_at = |at: usize| {
-            let word = bytes.get(at..at + 8)?.first_chunk()?;
-            Some(u64::from_ne_bytes(*word))
-        };
-        let len = usize::from(u16::from_ne_bytes(*bytes.get(16..18)?.first_chunk()?));
+        let (ino, next, len) = head(bytes)?;
         Some(Self {
-            ino: u64_at(0)?,
-            next: u64_at(8)?,
+            ino,
+            next,
             kind: *bytes.get(18)?,
             name: CStr::from_bytes_until_nul(bytes.get(19..len)?).ok()?,
             len,
         })
     }
+}
+
+/// The position behind all entries in `bytes`; `None` without any.
+fn end_of(mut bytes: &[u8]) -> Option<u64> {
+    let mut end = None;
+    // No entry is shorter than what is in front of its name.
+    while let Some((_, next, len @ 19..)) = head(bytes) {
+        end = Some(next);
+        bytes = bytes.get(len..)?;
+    }
+    end
 }
 
 impl ReadAhead {
@@ -79,13 +98,8 @@ impl ReadAhead {
         self.fh = fh;
         self.offset = offset;
         // The kernel stands after the last entry.
-        let mut last = offset;
-        let mut at = 0;
-        while let Some(entry) = Entry::parse(&self.buffer[at..self.end]) {
-            last = entry.next;
-            at += entry.len;
-        }
-        handles.moved(fh, last);
+        let last = end_of(&self.buffer[..self.end]);
+        handles.moved(fh, last.unwrap_or(offset));
         Ok(self.end > 0)
     }
 }
@@ -199,3 +213,33 @@ const _: () = assert!(
     DIRENT + ENTRY_OUT + 256 < 4096,
     "the longest entry fits the smallest reply"
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A `struct linux_dirent64` as the kernel writes it, padded to 8 bytes.
+    fn entry(ino: u64, next: u64, name: &str) -> Vec<u8> {
+        let len = (19 + name.len() + 1).next_multiple_of(8);
+        let mut bytes = [ino.to_ne_bytes(), next.to_ne_bytes()].concat();
+        bytes.extend((len as u16).to_ne_bytes());
+        bytes.push(libc::DT_REG);
+        bytes.extend(name.as_bytes());
+        bytes.resize(len, 0);
+        bytes
+    }
+
+    #[test]
+    fn the_position_behind_all_entries_is_that_of_the_last_one() {
+        let all = [entry(1, 70, "a"), entry(2, 90, &"b".repeat(255))].concat();
+        assert_eq!(end_of(&all), Some(90));
+        assert_eq!(end_of(&[]), None);
+        let first = Entry::parse(&all).unwrap();
+        assert_eq!((first.ino, first.next, first.name), (1, 70, c"a"));
+        let second = Entry::parse(&all[first.len..]).unwrap();
+        assert_eq!((second.next, second.name.count_bytes()), (90, 255));
+        // Whatever has a length that no entry has ends it.
+        assert_eq!(end_of(&[0; 64]), None);
+        assert_eq!(end_of(&all[..all.len() - 1]), None);
+    }
+}
