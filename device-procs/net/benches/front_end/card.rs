@@ -21,14 +21,16 @@ use crate::loads::{Load, NET_HEADER};
 /// Entries of a queue.
 pub(crate) const SIZE: u16 = 256;
 /// Frames at a time in a queue that sends large ones: what their tables have room for.
-const LARGE: u16 = 60;
+pub(crate) const LARGE: u16 = 60;
 const TABLE: usize = 0x200;
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
+/// The first piece of a large frame: what is in front of its payload.
+pub(crate) const HEADERS_FIRST: usize = NET_HEADER + 54;
 /// Memory of a queue's frames, and of each.
 const DATA: u64 = 0x60_0000;
-const LARGE_FRAME: usize = 0x1_2000;
+pub(crate) const LARGE_FRAME: usize = 0x1_2000;
 /// No multiple of a page: their first lines would all be in the same few places of the cache.
-const SMALL_FRAME: usize = 0x1040;
+pub(crate) const SMALL_FRAME: usize = 0x1040;
 
 /// How long a back end may owe a frame.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -143,7 +145,7 @@ impl Card {
             let memory = self.front.memory();
             memory.write_slice(&packet, GuestAddress(at)).unwrap();
             let table = FREE + slot * TABLE;
-            let head = NET_HEADER + 54;
+            let head = HEADERS_FIRST;
             let mut offset = 0;
             let mut entries = 0;
             while offset < packet.len() {

@@ -1,20 +1,34 @@
 //! # The floor
 //!
-//! **Job.** A loop of `write` or `read` on a tap: what the kernel's half of a packet costs. **Who is not trusted.** Nobody.
-//! **Why this way.** No process in between, no ring, no wake-up: nobody who uses these calls can be faster.
+//! **Job.** A loop of `write` or `read` on a tap: what the kernel's half of a packet costs. Its frames lie as the card's do: as many of
+//! them, as far apart, in as many pieces, taken one after the other; a loop over one buffer that never leaves the cache would be a
+//! floor for nobody. **Who is not trusted.** Nobody.
+//! **Why this way.** No process in between, no ring, no wake-up, and no other processor that has just written a frame or will
+//! read it: nobody who uses these calls can be faster.
 
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::uio::{readv, writev};
 use nix::unistd::{read, write};
 
+use crate::card::{HEADERS_FIRST, LARGE, LARGE_FRAME, PAGE, SIZE, SMALL_FRAME};
 use crate::loads::{Load, NET_HEADER};
+
+/// Pieces of the largest frame: its headers, then pages.
+const PIECES: usize = 18;
 
 #[derive(Debug)]
 pub(crate) struct Floor {
     taps: Vec<OwnedFd>,
-    buffer: Vec<u8>,
+    /// What was prepared for the load that is sent.
+    sent: Option<Load>,
+    /// A queue's frames after the other's.
+    frames: Vec<u8>,
+    /// Where each tap's frames are put; the next place.
+    places: Vec<(Vec<u8>, usize)>,
 }
 
 impl Floor {
@@ -29,23 +43,64 @@ impl Floor {
             let flags = nix::fcntl::OFlag::from_bits_retain(flags) | nix::fcntl::OFlag::O_NONBLOCK;
             nix::fcntl::fcntl(file, nix::fcntl::F_SETFL(flags)).unwrap();
         }
+        let place = || (vec![0; usize::from(SIZE) * SMALL_FRAME], 0);
         Self {
+            sent: None,
+            frames: Vec::new(),
+            places: taps.iter().map(|_| place()).collect(),
             taps,
-            buffer: vec![0; 0x1_2000],
+        }
+    }
+
+    /// Frames of a queue, and bytes from one to the next.
+    fn layout(load: &Load) -> (usize, usize) {
+        if load.segmented() {
+            (usize::from(LARGE), LARGE_FRAME)
+        } else {
+            (usize::from(SIZE), SMALL_FRAME)
+        }
+    }
+
+    fn prepare(&mut self, load: &Load) {
+        if self.sent.replace(*load) == Some(*load) {
+            return;
+        }
+        let (count, apart) = Self::layout(load);
+        self.frames = vec![0; self.taps.len() * count * apart];
+        for (at, frame) in self.frames.chunks_exact_mut(apart).enumerate() {
+            let packet = load.packet(2 * (at / count) + 1);
+            frame[..packet.len()].copy_from_slice(&packet);
         }
     }
 
     pub(crate) fn send(&mut self, load: &Load, slice: Duration) -> (usize, Duration) {
-        let packets: Vec<Vec<u8>> = (0..self.taps.len())
-            .map(|n| load.packet(2 * n + 1))
-            .collect();
+        self.prepare(load);
+        let (count, apart) = Self::layout(load);
+        let len = NET_HEADER + load.size;
         let start = Instant::now();
         let mut sent = 0;
         loop {
             // As many from each queue as the card takes from a full one.
-            for (tap, packet) in self.taps.iter().zip(&packets) {
-                for _ in 0..256 {
-                    assert_eq!(write(tap, packet).unwrap(), packet.len());
+            for (tap, frames) in self
+                .taps
+                .iter()
+                .zip(self.frames.chunks_exact(count * apart))
+            {
+                for frame in frames.chunks_exact(apart) {
+                    let done = if load.segmented() {
+                        let (first, rest) = frame[..len].split_at(HEADERS_FIRST);
+                        let mut pages = std::iter::once(first).chain(rest.chunks(PAGE));
+                        let mut pieces = 0;
+                        let all: [IoSlice<'_>; PIECES] = std::array::from_fn(|_| {
+                            let piece = pages.next();
+                            pieces += usize::from(piece.is_some());
+                            IoSlice::new(piece.unwrap_or(&[]))
+                        });
+                        writev(tap, &all[..pieces])
+                    } else {
+                        write(tap, &frame[..len])
+                    };
+                    assert_eq!(done.unwrap(), len);
                     sent += 1;
                 }
             }
@@ -57,11 +112,28 @@ impl Floor {
     }
 
     /// Takes `frames` frames from each queue.
-    pub(crate) fn receive(&mut self, frames: usize) -> Duration {
+    pub(crate) fn receive(&mut self, load: &Load, frames: usize) -> Duration {
+        let (size, count) = (load.buffer(), load.buffers());
         let start = Instant::now();
-        for tap in &self.taps {
+        for (tap, (memory, next)) in self.taps.iter().zip(&mut self.places) {
             for _ in 0..frames {
-                read(tap, &mut self.buffer).unwrap();
+                if *next + count > usize::from(SIZE) {
+                    *next = 0;
+                }
+                let place = &mut memory[*next * SMALL_FRAME..];
+                if count == 1 {
+                    read(tap, &mut place[..size]).unwrap();
+                } else {
+                    let mut buffers = place.chunks_exact_mut(SMALL_FRAME);
+                    let mut all: [IoSliceMut<'_>; PIECES] = std::array::from_fn(|_| {
+                        IoSliceMut::new(match buffers.next() {
+                            Some(buffer) => &mut buffer[..size],
+                            None => &mut [],
+                        })
+                    });
+                    readv(tap, &mut all[..count]).unwrap();
+                }
+                *next += count;
             }
         }
         start.elapsed()
@@ -69,10 +141,11 @@ impl Floor {
 
     /// The queue in which a frame waits.
     pub(crate) fn queue_with_frame(&mut self) -> usize {
+        let (buffer, _) = &mut self.places[0];
         let found = self
             .taps
             .iter()
-            .position(|tap| read(tap, &mut self.buffer) != Err(Errno::EAGAIN));
+            .position(|tap| read(tap, buffer) != Err(Errno::EAGAIN));
         found.expect("the frame is in a queue")
     }
 }

@@ -106,7 +106,7 @@ impl Party {
                 let before = self.cpu();
                 time += match &mut self.kind {
                     Kind::Ours(card, _) | Kind::Peer(card, _) => card.receive(load, each),
-                    Kind::Floor(floor) => floor.receive(each),
+                    Kind::Floor(floor) => floor.receive(load, each),
                 };
                 cpu += self.cpu() - before;
                 packets += load.burst();
