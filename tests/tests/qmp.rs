@@ -467,11 +467,12 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
     let name = json!({ "fdname": "core" });
     qmp.execute_with("getfd", name.clone(), &[file.as_fd()])
         .unwrap();
+    // So that what is dumped is what is asked for afterwards.
+    qmp.execute("stop", json!({})).unwrap();
     qmp.execute("dump-guest-memory", dump("core")).unwrap();
     assert_eq!(
         qmp.execute("query-status", json!({})).unwrap()["status"],
-        "running",
-        "it goes on"
+        "paused"
     );
     let path = file.path().to_str().unwrap();
     let headers = told("readelf", &["--wide", "--file-header", "--segments", path]);
@@ -494,8 +495,7 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
         "{notes}"
     );
 
-    // The guest sleeps at the same place ever since.
-    qmp.execute("stop", json!({})).unwrap();
+    // The guest stands still ever since.
     let register = json!({ "vcpu": 0, "addr": "10" });
     let pointer = qmp.execute("query-vcpu-reg", register).unwrap();
     let pointer = u64::from_str_radix(pointer.as_str().unwrap(), 16).unwrap();
@@ -515,6 +515,17 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
     assert!(
         code != 0 && seen.trim_end().ends_with(&expected),
         "{seen}\nis not {expected}"
+    );
+
+    // One that runs goes on afterwards.
+    qmp.execute("cont", json!({})).unwrap();
+    let second = tempfile::tempfile().unwrap();
+    qmp.execute_with("getfd", name.clone(), &[second.as_fd()])
+        .unwrap();
+    qmp.execute("dump-guest-memory", dump("core")).unwrap();
+    assert_eq!(
+        qmp.execute("query-status", json!({})).unwrap()["status"],
+        "running"
     );
 
     // What is refused.
