@@ -1,3 +1,8 @@
+//! What windows do with files, and with what is none.
+//!
+//! **Job.** Plays the device process: sends messages, right and wrong, and looks at this process's own mappings. **Who is not
+//! trusted.** Nobody. **Why this way.** In a file of its own, since it is as long as what it tests.
+
 #![allow(clippy::unwrap_used)] // test code
 
 use std::io::{Read, Write};
