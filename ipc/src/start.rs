@@ -64,6 +64,8 @@ pub struct StartMessage {
     pub device: DeviceSpec,
     /// Back-end descriptors from [`FD_BACKEND`] on.
     pub backend_fds: u32,
+    /// Behind them is a `/dev/userfaultfd`: its control process watches what it looks at in guest RAM.
+    pub userfault: bool,
     /// What the filter does with other calls.
     pub seccomp: SeccompMode,
     /// Whether a missing layer ends the process.
@@ -156,6 +158,7 @@ mod tests {
                 greeting: *b"ahoy",
             }),
             backend_fds: 0,
+            userfault: false,
             seccomp: SeccompMode::Kill,
             sandbox: SandboxMode::Strict,
             log_level: Level::Warn,

@@ -209,10 +209,14 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("KVM_SIGNAL_MSI", iow(KVM, 0xA5, 32)),
     ("KVM_KVMCLOCK_CTRL", io(KVM, 0xAD)),
     // include/uapi/linux/userfaultfd.h
+    ("USERFAULTFD_IOC_NEW", io(0xAA, 0x00)),
+    ("UFFDIO_API", iowr(0xAA, 0x3F, 24)),
+    ("UFFDIO_REGISTER", iowr(0xAA, 0x00, 32)),
     ("UFFDIO_UNREGISTER", ior(0xAA, 0x01, 16)),
     ("UFFDIO_WAKE", ior(0xAA, 0x02, 16)),
     ("UFFDIO_COPY", iowr(0xAA, 0x03, 40)),
     ("UFFDIO_ZEROPAGE", iowr(0xAA, 0x04, 32)),
+    ("UFFDIO_CONTINUE", iowr(0xAA, 0x07, 32)),
 ];
 
 /// Error numbers that a policy may answer with. `0` gives the caller the result 0, for brk(2), which has no error numbers.

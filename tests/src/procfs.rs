@@ -258,6 +258,44 @@ pub fn pss_without_ram(pid: i32, ram: u64) -> io::Result<u64> {
     Ok(total)
 }
 
+/// Proportional set size in KiB of all mappings, the guest's RAM among them.
+///
+/// # Errors
+/// When there is no such process, or it may not be inspected.
+pub fn pss(pid: i32) -> io::Result<u64> {
+    let text = read(pid, "smaps_rollup")?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("Pss:"))
+        .and_then(|value| value.trim().trim_end_matches("kB").trim().parse().ok())
+        .ok_or_else(|| malformed("smaps_rollup"))
+}
+
+/// KiB of `file`'s pages that a process has mapped, and of its private copies of such pages.
+///
+/// # Errors
+/// When there is no such process, or it may not be inspected.
+pub fn pages_of(pid: i32, file: &Path) -> io::Result<(u64, u64)> {
+    let text = read(pid, "smaps")?;
+    let file = file.to_string_lossy();
+    let (mut resident, mut copied, mut counted) = (0, 0, false);
+    for line in text.lines() {
+        if let Some((_, rest)) = mapping(line) {
+            counted = rest.ends_with(&*file);
+        } else if counted
+            && let Some((name, value)) = line.split_once(':')
+            && let Some(sum) = match name {
+                "Rss" => Some(&mut resident),
+                "Anonymous" => Some(&mut copied),
+                _ => None,
+            }
+        {
+            let kib = value.trim().trim_end_matches("kB").trim();
+            *sum += kib.parse::<u64>().map_err(|_| malformed("smaps"))?;
+        }
+    }
+    Ok((resident - copied, copied))
+}
+
 /// A mapping's head line: its address range, and the rest of the line.
 fn mapping(line: &str) -> Option<((u64, u64), &str)> {
     let (range, rest) = line.split_once(' ')?;

@@ -82,6 +82,7 @@ fn policy(dir: &Path) -> Policy {
             },
         ],
         devices: Vec::new(),
+        userfault: false,
         snapshots: Some(SnapshotGrant {
             folders: vec![dir.to_owned()],
             memory: 4096,

@@ -40,9 +40,18 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::in_folder(&std::env::temp_dir())
+    }
+
+    /// On a tmpfs, where clones share memory.
+    fn on_tmpfs() -> Self {
+        Self::in_folder(Path::new("/dev/shm"))
+    }
+
+    fn in_folder(folder: &Path) -> Self {
         require_kvm();
         require_root();
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in(folder).unwrap();
         let disk = dir.path().join("disk.img");
         std::fs::File::create(&disk)
             .unwrap()
@@ -60,10 +69,14 @@ impl Bench {
     }
 
     fn vm_of(&self, machine: &str) -> VmBuilder {
+        self.vm_with(machine, &self.disk)
+    }
+
+    fn vm_with(&self, machine: &str, disk: &Path) -> VmBuilder {
         Vm::builder()
             .args(["-machine", machine, "-m", "128"])
             .kernel(&Payload::BlkLoop.path(), "spin=1")
-            .disk("d0", &self.disk, "")
+            .disk("d0", disk, "")
             .arg("-snapshot-dir")
             .arg(self.dir.path())
             .with_qmp()
@@ -124,7 +137,10 @@ fn comes_to_its_end(mut vm: Vm) {
 
 /// A snapshot of a paused guest whose VM is gone.
 fn made() -> Bench {
-    let bench = Bench::new();
+    made_at(Bench::new())
+}
+
+fn made_at(bench: Bench) -> Bench {
     let mut vm = bench.vm().start().unwrap();
     expect(&mut vm, "LOOP ");
     migrate(&vm, &bench.snapshot()).unwrap();
@@ -205,6 +221,131 @@ fn pages_that_nobody_wrote_are_zero_while_others_come_in() {
     assert_eq!(status["status"], "running", "{}", vm.messages());
     // Only what is whole can be saved.
     migrate(&vm, &template).unwrap();
+}
+
+/// Clones of a template on a tmpfs have what they only look at in common, and what they write to alone; a snapshot of one has
+/// both.
+#[test]
+fn clones_share_what_they_only_look_at() {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let template = dir.path().join("template");
+    let guest = || {
+        Vm::builder()
+            .args(["-machine", "microvm", "-m", "128"])
+            .kernel(&Payload::Restored.path(), "touch=64 empty=16 write=2")
+            .arg("-snapshot-dir")
+            .arg(dir.path())
+            .with_qmp()
+    };
+    let goes_on = |from: &Path| {
+        guest()
+            .arg("-incoming")
+            .arg(format!("file:{},lazy=on", from.display()))
+            .env("STRATOVIRT_LOG_LEVEL", "info")
+            .start()
+            .unwrap()
+    };
+    // A round is 16384 pages that were written; it ends with the first wrong one.
+    let round = ".".repeat(16384);
+    let go_on = |vm: &Vm| vm.qmp().unwrap().execute("cont", json!({})).unwrap();
+    let mut vm = guest().start().unwrap();
+    expect(&mut vm, "....");
+    migrate(&vm, &template).unwrap();
+    vm.kill().unwrap();
+    drop(vm);
+    let mut clones = [goes_on(&template), goes_on(&template), goes_on(&template)];
+    for vm in &mut clones {
+        expect(vm, &round);
+        let messages = vm.messages();
+        if messages.contains("not shared") {
+            eprintln!("this kernel cannot share memory of clones: {messages}");
+            return;
+        }
+        // There is nothing to wait for.
+        let mut qmp = vm.qmp().unwrap();
+        let status = qmp.execute("query-migrate", json!({})).unwrap();
+        assert_eq!(status["status"], "completed", "{status}");
+        assert_eq!(status["ram"]["remaining"], 0, "{status}");
+    }
+    for vm in &clones {
+        let (shared, own) = tests::procfs::pages_of(vm.pid(), &template.join("memory")).unwrap();
+        // What the guest looks at and nobody writes: 64 MiB but for 2 MiB in each round.
+        assert!(shared >= 56 << 10, "{shared} KiB, {own} KiB");
+        assert!(own <= 1 << 10, "{own} KiB");
+    }
+    let [first, second, third] = &mut clones;
+    // One that goes on from a part of the template and a part of its own.
+    let other = dir.path().join("other");
+    migrate(first, &other).unwrap();
+    go_on(first);
+    expect(first, &round);
+    let mut again = goes_on(&other);
+    go_on(&again);
+    expect(&mut again, &round);
+    expect(&mut again, &round);
+    // What is emptied stays empty: the guest finds nothing of the template when it starts anew.
+    let mut qmp = second.qmp().unwrap();
+    qmp.execute("system_reset", json!({})).unwrap();
+    expect(second, &round);
+    expect(third, &round);
+    assert_eq!(
+        third
+            .qmp()
+            .unwrap()
+            .execute("query-status", json!({}))
+            .unwrap()["status"],
+        "running"
+    );
+}
+
+/// A disk's process gets to see no page that is the template's still, and what it writes its guest sees; so it is for the process
+/// that comes after one that was killed.
+#[test]
+fn devices_of_clones_take_what_they_touch() {
+    let bench = made_at(Bench::on_tmpfs());
+    let mut clones = Vec::new();
+    for number in 0..3 {
+        let disk = bench.dir.path().join(format!("disk-{number}.img"));
+        std::fs::copy(&bench.disk, &disk).unwrap();
+        let vm = bench
+            .vm_with("microvm", &disk)
+            .arg("-incoming")
+            .arg(format!("file:{},lazy=on", bench.snapshot().display()))
+            .env("STRATOVIRT_LOG_LEVEL", "info")
+            .start()
+            .unwrap();
+        clones.push(vm);
+    }
+    for vm in &mut clones {
+        expect(vm, "LOOP ");
+        expect(vm, "LOOP ");
+        let messages = vm.messages();
+        if messages.contains("not shared") {
+            eprintln!("this kernel cannot share memory of clones: {messages}");
+            return;
+        }
+        // Nobody had to wait for memory.
+        assert!(!messages.contains("guest memory has come in"), "{messages}");
+        assert!(!messages.contains("copied for all"), "{messages}");
+        let disk = vm.processes().unwrap()[1];
+        // The front end has what it is watched by, alone.
+        for (number, fd) in tests::procfs::fds(disk).unwrap() {
+            assert!(!fd.target.contains("userfaultfd"), "{number}: {fd:?}");
+        }
+        let pid = nix::unistd::Pid::from_raw(disk);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        let status = qmp.execute("query-migrate", json!({})).unwrap();
+        assert_eq!(status["status"], "completed", "{status}");
+    }
+    for mut vm in clones {
+        for _ in 0..4 {
+            expect(&mut vm, "LOOP ");
+        }
+        comes_to_its_end(vm);
+    }
 }
 
 /// What is damaged never reaches the guest.

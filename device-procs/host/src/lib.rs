@@ -32,6 +32,7 @@ mod start;
 pub mod tap;
 #[cfg(feature = "test-frontend")]
 pub mod test_frontend;
+mod userfault;
 mod window;
 
 pub use chain::{Chain, Token};

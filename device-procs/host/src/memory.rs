@@ -135,6 +135,11 @@ pub(crate) struct Region {
 }
 
 impl Region {
+    /// Where this process has its first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.mapping.address() as u64
+    }
+
     pub(crate) fn new(
         guest: u64,
         size: u64,

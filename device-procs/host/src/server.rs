@@ -157,6 +157,8 @@ pub(crate) struct Server<D> {
     /// the jail was shut, since nothing can be made inside, and not duplicated either.
     pub(crate) inflight_memory: Option<File>,
     pub(crate) inflight_given: bool,
+    /// Of this process's memory, for a front end that asks for it before it sends guest RAM.
+    userfault: Option<OwnedFd>,
     /// Behind the in-flight region's queues, if this device keeps something.
     kept: Option<KeptArea>,
     /// How long to look for work before sleeping.
@@ -185,6 +187,7 @@ pub(crate) struct Connection<D: Device> {
 pub(crate) struct Resources {
     epoll: Epoll,
     inflight_memory: File,
+    pub(crate) userfault: Option<OwnedFd>,
 }
 
 impl Resources {
@@ -217,6 +220,7 @@ impl Resources {
         Ok(Self {
             epoll,
             inflight_memory: memory.into(),
+            userfault: None,
         })
     }
 }
@@ -259,6 +263,7 @@ impl<D: Device> Connection<D> {
         let Resources {
             epoll,
             inflight_memory,
+            userfault,
         } = resources;
         let polled = vec![Interest::NONE; device.backends().len()];
         // `BackendReqHandler` wants a handler with interior mutability. One thread, so the lock is never waited for.
@@ -275,6 +280,7 @@ impl<D: Device> Connection<D> {
             inflight_shape: (0, 0, 0),
             inflight_memory: Some(inflight_memory),
             inflight_given: false,
+            userfault,
             kept: None,
             patience: Patience::default(),
             finished: false,
@@ -1001,9 +1007,11 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         &mut self,
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
-        _postcopy_listening: Option<bool>,
+        postcopy_listening: Option<bool>,
     ) -> VhostResult<Option<Vec<VhostUserMemoryRegionBase>>> {
         let message = "SET_MEM_TABLE";
+        // Who did not want it before will not: nobody is left who could watch this process.
+        self.userfault = None;
         let mut list = Vec::with_capacity(regions.len());
         for (region, file) in regions.iter().zip(files) {
             match Region::new(
@@ -1017,8 +1025,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
                 Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
             }
         }
+        let bases = list.iter().map(Region::address).collect();
         self.set_regions(message, list)?;
-        Ok(None)
+        Ok((postcopy_listening == Some(true)).then_some(bases))
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
@@ -1159,7 +1168,33 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
                 VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::SHMEM
             } else {
                 VhostUserProtocolFeatures::empty()
+            }
+            | if self.userfault.is_some() {
+                VhostUserProtocolFeatures::PAGEFAULT
+            } else {
+                VhostUserProtocolFeatures::empty()
             })
+    }
+
+    fn postcopy_advice(&mut self) -> VhostResult<File> {
+        match self.userfault.take() {
+            Some(userfault) => Ok(userfault.into()),
+            None => Err(self.refuse(&Refusal::NotOffered {
+                message: "POSTCOPY_ADVISE",
+            })),
+        }
+    }
+
+    fn postcopy_listen(&mut self) -> VhostResult<()> {
+        Ok(())
+    }
+
+    fn postcopy_end(&mut self) -> VhostResult<()> {
+        Ok(())
+    }
+
+    fn postcopy_ack_mem_regions(&mut self) -> VhostResult<()> {
+        Ok(())
     }
 
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
@@ -1293,9 +1328,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         &mut self,
         region: &VhostUserSingleMemoryRegion,
         fd: File,
-        _postcopy_listening: Option<bool>,
+        postcopy_listening: Option<bool>,
     ) -> VhostResult<Option<VhostUserMemoryRegionBase>> {
         let message = "ADD_MEM_REG";
+        self.userfault = None;
         let mut regions = self
             .ram
             .as_ref()
@@ -1310,8 +1346,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             Ok(region) => regions.push(self.kept(region, fd)),
             Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
         }
+        let base = regions.last().map(Region::address);
         self.set_regions(message, regions)?;
-        Ok(None)
+        Ok(base.filter(|_| postcopy_listening == Some(true)))
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {

@@ -130,6 +130,15 @@ impl<D: Device> Prepared<D> {
         })
     }
 
+    /// Lets the front end watch this process's memory by `device`, a `/dev/userfaultfd`. Without, it brings in all that it has first.
+    fn watch(&mut self, device: Option<OwnedFd>) {
+        self.resources.userfault = device.and_then(|device| {
+            crate::userfault::of_this_process(device)
+                .inspect_err(|e| ipc::log::debug!("{}", ipc::log::with_causes(e)))
+                .ok()
+        });
+    }
+
     /// Locks this process for good.
     ///
     /// # Errors
@@ -253,8 +262,9 @@ where
     E: Error + Send + Sync + 'static,
 {
     started(name, |inherited| {
-        let (start, socket, device) = build_inherited(name, inherited, build)?;
-        let prepared = Prepared::new(device, start)?;
+        let (start, socket, device, userfault) = build_inherited(name, inherited, build)?;
+        let mut prepared = Prepared::new(device, start)?;
+        prepared.watch(userfault);
         ipc::log::trace!("prepared");
         let jailed = prepared.enter_jail()?;
         ipc::log::trace!("jailed");
@@ -277,7 +287,7 @@ where
     E: Error + Send + Sync + 'static,
 {
     started(name, |inherited| {
-        let (start, socket, kept) = build_inherited(name, inherited, build)?;
+        let (start, socket, kept, _) = build_inherited(name, inherited, build)?;
         keeper::run(&start, socket, kept)
     })
 }
@@ -308,12 +318,12 @@ fn started(name: &'static str, run: impl FnOnce(Inherited) -> Result<(), RunErro
     }
 }
 
-/// From the start message to what `build` makes of it; with the socket of the front end.
+/// From the start message to what `build` makes of it; with the socket of the front end, and a `/dev/userfaultfd` if there is one.
 fn build_inherited<T, E>(
     name: &'static str,
     inherited: Inherited,
     build: impl FnOnce(&StartMessage, &mut BackendFds) -> Result<T, E>,
-) -> Result<(StartMessage, OwnedFd, T), RunError>
+) -> Result<(StartMessage, OwnedFd, T, Option<OwnedFd>), RunError>
 where
     E: Error + Send + Sync + 'static,
 {
@@ -345,10 +355,11 @@ where
     if count as usize > MAX_MESSAGE_FDS {
         return Err(RunError::TooManyDescriptors { count });
     }
-    let fds = inherited
+    let mut fds = inherited
         .backends
-        .take(count)
+        .take(count + u32::from(start.userfault))
         .map_err(|fd| RunError::Descriptors { count, fd })?;
+    let userfault = start.userfault.then(|| fds.pop()).flatten();
     let mut backends = BackendFds(fds.into_iter());
     let built = build(&start, &mut backends).map_err(|error| RunError::Device(Box::new(error)))?;
     if !backends.is_empty() {
@@ -356,5 +367,5 @@ where
             count: backends.len(),
         });
     }
-    Ok((start, inherited.vhost_user, built))
+    Ok((start, inherited.vhost_user, built, userfault))
 }

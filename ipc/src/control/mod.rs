@@ -44,6 +44,8 @@ pub struct Policy {
     pub additions: Additions,
     /// Disks whose image may grow: their number among the devices, and the bytes that it may have at most.
     pub growing: Vec<(u32, u64)>,
+    /// Guest RAM may be a template's in part, so device processes get a `/dev/userfaultfd` if there is one.
+    pub userfault: bool,
     /// Seccomp action for the broker and all device processes.
     pub seccomp: SeccompMode,
     /// Whether a missing jail layer refuses the start.

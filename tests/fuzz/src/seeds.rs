@@ -683,6 +683,7 @@ fn control() -> Inputs {
                 iothread: Some(0),
             })
             .collect(),
+        userfault: false,
         snapshots: Some(SnapshotGrant {
             folders: vec!["/t".into()],
             memory: 1 << 27,

@@ -14,6 +14,7 @@ pub fn message(device: DeviceSpec) -> StartMessage {
         version: PROTOCOL_VERSION,
         device,
         backend_fds: 1,
+        userfault: false,
         seccomp: SeccompMode::Kill,
         sandbox: SandboxMode::Strict,
         log_level: Level::Error,

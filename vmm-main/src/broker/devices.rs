@@ -404,6 +404,18 @@ impl Devices {
     }
 }
 
+/// What a process can have its own memory watched by, if the host has it and lets this process.
+fn userfault() -> Option<OwnedFd> {
+    let path = "/dev/userfaultfd";
+    match std::fs::File::options().read(true).write(true).open(path) {
+        Ok(file) => Some(file.into()),
+        Err(e) => {
+            ipc::log::debug!("{path}: {e}: guest memory is brought in as a whole for devices");
+            None
+        }
+    }
+}
+
 /// Starts a process of its own for `grant`: the control process's end of its socket, and the process. With `heritage` it takes over
 /// from another keeper, to which that is a line.
 fn launch(
@@ -418,6 +430,12 @@ fn launch(
     let (log_reader, log_writer) =
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
             .map_err(|e| told("log pipe", &e))?;
+    let userfault = match &grant.spec {
+        // Its processes come and go without the broker; memory is brought in as a whole for them.
+        DeviceSpec::Fs(_) => None,
+        _ if policy.userfault => userfault(),
+        _ => None,
+    };
     let start = ipc::start::to_memfd(&StartMessage {
         version: PROTOCOL_VERSION,
         device: grant.spec.clone(),
@@ -426,6 +444,7 @@ fn launch(
             DeviceSpec::Fs(_) => BACKEND_FDS + u32::from(heritage.is_some()),
             _ => backend.len() as u32,
         },
+        userfault: userfault.is_some(),
         seccomp: policy.seccomp,
         sandbox: policy.sandbox,
         log_level: policy.log_level,
@@ -450,7 +469,7 @@ fn launch(
         (OwnedFd::from(theirs), FD_VHOST_USER),
         (start, FD_START),
     ];
-    fds.extend(backend.into_iter().zip(FD_BACKEND..));
+    fds.extend(backend.into_iter().chain(userfault).zip(FD_BACKEND..));
     let keeper = match &grant.spec {
         DeviceSpec::Fs(_) => {
             let (ours, theirs) = Channel::pair().map_err(|e| told("keeper", &e))?;

@@ -143,6 +143,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
             iothreads: spec.iothreads.iter().map(|one| one.cpus).collect(),
             devices,
             snapshots: snapshots(spec),
+            userfault: spec.incoming.is_some() && spec.incoming_lazy,
             seccomp: spec.seccomp,
             sandbox: spec.sandbox,
             log_level: spec.log.level,

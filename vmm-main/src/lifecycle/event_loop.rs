@@ -35,7 +35,8 @@ use crate::broker::{Client, ClientError};
 use crate::cmdline::Plan;
 use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
-use crate::memory::lazy::Progress;
+use crate::memory::pager::Progress;
+use crate::memory::sharing::Orders;
 use crate::qmp::{
     Cause, Commands, Counted, CpuThread, Event, IothreadInfo, Migration, MigrationStatus, QmpError,
     Reply, RunState, SandboxReport, ServerHandle, VmCommand, VmFacts,
@@ -57,6 +58,8 @@ pub(super) struct Parts {
     pub(super) pager: Option<Arc<Progress>>,
     /// Files of shared folders are mapped into the guest's memory.
     pub(super) has_windows: bool,
+    /// Guest memory is a template's where nobody has written.
+    pub(super) sharing: Option<Arc<Orders>>,
 }
 
 /// A VM.
@@ -144,6 +147,11 @@ impl Vm {
             (ATTENTIONS, SOCKETS),
         )
         .map_err(failed("epoll_ctl"))?;
+        // There is nothing to wait for.
+        let migration = match &parts.sharing {
+            Some(_) => Migration::completed(parts.spec.memory.size),
+            None => Migration::default(),
+        };
         Ok(Self {
             hotplug: Hotplug::new(&parts.spec),
             pid: nix::unistd::getpid().as_raw(),
@@ -154,7 +162,7 @@ impl Vm {
             state: RunState::Prelaunch,
             job: None,
             dump: None,
-            migration: Migration::default(),
+            migration,
             told_migration: MigrationStatus::default(),
             inspections: VecDeque::new(),
         })
@@ -779,6 +787,9 @@ impl Vm {
             machine.pause().map_err(|e| host_error(&e))?;
             // Before RAM is emptied, nobody else may write to it.
             self.supervise(Supervisor::take_back)?;
+            if let Some(sharing) = &self.parts.sharing {
+                sharing.forget();
+            }
         }
         if let Some(machine) = &mut self.parts.machine {
             machine.reset().map_err(|e| host_error(&e))?;

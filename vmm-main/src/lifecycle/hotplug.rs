@@ -990,7 +990,10 @@ impl Vm {
         let memory = machine.ram().memory().clone();
         match self.parts.transports.get(unit).cloned() {
             None => {
-                let transport = MmioTransport::new(fresh, memory).map_err(|e| told(&e))?;
+                let mut transport = MmioTransport::new(fresh, memory).map_err(|e| told(&e))?;
+                if let Some(sharing) = &self.parts.sharing {
+                    transport.share(sharing.clone());
+                }
                 let transport = Arc::new(Mutex::new(transport));
                 machine
                     .attach_mmio(unit, transport.clone())
@@ -1022,7 +1025,11 @@ impl Vm {
                     // No driver knows what was here before: registers, doorbells and interrupts are made anew.
                     disconnect(machine, unit, &transport);
                     let _ = self.poller.remove(borrow(lock(&transport).error_event()));
-                    *lock(&transport) = MmioTransport::new(fresh, memory).map_err(|e| told(&e))?;
+                    let mut anew = MmioTransport::new(fresh, memory).map_err(|e| told(&e))?;
+                    if let Some(sharing) = &self.parts.sharing {
+                        anew.share(sharing.clone());
+                    }
+                    *lock(&transport) = anew;
                     connect(machine, unit, &transport).map_err(|e| told(&e))?;
                     self.poller
                         .add(

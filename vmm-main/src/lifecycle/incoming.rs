@@ -11,14 +11,16 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use ipc::limits::MAX_SNAPSHOT_STATE;
-use ipc::log::info;
-use ipc::spec::vm::VmSpec;
+use ipc::log::{info, with_causes};
+use ipc::spec::vm::{MemoryPolicy, VmSpec};
 use thiserror::Error;
 
 use crate::boot::BootSource;
 use crate::cmdline::Plan;
 use crate::machine::microvm::{self, MachineState, Microvm};
 use crate::memory::lazy::LazyRam;
+use crate::memory::pager::Pager;
+use crate::memory::sharing::{Refusal, SharingRam};
 use crate::snapshot::Snapshot;
 use crate::snapshot::format::{self, FormatError};
 use crate::snapshot::memory::{self, MemoryError};
@@ -114,7 +116,7 @@ pub(super) struct Incoming {
     path: PathBuf,
     machine: MachineState,
     devices: Vec<Option<DeviceState>>,
-    lazy: Option<LazyRam>,
+    lazy: Option<Pager>,
 }
 
 impl Incoming {
@@ -165,7 +167,29 @@ impl Incoming {
         {
             index.check(ram.size()).map_err(told)?;
             memory::check_length(&memory, ram.size()).map_err(told)?;
-            match LazyRam::new(ram, memory, index) {
+            // The template's pages are on whatever node they are.
+            let alike = zones
+                .iter()
+                .all(|zone| zone.policy == MemoryPolicy::Default)
+                && zones
+                    .windows(2)
+                    .all(|two| two[0].dump_guest_core == two[1].dump_guest_core);
+            let sharing = if alike {
+                SharingRam::new(ram, memory, index)
+            } else {
+                Err((Refusal::Zones, memory, index))
+            };
+            let lazy = match sharing {
+                Ok(sharing) => Ok(Pager::Sharing(sharing)),
+                Err((why, memory, index)) => {
+                    info!(
+                        "lazy=on: memory is copied and not shared with other clones: {}",
+                        with_causes(&why)
+                    );
+                    LazyRam::new(ram, memory, index).map(Pager::Copying)
+                }
+            };
+            match lazy {
                 Ok(lazy) => {
                     return Ok(Self {
                         lazy: Some(lazy),
@@ -217,7 +241,7 @@ impl Incoming {
         self,
         machine: &mut Microvm,
         source: BootSource,
-    ) -> Result<Option<LazyRam>, IncomingError> {
+    ) -> Result<Option<Pager>, IncomingError> {
         let path = self.path;
         // KVM writes to guest memory when some registers are set.
         let restored = match &self.lazy {

@@ -447,12 +447,7 @@ impl Vm {
             return;
         };
         let _ = pager.event().read();
-        self.migration = Migration {
-            status: MigrationStatus::Completed,
-            total: self.parts.spec.memory.size,
-            done: self.parts.spec.memory.size,
-            error: None,
-        };
+        self.migration = Migration::completed(self.parts.spec.memory.size);
         info!("guest memory has come in");
         self.release_devices();
     }

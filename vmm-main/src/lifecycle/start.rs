@@ -38,7 +38,7 @@ use crate::cmdline::{Plan, plan};
 use crate::kvm::cpuid::CpuFeatures;
 use crate::kvm::{self, Kvm, Topology};
 use crate::machine::microvm::{self, Microvm, MicrovmConfig};
-use crate::memory::lazy::{LazyRam, Progress};
+use crate::memory::pager::{Pager, Progress};
 use crate::memory::{self, Backing, GuestRam, RamConfig, Zone, ZoneRange};
 use crate::platform::numa::Numa;
 use crate::qmp;
@@ -369,10 +369,24 @@ pub(super) fn start(
         // Ids are asked for now: each thread says its own once it has its filter.
         machine.vcpu_thread_ids()?;
     }
-    let pager = lazy.map(|lazy| pager(lazy, mode)).transpose()?;
     let has_windows = windows.is_some();
     if let Some(windows) = windows {
         serve_windows(windows, mode)?;
+    }
+    let sharing = lazy.as_ref().and_then(Pager::orders);
+    let mut pager = lazy.map(|lazy| pager(lazy, mode)).transpose()?.flatten();
+    if let Some(sharing) = &sharing {
+        let mut watched = true;
+        for transport in &transports {
+            let mut transport = lock(transport);
+            watched &= transport.core().device().can_share();
+            transport.share(sharing.clone());
+        }
+        if !watched {
+            // They map the memory file, which has nothing of what is the template's.
+            info!("a device's process cannot be watched: memory is copied for all");
+            pager = Some(sharing.bring_in());
+        }
     }
     qmp.started()?;
     phases.done("threads locked down");
@@ -392,6 +406,7 @@ pub(super) fn start(
         signals,
         pager,
         has_windows,
+        sharing,
     })?;
     vm.wait_for_clients()?;
     let vm = vm.announce(ready)?;
@@ -400,8 +415,8 @@ pub(super) fn start(
     Ok(vm)
 }
 
-/// Starts the thread that brings in guest memory; returns when it has its filter.
-fn pager(lazy: LazyRam, mode: SeccompMode) -> Result<Arc<Progress>, StartError> {
+/// Starts the thread that answers for guest memory; returns when it has its filter.
+fn pager(lazy: Pager, mode: SeccompMode) -> Result<Option<Arc<Progress>>, StartError> {
     let progress = lazy.progress();
     let (told, started) = std::sync::mpsc::sync_channel(1);
     std::thread::Builder::new()

@@ -13,39 +13,23 @@
 //!
 //! A block that is damaged ends the process: there is nothing that a vCPU which waits for it could be given.
 
-#![allow(unsafe_code)] // userfaultfd has no wrapper here; see each block
+#![allow(unsafe_code)] // _exit, where nothing else can end a thread that waits for a page
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 
 use ipc::limits::SNAPSHOT_BLOCK;
 use ipc::log::error;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestRam;
+use super::pager::{Answer, Progress};
+use super::uffd::{FEATURE_MISSING_SHMEM, MISSING, PAGE, Uffd};
 use crate::snapshot::memory::Index;
 
 const BLOCK: u64 = SNAPSHOT_BLOCK as u64;
-const PAGE: u64 = 4096;
-
-/// `include/uapi/linux/userfaultfd.h`
-const UFFD_API: u64 = 0xAA;
-const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
-const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
-const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
-const UFFDIO_API: u64 = 0xC018_AA3F;
-const UFFDIO_REGISTER: u64 = 0xC020_AA00;
-const UFFDIO_UNREGISTER: u64 = 0x8010_AA01;
-const UFFDIO_WAKE: u64 = 0x8010_AA02;
-const UFFDIO_COPY: u64 = 0xC028_AA03;
-const UFFDIO_ZEROPAGE: u64 = 0xC020_AA04;
-/// Bytes of `struct uffd_msg`; the fault's address is at 16.
-const MESSAGE: usize = 32;
 
 /// One region of RAM as this process maps it.
 #[derive(Debug, Clone, Copy)]
@@ -58,7 +42,7 @@ struct Window {
 /// RAM that is not whole yet.
 #[derive(Debug)]
 pub struct LazyRam {
-    uffd: OwnedFd,
+    uffd: Uffd,
     file: File,
     index: Index,
     windows: Vec<Window>,
@@ -66,38 +50,6 @@ pub struct LazyRam {
     /// Keeps the mappings.
     _ram: Arc<GuestRam>,
     progress: Arc<Progress>,
-}
-
-/// How far it is, for who waits.
-#[derive(Debug)]
-pub struct Progress {
-    done: AtomicU64,
-    whole: Mutex<bool>,
-    changed: Condvar,
-    event: EventFd,
-}
-
-impl Progress {
-    /// Bytes that are there or were passed over because they are zero.
-    pub fn done(&self) -> u64 {
-        self.done.load(Ordering::Relaxed)
-    }
-
-    /// Readable when RAM is whole.
-    pub const fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// Waits until RAM is whole.
-    pub fn wait(&self) {
-        let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*whole {
-            whole = self
-                .changed
-                .wait(whole)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
 }
 
 impl LazyRam {
@@ -114,10 +66,10 @@ impl LazyRam {
                 size: region.size,
             })
             .collect();
-        let registered = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        let registered = Progress::new()
             .ok()
-            .and_then(|event| Some((event, register(&windows).ok()?)));
-        let Some((event, uffd)) = registered else {
+            .and_then(|progress| Some((progress, register(&windows).ok()?)));
+        let Some((progress, uffd)) = registered else {
             return Err((file, index));
         };
         Ok(Self {
@@ -127,12 +79,7 @@ impl LazyRam {
             windows,
             size: ram.size(),
             _ram: ram.clone(),
-            progress: Arc::new(Progress {
-                done: AtomicU64::new(0),
-                whole: Mutex::new(false),
-                changed: Condvar::new(),
-                event,
-            }),
+            progress: Arc::new(progress),
         })
     }
 
@@ -140,38 +87,6 @@ impl LazyRam {
     #[must_use]
     pub fn progress(&self) -> Arc<Progress> {
         self.progress.clone()
-    }
-
-    /// Answers faults of this process while `work` runs, from a thread that is gone afterwards.
-    ///
-    /// # Errors
-    /// No thread, or no eventfd.
-    pub fn serve_during<T>(&self, work: impl FnOnce() -> T) -> std::io::Result<T> {
-        let stop = EventFd::new(libc::EFD_CLOEXEC)?;
-        // vmm-sys-util's eventfds know only their number.
-        // SAFETY: the eventfd outlives the borrow, which ends with this function.
-        let stopped = unsafe { std::os::fd::BorrowedFd::borrow_raw(stop.as_raw_fd()) };
-        std::thread::scope(|scope| {
-            let server = std::thread::Builder::new().spawn_scoped(scope, || {
-                let mut buffer = vec![0; BLOCK as usize];
-                loop {
-                    let mut polled = [
-                        PollFd::new(self.uffd.as_fd(), PollFlags::POLLIN),
-                        PollFd::new(stopped, PollFlags::POLLIN),
-                    ];
-                    let _ = poll(&mut polled, PollTimeout::NONE);
-                    if polled[1].any() == Some(true) {
-                        return;
-                    }
-                    self.answer(&mut buffer);
-                }
-            })?;
-            let result = work();
-            stop.write(1)?;
-            // A panic aborts the process, so joining cannot fail. The scope alone would not wait for the thread's very end.
-            let _ = server.join();
-            Ok(result)
-        })
     }
 
     /// Brings in everything, what is wanted first; then tells, and gives back to the kernel what it does better.
@@ -189,68 +104,13 @@ impl LazyRam {
                 self.load(block, &mut buffer);
             }
             let done = ((block + 1) * BLOCK).min(self.size);
-            self.progress.done.store(done, Ordering::Relaxed);
+            self.progress.set(done);
         }
         // What is still missing is zero, as a new page is. Who waits is woken and asks the kernel again.
         for window in &self.windows {
-            let range = [window.host, window.size];
-            // SAFETY: names a range that is registered; wakes who waits in it and unregisters it.
-            unsafe {
-                libc::ioctl(
-                    self.uffd.as_raw_fd(),
-                    UFFDIO_UNREGISTER as _,
-                    &raw const range,
-                )
-            };
+            let _ = self.uffd.unregister(window.host, window.size);
         }
-        let mut whole = self
-            .progress
-            .whole
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *whole = true;
-        self.progress.changed.notify_all();
-        let _ = self.progress.event.write(1);
-    }
-
-    /// Answers all faults that wait.
-    fn answer(&self, buffer: &mut [u8]) {
-        let mut message = [0; MESSAGE];
-        while nix::unistd::read(&self.uffd, &mut message) == Ok(MESSAGE) {
-            if message[0] != UFFD_EVENT_PAGEFAULT {
-                continue;
-            }
-            let mut address = [0; 8];
-            address.copy_from_slice(&message[16..24]);
-            let address = u64::from_ne_bytes(address);
-            let place = self.windows.iter().find_map(|window| {
-                let within = address.checked_sub(window.host)?;
-                (within < window.size).then_some((*window, within))
-            });
-            let Some((window, within)) = place else {
-                continue;
-            };
-            let block = (window.offset + within) / BLOCK;
-            if self
-                .index
-                .sums
-                .get(block as usize)
-                .is_some_and(Option::is_some)
-            {
-                self.load(block, buffer);
-            } else {
-                // struct uffdio_zeropage: start, length, mode, result.
-                let mut zero = [address & !(PAGE - 1), PAGE, 0, 0];
-                // SAFETY: adds a zero page at a registered place where there is none, or fails.
-                unsafe {
-                    libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_ZEROPAGE as _, &raw mut zero);
-                }
-            }
-            // Who asked for a page that was there by then waits for this.
-            let range = [address & !(PAGE - 1), PAGE];
-            // SAFETY: wakes who waits for this page, and nothing else.
-            unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_WAKE as _, &raw const range) };
-        }
+        self.progress.finish();
     }
 
     /// Brings in one block, or what of it is missing.
@@ -279,27 +139,17 @@ impl LazyRam {
             return;
         };
         let mut at = 0;
-        while at < length as u64 {
-            // struct uffdio_copy: destination, source, length, mode, result.
-            let mut copy = [
-                window.host + (offset - window.offset) + at,
-                bytes.as_ptr() as u64 + at,
-                length as u64 - at,
-                0,
-                0,
-            ];
-            // SAFETY: copies from the buffer, which is at least that long, to places of RAM's mapping that have no page yet.
-            let result =
-                unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_COPY as _, &raw mut copy) };
-            let copied = copy[4].cast_signed();
-            match Errno::result(result) {
-                Ok(_) => return,
+        while let Some(rest) = bytes.get(at as usize..).filter(|rest| !rest.is_empty()) {
+            match self
+                .uffd
+                .copy(window.host + (offset - window.offset) + at, rest)
+            {
+                Ok(()) => return,
                 // Part of it; the place behind is next.
-                Err(Errno::EAGAIN) if copied > 0 => at += copied.cast_unsigned(),
-                Err(Errno::EAGAIN) => {}
+                Err((Errno::EAGAIN, copied)) => at += copied,
                 // There is a page already.
-                Err(Errno::EEXIST) => at += PAGE,
-                Err(e) => {
+                Err((Errno::EEXIST, _)) => at += PAGE,
+                Err((e, _)) => {
                     error!(
                         "-incoming: guest memory at {offset:#x} cannot be filled: {}",
                         e.desc()
@@ -312,22 +162,42 @@ impl LazyRam {
     }
 }
 
+impl Answer for LazyRam {
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+
+    fn answer(&self, buffer: &mut [u8]) {
+        while let Some(fault) = self.uffd.fault() {
+            let place = self.windows.iter().find_map(|window| {
+                let within = fault.address.checked_sub(window.host)?;
+                (within < window.size).then_some((*window, within))
+            });
+            let Some((window, within)) = place else {
+                continue;
+            };
+            let block = (window.offset + within) / BLOCK;
+            if self
+                .index
+                .sums
+                .get(block as usize)
+                .is_some_and(Option::is_some)
+            {
+                self.load(block, buffer);
+            } else {
+                self.uffd.zero_page(fault.address);
+            }
+            // Who asked for a page that was there by then waits for this.
+            self.uffd.wake(fault.address & !(PAGE - 1), PAGE);
+        }
+    }
+}
+
 /// A userfaultfd for the windows.
-fn register(windows: &[Window]) -> Result<OwnedFd, Errno> {
-    // SAFETY: makes a descriptor, takes no pointer.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
-    let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel just gave us this descriptor and nothing else owns it.
-    let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // struct uffdio_api: version, features, ioctls.
-    let mut api = [UFFD_API, UFFD_FEATURE_MISSING_SHMEM, 0];
-    // SAFETY: the structure lives on this stack.
-    Errno::result(unsafe { libc::ioctl(fd, UFFDIO_API as _, &raw mut api) })?;
+fn register(windows: &[Window]) -> Result<Uffd, Errno> {
+    let uffd = Uffd::new(FEATURE_MISSING_SHMEM)?;
     for window in windows {
-        // struct uffdio_register: start, length, mode, ioctls.
-        let mut range = [window.host, window.size, UFFDIO_REGISTER_MODE_MISSING, 0];
-        // SAFETY: watches a mapping of this process that lives as long as the `GuestRam` beside the descriptor.
-        Errno::result(unsafe { libc::ioctl(fd, UFFDIO_REGISTER as _, &raw mut range) })?;
+        uffd.register(window.host, window.size, MISSING)?;
     }
     Ok(uffd)
 }

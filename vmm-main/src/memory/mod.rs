@@ -12,13 +12,17 @@
 
 #![allow(unsafe_code)] // madvise on our own mapping has no safe wrapper, nor has vm-memory for a mapping between guards
 
+mod clean;
 pub mod lazy;
+pub mod pager;
 mod policy;
+pub mod sharing;
+mod uffd;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ipc::guarded::{Guarded, GuardedError};
 use ipc::spec::cpus::NodeList;
@@ -31,6 +35,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
 };
 
+use self::clean::Clean;
 use crate::machine::layout::{HIGH_RAM_START, LOW_RAM_END};
 
 /// The guest's memory as vm-memory sees it, without dirty bitmap.
@@ -186,6 +191,9 @@ pub struct GuestRam {
     size: u64,
     /// (address here, bytes) of what is allocated in advance.
     prealloc: Vec<(usize, u64)>,
+    dumped: bool,
+    /// What is a template's still, and not in the memory file.
+    clean: OnceLock<Arc<Clean>>,
 }
 
 /// (guest address, size) of each RAM region of a guest with `size` bytes.
@@ -242,6 +250,8 @@ impl GuestRam {
             memory,
             size,
             prealloc: Vec::new(),
+            dumped: settings.iter().any(|zone| zone.dump_guest_core),
+            clean: OnceLock::new(),
         };
         for piece in &pieces {
             let zone = &settings[piece.zone];
@@ -347,7 +357,22 @@ impl GuestRam {
         let (region, within) = self.at(offset).ok_or(std::io::ErrorKind::InvalidInput)?;
         region
             .file
-            .read_exact_at(bytes, region.file_offset + within)
+            .read_exact_at(bytes, region.file_offset + within)?;
+        match self.clean.get() {
+            Some(clean) => clean.read_over(offset, bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// From now on a part of RAM is a template's.
+    fn set_clean(&self, clean: Arc<Clean>) {
+        // Once in a process's life.
+        let _ = self.clean.set(clean);
+    }
+
+    /// Whether a core dump contains it.
+    const fn is_dumped(&self) -> bool {
+        self.dumped
     }
 
     /// The first place from `offset` on, counted without the hole, that may hold something else than zeros; `None` if there is
@@ -356,6 +381,13 @@ impl GuestRam {
     /// # Errors
     /// A memory file cannot be looked at.
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>, Errno> {
+        let clean = self.clean.get().and_then(|clean| clean.next_data(offset));
+        let clean = clean.map(|clean| clean.max(offset));
+        Ok(self.next_own_data(offset)?.into_iter().chain(clean).min())
+    }
+
+    /// The same of what is in memory files.
+    fn next_own_data(&self, offset: u64) -> Result<Option<u64>, Errno> {
         for region in self.regions() {
             let end = region.ram_offset + region.size;
             if end <= offset {

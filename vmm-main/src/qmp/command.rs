@@ -313,6 +313,19 @@ pub struct Migration {
     pub error: Option<String>,
 }
 
+impl Migration {
+    /// All `total` bytes are done.
+    #[must_use]
+    pub fn completed(total: u64) -> Self {
+        Self {
+            status: MigrationStatus::Completed,
+            total,
+            done: total,
+            error: None,
+        }
+    }
+}
+
 /// One vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CpuThread {

@@ -21,6 +21,8 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::attention::Attention;
+use crate::memory::sharing::Orders;
+
 use super::remote::{F_VERSION_1, QueueHandover, QueueState, RemoteDevice, RemoteError};
 use super::snapshot::DeviceState;
 use super::window::Window;
@@ -483,6 +485,11 @@ impl Core {
         }
         self.bases = bases;
         Ok(())
+    }
+
+    /// See [`RemoteDevice::share`].
+    pub fn share(&mut self, sharing: Arc<Orders>) {
+        self.device.share(sharing);
     }
 
     /// Undoes [`Core::hold`], or starts what [`Core::restore`] brought.

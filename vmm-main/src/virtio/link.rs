@@ -105,6 +105,8 @@ pub(crate) struct Link {
     refused: Option<FrontendReq>,
     /// Whether the peer acknowledges requests that have no reply of their own (`REPLY_ACK`).
     acks: bool,
+    /// Bytes that the reply to a memory table has; 0 where it has none.
+    table: usize,
     /// When patience ends.
     deadline: Instant,
 }
@@ -121,6 +123,7 @@ impl Link {
             values: Vec::new(),
             refused: None,
             acks: false,
+            table: 0,
             deadline: Instant::now(),
         }
     }
@@ -133,6 +136,27 @@ impl Link {
     /// From now on the peer acknowledges every request.
     pub(crate) fn enable_acks(&mut self) {
         self.acks = true;
+    }
+
+    /// From now on a memory table is answered by one of this many bytes.
+    pub(crate) fn expect_table(&mut self, bytes: usize) {
+        self.table = bytes;
+    }
+
+    /// Queues a message that nobody answers.
+    pub(crate) fn tell(&mut self, request: FrontendReq, body: &[u8]) {
+        for word in [request as u32, 1, body.len() as u32] {
+            self.outbox.extend_from_slice(&word.to_le_bytes());
+        }
+        self.outbox.extend_from_slice(body);
+    }
+
+    /// Bytes that the reply to `request` has at least and, but for `GET_CONFIG`, at most; `None` if it has no reply of its own.
+    fn reply_size(&self, request: FrontendReq) -> Option<usize> {
+        match request {
+            FrontendReq::SET_MEM_TABLE if self.table > 0 => Some(self.table),
+            other => reply_size(other),
+        }
     }
 
     /// Queues or sends one request; its reply is read by [`Link::finish`].
@@ -150,7 +174,7 @@ impl Link {
         }
         let size: usize = body.iter().map(|part| part.len()).sum();
         debug_assert!(size <= MAX_MSG_SIZE);
-        let replies = reply_size(request).is_some();
+        let replies = self.reply_size(request).is_some();
         let mut flags = 1; // protocol version
         if self.acks && !replies {
             flags |= VhostUserHeaderFlag::NEED_REPLY.bits();
@@ -276,10 +300,14 @@ impl Link {
         self.fill(HEADER + size)?;
         let body = self.inbox[HEADER..HEADER + size].to_vec();
         self.inbox.drain(..HEADER + size);
-        if request != FrontendReq::GET_INFLIGHT_FD && !self.received.is_empty() {
+        let brings = matches!(
+            request,
+            FrontendReq::GET_INFLIGHT_FD | FrontendReq::POSTCOPY_ADVISE
+        );
+        if !brings && !self.received.is_empty() {
             return Err(malformed("it brings descriptors"));
         }
-        match reply_size(request) {
+        match self.reply_size(request) {
             None => {
                 let Ok(value) = <[u8; 8]>::try_from(body.as_slice()) else {
                     return Err(malformed("an acknowledgement has 8 bytes"));
@@ -390,7 +418,7 @@ impl AsFd for Link {
     }
 }
 
-/// Bytes that the reply to `request` has at least and, but for `GET_CONFIG`, at most; `None` if it has no reply of its own.
+/// As the specification has it.
 const fn reply_size(request: FrontendReq) -> Option<usize> {
     match request {
         FrontendReq::GET_FEATURES
@@ -399,6 +427,7 @@ const fn reply_size(request: FrontendReq) -> Option<usize> {
         | FrontendReq::SET_DEVICE_STATE_FD
         | FrontendReq::CHECK_DEVICE_STATE
         | FrontendReq::GET_VRING_BASE => Some(8),
+        FrontendReq::POSTCOPY_ADVISE => Some(0),
         FrontendReq::GET_CONFIG => Some(size_of::<VhostUserConfig>()),
         FrontendReq::GET_SHMEM_CONFIG => Some(size_of::<VhostUserShMemConfig>()),
         FrontendReq::GET_INFLIGHT_FD => Some(size_of::<VhostUserInflight>()),

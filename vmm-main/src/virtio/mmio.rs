@@ -26,6 +26,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::machine::bus::BusDevice;
+use crate::memory::sharing::Orders;
 
 use super::attention::Attention;
 use super::core::{Area, Core, CoreError, Half, Interrupts};
@@ -157,6 +158,11 @@ impl MmioTransport {
     /// See [`Core::release`].
     pub fn release(&mut self) {
         self.core.release(&self.line);
+    }
+
+    /// See [`RemoteDevice::share`].
+    pub fn share(&mut self, sharing: Arc<Orders>) {
+        self.core.share(sharing);
     }
 
     /// See [`Core::set_link`].

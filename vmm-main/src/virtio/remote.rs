@@ -29,6 +29,7 @@ use ipc::limits::{
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::FsSpec;
 use ipc::spec::net::NetSpec;
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -38,12 +39,14 @@ use vhost::vhost_user::message::{
     VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vm_memory::{
-    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use super::link::{Link, LinkError};
 use super::window::{Window, WindowError};
+use crate::memory::sharing::{DeviceFaults, Orders};
 
 /// `VIRTIO_F_VERSION_1` (virtio 1.3, section 6).
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -106,6 +109,14 @@ const NO_DESCRIPTOR: u64 = 1 << 8;
 /// Why a device process cannot be used, or what it failed at.
 #[derive(Debug, Error)]
 pub enum RemoteError {
+    /// Its mapping of guest memory cannot be watched.
+    #[error("device {id}: what it touches of guest memory cannot be watched")]
+    Watch {
+        /// The device.
+        id: String,
+        /// What the kernel said.
+        source: Errno,
+    },
     /// It could not be talked to.
     #[error("device \"{id}\"")]
     Link {
@@ -611,7 +622,12 @@ impl Handshake {
         if !protocol.contains(required) {
             return Err(self.lacks("vhost-user", protocol.bits(), required.bits()));
         }
-        let protocol = protocol & (required | WELCOME);
+        let mut welcome = WELCOME;
+        if self.expected.config.is_own() {
+            // Who else has it watches for less than we have to.
+            welcome |= VhostUserProtocolFeatures::PAGEFAULT;
+        }
+        let protocol = protocol & (required | welcome);
         let link = &mut self.link;
         link.start_clock();
         let sent = link
@@ -701,6 +717,8 @@ impl Handshake {
             exposed: false,
             failed: false,
             link_down: false,
+            sharing: None,
+            faults: None,
             link: Some(self.link),
         })
     }
@@ -783,6 +801,10 @@ pub struct RemoteDevice {
     failed: bool,
     /// The host has a card's link down, which each process of it is told.
     link_down: bool,
+    /// Guest memory is a template's in part.
+    sharing: Option<Arc<Orders>>,
+    /// Faults of the process that the link leads to, if they are watched.
+    faults: Option<DeviceFaults>,
     /// `None` while there is no process that can be talked to.
     link: Option<Link>,
 }
@@ -984,6 +1006,7 @@ impl RemoteDevice {
         self.processes = self.processes.wrapping_add(1);
         self.link = fresh.link;
         self.tell_window()?;
+        self.faults = None;
         if self.link_down {
             self.show_link(false);
             self.tell_link()?;
@@ -1007,6 +1030,16 @@ impl RemoteDevice {
             }
         }
         Ok(())
+    }
+
+    /// Guest memory is a template's in part: whoever gets it from now on is watched, or all of it is brought in before.
+    pub fn share(&mut self, sharing: Arc<Orders>) {
+        self.sharing = Some(sharing);
+    }
+
+    /// Whether its process can be watched.
+    pub const fn can_share(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::PAGEFAULT)
     }
 
     /// Hands `queues` over and starts them. `features` are those that the driver accepted.
@@ -1380,13 +1413,89 @@ impl RemoteDevice {
             });
         }
         let header = VhostUserMemory::new(fds.len() as u32);
-        self.talk(|link| {
+        let Some(sharing) = self.sharing.clone() else {
+            return self.talk(|link| {
+                link.post(
+                    FrontendReq::SET_MEM_TABLE,
+                    &[header.as_slice(), &body],
+                    &fds,
+                )
+            });
+        };
+        if !self.can_share() {
+            sharing.bring_in().wait();
+            self.sharing = None;
+            return self.post_memory(memory);
+        }
+        let faults = match &self.faults {
+            Some(faults) => faults.clone(),
+            None => self.listen(header.as_slice().len() + body.len())?,
+        };
+        // The same table, with the process's own addresses.
+        let values = self.talk(|link| {
+            link.finish()?;
             link.post(
                 FrontendReq::SET_MEM_TABLE,
                 &[header.as_slice(), &body],
                 &fds,
-            )
+            )?;
+            link.finish()
+        })?;
+        let answer = values
+            .first()
+            .and_then(|value| value.get(header.as_slice().len()..));
+        let answer = answer.unwrap_or_default();
+        // `struct VhostUserMemoryRegion`: guest address, size, user address, offset in the file; 64 bits each.
+        let regions = answer
+            .chunks_exact(32)
+            .zip(memory.iter())
+            .map(|(entry, region)| {
+                let mut address = [0; 8];
+                address.copy_from_slice(&entry[16..24]);
+                let offset = region.file_offset().map_or(0, FileOffset::start);
+                (offset, region.len(), u64::from_le_bytes(address))
+            });
+        if let Err(source) = sharing.watch(&self.id, &faults, regions) {
+            self.hang_up();
+            return Err(RemoteError::Watch {
+                id: self.id.clone(),
+                source,
+            });
+        }
+        // It may touch its memory from here on.
+        self.talk(|link| {
+            link.tell(FrontendReq::SET_MEM_TABLE, &[0; 8]);
+            Ok(())
         })
+    }
+
+    /// Has the process tell of its page faults; memory tables are answered from here on, by as many bytes as they have.
+    fn listen(&mut self, table: usize) -> Result<DeviceFaults, RemoteError> {
+        let fd = self.talk(|link| {
+            // Alone on the way, so that the descriptor is known to belong to this reply.
+            link.finish()?;
+            link.post(FrontendReq::POSTCOPY_ADVISE, &[], &[])?;
+            link.finish()?;
+            let fd = link.take_fd();
+            link.post(FrontendReq::POSTCOPY_LISTEN, &[], &[])?;
+            link.finish()?;
+            link.expect_table(table);
+            Ok(fd)
+        })?;
+        match fd {
+            Some(fd) => {
+                let faults = DeviceFaults::new(fd);
+                self.faults = Some(faults.clone());
+                Ok(faults)
+            }
+            None => {
+                self.hang_up();
+                Err(RemoteError::Watch {
+                    id: self.id.clone(),
+                    source: Errno::EBADF,
+                })
+            }
+        }
     }
 
     fn get_inflight(&mut self) -> Result<InflightRegion, RemoteError> {

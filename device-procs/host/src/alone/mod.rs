@@ -232,6 +232,7 @@ impl Supervisor<'_> {
             device: device.clone(),
             // A handful, which the caller opened.
             backend_fds: backends.len() as u32,
+            userfault: false,
             seccomp: self.alone.seccomp,
             sandbox: self.alone.sandbox,
             log_level: self.alone.log_level,
