@@ -8,6 +8,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -18,7 +19,7 @@ use nix::sys::socket::{
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tests::chance::Chance;
-use tests::host::{Tap, require_kvm, require_root};
+use tests::host::{Tap, ext4_image, require_kvm, require_root};
 use tests::jail::Jail;
 use tests::payload::Payload;
 use tests::procfs;
@@ -453,6 +454,92 @@ fn a_device_that_cannot_be_saved_fails_and_the_vm_goes_on() {
         assert_eq!(status["running"], true, "{status}");
         assert_eq!(guest.vm.process("block").unwrap(), None);
         guest.qmp.execute("quit", json!({})).unwrap();
+        guest.ends_well();
+    }
+}
+
+/// A file system of its own that can be made to stand still: whoever writes to it waits.
+struct StandingStill {
+    /// Where it is mounted.
+    place: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl StandingStill {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (content, place) = (dir.path().join("content"), dir.path().join("place"));
+        for folder in [&content, &place] {
+            std::fs::create_dir(folder).unwrap();
+        }
+        let image = dir.path().join("image");
+        ext4_image(&image, 16, &content).unwrap();
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .arg(&image)
+            .arg(&place));
+        Self { place, _dir: dir }
+    }
+
+    fn freeze(&self, how: &str) {
+        run(Command::new("fsfreeze").arg(how).arg(&self.place));
+    }
+}
+
+impl Drop for StandingStill {
+    fn drop(&mut self) {
+        // It may stand still still.
+        let _ = Command::new("fsfreeze").arg("-u").arg(&self.place).output();
+        let _ = Command::new("umount").arg("-l").arg(&self.place).status();
+    }
+}
+
+#[track_caller]
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {output:?}");
+}
+
+/// A process that dies while the host's disk keeps it waiting has requests in flight for certain; they are told, and done once.
+#[test]
+fn what_was_in_flight_is_told_and_is_done_by_the_next_process() {
+    for aio in ["io_uring", "off"] {
+        let still = StandingStill::new();
+        let disk = image(&still.place);
+        let vm = builder(Payload::BlkLoop, "spin=1")
+            .arg("-drive")
+            .arg(format!(
+                "id=d0,file={},direct=off,aio={aio}",
+                disk.display()
+            ))
+            .args(["-device", "virtio-blk-device,drive=d0,id=disk"]);
+        let mut guest = Guest::start(vm, tempfile::tempdir().unwrap());
+        guest.expect("LOOP 0");
+        let pid = guest.pid("block");
+        still.freeze("-f");
+        // The kernel's word for somebody who waits for a disk, and cannot be killed meanwhile.
+        let deadline = Deadline::after(LIMIT);
+        let waits = || {
+            let threads = procfs::Status::of_threads(pid).unwrap();
+            threads
+                .values()
+                .any(|thread| thread.field("State").starts_with('D'))
+        };
+        while !waits() {
+            assert!(!deadline.left().is_zero(), "{aio}: nothing is written");
+        }
+        signal(pid, Signal::SIGKILL);
+        still.freeze("-u");
+        let crashed = guest.crashed();
+        assert_eq!(
+            crashed,
+            json!({ "device": "disk", "pid": pid, "signal": 9 })
+        );
+        assert!(guest.in_flight > 0, "{aio}");
+        guest.event("DEVICE_RECOVERED");
+        guest.expect("LOOP ");
+        guest.type_a_byte();
+        guest.expect("BLK-LOOP OK bursts ");
         guest.ends_well();
     }
 }

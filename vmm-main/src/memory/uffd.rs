@@ -132,23 +132,19 @@ impl Uffd {
             .map_err(|e| (e, u64::try_from(range[3].cast_signed()).unwrap_or(0)))
     }
 
-    /// The next fault, if one waits.
+    /// The next fault, if one waits. Whatever else is told ends the turn, so that who tells a lot keeps nobody here.
     pub(super) fn fault(&self) -> Option<Fault> {
         let mut message = [0; MESSAGE];
-        while nix::unistd::read(&self.0, &mut message) == Ok(MESSAGE) {
-            if message[0] == UFFD_EVENT_PAGEFAULT {
-                let word = |at: usize| {
-                    let mut bytes = [0; 8];
-                    bytes.copy_from_slice(&message[at..at + 8]);
-                    u64::from_ne_bytes(bytes)
-                };
-                return Some(Fault {
-                    address: word(16),
-                    flags: word(8),
-                });
-            }
-        }
-        None
+        let told = nix::unistd::read(&self.0, &mut message) == Ok(MESSAGE);
+        let word = |at: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&message[at..at + 8]);
+            u64::from_ne_bytes(bytes)
+        };
+        (told && message[0] == UFFD_EVENT_PAGEFAULT).then(|| Fault {
+            address: word(16),
+            flags: word(8),
+        })
     }
 
     fn call<const WORDS: usize>(
