@@ -31,6 +31,7 @@ const PAYLOADS: &[(&str, &[&str])] = &[
         "start-device",
         &["start.S", "payload.c", "virtio.c", "start-device.c"],
     ),
+    ("dax", &["start.S", "payload.c", "virtio.c", "dax.c"]),
     (
         "hostile",
         &[

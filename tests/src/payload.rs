@@ -29,6 +29,8 @@ pub enum Payload {
     Machine,
     /// Starts one device and sleeps.
     StartDevice,
+    /// Has a file of a shared folder put into its memory, and taken away.
+    Dax,
     /// Misuses a device or the board in every way there is.
     Hostile,
 }
@@ -51,6 +53,7 @@ impl Payload {
             Self::NetTx => "net-tx",
             Self::Machine => "machine",
             Self::StartDevice => "start-device",
+            Self::Dax => "dax",
             Self::Hostile => "hostile",
         };
         PathBuf::from(concat!(env!("OUT_DIR"), "/")).join(name)
