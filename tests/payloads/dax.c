@@ -1,11 +1,12 @@
 /* Has a file of a shared folder put into the window of its device, and reads it there (virtio 1.3, sections 2.10, 4.2.2 and 5.11;
- * FUSE's `fuse_setupmapping_in` and `fuse_removemapping_in`). Each key on the serial line takes it away, or puts it there again.
+ * FUSE's `fuse_setupmapping_in` and `fuse_removemapping_in`). Each key on the serial line takes it away, or puts it there again,
+ * every second time for writing: its first byte is an F then.
  * Words: name=FILE (default from-host). */
 #include "virtio.h"
 
 enum { MMIO_SHM_SEL = 0xac, MMIO_SHM_LEN_LOW = 0xb0, MMIO_SHM_BASE_LOW = 0xb8, MMIO_SHM_BASE_HIGH = 0xbc };
 enum { LOOKUP = 1, OPEN = 14, INIT = 26, SETUPMAPPING = 48, REMOVEMAPPING = 49 };
-enum { ROOT = 1, MAP_ALIGNMENT = 1 << 26, FOR_READING = 2, LARGE_PAGE = 2 << 20 };
+enum { ROOT = 1, MAP_ALIGNMENT = 1 << 26, FOR_WRITING = 1, FOR_READING = 2, READ_WRITE = 2, LARGE_PAGE = 2 << 20 };
 
 extern u64 pml4[];
 static u64 directory[512] __attribute__((aligned(4096)));
@@ -93,14 +94,16 @@ int payload_main(const struct boot *boot)
         ;
     if (ask(LOOKUP, ROOT, name, length))
         return 1;
-    u64 node = *(u64 *)answer.body, flags = 0;
+    u64 node = *(u64 *)answer.body, flags = READ_WRITE;
     if (ask(OPEN, node, &flags, sizeof flags))
         return 1;
     u64 handle = *(u64 *)answer.body;
     for (u64 place = 0;; place = LARGE_PAGE - place) {
-        u64 map[5] = {handle, 0, LARGE_PAGE, FOR_READING, place};
+        u64 map[5] = {handle, 0, LARGE_PAGE, place ? FOR_READING | FOR_WRITING : FOR_READING, place};
         if (ask(SETUPMAPPING, node, map, sizeof map))
             return 1;
+        if (place)
+            *(volatile char *)(window + place) = 'F';
         put("SAW ");
         for (const volatile char *at = (const char *)(window + place); *at; at++)
             put((char[2]){*at, 0});

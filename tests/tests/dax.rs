@@ -202,8 +202,11 @@ fn a_bare_guest_has_a_file_in_its_memory_until_it_is_taken_away() {
         .unwrap();
     let file = dir.path().join("from-host");
     let mut qmp = vm.qmp().unwrap();
-    for boot in 0..2 {
-        expect(&mut vm, "SAW from the host\r\n");
+    for (boot, before) in ["SAW from the host\r\n", "SAW From the host\r\n"]
+        .into_iter()
+        .enumerate()
+    {
+        expect(&mut vm, before);
         assert_eq!(mapped(&vm, &file), ["r--s"]);
         let process = vm.process("fs").unwrap().unwrap();
         kill(Pid::from_raw(process), Signal::SIGKILL).unwrap();
@@ -213,15 +216,16 @@ fn a_bare_guest_has_a_file_in_its_memory_until_it_is_taken_away() {
         expect(&mut vm, "REMOVED");
         assert_eq!(mapped(&vm, &file), [""; 0]);
         vm.console.send("x").unwrap();
-        expect(&mut vm, "SAW from the host\r\n");
-        assert_eq!(mapped(&vm, &file), ["r--s"]);
+        expect(&mut vm, "SAW From the host\r\n");
+        assert_eq!(mapped(&vm, &file), ["rw-s"]);
+        assert_eq!(fs::read(&file).unwrap(), b"From the host\r\n");
         qmp.execute("stop", json!({})).unwrap();
         qmp.execute("system_reset", json!({})).unwrap();
         qmp.wait_event("RESET", LIMIT).unwrap();
         assert_eq!(mapped(&vm, &file), [""; 0], "nothing is left of it");
         qmp.execute("cont", json!({})).unwrap();
     }
-    expect(&mut vm, "SAW from the host\r\n");
+    expect(&mut vm, "SAW From the host\r\n");
     qmp.execute("quit", json!({})).unwrap();
     assert_eq!(vm.wait(LIMIT).unwrap().code(), Some(0));
 }
