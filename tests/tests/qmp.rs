@@ -620,6 +620,127 @@ fn disks_tell_what_they_have_done() {
     assert_eq!(nodes, json!([{ "node-name": "d0", "stats": stats }]));
 }
 
+/// What QEMU answers to these commands, without a guest; `accel` is of `-machine none`.
+fn qemu_says(accel: &str, commands: &[serde_json::Value]) -> Vec<serde_json::Value> {
+    use std::io::Write;
+    tests::lab::ensure_packages(&["qemu-system-x86"]).unwrap();
+    let mut qemu = Command::new("qemu-system-x86_64")
+        .args(["-machine", &format!("none{accel}")])
+        .args(["-nodefaults", "-nographic", "-qmp", "stdio"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = qemu.stdin.take().unwrap();
+    let (first, last) = (
+        json!({ "execute": "qmp_capabilities" }),
+        json!({ "execute": "quit" }),
+    );
+    for command in [&first].into_iter().chain(commands).chain([&last]) {
+        writeln!(input, "{command}").unwrap();
+    }
+    let output = qemu.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    // Greeting and the answer to the negotiation come first.
+    let lines = text.lines().skip(2).take(commands.len());
+    lines
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["return"].clone())
+        .collect()
+}
+
+/// Where CPUID of a guest here is not that of QEMU's on the same host, and why.
+const OTHER_FEATURES: &[&str] = &[
+    // By the topology of this guest, of which QEMU's has none yet.
+    "ht",
+    "cmp-legacy",
+    "topoext",
+    // KVM offers it on AMD too, where no processor has it.
+    "arch-capabilities",
+    // A guest of QEMU's has it with migratable=off.
+    "invtsc",
+    // No nested virtualisation and no performance counters here.
+    "vmx",
+    "svm",
+    "pdcm",
+    "perfctr-core",
+    "intel-pt",
+    "arch-lbr",
+    // QEMU asks the kernel for large registers first.
+    "amx-tile",
+    "amx-int8",
+    "amx-bf16",
+    "xfd",
+    // QEMU hides them unless told that the host's processors are the guest's alone, or its interrupt controller is another.
+    "monitor",
+    "waitpkg",
+    "kvm-hint-dedicated",
+    "kvm-msi-ext-dest-id",
+    // QEMU's are as high as the features need.
+    "min-level",
+    "min-xlevel",
+];
+
+#[test]
+fn the_processor_is_described_as_qemu_describes_it() {
+    let ask = |kind: &str, model: serde_json::Value| {
+        json!({
+            "execute": "query-cpu-model-expansion",
+            "arguments": { "type": kind, "model": model },
+        })
+    };
+    let theirs = qemu_says(",accel=kvm", &[ask("static", json!({ "name": "host" }))]);
+    let theirs = theirs[0]["model"]["props"].as_object().unwrap().clone();
+    let vm = sleeping_guest();
+    let mut qmp = vm.qmp().unwrap();
+    let mut expand = |kind: &str, model: serde_json::Value| {
+        qmp.execute(
+            "query-cpu-model-expansion",
+            json!({ "type": kind, "model": model }),
+        )
+        .unwrap()["model"]
+            .clone()
+    };
+    let model = expand("static", json!({ "name": "host" }));
+    assert_eq!(model["name"], "base");
+    let ours = model["props"].as_object().unwrap();
+    let mut compared = 0;
+    let mut found = Vec::new();
+    for (name, value) in ours {
+        // Names for the bits that QEMU of this version does not know would be names of our own.
+        let their = theirs.get(name).unwrap_or_else(|| panic!("{name}"));
+        compared += 1;
+        if value != their {
+            found.push(name.as_str());
+        }
+    }
+    assert!(compared > 150, "{compared}");
+    let unknown: Vec<_> = found
+        .iter()
+        .filter(|name| !OTHER_FEATURES.contains(name))
+        .map(|name| format!("{name}: {} here, {} in QEMU", ours[*name], theirs[*name]))
+        .collect();
+    assert!(unknown.is_empty(), "{unknown:#?}");
+    // As libvirt goes on.
+    assert_eq!(expand("full", model.clone()), model);
+    let unsafe_one = json!({ "name": "host", "props": { "migratable": false } });
+    assert_eq!(expand("static", unsafe_one), model);
+    // Without a guest the topology alone is another.
+    let none = Vm::builder()
+        .args(["-machine", "none"])
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut none = none.qmp().unwrap();
+    let answer = none
+        .execute(
+            "query-cpu-model-expansion",
+            json!({ "type": "full", "model": { "name": "max" } }),
+        )
+        .unwrap();
+    assert_eq!(answer["model"]["name"], "max");
+    assert_eq!(answer["model"]["props"], model["props"]);
+}
+
 /// Where our commands have another shape than QEMU 7.2's of the same name, and why.
 const DIFFERENCES: &[&str] = &[
     // A list of text, with the same words.
@@ -644,30 +765,7 @@ const DIFFERENCES: &[&str] = &[
 
 /// `query-qmp-schema` of QEMU with the same board as `none` has here.
 fn schema_of_qemu() -> serde_json::Value {
-    use std::io::Write;
-    tests::lab::ensure_packages(&["qemu-system-x86"]).unwrap();
-    let mut qemu = Command::new("qemu-system-x86_64")
-        .args([
-            "-machine",
-            "none",
-            "-nodefaults",
-            "-nographic",
-            "-qmp",
-            "stdio",
-        ])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = qemu.stdin.take().unwrap();
-    for command in ["qmp_capabilities", "query-qmp-schema", "quit"] {
-        writeln!(input, "{}", json!({ "execute": command })).unwrap();
-    }
-    let output = qemu.wait_with_output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    // Greeting, nothing, schema.
-    let schema: serde_json::Value = serde_json::from_str(text.lines().nth(2).unwrap()).unwrap();
-    schema["return"].clone()
+    qemu_says("", &[json!({ "execute": "query-qmp-schema" })]).remove(0)
 }
 
 /// A schema by the names of its entries.

@@ -12,6 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 
+use super::processor::Processor;
 use super::topology::Topology;
 use super::{Error, Kvm};
 
@@ -175,6 +176,12 @@ impl CpuidTemplate {
             .iter()
             .find(|e| e.function == 1)
             .map_or((0, 0), |leaf1| (leaf1.eax, leaf1.edx))
+    }
+
+    /// What the guest sees, in words.
+    #[must_use]
+    pub fn processor(&self) -> Processor {
+        Processor::read(&self.entries)
     }
 
     fn leaf(&mut self, function: u32, index: u32) -> Option<&mut kvm_cpuid_entry2> {

@@ -8,6 +8,7 @@
 //! Why this way: this folder holds all of this process's KVM `unsafe`, and knows no device and no machine.
 
 pub mod cpuid;
+pub mod processor;
 pub mod regs;
 pub mod run;
 pub mod snapshot;

@@ -33,6 +33,7 @@ use super::supervise::{Context, Supervisor};
 use super::{lockdown, with_causes};
 use crate::broker::{Client, ClientError};
 use crate::cmdline::Plan;
+use crate::kvm::processor::Processor;
 use crate::machine::events::{EventReceiver, VmEvent};
 use crate::machine::microvm::Microvm;
 use crate::memory::pager::Progress;
@@ -49,6 +50,8 @@ pub(super) struct Parts {
     pub(super) plan: Plan,
     pub(super) broker: Client,
     pub(super) machine: Option<Microvm>,
+    /// What a guest sees, or why that is not known.
+    pub(super) processor: Result<Processor, String>,
     pub(super) transports: Vec<SharedTransport>,
     pub(super) chardevs: Chardevs,
     pub(super) qmp: ServerHandle,
@@ -485,6 +488,12 @@ impl Vm {
             }
             VmCommand::Status(reply) => reply.send(Ok(self.state)),
             VmCommand::Cpus(reply) => reply.send(self.cpus()),
+            VmCommand::Processor(reply) => {
+                let processor = self.parts.processor.clone();
+                reply.send(processor.map_err(|why| {
+                    QmpError::generic(format!("The processor is not known: {why}"))
+                }));
+            }
             VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
             VmCommand::Chardevs(reply) => reply.send(Ok(self.parts.chardevs.info())),
             VmCommand::Facts(reply) => reply.send(self.facts()),

@@ -30,12 +30,13 @@ use super::event_loop::{Parts, Vm, lock};
 use super::incoming::Incoming;
 use super::phases::Phases;
 use super::serial::Chardevs;
-use super::{close_all_but, lockdown};
+use super::{close_all_but, lockdown, with_causes};
 use crate::affinity::{self, AffinityError};
 use crate::boot::{BootSource, Protocol};
 use crate::broker::{Client, ClientError};
 use crate::cmdline::{Plan, plan};
-use crate::kvm::cpuid::CpuFeatures;
+use crate::kvm::cpuid::{CpuFeatures, CpuidTemplate};
+use crate::kvm::processor::Processor;
 use crate::kvm::{self, Kvm, Topology};
 use crate::machine::microvm::{self, Microvm, MicrovmConfig};
 use crate::memory::pager::{Pager, Progress};
@@ -220,6 +221,8 @@ pub(super) fn start(
         }
         _ => None,
     };
+    // Without a guest too clients ask what one would see; without KVM as well they get the reason.
+    let imagined = kvm.is_none().then(processor_without_guest);
     phases.done("VM, guest RAM and vCPUs");
     let mut incoming = match (plan.incoming, &early) {
         (Some([state, memory]), Some(machine)) => {
@@ -369,6 +372,11 @@ pub(super) fn start(
         // Ids are asked for now: each thread says its own once it has its filter.
         machine.vcpu_thread_ids()?;
     }
+    let processor = match (&machine, imagined) {
+        (Some(machine), _) => Ok(machine.described_processor()),
+        (None, Some(imagined)) => imagined.map_err(|e| with_causes(&e)),
+        (None, None) => Ok(Processor::default()),
+    };
     let has_windows = windows.is_some();
     if let Some(windows) = windows {
         serve_windows(windows, mode)?;
@@ -399,6 +407,7 @@ pub(super) fn start(
         plan,
         broker,
         machine,
+        processor,
         transports,
         chardevs,
         qmp,
@@ -635,6 +644,13 @@ fn board(kvm: &Kvm, spec: &VmSpec, plan: &Plan, files: &mut Files) -> Result<Mic
         numa: numa(&spec.memory),
     };
     Ok(Microvm::new(kvm, kvm::Vm::create(kvm)?, ram, config)?)
+}
+
+/// What a guest of one vCPU would see. KVM is closed again.
+fn processor_without_guest() -> Result<Processor, StartError> {
+    let features = CpuFeatures::default();
+    let template = CpuidTemplate::new(&Kvm::open()?, Topology::flat(1)?, features)?;
+    Ok(template.processor())
 }
 
 /// What the guest is told of nodes.

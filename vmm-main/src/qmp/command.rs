@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use super::schema::{self, Command};
 use super::session::Info;
+use crate::kvm::processor::Processor;
 
 /// Class of a QMP error (QAPI `QapiErrorClass`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -393,6 +394,8 @@ pub enum VmCommand {
     Status(Reply<RunState>),
     /// `query-cpus`, `query-cpus-fast`
     Cpus(Reply<Vec<CpuThread>>),
+    /// `query-cpu-model-expansion`
+    Processor(Reply<Processor>),
     /// `query-iothreads`
     Iothreads(Reply<Vec<IothreadInfo>>),
     /// `query-chardev`

@@ -20,6 +20,7 @@
 //! ([`descriptors`]) are kept and handed on, never used.
 
 mod command;
+mod cpu_model;
 mod descriptors;
 mod event;
 #[cfg(fuzzing)]

@@ -33,6 +33,7 @@ use super::events::{self, EventReceiver, EventSender, VmEvent};
 use super::layout;
 use crate::boot::{self, BootSource, Loaded};
 use crate::kvm::cpuid::{CpuFeatures, CpuidLeaf, CpuidTemplate};
+use crate::kvm::processor::Processor;
 use crate::kvm::run::{IoHandler, StopSink, ThreadStart, VcpuStop};
 use crate::kvm::state::{VcpuState, VmState, msr_list};
 use crate::kvm::{self, Kvm, RegisterDump, Topology, VcpuThreads, Vm, regs};
@@ -301,6 +302,12 @@ impl Microvm {
     #[must_use]
     pub fn vm(&self) -> &Arc<Vm> {
         &self.vm
+    }
+
+    /// The guest's processor, in words.
+    #[must_use]
+    pub fn described_processor(&self) -> Processor {
+        self.cpuid.processor()
     }
 
     /// The guest's RAM.

@@ -5,9 +5,10 @@ use serde_json::{Value, json};
 use ipc::limits;
 use ipc::spec::vm::MachineKind;
 
+use crate::kvm::processor::Processor;
 use crate::qmp::command::{CpuThread, QmpError, Reply, VmCommand};
+use crate::qmp::cpu_model;
 use crate::qmp::objects::{CPU_TYPE, cpu_path};
-use crate::qmp::schema::check::shown;
 use crate::qmp::schema::types::{
     Command, Enum, Member, Object, Type, here, main, may, must, object,
 };
@@ -219,18 +220,18 @@ pub(super) static COMMANDS: &[Command] = &[
         },
     )
     .returns(Type::List(&Type::Object(&CPU_DEFINITION))),
-    here(
+    main(
         "query-cpu-model-expansion",
-        "Refuses, because what a guest sees is what this host's KVM offers, and there is no name for each of its features",
-        |_, mut arguments| {
-            let name = arguments.object("model").required_text("name");
-            Err(QmpError::generic(if name == "host" {
-                "CPU model 'host' is the processor of this host, and is not described by features".to_owned()
-            } else {
-                format!(
-                    "Parameter 'model.name' is '{}', which is no CPU model; allowed: host",
-                    shown(&name)
-                )
+        "Tells the features of the guest's processor by their names, as CPUID shows them to it. Models are host and max, which are \
+         the same, and base, the answer to `static`: a processor that has what its props say. What the guest sees is what this \
+         host's KVM offers, so features of host cannot be switched",
+        |ticket, mut arguments| {
+            let full = arguments.text("type").is_some_and(|kind| kind == "full");
+            let mut model = arguments.object("model");
+            let name = model.required_text("name");
+            let props = model.value("props");
+            VmCommand::Processor(Reply::with(ticket, move |_, processor: Processor| {
+                cpu_model::expand(&processor, full, &name, props)
             }))
         },
     )
