@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use device_host::alone::program::{About, Command};
 use fs_device::device::TAG_BYTES;
 use fs_device::passthrough::{Cache, Translation, XattrMap};
 use ipc::limits::{DAX_UNIT, MAX_DAX_WINDOW};
@@ -91,19 +92,6 @@ pub(crate) struct Options {
     pub(crate) socket_group: Option<String>,
     /// That copy; as many as the host is good for if nothing is said.
     pub(crate) threads: Option<usize>,
-}
-
-/// What was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Command {
-    /// Share a folder.
-    Serve(Box<Options>),
-    /// `--help`.
-    Help,
-    /// `--version`.
-    Version,
-    /// `--print-capabilities`.
-    Capabilities,
 }
 
 /// What is wrong with the arguments.
@@ -191,7 +179,7 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
 ];
 
 /// The text of `--help`.
-pub(crate) fn help() -> String {
+fn help() -> String {
     let mut text = String::from(
         "usage: vhost_user_fs -source FOLDER -socket-path PATH [OPTIONS]\n\
          Shares a folder with a virtual machine over virtio-fs. Options take one dash or two, values a space or '='.\n\n",
@@ -395,9 +383,13 @@ fn id_map(given: &Given, option: &'static str) -> Result<Vec<IdRange>, UsageErro
     Ok(map)
 }
 
-/// What virtiofsd answers to `--print-capabilities`: options are separate words, none is behind `-o`.
-pub(crate) const CAPABILITIES: &str =
-    "{\n  \"type\": \"fs\",\n  \"features\": [\"separate-options\"]\n}";
+/// The program; virtiofsd's words for "options are separate words, none is behind `-o`".
+pub(crate) const ABOUT: About = About {
+    name: "vhost_user_fs",
+    version: env!("CARGO_PKG_VERSION"),
+    capabilities: "{\n  \"type\": \"fs\",\n  \"features\": [\"separate-options\"]\n}",
+    help,
+};
 
 /// `-LEASE,+KILL` as two bit sets: added, taken away.
 fn capabilities(list: &str) -> Result<(u64, u64), UsageError> {
@@ -425,7 +417,9 @@ fn capabilities(list: &str) -> Result<(u64, u64), UsageError> {
 }
 
 /// Understands the arguments after the program's name.
-pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, UsageError> {
+pub(crate) fn parse(
+    arguments: impl Iterator<Item = String>,
+) -> Result<Command<Box<Options>>, UsageError> {
     let given = collect(arguments)?;
     let has = |option| given.contains_key(option);
     let text = |option| given.get(option).cloned().flatten();
@@ -613,7 +607,7 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    fn parse(line: &str) -> Result<Command, UsageError> {
+    fn parse(line: &str) -> Result<Command<Box<Options>>, UsageError> {
         super::parse(line.split_whitespace().map(str::to_owned))
     }
 

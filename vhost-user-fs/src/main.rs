@@ -9,8 +9,6 @@ mod resident;
 
 use std::process::ExitCode;
 
-use cli::Command;
-
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     if arguments.next().is_some_and(|name| name == managed::NAME) {
@@ -22,23 +20,7 @@ fn main() -> ExitCode {
         eprintln!("vhost_user_fs: arguments must be UTF-8");
         return ExitCode::from(2);
     };
-    match cli::parse(words.into_iter()) {
-        Ok(Command::Help) => {
-            print!("{}", cli::help());
-            ExitCode::SUCCESS
-        }
-        Ok(Command::Version) => {
-            println!("vhost_user_fs {}", env!("CARGO_PKG_VERSION"));
-            ExitCode::SUCCESS
-        }
-        Ok(Command::Capabilities) => {
-            println!("{}", cli::CAPABILITIES);
-            ExitCode::SUCCESS
-        }
-        Ok(Command::Serve(options)) => daemon::run(&options),
-        Err(error) => {
-            eprintln!("vhost_user_fs: {error}");
-            ExitCode::from(2)
-        }
-    }
+    cli::ABOUT.answer(cli::parse(words.into_iter()), |options| {
+        daemon::run(&options)
+    })
 }

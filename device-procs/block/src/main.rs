@@ -4,18 +4,10 @@
 
 use std::process::ExitCode;
 
-use block_device::standalone;
+use device_host::alone::program;
 
 fn main() -> ExitCode {
-    let words: Result<Vec<String>, _> = std::env::args_os()
-        .map(std::ffi::OsString::into_string)
-        .collect();
-    let Ok(words) = words else {
-        eprintln!("block: arguments must be UTF-8");
-        return ExitCode::from(2);
-    };
-    if standalone::is_asked_for(&words) {
-        return standalone::run(words.into_iter().skip(1));
-    }
-    device_host::run("block", block_device::Block::build)
+    program::main("block", block_device::standalone::run, || {
+        device_host::run("block", block_device::Block::build)
+    })
 }

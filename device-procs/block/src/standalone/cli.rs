@@ -9,8 +9,9 @@
 use std::path::PathBuf;
 
 use device_host::alone::cli::{
-    Asked, Common, Definition, Given, Takes, UsageError, help as listed, wrong,
+    Common, Definition, Given, Takes, UsageError, help as listed, wrong,
 };
+use device_host::alone::program::{About, Command};
 use ipc::limits::{
     BLOCK_ID_BYTES, DEFAULT_QUEUE_SIZE, MAX_BLOCK_QUEUES, MAX_DISK_QUEUE_SIZE, MAX_IOPS,
     MAX_POLL_US,
@@ -25,19 +26,6 @@ pub(super) struct Options {
     pub(super) file: PathBuf,
     pub(super) disk: BlockSpec,
     pub(super) common: Common,
-}
-
-/// What was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Command {
-    /// Serve a disk.
-    Serve(Box<Options>),
-    /// `--help`
-    Help,
-    /// `--version`
-    Version,
-    /// `--print-capabilities`
-    Capabilities,
 }
 
 #[rustfmt::skip]
@@ -60,12 +48,16 @@ const OPTIONS: &[Definition] = &[
     ("throttling.iops-total", Takes::Alias("iops-total"), ""),
 ];
 
-/// The answer to `--print-capabilities` (QEMU's conventions for back-end programs).
-pub(super) const CAPABILITIES: &str =
-    "{\n  \"type\": \"block\",\n  \"features\": [\"read-only\", \"blk-file\"]\n}";
+/// The program.
+pub(super) const ABOUT: About = About {
+    name: "block",
+    version: env!("CARGO_PKG_VERSION"),
+    capabilities: "{\n  \"type\": \"block\",\n  \"features\": [\"read-only\", \"blk-file\"]\n}",
+    help,
+};
 
 /// The text of `--help`.
-pub(super) fn help() -> String {
+fn help() -> String {
     format!(
         "usage: block --file IMAGE --socket-path PATH [OPTIONS]\n\
          Serves a disk to a virtual machine over vhost-user (stratovirt, QEMU, and others). The process that does it is in a jail.\n\
@@ -79,30 +71,22 @@ pub(super) fn help() -> String {
 }
 
 /// Understands the arguments after the program's name.
-pub(super) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, UsageError> {
+pub(super) fn parse(
+    arguments: impl Iterator<Item = String>,
+) -> Result<Command<Options>, UsageError> {
     let given = Given::collect(OPTIONS, "the image is given by --file", arguments)?;
-    match given.asked() {
-        Asked::Serve => {}
-        Asked::Help => return Ok(Command::Help),
-        Asked::Version => return Ok(Command::Version),
-        Asked::Capabilities => return Ok(Command::Capabilities),
+    if let Some(question) = given.question() {
+        return Ok(question);
     }
     let file = given
         .path("file")?
         .ok_or(UsageError::Missing("file", "the image to serve"))?;
     let common = Common::of(&given)?;
-    let queue_size = given.number(
+    let queue_size = given.power_of_two(
         "queue-size",
         MIN_QUEUE_SIZE..=MAX_DISK_QUEUE_SIZE,
         DEFAULT_QUEUE_SIZE,
     )?;
-    if !queue_size.is_power_of_two() {
-        return Err(wrong(
-            "queue-size",
-            &queue_size.to_string(),
-            "a power of two",
-        ));
-    }
     let serial = given.text("serial").unwrap_or_default().to_owned();
     if serial.len() > BLOCK_ID_BYTES {
         return Err(wrong(
@@ -113,7 +97,7 @@ pub(super) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
     }
     let on_error = [("report", OnError::Report), ("ignore", OnError::Ignore)];
     let io = BlockIo::default();
-    Ok(Command::Serve(Box::new(Options {
+    Ok(Command::Serve(Options {
         file,
         disk: BlockSpec {
             id: "alone".to_owned(),
@@ -150,7 +134,7 @@ pub(super) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
             },
         },
         common,
-    })))
+    }))
 }
 
 #[cfg(test)]
@@ -161,7 +145,7 @@ mod tests {
 
     use super::*;
 
-    fn parse_words(line: &str) -> Result<Command, UsageError> {
+    fn parse_words(line: &str) -> Result<Command<Options>, UsageError> {
         parse(line.split_whitespace().map(str::to_owned))
     }
 
@@ -211,7 +195,7 @@ mod tests {
                 keep: true,
             },
         };
-        assert_eq!(*options, want);
+        assert_eq!(options, want);
     }
 
     #[test]

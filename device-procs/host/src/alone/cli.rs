@@ -21,6 +21,7 @@ use ipc::start::{SandboxMode, SeccompMode};
 use thiserror::Error;
 
 use super::Socket;
+use super::program::Command;
 
 /// What is wrong with the arguments.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -121,19 +122,6 @@ pub fn help(own: &[Definition]) -> String {
     text
 }
 
-/// What was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asked {
-    /// To serve.
-    Serve,
-    /// `--help`
-    Help,
-    /// `--version`
-    Version,
-    /// `--print-capabilities`
-    Capabilities,
-}
-
 /// The options that were given, with their values.
 #[derive(Debug)]
 pub struct Given(BTreeMap<&'static str, String>);
@@ -188,16 +176,18 @@ impl Given {
         Ok(Self(given))
     }
 
-    /// What is to be done.
+    /// What is asked about the program itself, if anything: then nothing else needs to be right.
     #[must_use]
-    pub fn asked(&self) -> Asked {
-        let all = [
-            ("help", Asked::Help),
-            ("version", Asked::Version),
-            ("print-capabilities", Asked::Capabilities),
-        ];
-        let found = all.into_iter().find(|(option, _)| self.has(option));
-        found.map_or(Asked::Serve, |(_, asked)| asked)
+    pub fn question<O>(&self) -> Option<Command<O>> {
+        if self.has("help") {
+            Some(Command::Help)
+        } else if self.has("version") {
+            Some(Command::Version)
+        } else if self.has("print-capabilities") {
+            Some(Command::Capabilities)
+        } else {
+            None
+        }
     }
 
     /// Whether it was given.
@@ -272,6 +262,27 @@ impl Given {
                 format!("a number from {} to {}", range.start(), range.end()),
             )),
         }
+    }
+
+    /// A power of two in `range`.
+    ///
+    /// # Errors
+    /// [`UsageError::Wrong`]
+    pub fn power_of_two(
+        &self,
+        option: &'static str,
+        range: RangeInclusive<u16>,
+        default: u16,
+    ) -> Result<u16, UsageError> {
+        let number = self.number(option, range.clone(), default)?;
+        if number.is_power_of_two() {
+            return Ok(number);
+        }
+        Err(wrong(
+            option,
+            &number.to_string(),
+            format!("a power of two from {} to {}", range.start(), range.end()),
+        ))
     }
 }
 
@@ -365,10 +376,3 @@ impl Common {
 #[derive(Debug, Error)]
 #[error("-D {}", .0.display())]
 pub struct LogError(PathBuf, #[source] io::Error);
-
-/// Whether these are the words of a person or a manager: options. A broker gives the program's name and the device's id, which it
-/// never begins with a dash.
-#[must_use]
-pub fn is_asked_for(words: &[String]) -> bool {
-    words.get(1).is_some_and(|word| word.starts_with('-')) || words.len() > 2
-}

@@ -9,6 +9,7 @@
 
 pub mod cli;
 mod listen;
+pub mod program;
 pub mod socket;
 
 use std::collections::VecDeque;

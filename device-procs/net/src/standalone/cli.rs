@@ -5,9 +5,8 @@
 //! **Why this way.** Names are those of `-netdev tap` and `-device`; the address is not among them, since a guest gets that from
 //! the front end.
 
-use device_host::alone::cli::{
-    Asked, Common, Definition, Given, Takes, UsageError, help as listed, wrong,
-};
+use device_host::alone::cli::{Common, Definition, Given, Takes, UsageError, help as listed};
+use device_host::alone::program::{About, Command};
 use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_NET_RATE, MAX_QUEUE_SIZE};
 use ipc::spec::net::{Bucket, Limit, NetLimits, NetSpec};
 
@@ -22,19 +21,6 @@ pub(super) struct Options {
     pub(super) tap: String,
     pub(super) card: NetSpec,
     pub(super) common: Common,
-}
-
-/// What was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Command {
-    /// Serve a card.
-    Serve(Box<Options>),
-    /// `--help`
-    Help,
-    /// `--version`
-    Version,
-    /// `--print-capabilities`
-    Capabilities,
 }
 
 #[rustfmt::skip]
@@ -61,11 +47,16 @@ const OPTIONS: &[Definition] = &[
     ("throttling.tx-bytes-burst", Takes::Alias("tx-bytes-burst"), ""),
 ];
 
-/// The answer to `--print-capabilities` (QEMU's conventions for back-end programs).
-pub(super) const CAPABILITIES: &str = "{\n  \"type\": \"net\"\n}";
+/// The program.
+pub(super) const ABOUT: About = About {
+    name: "net",
+    version: env!("CARGO_PKG_VERSION"),
+    capabilities: "{\n  \"type\": \"net\"\n}",
+    help,
+};
 
 /// The text of `--help`.
-pub(super) fn help() -> String {
+fn help() -> String {
     format!(
         "usage: net --tap NAME --socket-path PATH [OPTIONS]\n\
          Serves a network card to a virtual machine over vhost-user (stratovirt, QEMU, and others). The process that does it is in a jail.\n\
@@ -92,24 +83,20 @@ fn bucket(given: &Given, rate: &'static str, burst: &'static str) -> Result<Buck
 }
 
 /// Understands the arguments after the program's name.
-pub(super) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, UsageError> {
+pub(super) fn parse(
+    arguments: impl Iterator<Item = String>,
+) -> Result<Command<Options>, UsageError> {
     let given = Given::collect(OPTIONS, "the tap is given by --tap", arguments)?;
-    match given.asked() {
-        Asked::Serve => {}
-        Asked::Help => return Ok(Command::Help),
-        Asked::Version => return Ok(Command::Version),
-        Asked::Capabilities => return Ok(Command::Capabilities),
+    if let Some(question) = given.question() {
+        return Ok(question);
     }
     let tap = given
         .text("tap")
         .ok_or(UsageError::Missing("tap", "the tap device to serve"))?;
     let common = Common::of(&given)?;
-    let queue_size = given.number("queue-size", MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE, QUEUE_SIZE)?;
-    if !queue_size.is_power_of_two() {
-        let value = queue_size.to_string();
-        return Err(wrong("queue-size", &value, "a power of two"));
-    }
-    Ok(Command::Serve(Box::new(Options {
+    let queue_size =
+        given.power_of_two("queue-size", MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE, QUEUE_SIZE)?;
+    Ok(Command::Serve(Options {
         tap: tap.to_owned(),
         card: NetSpec {
             id: "alone".to_owned(),
@@ -130,7 +117,7 @@ pub(super) fn parse(arguments: impl Iterator<Item = String>) -> Result<Command, 
             },
         },
         common,
-    })))
+    }))
 }
 
 #[cfg(test)]
@@ -143,7 +130,7 @@ mod tests {
 
     use super::*;
 
-    fn parse_words(line: &str) -> Result<Command, UsageError> {
+    fn parse_words(line: &str) -> Result<Command<Options>, UsageError> {
         parse(line.split_whitespace().map(str::to_owned))
     }
 
@@ -188,7 +175,7 @@ mod tests {
                 keep: true,
             },
         };
-        assert_eq!(*options, want);
+        assert_eq!(options, want);
     }
 
     #[test]
