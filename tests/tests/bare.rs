@@ -361,3 +361,32 @@ fn two_virtual_processors_do_not_hinder_a_guest_that_uses_one() {
     expect(&mut vm, "! hello from a bare guest\r\n");
     ends_well(&mut vm);
 }
+
+/// The kernel alone is a write to guest memory: a file of `-mem-path` has it with `mem-share=on`, and stays as it was without.
+#[test]
+fn a_file_takes_the_guests_memory_only_if_it_is_shared() {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("ram");
+    let before = b"what was there".repeat(1000);
+    for (share, is_written) in [
+        ("", false),
+        (",mem-share=off", false),
+        (",mem-share=on", true),
+    ] {
+        std::fs::write(&file, &before).unwrap();
+        let mut vm = Vm::builder()
+            .args(["-machine", &format!("microvm{share}"), "-m", "128"])
+            .kernel(&Payload::Hello.path(), "")
+            .arg("-mem-path")
+            .arg(&file)
+            .start()
+            .unwrap();
+        expect(&mut vm, "! hello from a bare guest\r\n");
+        ends_well(&mut vm);
+        let after = std::fs::read(&file).unwrap();
+        assert_eq!(after != before, is_written, "mem-share: {share:?}");
+        assert_eq!(after.len() == 128 << 20, is_written, "mem-share: {share:?}");
+    }
+}

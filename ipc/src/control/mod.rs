@@ -123,8 +123,8 @@ pub enum FileGrant {
     },
     /// A new pseudo terminal: the reply brings the controlling side and says the other's name.
     Pty,
-    /// Guest memory backing: `-mem-path`, `mem-path=`. In a directory, an unlinked file is made; a file is opened, and created and
-    /// sized when absent.
+    /// Guest memory backing: `-mem-path`, `mem-path=`. In a directory, an unlinked file is made; a file is opened, and created when
+    /// absent. A file that is not shared comes open for reading only: guest memory begins with its content and is elsewhere.
     Memory {
         /// Option on the command line, for errors.
         option: String,
@@ -132,6 +132,8 @@ pub enum FileGrant {
         path: PathBuf,
         /// Bytes of guest RAM that it holds.
         size: u64,
+        /// `mem-share=on`, `share=on`: a file takes the guest's writes.
+        share: bool,
     },
 }
 

@@ -186,8 +186,8 @@ pub struct MemoryZone {
     pub path: Option<PathBuf>,
     /// `dump-guest-core=on|off`: it is part of a core dump of the control process.
     pub dump_guest_core: bool,
-    /// `mem-share=on|off`: with `mem-path`, whether the file takes the guest's writes. Device processes share guest RAM in
-    /// either case.
+    /// `mem-share=on|off`: with `mem-path` of a file, whether it takes the guest's writes or is only what RAM begins with. Device
+    /// processes share guest RAM in either case.
     pub share: bool,
     /// `policy=`
     pub policy: MemoryPolicy,

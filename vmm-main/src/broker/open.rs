@@ -5,7 +5,7 @@
 //! be read is not created, a socket is not replaced while somebody listens, and every error names the option, the value
 //! and the reason.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -15,6 +15,7 @@ use std::path::Path;
 use ipc::control::{BackendGrant, FileGrant};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 
 use super::cleanup::Cleanup;
 
@@ -77,7 +78,12 @@ pub(super) fn file(
             .map(Into::into)
             .map_err(|what| format!("{option} fd={fd}: {what}")),
         FileGrant::Pty => pty(),
-        FileGrant::Memory { option, path, size } => memory(option, path, *size).map(Into::into),
+        FileGrant::Memory {
+            option,
+            path,
+            size,
+            share,
+        } => memory(option, path, *size, *share).map(Into::into),
     }
 }
 
@@ -189,40 +195,25 @@ fn pty() -> Result<Opened, String> {
     })
 }
 
-/// Backing for guest RAM: in a directory an unlinked file, else the file itself, at least `size` bytes long.
-fn memory(option: &str, path: &Path, size: u64) -> Result<OwnedFd, String> {
+/// Backing for guest RAM: in a directory an unlinked file, else the file itself, at least `size` bytes long if it is to be written.
+fn memory(option: &str, path: &Path, size: u64, share: bool) -> Result<OwnedFd, String> {
     let told = |what: String| format!("{option}{}: {what}", path.display());
-    let meta = std::fs::metadata(path);
-    let file = match &meta {
-        Ok(meta) if meta.is_dir() => {
-            // hugetlbfs has O_TMPFILE since Linux 5.18 only through a fallback: make and unlink works on every version.
-            let name = path.join(format!(".stratovirt-ram-{}", std::process::id()));
-            let file = File::options()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&name)
-                .map_err(|e| told(format!("cannot create a file in it: {e}")))?;
-            std::fs::remove_file(&name)
-                .map_err(|e| told(format!("cannot unlink the file in it: {e}")))?;
-            file
+    let (file, fits) = match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => (unlinked(path).map_err(told)?, false),
+        _ if share => {
+            let mut options = File::options();
+            options.read(true).write(true).create(true).mode(0o600);
+            let file = open(&mut options, path).map_err(|e| told(format!("cannot open: {e}")))?;
+            (file, false)
         }
-        _ => File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(|e| told(format!("cannot open: {e}")))?,
+        found => unshared(path, found.ok().as_ref()).map_err(told)?,
     };
     let now = file.metadata().map_err(|e| told(e.to_string()))?;
     if !now.is_file() {
         return Err(told("neither a directory nor a regular file".into()));
     }
     let block = now.blksize();
-    if now.len() < size {
+    if !fits && now.len() < size {
         file.set_len(size).map_err(|e| {
             told(format!(
                 "cannot be made {size} bytes long (page size {block} bytes): {e}"
@@ -230,6 +221,46 @@ fn memory(option: &str, path: &Path, size: u64) -> Result<OwnedFd, String> {
         })?;
     }
     Ok(file.into())
+}
+
+/// Backing for guest RAM that is not to reach the file at `path`, which is `found` to be so, and whether it has the length that it needs.
+/// Device processes can have guest memory only from a file that takes their writes, so this one is opened for reading, and the control
+/// process begins with a copy. That would lose huge pages, which only their own file system has: there its folder has another file.
+fn unshared(path: &Path, found: Option<&Metadata>) -> Result<(File, bool), String> {
+    let folder = path.parent().unwrap_or(path);
+    if statfs(folder).is_ok_and(|fs| fs.filesystem_type() == HUGETLBFS_MAGIC) {
+        if found.is_some_and(|meta| meta.blocks() > 0) {
+            return Err(
+                "a file of huge pages that has content, which a guest on huge pages cannot begin with without writing to it: allow that \
+                 with mem-share=on (share=on of memory-backend-file), or name the directory"
+                    .into(),
+            );
+        }
+        return Ok((unlinked(folder)?, false));
+    }
+    if found.is_none() {
+        // As with other VMMs, a file is there afterwards.
+        let mut options = File::options();
+        options.write(true).create(true).mode(0o600);
+        open(&mut options, path).map_err(|e| format!("cannot be made: {e}"))?;
+    }
+    let file = open(File::options().read(true), path).map_err(|e| format!("cannot open: {e}"))?;
+    Ok((file, true))
+}
+
+/// A new file in `folder` that has no name any more.
+fn unlinked(folder: &Path) -> Result<File, String> {
+    // hugetlbfs has O_TMPFILE since Linux 5.18 only through a fallback: make and unlink works on every version.
+    let name = folder.join(format!(".stratovirt-ram-{}", std::process::id()));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&name)
+        .map_err(|e| format!("cannot create a file in it: {e}"))?;
+    std::fs::remove_file(&name).map_err(|e| format!("cannot unlink the file in it: {e}"))?;
+    Ok(file)
 }
 
 /// Opens the back end of one device; `inherited` are descriptors that came with the start of the VM.

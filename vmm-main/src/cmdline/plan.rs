@@ -107,6 +107,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
                 },
                 path: path.clone(),
                 size: zone.size,
+                share: zone.share,
             })
         })
     });

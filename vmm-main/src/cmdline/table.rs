@@ -193,7 +193,7 @@ const MACHINE: &[Shape] = &[one(
             "mem-share",
             Kind::Bool,
             "off",
-            "with -mem-path, the file takes the guest's writes; device processes share guest memory in either case",
+            "with -mem-path FILE, whether the file takes the guest's writes; off: guest memory begins with a copy of it, which takes the time and the memory of what it has; device processes share guest memory in either case",
         ),
         key(
             "graphics",
@@ -1346,7 +1346,7 @@ pub static OPTIONS: &[OptionDef] = &[
         Group::Machine,
         "mem-path",
         Arg::Text("PATH"),
-        "Back guest memory by this file or by a file in this directory (a hugetlbfs, say). The path is absolute.",
+        "Back guest memory by this file (see mem-share= of -machine) or by a new file without a name in this directory (a hugetlbfs, say). The path is absolute.",
     ),
     def(
         Group::Machine,

@@ -427,46 +427,35 @@ pub(super) fn start(
 /// Starts the thread that answers for guest memory; returns when it has its filter.
 fn pager(lazy: Pager, mode: SeccompMode) -> Result<Option<Arc<Progress>>, StartError> {
     let progress = lazy.progress();
-    let (told, started) = std::sync::mpsc::sync_channel(1);
-    std::thread::Builder::new()
-        .name("pager".into())
-        .spawn(move || {
-            let filtered = lockdown::filter(Policy::ControlPager, mode);
-            let goes = filtered.is_ok();
-            let _ = told.send(filtered);
-            drop(told);
-            if goes {
-                lazy.serve();
-            }
-            // A thread's end takes calls that its filter would have to allow for nothing but that.
-            loop {
-                std::thread::park();
-            }
-        })
-        .map_err(|e| StartError::System {
-            call: "clone3",
-            source: e.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
-        })?;
-    // It sends before anything can end it.
-    if let Ok(filtered) = started.recv() {
-        filtered?;
-    }
+    filtered("pager", Policy::ControlPager, mode, move || lazy.serve())?;
     Ok(progress)
 }
 
 /// Starts the thread that maps files of shared folders for the guest; returns when it has its filter.
 fn serve_windows(windows: Windows, mode: SeccompMode) -> Result<(), StartError> {
     windows.hand_over();
+    filtered("window", Policy::ControlWindow, mode, move || {
+        windows.serve()
+    })
+}
+
+/// Starts a thread that does `work` under `policy`, and returns when it has its filter.
+fn filtered(
+    name: &str,
+    policy: Policy,
+    mode: SeccompMode,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<(), StartError> {
     let (told, started) = std::sync::mpsc::sync_channel(1);
     std::thread::Builder::new()
-        .name("window".into())
+        .name(name.into())
         .spawn(move || {
-            let filtered = lockdown::filter(Policy::ControlWindow, mode);
+            let filtered = lockdown::filter(policy, mode);
             let goes = filtered.is_ok();
             let _ = told.send(filtered);
             drop(told);
             if goes {
-                windows.serve();
+                work();
             }
             // A thread's end takes calls that its filter would have to allow for nothing but that.
             loop {
@@ -627,7 +616,11 @@ fn board(kvm: &Kvm, spec: &VmSpec, plan: &Plan, files: &mut Files) -> Result<Mic
         size: zone.size,
         backing: file
             .and_then(|file| files.take(file))
-            .map_or(Backing::Memfd, Backing::File),
+            .map_or(Backing::Memfd, |file| match Backing::from(file) {
+                // A snapshot brings other content.
+                Backing::Copy(_) if spec.incoming.is_some() => Backing::Memfd,
+                backing => backing,
+            }),
         prealloc: zone.prealloc,
         dump_guest_core: zone.dump_guest_core,
         policy: zone.policy,

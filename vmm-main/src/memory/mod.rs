@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code)] // madvise on our own mapping has no safe wrapper, nor has vm-memory for a mapping between guards
 
+mod begin;
 mod clean;
 pub mod lazy;
 pub mod pager;
@@ -28,7 +29,7 @@ use ipc::guarded::{Guarded, GuardedError};
 use ipc::spec::cpus::NodeList;
 use ipc::spec::vm::MemoryPolicy;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl};
 use nix::unistd::{Whence, lseek};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -84,6 +85,10 @@ pub enum Error {
     Zero(#[source] Errno),
     #[error(transparent)]
     Policy(#[from] policy::PolicyError),
+    #[error(
+        "cannot copy the file of -mem-path or mem-path=, which the guest's writes must not reach"
+    )]
+    Copy(#[source] std::io::Error),
 }
 
 /// Where the pages of a zone live.
@@ -94,6 +99,19 @@ pub enum Backing {
     /// An open file (`-mem-path`), readable and writable; it is grown to the zone's size when smaller.
     /// Files on most file systems cannot be sealed, so who else can open it must be trusted.
     File(File),
+    /// The memfd, with the content of this file to begin with, which is open for reading and never written.
+    Copy(File),
+}
+
+impl From<File> for Backing {
+    /// A file is what the broker opened it for.
+    fn from(file: File) -> Self {
+        let flags = fcntl(&file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        match flags {
+            Ok(flags) if flags & OFlag::O_ACCMODE == OFlag::O_RDONLY => Self::Copy(file),
+            _ => Self::File(file),
+        }
+    }
 }
 
 /// A part of guest RAM that has its own properties.
@@ -277,6 +295,12 @@ impl GuestRam {
             }
             if zone.prealloc {
                 ram.prealloc.push(range);
+            }
+        }
+        // Once each range has its policy, by which pages get their node.
+        for ((file, start, size), zone) in files.iter().zip(&settings) {
+            if let Some(source) = &zone.begin {
+                begin::copy(source, file, *start, *size).map_err(Error::Copy)?;
             }
         }
         ram.populate(populate_threads(ram.preallocated()))?;
@@ -489,6 +513,8 @@ fn advise((start, size): (usize, u64), advice: i32) -> Result<(), Errno> {
 
 /// What a zone is beside its file.
 struct Settings {
+    /// What it begins with, if not zeros.
+    begin: Option<File>,
     prealloc: bool,
     dump_guest_core: bool,
     policy: MemoryPolicy,
@@ -502,7 +528,7 @@ type ZoneFiles = Vec<(Arc<File>, u64, u64)>;
 fn files(zones: Vec<Zone>) -> Result<(Vec<Settings>, ZoneFiles), Error> {
     let in_memfd = zones
         .iter()
-        .filter(|zone| matches!(zone.backing, Backing::Memfd));
+        .filter(|zone| !matches!(zone.backing, Backing::File(_)));
     let memfd = match in_memfd.map(|zone| zone.size).sum() {
         0 => None,
         size => Some(Arc::new(sealed_memfd(size)?)),
@@ -512,6 +538,7 @@ fn files(zones: Vec<Zone>) -> Result<(Vec<Settings>, ZoneFiles), Error> {
     let mut files = Vec::with_capacity(zones.len());
     for zone in zones {
         let size = zone.size;
+        let mut begin = None;
         match (zone.backing, &memfd) {
             (Backing::File(file), _) => {
                 let resize = |source| Error::Resize { size, source };
@@ -520,14 +547,18 @@ fn files(zones: Vec<Zone>) -> Result<(Vec<Settings>, ZoneFiles), Error> {
                 }
                 files.push((Arc::new(file), 0, size));
             }
-            (Backing::Memfd, Some(memfd)) => {
+            (backing, Some(memfd)) => {
+                if let Backing::Copy(source) = backing {
+                    begin = Some(source);
+                }
                 files.push((memfd.clone(), used, size));
                 used += size;
             }
             // An empty zone of a memfd that has no others.
-            (Backing::Memfd, None) => return Err(Error::Size(size)),
+            (_, None) => return Err(Error::Size(size)),
         }
         settings.push(Settings {
+            begin,
             prealloc: zone.prealloc,
             dump_guest_core: zone.dump_guest_core,
             policy: zone.policy,
