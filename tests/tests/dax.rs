@@ -7,18 +7,22 @@
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
 use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{MsgFlags, getsockopt, send, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 use serde_json::json;
 use tests::host::{require_kvm, require_root};
 use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
+use tests::procfs;
 use tests::test_path;
 use tests::vm::Vm;
+use tests::wait::{Deadline, Watched, readable};
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -183,23 +187,77 @@ fn a_guest_outlives_that_the_host_makes_a_mapped_file_shorter() {
     });
 }
 
-/// Without Linux in between, on this machine's own KVM: a reset leaves nothing mapped, and the folder's process may die meanwhile.
-#[test]
-fn a_bare_guest_has_a_file_in_its_memory_until_it_is_taken_away() {
+/// Without Linux in between, on this machine's own KVM.
+fn bare(folder: &Path) -> Vm {
     require_kvm();
     require_root();
-    let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("from-host"), "from the host\r\n").unwrap();
-    let mut vm = Vm::builder()
+    fs::write(folder.join("from-host"), "from the host\r\n").unwrap();
+    Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
         .kernel(&Payload::Dax.path(), "")
         .arg("-fsdev")
-        .arg(format!("local,id=f,path={}", dir.path().display()))
+        .arg(format!("local,id=f,path={}", folder.display()))
         .arg("-device")
         .arg("virtio-fs-device,fsdev=f,tag=share,id=fs0,cache-size=16M")
+        .env("STRATOVIRT_LOG_LEVEL", "warn")
         .with_qmp()
         .start()
-        .unwrap();
+        .unwrap()
+}
+
+/// The folder's process's end of the channel on which it asks for mappings: the one socket that the control process made.
+fn channel(vm: &mut Vm) -> OwnedFd {
+    let process = vm.process("fs").unwrap().unwrap();
+    let watched = Watched::new(process).unwrap();
+    let sockets = procfs::fds(process).unwrap().into_iter();
+    let mut channels: Vec<OwnedFd> = sockets
+        .filter(|(_, fd)| fd.kind() == "socket")
+        .map(|(number, _)| watched.descriptor(number).unwrap())
+        .filter(|fd| getsockopt(fd, PeerCredentials).unwrap().pid() == vm.pid())
+        .collect();
+    assert_eq!(channels.len(), 1, "{channels:?}");
+    channels.remove(0)
+}
+
+/// Whoever talks nonsense is not listened to any more, which the log tells; the next process is.
+#[test]
+fn nonsense_closes_the_channel_of_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = bare(dir.path());
+    let file = dir.path().join("from-host");
+    let mut qmp = vm.qmp().unwrap();
+    expect(&mut vm, "SAW from the host\r\n");
+    let taken = channel(&mut vm);
+    send(taken.as_raw_fd(), b"nonsense", MsgFlags::MSG_NOSIGNAL).unwrap();
+    // The other end is closed after the line is written.
+    assert!(
+        readable(&[taken.as_fd()], Deadline::after(LIMIT))
+            .unwrap()
+            .is_some()
+    );
+    let messages = vm.messages();
+    let line = "window of device \"fs0\" is closed: a message that is none";
+    assert!(messages.contains(line), "{messages}");
+    drop(taken);
+    assert_eq!(mapped(&vm, &file), ["r--s"], "what the guest has stays");
+    kill(
+        Pid::from_raw(vm.process("fs").unwrap().unwrap()),
+        Signal::SIGKILL,
+    )
+    .unwrap();
+    qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    vm.console.send("x").unwrap();
+    expect(&mut vm, "REMOVED");
+    assert_eq!(mapped(&vm, &file), [""; 0]);
+    qmp.execute("quit", json!({})).unwrap();
+    assert_eq!(vm.wait(LIMIT).unwrap().code(), Some(0));
+}
+
+/// A reset leaves nothing mapped, and the folder's process may die meanwhile.
+#[test]
+fn a_bare_guest_has_a_file_in_its_memory_until_it_is_taken_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = bare(dir.path());
     let file = dir.path().join("from-host");
     let mut qmp = vm.qmp().unwrap();
     for (boot, before) in ["SAW from the host\r\n", "SAW From the host\r\n"]
