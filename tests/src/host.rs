@@ -6,10 +6,14 @@
 //! **Why this way.** A test that cannot run fails with the reason; one that quietly does nothing is worth nothing.
 
 use crate::lab::{LabError, ensure_packages, run_program};
+use std::collections::VecDeque;
 use std::fs;
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// `/dev/kvm` must take a guest, be it a bare one.
 ///
@@ -36,6 +40,36 @@ pub fn require_root() {
         nix::unistd::geteuid().is_root(),
         "this test makes network interfaces and needs root"
     );
+}
+
+/// The last `count` messages of the kernel, with the second since its boot; nothing where they may not be read.
+#[must_use]
+pub fn kernel_log(count: usize) -> String {
+    let opened = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/kmsg");
+    let Ok(mut log) = opened else {
+        return String::new();
+    };
+    let mut messages = VecDeque::new();
+    let mut record = [0; 8192];
+    // A read gives one record, "level,number,microseconds,flags;text" and then lines about the device, or fails when none is left
+    // (Documentation/ABI/testing/dev-kmsg).
+    while let Ok(length @ 1..) = log.read(&mut record) {
+        let record = String::from_utf8_lossy(&record[..length]);
+        let Some((prefix, text)) = record.split_once(';') else {
+            continue;
+        };
+        let time = prefix.split(',').nth(2).and_then(|t| t.parse::<u64>().ok());
+        let seconds = Duration::from_micros(time.unwrap_or(0)).as_secs_f64();
+        let text = text.lines().next().unwrap_or_default();
+        messages.push_back(format!("[{seconds:12.6}] {text}\n"));
+        if messages.len() > count {
+            messages.pop_front();
+        }
+    }
+    messages.into_iter().collect()
 }
 
 /// Landlock's version in the running kernel; 0 without Landlock.

@@ -388,6 +388,35 @@ fn numbered(dir: &Path) -> io::Result<Vec<i32>> {
     Ok(numbers)
 }
 
+/// Where each thread of a process stands in the kernel, a line each: its name, its state and the functions that it waits in, the
+/// innermost first. For the report of a test that has waited too long; the stacks can be read by root only.
+#[must_use]
+pub fn standing(pid: i32) -> String {
+    let Ok(tasks) = fs::read_dir(path(pid, "task")) else {
+        return format!("process {pid} is gone\n");
+    };
+    let mut lines = String::new();
+    for task in tasks.flatten() {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let status = read("status");
+        let state = status.lines().find_map(|l| l.strip_prefix("State:"));
+        let stack = read("stack");
+        let calls: Vec<&str> = stack
+            .lines()
+            .filter_map(|l| l.split_whitespace().nth(1)?.split('+').next())
+            .take(6)
+            .collect();
+        lines.push_str(&format!(
+            "{} {} {}: {}\n",
+            task.file_name().display(),
+            read("comm").trim(),
+            state.unwrap_or("ended").trim(),
+            calls.join(" < ")
+        ));
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,6 +435,24 @@ mod tests {
         assert!(limits(own()).unwrap().contains_key("Max open files"));
         assert!(processor_time(own()).unwrap() > Duration::ZERO);
         assert!(pss_without_ram(own(), 1).unwrap() > 0);
+    }
+
+    #[test]
+    fn a_thread_that_waits_tells_where() {
+        let mut child = Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let mut told = standing(pid);
+        while !told.contains("S (sleeping)") {
+            told = standing(pid);
+        }
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(told.contains(" cat S (sleeping): "), "{told}");
+        assert!(standing(pid).contains("is gone"));
     }
 
     #[test]

@@ -301,7 +301,7 @@ impl Vm {
         {
             return Err(VmError::StillRuns {
                 limit,
-                messages: self.messages(),
+                messages: self.messages() + &self.standing(),
             });
         }
         self.child.wait().map_err(system("reap the VM"))
@@ -320,7 +320,24 @@ impl Vm {
     /// An error of the console with the VM's own messages.
     #[must_use]
     pub fn explain(&self, error: &ConsoleError) -> String {
-        format!("{error}\nthe VM's messages:\n{}", self.messages())
+        format!(
+            "{error}\nthe VM's messages:\n{}{}",
+            self.messages(),
+            self.standing()
+        )
+    }
+
+    /// Where its threads stand, and what the kernel said last: a VM that is late may wait for a device, or for a kernel that told why.
+    fn standing(&self) -> String {
+        let below = procfs::descendants(self.pid()).unwrap_or_default();
+        let threads: String = std::iter::once(self.pid())
+            .chain(below)
+            .map(procfs::standing)
+            .collect();
+        format!(
+            "its threads:\n{threads}the kernel's last messages:\n{}",
+            crate::host::kernel_log(20)
+        )
     }
 
     /// Kills the control process, as an operator who is out of patience does.

@@ -39,7 +39,7 @@ const MODULES: &[&str] = &[
 ];
 
 /// Raised with each change of [`INIT`] or [`MODULES`].
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// An emulated AMD processor with what KVM needs; the features taken away are those that QEMU cannot emulate
 /// (it would warn) and XSAVEC, which L2's kernels otherwise choose and which is slow under emulation.
@@ -48,6 +48,9 @@ const CPU: &str = "EPYC,+svm,+npt,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowp
 const INIT: &str = r#"#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t proc proc /proc; $b mount -t sysfs sys /sys; $b mount -t devtmpfs dev /dev
+# KVM keeps the TSC's frequency of the moment in which it is loaded. If the kernel measures it anew after that, and gets 250 ppm more,
+# KVM makes vCPUs whose timers are late by the age of this machine ("user requested TSC rate below hardware speed").
+while $b grep -qs tsc-early /sys/devices/system/clocksource/clocksource0/available_clocksource; do $b usleep 20000; done
 for m in /mods/*; do $b insmod "$m"; done
 $b mount -t virtiofs host /lower -o ro || exec $b poweroff -f
 $b mount -t tmpfs upper /upper; $b mkdir -p /upper/u /upper/w
