@@ -395,6 +395,7 @@ fn what_may_be_added_is_what_was_granted() {
     let plug = |index, backend, spec| Request::Plug {
         index,
         backend,
+        below: Vec::new(),
         spec,
         iothread: None,
     };

@@ -331,9 +331,13 @@ fn a_format_is_put_over_a_node_and_taken_off_again() {
     assert!(said.contains("node-name='storage'"), "{said}");
     run(&mut qmp, "blockdev-add", storage.clone());
     let mut contradicts = format.clone();
-    contradicts["read-only"] = json!(true);
+    contradicts["cache"] = json!({ "direct": true });
     let said = refused(&mut qmp, "blockdev-add", contradicts);
-    assert!(said.contains("'read-only' is true"), "{said}");
+    assert!(said.contains("'cache.direct' is true"), "{said}");
+    let mut contradicts = format.clone();
+    contradicts["backing"] = json!("storage");
+    let said = refused(&mut qmp, "blockdev-add", contradicts);
+    assert_eq!(said, "Parameter 'backing' needs driver qcow2");
     run(&mut qmp, "blockdev-add", format.clone());
     // Both names are taken, and the one below belongs to the other.
     for again in [format, storage] {

@@ -13,9 +13,13 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 use tests::host::{require_kvm, require_root};
+use tests::jail::check::check;
+use tests::jail::expect::{BackEnd, Device, Setting};
 use tests::lab::ensure_packages;
 use tests::payload::Payload;
+use tests::qmp::{Qmp, QmpError};
 use tests::vm::{Vm, VmBuilder};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -156,6 +160,208 @@ fn images_below_are_read_and_never_written() {
             &[&copy, image],
         );
     }
+}
+
+/// Base, image in the middle and top of a chain, and a raw copy of the base.
+fn chain(dir: &Path) -> [PathBuf; 4] {
+    let base = pattern(dir, "base");
+    let copy = pattern(dir, "copy");
+    let middle = create(dir, "middle", &["-b", "base", "-F", "raw"]);
+    let top = create(dir, "top", &["-b", "middle", "-F", "qcow2"]);
+    [base, middle, top, copy]
+}
+
+/// What the guest wrote is in the top and nowhere else, and the same as on `copy`.
+#[track_caller]
+fn is_written_on_top(chain: &[PathBuf; 4], before: &[Vec<u8>]) {
+    let [base, middle, top, copy] = chain;
+    let now = [base, middle].map(|path| std::fs::read(path).unwrap());
+    assert!(before == now, "an image below was written");
+    write(&[drive("d", copy, ",direct=off")]);
+    well(&["check", "-q", "-f", "qcow2"], &[top]);
+    well(&["compare", "-q", "-f", "raw", "-F", "qcow2"], &[copy, top]);
+}
+
+#[test]
+fn a_chain_may_be_made_of_nodes() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let images = chain(dir.path());
+    let [base, middle, top, _] = images.each_ref().map(|path| path.display());
+    let before = [&images[0], &images[1]].map(|path| std::fs::read(path).unwrap());
+    require_kvm();
+    require_root();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::BlkRw.path(), "sector=100 count=40")
+        .args([
+            "-blockdev",
+            &format!("file,node-name=b,filename={base},read-only=on"),
+            "-blockdev",
+            &format!("file,node-name=s,filename={middle}"),
+            "-blockdev",
+            "qcow2,node-name=m,file=s,backing=b,read-only=on",
+            "-blockdev",
+            &format!(
+                r#"{{"driver":"qcow2","node-name":"d","file":{{"driver":"file","filename":"{top}"}},"backing":"m"}}"#
+            ),
+            "-device",
+            "virtio-blk-device,drive=d,id=disk",
+        ])
+        .start()
+        .unwrap();
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    is_written_on_top(&images, &before);
+}
+
+/// Runs a command whose result is empty.
+#[track_caller]
+fn run(qmp: &mut Qmp, command: &str, arguments: &Value) {
+    let returned = qmp.execute(command, arguments.clone());
+    let returned = returned.unwrap_or_else(|e| panic!("{command} {arguments}: {e}"));
+    assert_eq!(returned, json!({}), "{command} {arguments}");
+}
+
+#[track_caller]
+fn refused(qmp: &mut Qmp, command: &str, arguments: &Value) -> String {
+    match qmp.execute(command, arguments.clone()) {
+        Err(QmpError::Refused { description, .. }) => description,
+        other => panic!("{command} {arguments}: {other:?}"),
+    }
+}
+
+/// As libvirt does it: a node for each file and one for what it holds, from below. The guest does not run before all is there.
+#[test]
+fn a_chain_is_added_and_taken_out_while_the_vm_is_there() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let images = chain(dir.path());
+    let [base, middle, top, _] = &images;
+    let before = [base, middle].map(|path| std::fs::read(path).unwrap());
+    require_kvm();
+    require_root();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128", "-S", "-hotplug"])
+        .arg(format!("images={}", dir.path().display()))
+        .kernel(&Payload::BlkRw.path(), "sector=100 count=40 end=halt")
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let processes = vm.processes().unwrap();
+    let storage = |name: &str, file: &Path| json!({ "driver": "file", "node-name": name, "filename": file, "auto-read-only": true, "cache": { "direct": false } });
+    let format = |name: &str, file: &str, below: Value| json!({ "driver": "qcow2", "node-name": name, "file": file, "read-only": name != "top", "backing": below });
+    let base_node =
+        json!({ "driver": "raw", "node-name": "base", "read-only": true, "file": "base-file" });
+    let disk = |node: &str| json!({ "driver": "virtio-blk-device", "id": "disk", "drive": node });
+    run(&mut qmp, "blockdev-add", &storage("base-file", base));
+    run(&mut qmp, "blockdev-add", &storage("middle-file", middle));
+    // Not before it is read-only, and not without what it needs.
+    for (below, words) in [
+        ("base-file", "'base-file' is not read-only"),
+        ("middle-file", "in use by block node 'middle'"),
+        ("none", "node-name='none'"),
+    ] {
+        let said = refused(
+            &mut qmp,
+            "blockdev-add",
+            &format("middle", "middle-file", json!(below)),
+        );
+        assert!(said.contains(words), "{said}");
+    }
+    run(
+        &mut qmp,
+        "blockdev-add",
+        &format("middle", "middle-file", Value::Null),
+    );
+    let said = refused(&mut qmp, "device_add", &disk("middle"));
+    assert!(said.contains("has an image below it"), "{said}");
+    run(&mut qmp, "blockdev-del", &json!({ "node-name": "middle" }));
+    run(&mut qmp, "blockdev-add", &base_node);
+    run(
+        &mut qmp,
+        "blockdev-add",
+        &format("middle", "middle-file", json!("base")),
+    );
+    let over = json!({ "driver": "raw", "node-name": "more", "file": "base" });
+    for (command, arguments) in [
+        ("blockdev-del", json!({ "node-name": "base" })),
+        ("device_add", disk("base")),
+        ("blockdev-add", over),
+    ] {
+        let said = refused(&mut qmp, command, &arguments);
+        assert_eq!(said, "Block node 'base' is in use by block node 'middle'");
+    }
+    // In one step, and with another node beside it that stands on the same images.
+    let whole = |name: &str, file: &Path, readonly: bool| {
+        json!({
+            "driver": "qcow2", "node-name": name, "read-only": readonly, "backing": "middle",
+            "file": { "driver": "file", "filename": file }, "cache": { "direct": false },
+        })
+    };
+    let beside = create(dir.path(), "beside", &["-b", "middle", "-F", "qcow2"]);
+    run(&mut qmp, "blockdev-add", &whole("beside", &beside, true));
+    run(&mut qmp, "blockdev-add", &whole("top", top, false));
+    run(&mut qmp, "device_add", &disk("top"));
+    let blocks = qmp.execute("query-block", json!({})).unwrap();
+    let inserted = &blocks[0]["inserted"];
+    assert_eq!(
+        (&inserted["drv"], &inserted["backing_file_depth"]),
+        (&json!("qcow2"), &json!(2))
+    );
+    run(&mut qmp, "cont", &json!({}));
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let setting = Setting {
+        devices: vec![Device {
+            id: "disk",
+            binary: "block-qcow2",
+            back_end: BackEnd::Chain {
+                path: "/top",
+                below: vec!["/middle", "/base"],
+            },
+            queues: 1,
+            started: 1,
+        }],
+        ram: 128 << 20,
+        vcpus: 1,
+        clients: 1,
+        held: ["/base", "/middle", "/top", "/beside"]
+            .iter()
+            .map(|name| format!("{}{name}", dir.path().display()))
+            .chain([dir.path().display().to_string()])
+            .collect(),
+        given: Vec::new(),
+    };
+    let sandbox = qmp.execute("query-sandbox", json!({})).unwrap();
+    let findings = check(&mut vm, &setting, &sandbox).unwrap();
+    assert!(findings.is_empty(), "{findings:?}");
+    // The same images for the one that follows.
+    let first = vm.process("block-qcow2").unwrap().unwrap();
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    for node in ["top", "middle"] {
+        let said = refused(&mut qmp, "blockdev-del", &json!({ "node-name": node }));
+        assert!(said.contains("in use by"), "{said}");
+    }
+    run(&mut qmp, "device_del", &json!({ "id": "disk" }));
+    qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+    for node in [
+        "top",
+        "beside",
+        "middle",
+        "base",
+        "middle-file",
+        "base-file",
+    ] {
+        run(&mut qmp, "blockdev-del", &json!({ "node-name": node }));
+    }
+    let nodes = qmp.execute("query-named-block-nodes", json!({})).unwrap();
+    assert_eq!(nodes, json!([]));
+    assert_eq!(vm.processes().unwrap(), processes);
+    vm.kill().unwrap();
+    is_written_on_top(&images, &before);
 }
 
 /// The rest of such a cluster is zeroed by the file system, in the way that this one knows.

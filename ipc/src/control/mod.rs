@@ -289,6 +289,8 @@ pub enum Request {
         index: u32,
         /// Number of its back end.
         backend: u32,
+        /// Numbers of the images below a qcow2 image, the next one first; added back ends too, and they stay so.
+        below: Vec<u32>,
         /// What the process is told.
         spec: DeviceSpec,
         /// Number of its iothread in [`Policy::iothreads`].

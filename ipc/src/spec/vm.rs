@@ -286,6 +286,33 @@ pub struct DriveSpec {
     pub io: super::block::BlockIo,
 }
 
+impl DriveSpec {
+    /// Puts this drive, a qcow2 image, on top of `lower` and what that one stands on.
+    ///
+    /// # Errors
+    /// There would be more images below it than allowed, told without the drive's name.
+    pub fn stand_on(&mut self, lower: &Self) -> Result<(), String> {
+        use super::block::ImageFormat;
+        let (more, raw_base) = match lower.io.format {
+            ImageFormat::Raw => (0, true),
+            ImageFormat::Qcow2 { below, raw_base } => (below, raw_base),
+        };
+        let most = crate::limits::MAX_BACKING_IMAGES;
+        if usize::from(more) + 1 > most {
+            return Err(format!("one image too many below it; allowed: 0 to {most}"));
+        }
+        self.backing = std::iter::once(&lower.file)
+            .chain(&lower.backing)
+            .cloned()
+            .collect();
+        self.io.format = ImageFormat::Qcow2 {
+            below: more + 1,
+            raw_base,
+        };
+        Ok(())
+    }
+}
+
 /// `-netdev`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetdevSpec {

@@ -45,6 +45,10 @@ struct Backend {
     queues: u16,
     /// Device that it belongs to.
     user: Option<u32>,
+    /// Numbers of the images below it, while it belongs to a device.
+    below: Vec<u32>,
+    /// Devices that have it below an image of theirs.
+    under: Vec<u32>,
 }
 
 /// What a device is made of.
@@ -141,6 +145,8 @@ impl Added {
                     given: Vec::new(),
                     queues: *queues,
                     user: None,
+                    below: Vec::new(),
+                    under: Vec::new(),
                 }
             }
             Addition::GivenTap => given_tap(fds)?,
@@ -160,6 +166,12 @@ impl Added {
             Some(Backend {
                 user: Some(user), ..
             }) => Err(format!("back end {number} belongs to device {user}")),
+            Some(Backend { under, .. }) if !under.is_empty() => {
+                let above = under[0];
+                Err(format!(
+                    "back end {number} is below an image of device {above}"
+                ))
+            }
             Some(_) => {
                 self.backends.remove(&number);
                 Ok(())
@@ -167,61 +179,120 @@ impl Added {
         }
     }
 
-    /// Gives back end `number` to device `index` if `spec` is one for it.
+    /// Gives back end `number` to device `index` if `spec` is one for it; `below` are those of the images below a qcow2 image,
+    /// which its process gets for reading whatever they were added for.
     pub(super) fn give(
         &mut self,
         number: u32,
+        below: &[u32],
         index: u32,
         spec: &DeviceSpec,
     ) -> Result<Parts, String> {
         spec.check()
             .map_err(|what| format!("device {:?}: {what}", spec.id()))?;
-        let backend = self
-            .backends
-            .get_mut(&number)
-            .ok_or_else(|| format!("there is no back end {number}"))?;
-        if let Some(user) = backend.user {
-            return Err(format!("back end {number} belongs to device {user}"));
+        let backend = self.free_one(number)?;
+        if let Some(above) = backend.under.first() {
+            return Err(format!(
+                "back end {number} is below an image of device {above}"
+            ));
         }
-        let fits = match (spec, &backend.grant) {
-            (
-                DeviceSpec::Block(spec),
-                BackendGrant::Image {
-                    readonly, direct, ..
-                },
-            ) => {
-                (spec.readonly, spec.direct) == (*readonly, *direct) && spec.io.format.images() == 1
-            }
-            (DeviceSpec::Net(spec), BackendGrant::Tap { .. }) => spec.queue_pairs == backend.queues,
-            (DeviceSpec::Net(spec), BackendGrant::Given) => {
-                spec.queue_pairs == backend.queues && backend.hold.is_none()
-            }
-            (DeviceSpec::Block(spec), BackendGrant::Given) => {
-                backend
-                    .image_mode()
-                    .is_some_and(|mode| mode == (spec.readonly, spec.direct))
-                    && spec.io.format.images() == 1
-            }
-            (DeviceSpec::Fs(spec), BackendGrant::Folder { path }) => {
-                spec.readonly || find(&self.folders, "folders", path, false).is_ok()
-            }
-            _ => false,
+        let images = match spec {
+            DeviceSpec::Block(spec) => spec.io.format.images(),
+            _ => 1,
         };
+        let fits = images == 1 + below.len()
+            && match (spec, &backend.grant) {
+                (
+                    DeviceSpec::Block(spec),
+                    BackendGrant::Image {
+                        readonly, direct, ..
+                    },
+                ) => spec.direct == *direct && (spec.readonly || !*readonly),
+                (DeviceSpec::Net(spec), BackendGrant::Tap { .. }) => {
+                    spec.queue_pairs == backend.queues
+                }
+                (DeviceSpec::Net(spec), BackendGrant::Given) => {
+                    spec.queue_pairs == backend.queues && backend.hold.is_none()
+                }
+                (DeviceSpec::Block(spec), BackendGrant::Given) => {
+                    backend.image_mode() == Some((spec.readonly, spec.direct))
+                }
+                (DeviceSpec::Fs(spec), BackendGrant::Folder { path }) => {
+                    spec.readonly || find(&self.folders, "folders", path, false).is_ok()
+                }
+                _ => false,
+            };
         if !fits {
             return Err(format!(
                 "device {:?} is not one for back end {number}",
                 spec.id()
             ));
         }
-        backend.user = Some(index);
-        let hold = match &backend.hold {
-            Some(hold) => Some(hold.share()?),
-            None => None,
-        };
-        Ok(Parts {
+        let mut parts = Parts {
             grant: backend.grant.clone(),
-            hold,
-        })
+            hold: backend.hold.as_ref().map(Hold::share).transpose()?,
+        };
+        if let (BackendGrant::Image { readonly, .. }, DeviceSpec::Block(spec)) =
+            (&mut parts.grant, spec)
+        {
+            // Less than was added, never more.
+            *readonly = spec.readonly;
+        }
+        for (at, lower) in below.iter().enumerate() {
+            if *lower == number || below[..at].contains(lower) {
+                return Err(format!("back end {lower} is below itself"));
+            }
+            self.put_below(&mut parts, *lower, spec)?;
+        }
+        for lower in below {
+            if let Some(lower) = self.backends.get_mut(lower) {
+                lower.under.push(index);
+            }
+        }
+        if let Some(backend) = self.backends.get_mut(&number) {
+            backend.user = Some(index);
+            backend.below = below.to_vec();
+        }
+        Ok(parts)
+    }
+
+    /// Back end `number`, which belongs to nobody.
+    fn free_one(&self, number: u32) -> Result<&Backend, String> {
+        match self.backends.get(&number) {
+            None => Err(format!("there is no back end {number}")),
+            Some(Backend {
+                user: Some(user), ..
+            }) => Err(format!("back end {number} belongs to device {user}")),
+            Some(backend) => Ok(backend),
+        }
+    }
+
+    /// Adds image `number` to the lower end of what a disk is made of.
+    fn put_below(&self, parts: &mut Parts, number: u32, spec: &DeviceSpec) -> Result<(), String> {
+        let lower = self.free_one(number)?;
+        match (&mut parts.grant, &lower.grant) {
+            (BackendGrant::Image { backing, .. }, BackendGrant::Image { path, .. }) => {
+                backing.push(path.clone());
+                if let (Some(all), Some(hold)) = (&mut parts.hold, &lower.hold) {
+                    all.and(hold.share()?);
+                }
+                Ok(())
+            }
+            (BackendGrant::Given, BackendGrant::Given) => {
+                let direct = matches!(spec, DeviceSpec::Block(spec) if spec.direct);
+                if lower.image_mode() == Some((true, direct)) {
+                    return Ok(());
+                }
+                Err(format!(
+                    "device {:?}: the descriptor of an image below is not one for reading, or its cache.direct is not that of the image above",
+                    spec.id()
+                ))
+            }
+            _ => Err(format!(
+                "device {:?}: the images of a chain come all by name or all as descriptors",
+                spec.id()
+            )),
+        }
     }
 
     /// Descriptors for device `index` whose back end came along.
@@ -231,9 +302,11 @@ impl Added {
             .values()
             .find(|backend| backend.user == Some(index))
             .ok_or_else(|| format!("device {index} has no back end"))?;
-        backend
-            .given
-            .iter()
+        let below = backend.below.iter();
+        let below = below.filter_map(|number| self.backends.get(number));
+        std::iter::once(backend)
+            .chain(below)
+            .flat_map(|backend| &backend.given)
             .map(|fd| {
                 fd.try_clone()
                     .map_err(|e| format!("device {index}: descriptor: {e}"))
@@ -246,7 +319,9 @@ impl Added {
         for backend in self.backends.values_mut() {
             if backend.user == Some(index) {
                 backend.user = None;
+                backend.below = Vec::new();
             }
+            backend.under.retain(|above| *above != index);
         }
     }
 }
@@ -274,6 +349,8 @@ impl Backend {
             given: Vec::new(),
             queues: 0,
             user: None,
+            below: Vec::new(),
+            under: Vec::new(),
         })
     }
 
@@ -420,6 +497,8 @@ fn given_image(fds: Vec<OwnedFd>, readonly: bool, direct: bool) -> Result<Backen
         given: vec![fd],
         queues: 0,
         user: None,
+        below: Vec::new(),
+        under: Vec::new(),
     })
 }
 
@@ -439,6 +518,8 @@ fn given_tap(fds: Vec<OwnedFd>) -> Result<Backend, String> {
         given: fds,
         queues,
         user: None,
+        below: Vec::new(),
+        under: Vec::new(),
     })
 }
 
@@ -564,19 +645,86 @@ mod tests {
         added.add(0, &disk, Vec::new()).unwrap();
         assert!(added.add(0, &disk, Vec::new()).is_err(), "taken");
         assert!(added.add(MAX_ADDED_BACKENDS, &disk, Vec::new()).is_err());
-        assert!(added.give(1, 7, &spec(false)).is_err(), "not there");
-        assert!(added.give(0, 7, &spec(true)).is_err(), "another mode");
+        assert!(added.give(1, &[], 7, &spec(false)).is_err(), "not there");
         let mut wrong = spec(false);
         if let DeviceSpec::Block(spec) = &mut wrong {
             spec.num_queues = 4000;
         }
-        assert!(added.give(0, 7, &wrong).unwrap_err().contains("num-queues"));
-        added.give(0, 7, &spec(false)).unwrap();
-        assert!(added.give(0, 8, &spec(false)).is_err(), "used");
+        assert!(
+            added
+                .give(0, &[], 7, &wrong)
+                .unwrap_err()
+                .contains("num-queues")
+        );
+        added.give(0, &[], 7, &spec(false)).unwrap();
+        assert!(added.give(0, &[], 8, &spec(false)).is_err(), "used");
         assert!(added.remove(0).is_err(), "used");
         added.free(7);
         added.remove(0).unwrap();
         assert!(added.remove(0).is_err());
+    }
+
+    #[test]
+    fn a_chain_is_read_below_its_top_and_stays_as_long_as_a_device_has_it() {
+        let dir = tree();
+        let at = |name: &str| dir.path().join(name);
+        let mut added = rule(dir.path());
+        for (number, name, readonly) in [
+            (0, "images/a", false),
+            // As libvirt adds it: for writing, and the format over it for reading.
+            (1, "images/deep/b", false),
+            (2, "images/base/e", true),
+        ] {
+            added
+                .add(number, &image(&at(name), readonly), Vec::new())
+                .unwrap();
+        }
+        let chain = |below| {
+            let mut chain = spec(false);
+            if let DeviceSpec::Block(spec) = &mut chain {
+                spec.io.format = ipc::spec::block::ImageFormat::Qcow2 {
+                    below,
+                    raw_base: true,
+                };
+            }
+            chain
+        };
+        for (below, images, part) in [
+            (&[1, 2][..], 1, "not one for back end 0"),
+            (&[1], 2, "not one for back end 0"),
+            (&[1, 0], 2, "back end 0 is below itself"),
+            (&[1, 1], 2, "back end 1 is below itself"),
+            (&[1, 7], 2, "no back end 7"),
+        ] {
+            let refused = added.give(0, below, 5, &chain(images)).unwrap_err();
+            assert!(refused.contains(part), "{below:?}: {refused}");
+        }
+        // Nothing of that is left.
+        let parts = added.give(0, &[1, 2], 5, &chain(2)).unwrap();
+        let fds = parts.hold.unwrap().reopen(&parts.grant).unwrap();
+        let modes: Vec<OFlag> = fds
+            .iter()
+            .map(|fd| flags(fd).unwrap() & OFlag::O_ACCMODE)
+            .collect();
+        assert_eq!(modes, [OFlag::O_RDWR, OFlag::O_RDONLY, OFlag::O_RDONLY]);
+        let there: Vec<PathBuf> = fds
+            .iter()
+            .map(|fd| fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap())
+            .collect();
+        assert_eq!(
+            there,
+            ["images/a", "images/deep/b", "images/base/e"].map(at)
+        );
+        for number in 0..3 {
+            let refused = added.remove(number).unwrap_err();
+            assert!(refused.contains("device 5"), "{refused}");
+        }
+        let refused = added.give(2, &[], 6, &spec(true)).err().unwrap();
+        assert!(refused.contains("below an image of device 5"), "{refused}");
+        added.free(5);
+        for number in 0..3 {
+            added.remove(number).unwrap();
+        }
     }
 
     #[test]
@@ -605,11 +753,35 @@ mod tests {
         let refused = added.add(0, &Addition::GivenTap, vec![open(true)]);
         assert!(refused.unwrap_err().contains("not an open tap"));
         added.add(0, &given(true), vec![open(true)]).unwrap();
-        assert!(added.give(0, 7, &spec(false)).is_err());
-        added.give(0, 7, &spec(true)).unwrap();
+        assert!(added.give(0, &[], 7, &spec(false)).is_err());
+        added.give(0, &[], 7, &spec(true)).unwrap();
         let fds = added.duplicates(7).unwrap();
         let access = flags(&fds[0]).unwrap() & OFlag::O_ACCMODE;
         assert_eq!(access, OFlag::O_RDONLY);
+        added.free(7);
+        // A chain of descriptors, and one that is half of names.
+        let mut chain = spec(true);
+        if let DeviceSpec::Block(spec) = &mut chain {
+            spec.io.format = ipc::spec::block::ImageFormat::Qcow2 {
+                below: 1,
+                raw_base: false,
+            };
+        }
+        let other = |write: bool| {
+            let path = dir.path().join("images/deep/b");
+            OwnedFd::from(File::options().read(true).write(write).open(path).unwrap())
+        };
+        added.add(1, &given(false), vec![other(true)]).unwrap();
+        let named = image(&dir.path().join("images/a"), true);
+        added.add(2, &named, Vec::new()).unwrap();
+        let refused = added.give(0, &[1], 7, &chain).err().unwrap();
+        assert!(refused.contains("not one for reading"), "{refused}");
+        let refused = added.give(0, &[2], 7, &chain).err().unwrap();
+        assert!(refused.contains("all by name"), "{refused}");
+        added.remove(1).unwrap();
+        added.add(1, &given(true), vec![other(false)]).unwrap();
+        added.give(0, &[1], 7, &chain).unwrap();
+        assert_eq!(added.duplicates(7).unwrap().len(), 2);
     }
 
     #[test]

@@ -362,6 +362,11 @@ impl Hold {
         Self(vec![file])
     }
 
+    /// Holds what `below` holds as well, behind what it has.
+    pub(super) fn and(&mut self, below: Self) {
+        self.0.extend(below.0);
+    }
+
     /// Another hold on the same.
     pub(super) fn share(&self) -> Result<Self, String> {
         let files = self.0.iter().map(File::try_clone);

@@ -389,9 +389,10 @@ impl Broker {
             Request::Plug {
                 index,
                 backend,
+                below,
                 spec,
                 iothread,
-            } => self.plug(*index, *backend, spec, *iothread),
+            } => self.plug(*index, (*backend, below), spec, *iothread),
             Request::Unplug { index } => self.unplug(*index),
             Request::Ready => self.ready(),
             Request::Inspect => return self.inspect(),
@@ -583,7 +584,7 @@ impl Broker {
     fn plug(
         &mut self,
         index: u32,
-        backend: u32,
+        (backend, below): (u32, &[u32]),
         spec: &DeviceSpec,
         iothread: Option<u32>,
     ) -> Result<(Reply, Option<OwnedFd>), String> {
@@ -597,7 +598,7 @@ impl Broker {
         {
             return Err(format!("the policy has no iothread {number}"));
         }
-        let parts = self.added.give(backend, index, spec)?;
+        let parts = self.added.give(backend, below, index, spec)?;
         if let Some(hold) = parts.hold {
             self.holds.insert(index, hold);
         }

@@ -61,7 +61,6 @@ pub(super) enum DraftKind {
     },
 }
 
-/// How a `-drive` does its I/O.
 /// How arguments of a node begin.
 const NODE: &str = "-blockdev ";
 
@@ -71,10 +70,11 @@ const QCOW2: ImageFormat = ImageFormat::Qcow2 {
     raw_base: false,
 };
 
+/// How a `-drive` does its I/O.
 fn block_io(props: &Props<'_>) -> BlockIo {
     let default = BlockIo::default();
     BlockIo {
-        aio: match props.text("aio") {
+        aio: match props.text("aio").or_else(|| props.text("file.aio")) {
             Some("off" | "threads") => Aio::Off,
             Some("io_uring") => Aio::IoUring,
             _ => Aio::Native,
@@ -151,107 +151,142 @@ impl super::Draft {
             return Err(props.error("max-size contradicts format=qcow2; allowed with it: none"));
         }
         if let Some(id) = props.text("backing") {
-            self.put_on(props, &mut drive, id)?;
+            if drive.io.format == ImageFormat::Raw {
+                return Err(
+                    props.error("backing contradicts format=raw; allowed with it: format=qcow2")
+                );
+            }
+            let Some(at) = self.spec.drives.iter().position(|other| other.id == id) else {
+                return Err(props.error(format!(
+                    "backing={id} is no drive that is free; give it by a -drive before this one"
+                )));
+            };
+            self.put_on(props, &mut drive, at)?;
         }
         self.add_drive(props, drive)
     }
 
-    /// Puts `drive` on top of drive `id`, which is a part of it from here on.
+    /// Puts `drive`, a qcow2 image, on top of number `at` of the drives, which is a part of it from here on.
     fn put_on(
         &mut self,
         props: &Props<'_>,
         drive: &mut DriveSpec,
-        id: &str,
+        at: usize,
     ) -> Result<(), CmdlineError> {
-        if drive.io.format == ImageFormat::Raw {
-            return Err(
-                props.error("backing contradicts format=raw; allowed with it: format=qcow2")
-            );
+        let lower = &self.spec.drives[at];
+        if !lower.readonly {
+            let id = &lower.id;
+            return Err(props.error(if self.drive_args[at].starts_with(NODE) {
+                format!("node {id} is not read-only=on, which backing needs")
+            } else {
+                format!("drive {id} is not readonly=on, which backing needs")
+            }));
         }
-        let found = self.spec.drives.iter().position(|other| other.id == id);
-        let Some(at) = found else {
-            return Err(props.error(format!(
-                "backing={id} is no drive that is free; give it by a -drive before this one"
-            )));
-        };
-        if !self.spec.drives[at].readonly {
-            return Err(props.error(format!(
-                "drive {id} is not readonly=on, which backing needs"
-            )));
-        }
-        let lower = self.spec.drives.remove(at);
-        self.drive_args.remove(at);
-        let (more, raw_base) = match lower.io.format {
-            ImageFormat::Raw => (0, true),
-            ImageFormat::Qcow2 { below, raw_base } => (below, raw_base),
-        };
-        if usize::from(more) + 1 > limits::MAX_BACKING_IMAGES {
-            return Err(props.error(format!(
-                "one image too many below it; allowed: 0 to {}",
-                limits::MAX_BACKING_IMAGES
-            )));
-        }
-        drive.backing = std::iter::once(lower.file).chain(lower.backing).collect();
-        drive.io.format = ImageFormat::Qcow2 {
-            below: more + 1,
-            raw_base,
-        };
-        Ok(())
+        let (lower, _) = self.take_drive(at);
+        drive.stand_on(&lower).map_err(|what| props.error(what))
+    }
+
+    /// A drive and its argument, which nothing else can have from here on.
+    fn take_drive(&mut self, at: usize) -> (DriveSpec, String) {
+        (self.spec.drives.remove(at), self.drive_args.remove(at))
+    }
+
+    /// The place of node `id`, if nothing has it.
+    fn node(&self, id: &str) -> Option<usize> {
+        let at = self.spec.drives.iter().position(|drive| drive.id == id)?;
+        self.drive_args[at].starts_with(NODE).then_some(at)
     }
 
     /// `-blockdev`
     pub(super) fn blockdev(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
         let id = props.required("node-name")?;
-        let drive = if props.shape() == "raw" {
-            let file = props.required("file")?;
-            let below = self.spec.drives.iter().position(|drive| drive.id == file);
-            let below = below.filter(|at| self.drive_args[*at].starts_with(NODE));
-            let Some(at) = below else {
-                return Err(props.error(format!(
-                    "file={file} is no node that is free; give it by a -blockdev before this one"
-                )));
-            };
-            // From here on it is part of this one.
-            let below = self.spec.drives.remove(at);
-            self.drive_args.remove(at);
-            let readonly = props.bool("read-only").unwrap_or(below.readonly);
-            if below.readonly && !readonly {
-                return Err(props.error(format!(
-                    "read-only=off contradicts node {file}, which is read-only=on"
-                )));
+        let mut drive = match (props.text("file"), props.shape()) {
+            (Some(file), "raw" | "qcow2") => self.over_node(props, id, file)?,
+            (None, "raw" | "qcow2") if !props.has("file.filename") => {
+                return Err(props.error("names no image; give file= or file.filename="));
             }
-            let own = block_io(props);
-            DriveSpec {
-                id,
-                readonly,
-                direct: props.bool("cache.direct").unwrap_or(below.direct),
-                io: BlockIo {
-                    discard: own.discard || below.io.discard && !props.has("discard"),
-                    detect_zeroes: if props.has("detect-zeroes") {
-                        own.detect_zeroes
-                    } else {
-                        below.io.detect_zeroes
-                    },
-                    ..below.io
-                },
-                ..below
-            }
-        } else {
-            let io = block_io(props);
-            DriveSpec {
-                id,
-                file: props.required("filename")?.into(),
-                backing: Vec::new(),
-                readonly: props.bool("read-only").unwrap_or(false),
-                direct: props.bool("cache.direct").unwrap_or(false),
-                max_size: None,
-                io,
+            _ => {
+                let name = if props.has("file.filename") {
+                    "file.filename"
+                } else {
+                    "filename"
+                };
+                DriveSpec {
+                    id,
+                    file: props.required(name)?.into(),
+                    backing: Vec::new(),
+                    readonly: props.bool("read-only").unwrap_or(false),
+                    direct: props.bool("cache.direct").unwrap_or(false),
+                    max_size: None,
+                    io: block_io(props),
+                }
             }
         };
-        if props.text("aio") == Some("native") && !drive.direct {
+        let native = [props.text("aio"), props.text("file.aio")].contains(&Some("native"));
+        if native && !drive.direct {
             return Err(props.error("aio=native needs cache.direct=on"));
         }
+        if props.shape() == "qcow2" {
+            if drive.io.format != ImageFormat::Raw {
+                return Err(props.error(
+                    "file is a node of driver qcow2 itself; allowed: one of driver file, host_device or raw",
+                ));
+            }
+            drive.io.format = QCOW2;
+            if let Some(id) = props.text("backing") {
+                let Some(at) = self.node(id) else {
+                    return Err(props.error(format!(
+                        "backing={id} is no node that is free; give it by a -blockdev before this one"
+                    )));
+                };
+                self.put_on(props, &mut drive, at)?;
+            }
+        }
         self.add_drive(props, drive)
+    }
+
+    /// A node for what node `file` holds.
+    fn over_node(
+        &mut self,
+        props: &Props<'_>,
+        id: String,
+        file: &str,
+    ) -> Result<DriveSpec, CmdlineError> {
+        for name in ["file.driver", "file.filename", "file.aio", "file.locking"] {
+            if props.has(name) {
+                return Err(props.error(format!(
+                    "file and {name} contradict each other; give a node or a file"
+                )));
+            }
+        }
+        let Some(at) = self.node(file) else {
+            return Err(props.error(format!(
+                "file={file} is no node that is free; give it by a -blockdev before this one"
+            )));
+        };
+        let (below, _) = self.take_drive(at);
+        let readonly = props.bool("read-only").unwrap_or(below.readonly);
+        if below.readonly && !readonly {
+            return Err(props.error(format!(
+                "read-only=off contradicts node {file}, which is read-only=on"
+            )));
+        }
+        let own = block_io(props);
+        Ok(DriveSpec {
+            id,
+            readonly,
+            direct: props.bool("cache.direct").unwrap_or(below.direct),
+            io: BlockIo {
+                discard: own.discard || below.io.discard && !props.has("discard"),
+                detect_zeroes: if props.has("detect-zeroes") {
+                    own.detect_zeroes
+                } else {
+                    below.io.detect_zeroes
+                },
+                ..below.io
+            },
+            ..below
+        })
     }
 
     fn add_drive(&mut self, props: &Props<'_>, drive: DriveSpec) -> Result<(), CmdlineError> {

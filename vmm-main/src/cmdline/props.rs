@@ -464,6 +464,8 @@ fn json_items(raw: &str) -> Result<Vec<String>, String> {
             return Err(format!("unknown property {key}"));
         }
         items.push(match value {
+            // As QEMU's clients end a chain of images.
+            Value::Null if key == "backing" => return Ok(()),
             Value::Bool(on) => format!("{key}={}", if *on { "on" } else { "off" }),
             Value::Number(number) => format!("{key}={number}"),
             Value::String(text) => format!("{key}={text}"),

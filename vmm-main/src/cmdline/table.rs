@@ -397,18 +397,75 @@ const FILE_NODE: &[Key] = &[
     ),
 ];
 
+/// The file of a format that is no node of its own.
+const NODE_BELOW: Key = key(
+    "file",
+    Kind::Id,
+    "",
+    "node-name of the node that holds it, which then belongs to this one; or file.filename",
+);
+const NODE_BELOW_DRIVER: Key = key(
+    "file.driver",
+    Kind::Choice(&["file", "host_device"]),
+    "file",
+    "what file.filename is",
+);
+const NODE_BELOW_NAME: Key = key(
+    "file.filename",
+    Kind::Path,
+    "",
+    "image or block device of the host, if no node has it",
+);
+const NODE_BELOW_AIO: Key = key(
+    "file.aio",
+    Kind::Choice(&["native", "io_uring", "threads"]),
+    "io_uring if the host allows it",
+    "as -drive aio=; threads: one request after the other",
+);
+const NODE_BELOW_LOCKING: Key = key(
+    "file.locking",
+    Kind::Choice(&["auto", "on"]),
+    "",
+    "accepted; images are always locked",
+);
+
 const BLOCKDEV: &[Shape] = &[
     form("file", "An image in a file", FILE_NODE),
     form("host_device", "A block device of the host", FILE_NODE),
     form(
         "raw",
-        "What another node holds, as it is",
+        "What another node or a file holds, as it is",
         &[
             NODE_NAME,
-            must(
-                "file",
+            NODE_BELOW,
+            NODE_BELOW_DRIVER,
+            NODE_BELOW_NAME,
+            NODE_BELOW_AIO,
+            NODE_BELOW_LOCKING,
+            NODE_READONLY,
+            NODE_DIRECT,
+            NODE_NO_FLUSH,
+            NODE_AUTO,
+            NODE_DISCARD,
+            NODE_ZEROES,
+        ],
+    ),
+    form(
+        "qcow2",
+        "The disk in a qcow2 image, which another node or a file holds",
+        &[
+            NODE_NAME,
+            NODE_BELOW,
+            NODE_BELOW_DRIVER,
+            NODE_BELOW_NAME,
+            NODE_BELOW_AIO,
+            NODE_BELOW_LOCKING,
+            key(
+                "backing",
                 Kind::Id,
-                "node-name of that node, which then belongs to this one",
+                "",
+                "node-name of the node below this image: one before this with read-only=on, which no device can have then; what the \
+                 image itself names is never opened",
             ),
             NODE_READONLY,
             NODE_DIRECT,
@@ -1391,7 +1448,7 @@ pub static OPTIONS: &[OptionDef] = &[
             selector: "driver",
             noun: "block driver",
             shapes: BLOCKDEV,
-            later: &["qcow2", "luks", "nbd", "null-co", "host_cdrom"],
+            later: &["luks", "nbd", "null-co", "host_cdrom"],
         },
         "The same as -drive, as QEMU and libvirt name it: a node, which a -device or another node refers to.",
     ),

@@ -431,6 +431,35 @@ fn nodes_are_drives_and_a_format_takes_its_file_over() {
 }
 
 #[test]
+fn nodes_of_a_qcow2_chain_are_the_drives_of_one() {
+    // As libvirt writes it, whose files below are read-only only where their formats are; and in one node each.
+    let libvirt = run("-kernel k \
+         -blockdev '{\"driver\":\"file\",\"filename\":\"base\",\"node-name\":\"l-2-storage\",\"auto-read-only\":true,\"discard\":\"unmap\"}' \
+         -blockdev '{\"node-name\":\"l-2-format\",\"read-only\":true,\"driver\":\"qcow2\",\"file\":\"l-2-storage\",\"backing\":null}' \
+         -blockdev '{\"driver\":\"file\",\"filename\":\"top\",\"node-name\":\"l-1-storage\",\"auto-read-only\":true,\"discard\":\"unmap\"}' \
+         -blockdev '{\"node-name\":\"d\",\"read-only\":false,\"driver\":\"qcow2\",\"file\":\"l-1-storage\",\"backing\":\"l-2-format\"}' \
+         -device virtio-blk-device,drive=d,id=disk");
+    let short = run("-kernel k \
+         -blockdev qcow2,node-name=b,file.driver=file,file.filename=base,read-only=on \
+         -blockdev driver=qcow2,node-name=d,file.filename=top,backing=b,discard=unmap \
+         -device virtio-blk-device,drive=d,id=disk");
+    let drives = run("-kernel k -drive id=b,file=base,format=qcow2,readonly=on \
+         -drive id=d,file=top,format=qcow2,backing=b,discard=unmap,direct=off \
+         -device virtio-blk-device,drive=d,id=disk");
+    assert_eq!(libvirt, drives);
+    assert_eq!(short, drives);
+    assert_eq!(drives.drives.len(), 1);
+    assert!(drives.ignored.is_empty(), "{:?}", drives.ignored);
+    let raw = run("-kernel k \
+         -blockdev file,node-name=b,filename=base,read-only=on \
+         -blockdev raw,node-name=d,file.filename=top,file.aio=threads \
+         -blockdev qcow2,node-name=e,file=d,backing=b -device virtio-blk-device,drive=e,id=disk");
+    let drives = run("-kernel k -drive id=b,file=base,readonly=on \
+         -drive id=e,file=top,format=qcow2,backing=b,direct=off,aio=off -device virtio-blk-device,drive=e,id=disk");
+    assert_eq!(raw, drives);
+}
+
+#[test]
 fn guest_memory_without_a_file_is_an_object_like_any() {
     let spec = run(
         "-kernel k -machine microvm,memory-backend=m -object memory-backend-memfd,id=m,size=1G,dump=off",

@@ -28,6 +28,7 @@ use ipc::limits::{
 };
 use ipc::log::{error, info};
 use ipc::spec::DeviceSpec;
+use ipc::spec::block::ImageFormat;
 use ipc::spec::vm::{DeviceKind, DeviceOption, DriveSpec, IothreadSpec, RestartPolicy, VmSpec};
 use nix::sys::epoll::EpollFlags;
 
@@ -218,6 +219,81 @@ impl Hotplug {
         self.backends.iter().find(is)
     }
 
+    /// What has the node with this name below it as `backing`.
+    fn on_top(&self, name: &str) -> Option<&Backend> {
+        let is = |backend: &&Backend| matches!(&backend.what, NewBackend::Drive(_, Some(lower)) if lower == name);
+        self.backends.iter().find(is)
+    }
+
+    /// The added node with this name, if nothing else has it: no other node and no device.
+    fn free_node(&self, name: &str) -> Result<&Backend, QmpError> {
+        if let Some(over) = self.over(name).or_else(|| self.on_top(name)) {
+            let over = over.what.id();
+            return Err(generic(format!(
+                "Block node '{name}' is in use by block node '{over}'"
+            )));
+        }
+        self.loose_node(name)
+    }
+
+    /// The added node with this name, if it is open and no device has it.
+    fn loose_node(&self, name: &str) -> Result<&Backend, QmpError> {
+        let is = |backend: &&Backend| {
+            backend.what.kind() == BackendKind::Drive && backend.what.id() == name
+        };
+        match self.backends.iter().find(is) {
+            None => Err(generic(format!(
+                "Cannot find device='' nor node-name='{name}' among the nodes that were added"
+            ))),
+            Some(Backend {
+                user: Some(user), ..
+            }) => Err(generic(format!(
+                "Block node '{name}' is in use by device '{user}'"
+            ))),
+            Some(Backend { open: false, .. }) => {
+                Err(generic(format!("Block node '{name}' is being added")))
+            }
+            Some(backend) => Ok(backend),
+        }
+    }
+
+    /// Puts `drive`, a qcow2 image, on top of node `name`, which others may stand on as well.
+    fn put_on(&self, drive: &mut DriveSpec, name: &str) -> Result<(), QmpError> {
+        if let Some(over) = self.over(name) {
+            let over = over.what.id();
+            return Err(generic(format!(
+                "Block node '{name}' is in use by block node '{over}'"
+            )));
+        }
+        let wrong = |what: &str| Err(generic(format!("Block node '{name}' {what} of 'backing'")));
+        let NewBackend::Drive(lower, _) = &self.loose_node(name)?.what else {
+            return wrong("is of another kind than that");
+        };
+        if !lower.readonly {
+            return wrong("is not read-only, as it has to be for the node");
+        }
+        if lower.direct != drive.direct {
+            return wrong("has another cache.direct than the node");
+        }
+        drive
+            .stand_on(lower)
+            .map_err(|what| generic(format!("Block node '{}': {what}", drive.id)))
+    }
+
+    /// Numbers of the back ends below `backend`, the next one first.
+    fn below(&self, backend: &Backend) -> Vec<u32> {
+        let mut numbers = Vec::new();
+        let mut next = &backend.what;
+        while let NewBackend::Drive(_, Some(name)) = next {
+            let Ok(lower) = self.loose_node(name) else {
+                break;
+            };
+            numbers.push(lower.number);
+            next = &lower.what;
+        }
+        numbers
+    }
+
     fn free_user(&mut self, device: &str) {
         for backend in &mut self.backends {
             if backend.user.as_deref() == Some(device) {
@@ -260,6 +336,9 @@ impl Hotplug {
     }
 }
 
+/// Unit of a device to come, number among its kind, numbers of its back end and of those below it, and spec.
+type Prepared = (usize, u8, (u32, Vec<u32>), DeviceSpec);
+
 /// Why nothing may come or go now.
 const SNAPSHOT: &str = "A snapshot is being made: wait for its end";
 
@@ -289,7 +368,7 @@ impl Vm {
     /// `blockdev-add`, `netdev_add`, `fsdev-add`
     pub(super) fn add_backend(
         &mut self,
-        what: NewBackend,
+        mut what: NewBackend,
         fds: &[Arc<OwnedFd>],
         reply: Reply<()>,
     ) -> Result<(), End> {
@@ -306,6 +385,12 @@ impl Vm {
                 "{} '{id}' exists already",
                 kind.noun()
             ))));
+            return Ok(());
+        }
+        if let NewBackend::Drive(drive, Some(lower)) = &mut what
+            && let Err(error) = self.hotplug.put_on(drive, lower)
+        {
+            reply.send(Err(error));
             return Ok(());
         }
         let used = |number: &u32| {
@@ -342,8 +427,10 @@ impl Vm {
         id: &str,
         reply: Reply<()>,
     ) -> Result<(), End> {
-        let over = (kind == BackendKind::Drive).then(|| self.hotplug.over(id));
-        if let Some(Some(over)) = over {
+        let over = |id| self.hotplug.over(id).or_else(|| self.hotplug.on_top(id));
+        if kind == BackendKind::Drive
+            && let Some(over) = over(id)
+        {
             let over = over.what.id();
             reply.send(Err(generic(format!(
                 "Block node '{id}' is in use by block node '{over}'"
@@ -360,7 +447,7 @@ impl Vm {
                 },
             ) => {
                 if let Some(below) = backend.below.take() {
-                    backend.what = NewBackend::Drive(below);
+                    backend.what = NewBackend::Drive(below, None);
                 }
                 reply.send(Ok(()));
                 return Ok(());
@@ -408,36 +495,29 @@ impl Vm {
         {
             return Err(generic(format!("Block node '{name}' exists already")));
         }
-        if let Some(over) = self.hotplug.over(file) {
-            let over = over.what.id();
-            return Err(generic(format!(
-                "Block node '{file}' is in use by block node '{over}'"
-            )));
-        }
-        let Some(backend) = self.hotplug.backend(BackendKind::Drive, file) else {
-            return Err(generic(format!(
-                "Cannot find device='' nor node-name='{file}' among the nodes that were added"
-            )));
-        };
-        if let Some(user) = &backend.user {
-            return Err(generic(format!(
-                "Block node '{file}' is in use by device '{user}'"
-            )));
-        }
-        let NewBackend::Drive(below) = &backend.what else {
+        let backend = self.hotplug.free_node(file)?;
+        let NewBackend::Drive(below, _) = &backend.what else {
             return Err(generic(format!("Block node '{file}' is of another kind")));
         };
-        if !backend.open || backend.below.is_some() {
-            let why = if backend.open {
-                "is a format itself; allowed: one of driver file or host_device"
-            } else {
-                "is being added"
-            };
-            return Err(generic(format!("Block node '{file}' {why}")));
+        if backend.below.is_some() || below.io.format != ImageFormat::Raw {
+            return Err(generic(format!(
+                "Block node '{file}' is a format itself; allowed: one of driver file or host_device"
+            )));
         }
-        let drive = node.over(below).map_err(generic)?;
-        backend.below = Some(below.clone());
-        backend.what = NewBackend::Drive(drive);
+        let below = below.clone();
+        let mut drive = node.over(&below).map_err(generic)?;
+        if let Some(lower) = &node.backing {
+            if lower == file {
+                return Err(generic(format!(
+                    "Block node '{file}' is in use by block node '{name}'"
+                )));
+            }
+            self.hotplug.put_on(&mut drive, lower)?;
+        }
+        if let Some(backend) = self.hotplug.backend(BackendKind::Drive, file) {
+            backend.below = Some(below);
+            backend.what = NewBackend::Drive(drive, node.backing.clone());
+        }
         Ok(())
     }
 
@@ -497,7 +577,7 @@ impl Vm {
         let mut spec = self.parts.spec.clone();
         for backend in self.hotplug.backends.iter().filter(|one| one.open) {
             match &backend.what {
-                NewBackend::Drive(drive) => spec.drives.push(drive.clone()),
+                NewBackend::Drive(drive, _) => spec.drives.push(drive.clone()),
                 NewBackend::Netdev(netdev) => spec.netdevs.push(netdev.clone()),
                 NewBackend::Fsdev(fsdev) => spec.fsdevs.push(fsdev.clone()),
             }
@@ -508,7 +588,7 @@ impl Vm {
     /// `device_add`
     pub(super) fn add_device(&mut self, new: NewDevice, reply: Reply<()>) -> Result<(), End> {
         match self.prepare(&new) {
-            Ok((unit, addr, number, spec)) => {
+            Ok((unit, addr, (number, below), spec)) => {
                 let (kind, name) = new.backend();
                 if let Some(backend) = self.hotplug.backend(kind, name) {
                     backend.user = Some(new.id.clone());
@@ -516,6 +596,7 @@ impl Vm {
                 let request = Request::Plug {
                     index: unit as u32,
                     backend: number,
+                    below,
                     spec: spec.clone(),
                     iothread: self.iothread_of(&new),
                 };
@@ -546,8 +627,8 @@ impl Vm {
         known.then_some(number)
     }
 
-    /// Unit, number among its kind, back end and spec of a device to come.
-    fn prepare(&mut self, new: &NewDevice) -> Result<(usize, u8, u32, DeviceSpec), QmpError> {
+    /// What a device to come is going to be.
+    fn prepare(&mut self, new: &NewDevice) -> Result<Prepared, QmpError> {
         if self.parts.machine.is_none() {
             return Err(generic("Machine 'none' takes no devices"));
         }
@@ -574,7 +655,9 @@ impl Vm {
         let mac = self.unused_mac();
         let vcpus = u16::from(self.parts.spec.cpus.cpus);
         let (kind, name) = new.backend();
-        let Some(backend) = self.hotplug.backend(kind, name) else {
+        let hotplug = &self.hotplug;
+        let is = |one: &&Backend| one.what.kind() == kind && one.what.id() == name;
+        let Some(backend) = hotplug.backends.iter().find(is) else {
             return Err(generic(format!(
                 "{} '{name}' of device '{id}' was not added",
                 kind.noun()
@@ -589,7 +672,15 @@ impl Vm {
                 kind.noun()
             )));
         }
-        let number = backend.number;
+        if kind == BackendKind::Drive
+            && let Some(over) = hotplug.on_top(name)
+        {
+            let over = over.what.id();
+            return Err(generic(format!(
+                "Block node '{name}' is in use by block node '{over}'"
+            )));
+        }
+        let numbers = (backend.number, hotplug.below(backend));
         let spec = new
             .spec(&backend.what, vcpus, mac)
             .ok_or_else(|| generic(format!("{} '{name}' is of another kind", kind.noun())))?;
@@ -604,7 +695,7 @@ impl Vm {
             )));
         }
         let (unit, addr) = self.place(new, &spec)?;
-        Ok((unit, addr, number, spec))
+        Ok((unit, addr, numbers, spec))
     }
 
     /// Where a device goes: see the module's page.

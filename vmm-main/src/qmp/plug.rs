@@ -6,7 +6,7 @@
 
 use ipc::control::added::Addition;
 use ipc::limits;
-use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes};
+use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, ImageFormat};
 use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::spec::ids::Translation;
 use ipc::spec::net::{Bucket, Limit, NetLimits, NetSpec};
@@ -18,8 +18,8 @@ use super::schema::Arguments;
 /// A back end that is to be added.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NewBackend {
-    /// `blockdev-add`
-    Drive(DriveSpec),
+    /// `blockdev-add`, with the name of the node below a qcow2 image.
+    Drive(DriveSpec, Option<String>),
     /// `netdev_add`
     Netdev(NetdevSpec),
     /// `fsdev-add`
@@ -31,6 +31,10 @@ pub enum NewBackend {
 pub struct NodeOver {
     /// `node-name`
     pub name: String,
+    /// `driver`
+    pub format: ImageFormat,
+    /// `backing`: the node below a qcow2 image.
+    pub backing: Option<String>,
     /// `file`: the node below.
     pub file: String,
     /// `read-only`
@@ -49,6 +53,8 @@ impl NodeOver {
         arguments.at(&["file"])?.as_str()?;
         Some(Self {
             name: arguments.required_text("node-name"),
+            format: format(arguments),
+            backing: arguments.text("backing"),
             file: arguments.required_text("file"),
             readonly: arguments.flag("read-only"),
             direct: arguments.object("cache").flag("direct"),
@@ -62,21 +68,39 @@ impl NodeOver {
     /// # Errors
     /// The two contradict each other, told as QMP tells it.
     pub fn over(&self, below: &DriveSpec) -> Result<DriveSpec, String> {
-        let same = |name: &str, given: Option<bool>, there: bool| match given {
-            Some(given) if given != there => Err(format!(
-                "Parameter '{name}' is {given}, and its image was opened by node '{}' with {there}; allowed: the same",
-                self.file
-            )),
-            _ => Ok(()),
+        let wrong = |name: &str, given: bool, allowed: &str| {
+            Err(format!(
+                "Parameter '{name}' is {given}, and its image was opened by node '{}' with {}; allowed: {allowed}",
+                self.file, !given
+            ))
         };
-        same("read-only", self.readonly, below.readonly)?;
-        same("cache.direct", self.direct, below.direct)?;
+        if below.readonly && self.readonly == Some(false) {
+            return wrong("read-only", false, "true");
+        }
+        if let Some(direct) = self.direct
+            && direct != below.direct
+        {
+            return wrong("cache.direct", direct, "the same");
+        }
         let mut drive = below.clone();
         drive.id.clone_from(&self.name);
+        drive.io.format = self.format;
+        // Its process may do less than the node below, as libvirt has it for images that others stand on.
+        drive.readonly |= self.readonly == Some(true);
         // As with -blockdev: what is said of neither node is off, and what is said of one counts.
         drive.io.discard = self.discard.unwrap_or(below.io.discard);
         drive.io.detect_zeroes = self.detect_zeroes.unwrap_or(below.io.detect_zeroes);
         Ok(drive)
+    }
+}
+
+fn format(arguments: &mut Arguments) -> ImageFormat {
+    match arguments.text("driver").as_deref() {
+        Some("qcow2") => ImageFormat::Qcow2 {
+            below: 0,
+            raw_base: false,
+        },
+        _ => ImageFormat::Raw,
     }
 }
 
@@ -137,7 +161,8 @@ impl NewBackend {
         let mut file = arguments.object("file");
         let cache = arguments.object("cache");
         let name = file.text("filename").or_else(|| arguments.text("filename"));
-        Self::Drive(DriveSpec {
+        let backing = arguments.text("backing");
+        let drive = DriveSpec {
             id: arguments.required_text("node-name"),
             file: name.unwrap_or_default().into(),
             readonly: arguments.flag("read-only").unwrap_or(false),
@@ -153,9 +178,11 @@ impl NewBackend {
                 discard: arguments.text("discard").as_deref() == Some("unmap"),
                 detect_zeroes: detect_zeroes(&mut arguments).unwrap_or(DetectZeroes::Off),
                 iops_total: small(&arguments, "iops").unwrap_or(0),
+                format: format(&mut arguments),
                 ..BlockIo::default()
             },
-        })
+        };
+        Self::Drive(drive, backing)
     }
 
     /// `netdev_add`
@@ -198,7 +225,7 @@ impl NewBackend {
     /// Which name space it is in.
     pub const fn kind(&self) -> BackendKind {
         match self {
-            Self::Drive(_) => BackendKind::Drive,
+            Self::Drive(..) => BackendKind::Drive,
             Self::Netdev(_) => BackendKind::Netdev,
             Self::Fsdev(_) => BackendKind::Fsdev,
         }
@@ -207,7 +234,7 @@ impl NewBackend {
     /// Its id.
     pub fn id(&self) -> &str {
         match self {
-            Self::Drive(drive) => &drive.id,
+            Self::Drive(drive, _) => &drive.id,
             Self::Netdev(netdev) => &netdev.id,
             Self::Fsdev(fsdev) => &fsdev.id,
         }
@@ -216,11 +243,11 @@ impl NewBackend {
     /// What the broker is asked for; `given` tells whether descriptors go along.
     pub fn addition(&self, given: bool) -> Addition {
         match self {
-            Self::Drive(drive) if given => Addition::GivenImage {
+            Self::Drive(drive, _) if given => Addition::GivenImage {
                 readonly: drive.readonly,
                 direct: drive.direct,
             },
-            Self::Drive(drive) => Addition::Image {
+            Self::Drive(drive, _) => Addition::Image {
                 path: drive.file.clone(),
                 readonly: drive.readonly,
                 direct: drive.direct,
@@ -383,7 +410,7 @@ impl NewDevice {
                     queue_size,
                     ..
                 },
-                NewBackend::Drive(drive),
+                NewBackend::Drive(drive, _),
             ) => DeviceSpec::Block(BlockSpec {
                 id,
                 readonly: drive.readonly,
@@ -531,7 +558,7 @@ mod tests {
 
     #[test]
     fn a_format_says_only_what_it_was_given() {
-        let NewBackend::Drive(below) = NewBackend::drive(
+        let NewBackend::Drive(below, _) = NewBackend::drive(
             arguments(
                 "blockdev-add",
                 json!({ "node-name": "s", "driver": "file", "filename": "/x", "discard": "unmap", "read-only": true }),
@@ -560,6 +587,12 @@ mod tests {
         let other = over(json!({ "discard": "ignore", "detect-zeroes": "unmap" })).unwrap();
         assert!(!other.io.discard);
         assert_eq!(other.io.detect_zeroes, DetectZeroes::Unmap);
+        let qcow2 = over(json!({ "driver": "qcow2", "backing": null })).unwrap();
+        let alone = ImageFormat::Qcow2 {
+            below: 0,
+            raw_base: false,
+        };
+        assert_eq!(qcow2.io.format, alone);
         for (contradiction, name) in [
             (json!({ "read-only": false }), "read-only"),
             (json!({ "cache": { "direct": false } }), "cache.direct"),

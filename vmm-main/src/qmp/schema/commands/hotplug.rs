@@ -68,9 +68,9 @@ const BLOCKDEV: &[Member] = &[
         "driver",
         Type::Enum(&Enum {
             name: "BlockdevDriver",
-            values: &["raw", "file", "host_device"],
+            values: &["raw", "qcow2", "file", "host_device"],
         }),
-        "format, or file in one; all are raw",
+        "format, or file in one, which is raw; default raw",
     ),
     may(
         "file",
@@ -84,6 +84,14 @@ const BLOCKDEV: &[Member] = &[
         "filename",
         PATH,
         "where the image is, with driver file or host_device",
+    ),
+    may(
+        "backing",
+        Type::OneOf(&OneOf {
+            name: "BlockdevRefOrNull",
+            types: &[Type::ID, Type::Null],
+        }),
+        "the node below a qcow2 image: one that was added, is read-only and has the same cache.direct; no device can have it then, but images may share it. What the image itself names is never opened; null is the same as none",
     ),
     may("read-only", Type::Bool, "default false"),
     may("auto-read-only", Type::Bool, "accepted: never done"),
@@ -429,9 +437,18 @@ pub(super) static COMMANDS: &[Command] = &[
     main(
         "blockdev-add",
         "Opens an image for a disk to come",
-        |ticket, mut arguments| match NodeOver::read(&mut arguments) {
-            Some(node) => VmCommand::NodeOver(Box::new(node), nothing(ticket)),
-            None => add(ticket, arguments, |arguments, _| NewBackend::drive(arguments)),
+        |ticket, mut arguments| {
+            let qcow2 = arguments.at(&["driver"]).and_then(Value::as_str) == Some("qcow2");
+            if arguments.at(&["backing"]).is_some_and(Value::is_string) && !qcow2 {
+                return VmCommand::Wrong(
+                    "Parameter 'backing' needs driver qcow2".into(),
+                    nothing(ticket),
+                );
+            }
+            match NodeOver::read(&mut arguments) {
+                Some(node) => VmCommand::NodeOver(Box::new(node), nothing(ticket)),
+                None => add(ticket, arguments, |arguments, _| NewBackend::drive(arguments)),
+            }
         },
     )
     .takes(BLOCKDEV)
