@@ -50,7 +50,7 @@ const WRITE_ZEROES: &str = "write-zeroes";
 /// A disk.
 #[derive(Debug)]
 pub struct Block {
-    engine: Engine<Pending>,
+    engine: Box<dyn Engine<Pending>>,
     config: ConfigSpace,
     serial: [u8; BLOCK_ID_BYTES],
     readonly: bool,
@@ -118,7 +118,7 @@ impl Block {
             let image = RawImage::new(image, spec.readonly, spec.direct)?;
             let physical_block = image.physical_block;
             let engine = choose_engine(image, spec.readonly, spec.io.aio, depth)?;
-            Ok((Engine::Raw(engine), physical_block))
+            Ok((Box::new(engine) as Box<dyn Engine<_>>, physical_block))
         })
     }
 
@@ -133,13 +133,13 @@ impl Block {
     ) -> Result<Self, BuildError> {
         Self::make(start, |spec, _| {
             let format = Formatted::new(open(spec)?);
-            Ok((Engine::Formatted(format), PHYSICAL_BLOCK))
+            Ok((Box::new(format) as Box<dyn Engine<_>>, PHYSICAL_BLOCK))
         })
     }
 
     fn make(
         start: &StartMessage,
-        open: impl FnOnce(&BlockSpec, u16) -> Result<(Engine<Pending>, u32), BuildError>,
+        open: impl FnOnce(&BlockSpec, u16) -> Result<(Box<dyn Engine<Pending>>, u32), BuildError>,
     ) -> Result<Self, BuildError> {
         let DeviceSpec::Block(spec) = &start.device else {
             return Err(BuildError::NotABlockDevice);

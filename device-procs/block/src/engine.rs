@@ -10,6 +10,7 @@
 //! first or last block in part reads that block first, and nothing else may be on its way to the disk meanwhile.
 
 use std::collections::VecDeque;
+use std::fmt::Debug;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -20,6 +21,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::{preadv, pwritev};
 
 use crate::backend::raw::{Alignment, RawImage};
+use crate::formatted::Engine;
 use crate::request::Extent;
 
 /// Bytes of the bounce buffer: a multiple of every alignment in use, small enough to stay in a cache.
@@ -47,11 +49,11 @@ pub(crate) struct RawEngine<T> {
 pub(crate) enum Started<T> {
     /// It is done, and here is what was to be remembered.
     Done(T, Result<(), Errno>),
-    /// [`RawEngine::finished`] will give it.
+    /// [`Engine::finished`] will give it.
     InFlight,
 }
 
-impl<T> RawEngine<T> {
+impl<T: Debug> RawEngine<T> {
     /// Without `io`, one request after the other.
     pub(crate) fn new(image: RawImage, io: Option<FileIo<T>>) -> Self {
         let bounce = image.direct.map(|alignment| {
@@ -67,126 +69,6 @@ impl<T> RawEngine<T> {
         }
     }
 
-    /// Bytes that requests may reach.
-    pub(crate) fn size(&self) -> u64 {
-        self.image.size
-    }
-
-    /// Readable when something is finished; none if everything is done at once.
-    pub(crate) fn event(&self) -> Option<BorrowedFd<'_>> {
-        self.io.as_ref().map(AsFd::as_fd)
-    }
-
-    /// Whether one more request can be started.
-    pub(crate) fn has_room(&mut self) -> bool {
-        self.io.as_mut().is_none_or(|io| io.room().is_some())
-    }
-
-    /// Tells the kernel of everything that was started.
-    pub(crate) fn submit(&mut self) -> Result<(), Errno> {
-        self.io.as_mut().map_or(Ok(()), FileIo::submit)
-    }
-
-    /// Whether [`finished`](Self::finished) may have something, without a system call.
-    pub(crate) fn is_ready(&mut self) -> bool {
-        !self.done.is_empty() || self.io.as_mut().is_some_and(FileIo::is_ready)
-    }
-
-    /// A request that is done.
-    pub(crate) fn finished(&mut self) -> Option<(T, Result<(), Errno>)> {
-        self.done
-            .pop_front()
-            .or_else(|| self.io.as_mut().and_then(FileIo::finished))
-    }
-
-    /// Waits until everything that was started is finished.
-    pub(crate) fn settle(&mut self) -> Result<(), Errno> {
-        if let Some(io) = &mut self.io {
-            while io.in_flight() > 0 {
-                io.wait()?;
-                while let Some(one) = io.finished() {
-                    self.done.push_back(one);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Fills all of `buffers` from `offset` on. The caller has checked the range.
-    pub(crate) fn read(&mut self, buffers: GuestBuffers<'_>, offset: u64, then: T) -> Started<T> {
-        if !buffers.is_empty()
-            && self.fits(&buffers, offset)
-            && let Some(room) = self.io.as_mut().and_then(FileIo::room)
-        {
-            room.read(&buffers, offset, then);
-            return Started::InFlight;
-        }
-        Started::Done(then, self.read_now(buffers, offset))
-    }
-
-    /// Writes all of `buffers` from `offset` on; `durable`: they are on the disk when it is done. The caller has checked the
-    /// range.
-    pub(crate) fn write(
-        &mut self,
-        buffers: GuestBuffers<'_>,
-        offset: u64,
-        durable: bool,
-        then: T,
-    ) -> Started<T> {
-        let cached = self.bounce.is_none() && !durable && self.careful == 0;
-        if !buffers.is_empty()
-            && !cached
-            && self.fits(&buffers, offset)
-            && let Some(room) = self.io.as_mut().and_then(FileIo::room)
-        {
-            self.careful = self.careful.saturating_sub(1);
-            room.write(&buffers, offset, durable, then);
-            return Started::InFlight;
-        }
-        let start = (cached && self.io.is_some()).then(Instant::now);
-        let mut result = self.write_now(buffers, offset);
-        if start.is_some_and(|start| start.elapsed() > SLOW) {
-            self.careful = CAREFUL;
-        }
-        if durable {
-            result = result.and_then(|()| self.flush_now());
-        }
-        Started::Done(then, result)
-    }
-
-    /// Makes all completed writes durable.
-    pub(crate) fn flush(&mut self, then: T) -> Started<T> {
-        if let Some(room) = self.io.as_mut().and_then(FileIo::room) {
-            room.sync(then);
-            return Started::InFlight;
-        }
-        Started::Done(then, self.flush_now())
-    }
-
-    /// Makes a range read as zeroes. The caller has checked it.
-    pub(crate) fn zero(&mut self, extent: Extent, then: T) -> Started<T> {
-        let kind = if extent.unmap {
-            Range::Punch
-        } else {
-            Range::Zero
-        };
-        if let Some(room) = self.io.as_mut().and_then(FileIo::room) {
-            room.range(kind, extent.at, extent.len, then);
-            return Started::InFlight;
-        }
-        Started::Done(then, self.zero_now(extent, kind))
-    }
-
-    /// What the file system does not have, it may have in another way: the range reads as zeroes all the same.
-    pub(crate) fn zero_otherwise(&mut self, extent: Extent) -> Result<(), Errno> {
-        let other = if extent.unmap {
-            Range::Zero
-        } else {
-            Range::Punch
-        };
-        self.zero_now(extent, other)
-    }
-
     fn zero_now(&self, extent: Extent, kind: Range) -> Result<(), Errno> {
         let how = match kind {
             Range::Punch => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
@@ -194,11 +76,6 @@ impl<T> RawEngine<T> {
         };
         let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&self.image.fd, how, place(extent.at)?, place(extent.len)?)
-    }
-
-    /// The same, and waits for it.
-    pub(crate) fn flush_now(&self) -> Result<(), Errno> {
-        nix::unistd::fdatasync(&self.image.fd)
     }
 
     fn fits(&self, buffers: &GuestBuffers<'_>, offset: u64) -> bool {
@@ -253,6 +130,120 @@ impl<T> RawEngine<T> {
         Ok(())
     }
 }
+
+impl<T: Debug> Engine<T> for RawEngine<T> {
+    fn size(&self) -> u64 {
+        self.image.size
+    }
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.io.as_ref().map(AsFd::as_fd)
+    }
+
+    fn has_room(&mut self) -> bool {
+        self.io.as_mut().is_none_or(|io| io.room().is_some())
+    }
+
+    fn submit(&mut self) -> Result<(), Errno> {
+        self.io.as_mut().map_or(Ok(()), FileIo::submit)
+    }
+
+    fn is_ready(&mut self) -> bool {
+        !self.done.is_empty() || self.io.as_mut().is_some_and(FileIo::is_ready)
+    }
+
+    fn finished(&mut self) -> Option<(T, Result<(), Errno>)> {
+        self.done
+            .pop_front()
+            .or_else(|| self.io.as_mut().and_then(FileIo::finished))
+    }
+
+    fn settle(&mut self) -> Result<(), Errno> {
+        if let Some(io) = &mut self.io {
+            while io.in_flight() > 0 {
+                io.wait()?;
+                while let Some(one) = io.finished() {
+                    self.done.push_back(one);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, buffers: GuestBuffers<'_>, offset: u64, then: T) -> Started<T> {
+        if !buffers.is_empty()
+            && self.fits(&buffers, offset)
+            && let Some(room) = self.io.as_mut().and_then(FileIo::room)
+        {
+            room.read(&buffers, offset, then);
+            return Started::InFlight;
+        }
+        Started::Done(then, self.read_now(buffers, offset))
+    }
+
+    fn write(
+        &mut self,
+        buffers: GuestBuffers<'_>,
+        offset: u64,
+        durable: bool,
+        then: T,
+    ) -> Started<T> {
+        let cached = self.bounce.is_none() && !durable && self.careful == 0;
+        if !buffers.is_empty()
+            && !cached
+            && self.fits(&buffers, offset)
+            && let Some(room) = self.io.as_mut().and_then(FileIo::room)
+        {
+            self.careful = self.careful.saturating_sub(1);
+            room.write(&buffers, offset, durable, then);
+            return Started::InFlight;
+        }
+        let start = (cached && self.io.is_some()).then(Instant::now);
+        let mut result = self.write_now(buffers, offset);
+        if start.is_some_and(|start| start.elapsed() > SLOW) {
+            self.careful = CAREFUL;
+        }
+        if durable {
+            result = result.and_then(|()| self.flush_now());
+        }
+        Started::Done(then, result)
+    }
+
+    fn flush(&mut self, then: T) -> Started<T> {
+        if let Some(room) = self.io.as_mut().and_then(FileIo::room) {
+            room.sync(then);
+            return Started::InFlight;
+        }
+        Started::Done(then, self.flush_now())
+    }
+
+    fn zero(&mut self, extent: Extent, then: T) -> Started<T> {
+        let kind = if extent.unmap {
+            Range::Punch
+        } else {
+            Range::Zero
+        };
+        if let Some(room) = self.io.as_mut().and_then(FileIo::room) {
+            room.range(kind, extent.at, extent.len, then);
+            return Started::InFlight;
+        }
+        Started::Done(then, self.zero_now(extent, kind))
+    }
+
+    fn zero_otherwise(&mut self, extent: Extent) -> Result<(), Errno> {
+        let other = if extent.unmap {
+            Range::Zero
+        } else {
+            Range::Punch
+        };
+        self.zero_now(extent, other)
+    }
+
+    fn flush_now(&mut self) -> Result<(), Errno> {
+        nix::unistd::fdatasync(&self.image.fd)
+    }
+}
+
 fn fits(buffers: &GuestBuffers<'_>, offset: u64, alignment: Alignment) -> bool {
     offset.is_multiple_of(alignment.offset as u64)
         && buffers.is_aligned(alignment.memory, alignment.offset)
