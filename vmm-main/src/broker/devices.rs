@@ -56,6 +56,17 @@ struct Heir {
     deadline: Instant,
 }
 
+/// A process that is to be started.
+#[derive(Debug)]
+pub(super) struct Order<'a> {
+    /// Which device it is for.
+    pub(super) grant: &'a DeviceGrant,
+    /// The back end's descriptors, opened as the grant says.
+    pub(super) backend: Vec<OwnedFd>,
+    /// How processes of this VM are confined.
+    pub(super) policy: &'a Policy,
+}
+
 fn deadline() -> Instant {
     Instant::now() + Duration::from_millis(HAND_OVER_PATIENCE_MS)
 }
@@ -101,11 +112,9 @@ impl Devices {
     pub(super) fn start(
         &mut self,
         index: usize,
-        grant: &DeviceGrant,
-        backend: Vec<OwnedFd>,
-        policy: &Policy,
+        order: Order<'_>,
     ) -> Result<(OwnedFd, i32), String> {
-        let id = grant.spec.id();
+        let id = order.grant.spec.id();
         let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
         let again = self.slots.get_mut(index).map(|slot| slot.as_mut());
         if let Some(Some(process)) = again {
@@ -131,7 +140,7 @@ impl Devices {
         if again.is_none() {
             return Err(format!("the policy has no device {index}"));
         }
-        let (socket, process) = launch(grant, backend, policy, None)?;
+        let (socket, process) = launch(order, None)?;
         let pid = process.pid;
         self.slots[index] = Some(process);
         Ok((socket, pid))
@@ -141,17 +150,15 @@ impl Devices {
     pub(super) fn upgrade(
         &mut self,
         index: usize,
-        grant: &DeviceGrant,
-        backend: Vec<OwnedFd>,
-        policy: &Policy,
+        order: Order<'_>,
     ) -> Result<(OwnedFd, i32), String> {
         if !self.is_running(index) || self.newer.contains_key(&index) {
             return Err(format!(
                 "device {} has no process, or two of them",
-                grant.spec.id()
+                order.grant.spec.id()
             ));
         }
-        let (socket, process) = launch(grant, backend, policy, None)?;
+        let (socket, process) = launch(order, None)?;
         let pid = process.pid;
         self.newer.insert(index, process);
         Ok((socket, pid))
@@ -160,14 +167,8 @@ impl Devices {
     /// Starts another keeper for entry `index`, which is to take over what the one that runs keeps, and its place.
     /// [`follow_heir`](Self::follow_heir) tells what came of it. Until the new one has said that it can do that, the guest is
     /// served as before.
-    pub(super) fn take_over(
-        &mut self,
-        index: usize,
-        grant: &DeviceGrant,
-        backend: Vec<OwnedFd>,
-        policy: &Policy,
-    ) -> Result<(), String> {
-        let id = grant.spec.id();
+    pub(super) fn take_over(&mut self, index: usize, order: Order<'_>) -> Result<(), String> {
+        let id = order.grant.spec.id();
         let slot = self.slots.get_mut(index).and_then(Option::as_mut);
         let keeper = slot
             .and_then(|process| process.keeper.as_ref())
@@ -179,7 +180,7 @@ impl Devices {
         };
         let told = |e: &dyn std::error::Error| goes_on(id, &with_causes(e));
         let (old, new) = Channel::pair().map_err(|e| told(&e))?;
-        let (socket, process) = launch(grant, backend, policy, Some(new.into_fd()))?;
+        let (socket, process) = launch(order, Some(new.into_fd()))?;
         keeper.offer(old.as_fd()).map_err(|e| told(&e))?;
         let heir = Heir {
             process,
@@ -418,12 +419,12 @@ fn userfault() -> Option<OwnedFd> {
 
 /// Starts a process of its own for `grant`: the control process's end of its socket, and the process. With `heritage` it takes over
 /// from another keeper, to which that is a line.
-fn launch(
-    grant: &DeviceGrant,
-    backend: Vec<OwnedFd>,
-    policy: &Policy,
-    heritage: Option<OwnedFd>,
-) -> Result<(OwnedFd, Process), String> {
+fn launch(order: Order<'_>, heritage: Option<OwnedFd>) -> Result<(OwnedFd, Process), String> {
+    let Order {
+        grant,
+        mut backend,
+        policy,
+    } = order;
     let id = grant.spec.id();
     let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
     let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
@@ -453,7 +454,6 @@ fn launch(
 
     let limits = limits(&grant.spec, &backend).map_err(|e| told("image", &e))?;
     let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
-    let mut backend = backend;
     let folder = match &grant.spec {
         DeviceSpec::Fs(_) => Some(
             backend

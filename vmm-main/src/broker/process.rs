@@ -26,7 +26,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::added::Added;
 use super::cleanup::Cleanup;
-use super::devices::{Devices, Succession};
+use super::devices::{Devices, Order, Succession};
 use super::inspect::{self, Witness};
 use super::log_target;
 use super::open;
@@ -458,9 +458,12 @@ impl Broker {
             BackendGrant::Image { .. } | BackendGrant::Tap { .. } => duplicates(&backend)?,
             _ => Vec::new(),
         };
-        let (socket, pid) = self
-            .devices
-            .start(index as usize, grant, backend, &self.policy)?;
+        let order = Order {
+            grant,
+            backend,
+            policy: &self.policy,
+        };
+        let (socket, pid) = self.devices.start(index as usize, order)?;
         if !kept.is_empty() {
             self.kept.insert(index, kept);
         }
@@ -497,12 +500,16 @@ impl Broker {
                 ));
             }
         };
-        let (at, policy) = (index as usize, &self.policy);
+        let order = Order {
+            grant,
+            backend,
+            policy: &self.policy,
+        };
+        let at = index as usize;
         match grant.spec {
-            DeviceSpec::Fs(_) => self.devices.take_over(at, grant, backend, policy)?,
-            _ => return self.devices.upgrade(at, grant, backend, policy).map(Some),
+            DeviceSpec::Fs(_) => self.devices.take_over(at, order).map(|()| None),
+            _ => self.devices.upgrade(at, order).map(Some),
         }
-        Ok(None)
     }
 
     /// Whether device `index` is a folder that this process shares.

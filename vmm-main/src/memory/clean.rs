@@ -28,7 +28,7 @@ const GAP: u64 = MOST_UNIT;
 /// Mappings of the template at the start, at most.
 const MAX_WINDOWS: usize = 256;
 
-/// A part of RAM that the template has something for.
+/// A part of RAM: a region, or what the template has something for in one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Window {
     /// Where this process has it mapped.
@@ -40,6 +40,16 @@ pub(super) struct Window {
 }
 
 impl Window {
+    /// Every region of `ram`.
+    pub(super) fn all(ram: &GuestRam) -> Vec<Self> {
+        let all = ram.regions().map(|region| Self {
+            host: region.host_address,
+            offset: region.file_offset,
+            size: region.size,
+        });
+        all.collect()
+    }
+
     /// To whole units, as far as they are in `region`.
     fn widen(&mut self, unit: u64, region: Self) {
         let start = (self.offset & !(unit - 1)).max(region.offset);
@@ -120,14 +130,7 @@ pub(super) enum BlockError {
 impl Clean {
     /// All that `file` has for `ram`; gives both back if there are too many units.
     pub(super) fn new(ram: &GuestRam, file: File, index: Index) -> Result<Self, (File, Index)> {
-        let regions: Vec<Window> = ram
-            .regions()
-            .map(|region| Window {
-                host: region.host_address,
-                offset: region.file_offset,
-                size: region.size,
-            })
-            .collect();
+        let regions = Window::all(ram);
         let mut windows = windows(&regions, &index);
         let total: u64 = windows.iter().map(|window| window.size).sum();
         let unit = total

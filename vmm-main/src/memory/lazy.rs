@@ -25,19 +25,12 @@ use ipc::log::error;
 use nix::errno::Errno;
 
 use super::GuestRam;
+use super::clean::Window;
 use super::pager::{Answer, Progress};
 use super::uffd::{FEATURE_MISSING_SHMEM, MISSING, PAGE, Uffd};
 use crate::snapshot::memory::Index;
 
 const BLOCK: u64 = SNAPSHOT_BLOCK as u64;
-
-/// One region of RAM as this process maps it.
-#[derive(Debug, Clone, Copy)]
-struct Window {
-    host: u64,
-    offset: u64,
-    size: u64,
-}
 
 /// RAM that is not whole yet.
 #[derive(Debug)]
@@ -58,14 +51,7 @@ impl LazyRam {
     /// # Errors
     /// This host has no userfaultfd for this process, and RAM has to be read as a whole.
     pub fn new(ram: &Arc<GuestRam>, file: File, index: Index) -> Result<Self, (File, Index)> {
-        let windows: Vec<Window> = ram
-            .regions()
-            .map(|region| Window {
-                host: region.host_address,
-                offset: region.file_offset,
-                size: region.size,
-            })
-            .collect();
+        let windows = Window::all(ram);
         let registered = Progress::new()
             .ok()
             .and_then(|progress| Some((progress, register(&windows).ok()?)));
