@@ -170,6 +170,15 @@ fn a_card_goes_on_when_a_stand_alone_net_was_killed_and_comes_back() {
     comes_back(Kind::Ours, &Place::new("svcard2"));
 }
 
+/// The guest is told to stop, and has had all its answers.
+#[track_caller]
+fn stops(vm: &mut Vm) {
+    vm.console.send("x").unwrap();
+    vm.wait_for("NET-LOOP OK answers ", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    ends_well(vm);
+}
+
 fn comes_back(kind: Kind, place: &Place) {
     let mut daemon = Some(Daemon::start(kind, place));
     let mut vm = place.vm(Payload::NetLoop, "").start().unwrap();
@@ -186,10 +195,7 @@ fn comes_back(kind: Kind, place: &Place) {
         assert_eq!(back["data"]["device"], "x");
     }
     goes_on(&mut vm);
-    vm.console.send("x").unwrap();
-    vm.wait_for("NET-LOOP OK answers ", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    ends_well(&mut vm);
+    stops(&mut vm);
 }
 
 #[test]
@@ -207,10 +213,7 @@ fn a_daemons_queues_work_again_when_the_link_is_up_again() {
         }
     }
     goes_on(&mut vm);
-    vm.console.send("x").unwrap();
-    vm.wait_for("NET-LOOP OK answers ", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    ends_well(&mut vm);
+    stops(&mut vm);
 }
 
 #[test]

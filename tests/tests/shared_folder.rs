@@ -568,16 +568,24 @@ done
 echo LINES=$n HIDDEN=$(wc -l < /proc/self/fd/4)/$(sort -u /proc/self/fd/4 | wc -l)
 ";
 
+/// What is there as long as the guest runs.
+type Kept = (tempfile::TempDir, tempfile::NamedTempFile);
+
+/// A guest that does [`HELD`] in a folder whose process may be killed at will, started as `how` says.
+fn at_work(how: impl FnOnce(VmBuilder) -> VmBuilder) -> (Kept, PathBuf, Vm, Qmp) {
+    let (dir, tree) = tree();
+    let (builder, initrd) = linux(HELD, &managed(&tree, "", ",max-restarts=1000"));
+    let mut vm = how(builder).with_qmp().start().unwrap();
+    let qmp = vm.qmp().unwrap();
+    expect(&mut vm, "READY");
+    ((dir, initrd), tree, vm, qmp)
+}
+
 #[test]
 fn a_guest_notices_nothing_when_the_process_of_its_folder_is_killed() {
     const KILLS: usize = 12;
     where_linux_boots(test_path!(), || {
-        let (_dir, tree) = tree();
-        let options = managed(&tree, "", ",max-restarts=1000");
-        let (builder, _initrd) = linux(HELD, &options);
-        let mut vm = builder.with_qmp().start().unwrap();
-        let mut qmp = vm.qmp().unwrap();
-        expect(&mut vm, "READY");
+        let (_kept, tree, mut vm, mut qmp) = at_work(|builder| builder);
         let keeper = vm.process("fs-keeper").unwrap().unwrap();
         for n in 0..KILLS {
             // At another step of its round each time; how far it gets with it is anybody's guess.
@@ -644,17 +652,8 @@ fn another_program_takes_over_what_the_guest_has_open() {
         for name in ["stratovirt", "vhost_user_fs"] {
             put(&binary(name).unwrap(), &at(name), |_| {});
         }
-        let (_dir, tree) = tree();
-        let options = managed(&tree, "", ",max-restarts=1000");
-        let (builder, _initrd) = linux(HELD, &options);
-        let mut vm = builder
-            .program(at("stratovirt"))
-            .with_qmp()
-            .start()
-            .unwrap();
-        let mut qmp = vm.qmp().unwrap();
+        let (_kept, tree, mut vm, mut qmp) = at_work(|builder| builder.program(at("stratovirt")));
         let upgrade = json!({ "id": "fs0" });
-        expect(&mut vm, "READY");
         for n in 0..12 {
             let (serving, keeper) = both(&mut vm);
             expect(&mut vm, ["A-", "B-", "C-", "D-"][n % 4]);
@@ -819,12 +818,7 @@ fn another_folder_is_cared_for_while_one_is_handed_over() {
 #[test]
 fn a_guest_loses_nothing_when_a_hand_over_is_broken_off() {
     where_linux_boots(test_path!(), || {
-        let (_dir, tree) = tree();
-        let options = managed(&tree, "", ",max-restarts=1000");
-        let (builder, _initrd) = linux(HELD, &options);
-        let mut vm = builder.with_qmp().start().unwrap();
-        let mut qmp = vm.qmp().unwrap();
-        expect(&mut vm, "READY");
+        let (_kept, tree, mut vm, mut qmp) = at_work(|builder| builder);
         for n in 0..12 {
             expect(&mut vm, ["A-", "B-", "C-", "D-"][n % 4]);
             let (serving, keeper) = both(&mut vm);
