@@ -83,6 +83,10 @@ pub enum Jail {
     Qmp,
     /// A thread of the control process that runs a guest's processor.
     Vcpu,
+    /// The control process's thread that maps files of shared folders for the guest.
+    Window,
+    /// A thread of the file-sharing daemon that moves data.
+    Mover,
 }
 
 impl Jail {
@@ -103,6 +107,8 @@ impl fmt::Display for Jail {
             Self::Main => "control main",
             Self::Qmp => "control qmp",
             Self::Vcpu => "control vcpu",
+            Self::Window => "control window",
+            Self::Mover => "fs mover",
         })
     }
 }

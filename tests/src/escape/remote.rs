@@ -39,6 +39,33 @@ impl Remote {
         })
     }
 
+    /// As [`Self::take`], for a thread that may not ask for memory: it has what the guest would leave there for it, at the end of
+    /// the guest's.
+    ///
+    /// # Errors
+    /// It may not be traced, or has ended, or its process has no guest memory.
+    pub fn take_with_guest_memory(tid: i32) -> std::io::Result<Self> {
+        let tracee = Tracee::stop_behind_filter(tid)?;
+        let maps = std::fs::read_to_string(format!("/proc/{tid}/maps"))?;
+        let ranges = maps
+            .lines()
+            .filter(|line| line.contains(" rw-s ") && line.contains("/memfd:"));
+        let parsed = ranges.filter_map(|line| {
+            let (from, to) = line.split(' ').next()?.split_once('-')?;
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            Some((number(from)?, number(to)?))
+        });
+        let (_, end) = parsed
+            .max_by_key(|(from, to)| to - from)
+            .filter(|(from, to)| to - from > ROOM)
+            .ok_or_else(|| std::io::Error::other(format!("no guest memory:\n{maps}")))?;
+        Ok(Self {
+            tracee,
+            from: end - ROOM,
+            used: 0,
+        })
+    }
+
     /// The signal that the thread died of, if it did.
     #[must_use]
     pub fn died_of(&self) -> Option<i32> {

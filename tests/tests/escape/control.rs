@@ -1,4 +1,5 @@
-//! The attempts again, in the threads of the control process of a VM that runs.
+//! The attempts again, in the threads of the control process of a VM that runs, and in one of a shared folder's process that has a
+//! filter for itself.
 //!
 //! A tracer takes the thread over and makes its calls. Without the filter nothing is tried: a control process that root started
 //! has root's name on the host, and what an attempt then did would be done to this machine.
@@ -7,28 +8,41 @@ use std::collections::BTreeMap;
 
 use tests::escape::remote::Remote;
 use tests::escape::{Held, Jail, Outcome, attempts};
-use tests::host::require_kvm;
+use tests::host::{require_kvm, require_root};
 use tests::payload::Payload;
 use tests::procfs::{self, Fd, Status};
 use tests::vm::Vm;
-use tests::wait::Deadline;
+use tests::wait::{Deadline, Watched};
 
 use super::LIMIT;
 
-/// A VM whose guest sleeps.
-fn asleep(dir: &std::path::Path) -> Vm {
-    let disk = dir.join("disk.img");
-    std::fs::File::create(&disk)
-        .unwrap()
-        .set_len(super::DISK)
-        .unwrap();
-    let mut vm = Vm::builder()
+/// A VM whose guest sleeps, with a disk, or with a folder where `jail` is one's.
+fn asleep(dir: &std::path::Path, jail: Jail) -> Vm {
+    let builder = Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::StartDevice.path(), "device=2 queues=1")
-        .disk("d0", &disk, "")
-        .with_qmp()
-        .start()
-        .unwrap();
+        .with_qmp();
+    let kernel = Payload::StartDevice.path();
+    let builder = if matches!(jail, Jail::Window | Jail::Mover) {
+        require_root();
+        let folder = dir.join("shared");
+        std::fs::create_dir_all(&folder).unwrap();
+        builder
+            .kernel(&kernel, "device=26 queues=2")
+            .arg("-fsdev")
+            .arg(format!("local,id=f,path={}", folder.display()))
+            .arg("-device")
+            .arg("virtio-fs-device,fsdev=f,tag=share,id=fs0,restart=off,cache-size=4M")
+    } else {
+        let disk = dir.join("disk.img");
+        std::fs::File::create(&disk)
+            .unwrap()
+            .set_len(super::DISK)
+            .unwrap();
+        builder
+            .kernel(&kernel, "device=2 queues=1")
+            .disk("d0", &disk, "")
+    };
+    let mut vm = builder.start().unwrap();
     // A guest that runs finds everything locked down.
     vm.wait_for("STARTED", LIMIT)
         .unwrap_or_else(|e| panic!("{e}"));
@@ -36,16 +50,21 @@ fn asleep(dir: &std::path::Path) -> Vm {
     vm
 }
 
-/// The thread that `jail` is about.
-fn thread(vm: &Vm, jail: Jail) -> i32 {
-    let name = match jail {
-        Jail::Qmp => "qmp",
-        Jail::Vcpu => "vcpu0",
-        _ => return vm.pid(),
+/// The process and the thread of it that `jail` is about.
+fn place(vm: &mut Vm, jail: Jail) -> (i32, i32) {
+    let (pid, name) = match jail {
+        Jail::Qmp => (vm.pid(), "qmp"),
+        Jail::Vcpu => (vm.pid(), "vcpu0"),
+        Jail::Window => (vm.pid(), "window"),
+        // There is one for each processor but the first.
+        Jail::Mover => (vm.process("fs").unwrap().unwrap(), "mover1"),
+        _ => return (vm.pid(), vm.pid()),
     };
-    let threads = Status::of_threads(vm.pid()).unwrap();
-    let found = threads.iter().find(|(_, status)| status.name() == name);
-    *found.unwrap_or_else(|| panic!("no thread {name}")).0
+    let threads = Status::of_threads(pid).unwrap();
+    let mut all = threads.iter();
+    let found = all.find(|(_, status)| status.name() == name);
+    let tid = found.unwrap_or_else(|| panic!("process {pid} has no thread {name}"));
+    (pid, *tid.0)
 }
 
 /// What it holds that a way out could begin at.
@@ -75,9 +94,15 @@ fn all_attempts(jail: Jail) {
         let Some((expected, _)) = attempt.expected(jail) else {
             continue;
         };
-        let vm = running.get_or_insert_with(|| asleep(dir.path()));
-        let held = held(&procfs::fds(vm.pid()).unwrap());
-        let mut remote = Remote::take(thread(vm, jail)).unwrap();
+        let vm = running.get_or_insert_with(|| asleep(dir.path(), jail));
+        let (pid, tid) = place(vm, jail);
+        let watched = Watched::new(pid).unwrap();
+        let held = held(&procfs::fds(pid).unwrap());
+        let mut remote = match jail {
+            Jail::Mover => Remote::take_with_guest_memory(tid),
+            _ => Remote::take(tid),
+        }
+        .unwrap();
         let outcome = Outcome::of(attempt.make(&mut remote, &held));
         let outcome = match (outcome, remote.died_of()) {
             (None, Some(libc::SIGSYS)) => Outcome::Killed,
@@ -94,6 +119,10 @@ fn all_attempts(jail: Jail) {
                 killed += 1;
                 // The whole process, not only the thread.
                 let mut vm = running.take().unwrap();
+                assert!(watched.ended(Deadline::after(LIMIT)).unwrap());
+                if pid != vm.pid() {
+                    vm.kill().unwrap();
+                }
                 // The tracer may have collected it already.
                 let _ = vm.wait(LIMIT);
                 assert!(vm.survivors(Deadline::after(LIMIT)).is_empty());
@@ -134,4 +163,14 @@ fn nothing_gets_out_of_the_qmp_thread() {
 #[test]
 fn nothing_gets_out_of_the_control_processs_main_thread() {
     all_attempts(Jail::Main);
+}
+
+#[test]
+fn nothing_gets_out_of_the_thread_of_windows() {
+    all_attempts(Jail::Window);
+}
+
+#[test]
+fn nothing_gets_out_of_a_thread_that_moves_a_folders_data() {
+    all_attempts(Jail::Mover);
 }

@@ -25,6 +25,8 @@ pub(super) const LIST: &[Attempt] = &[
             Jail::Fs,
             Jail::Main,
             Jail::Qmp,
+            Jail::Window,
+            Jail::Mover,
         ]),
     each("vhost-owner", SYS_ioctl, &[n(0xaf01), NULL]).refused(NOT_OF_THIS_KIND),
     each(
