@@ -4,6 +4,7 @@
 //! in one run, and medians are compared. **Why this way.** A figure alone says little; beside the peers', taken in the
 //! same minute, it says which way we moved.
 
+mod firecracker;
 mod front_end;
 mod jail;
 mod meter;

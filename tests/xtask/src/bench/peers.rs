@@ -61,7 +61,7 @@ pub(crate) fn all(own: PathBuf) -> Vec<Candidate> {
     found
 }
 
-fn on_path(name: &str) -> Option<PathBuf> {
+pub(super) fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
         .map(|dir| dir.join(name))

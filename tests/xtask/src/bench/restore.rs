@@ -3,10 +3,12 @@
 //! **Job.** From exec to the first byte that a restored bare guest writes, with its memory read as a whole and brought in
 //! later, for guests of several sizes and amounts of memory; and what clones of one template take together.
 //! **Who is not trusted.** The machine's load; see the parent module.
-//! **Why this way.** The guest writes one letter again and again, so the first that comes is the first after the restore. The
+//! **Why this way.** Firecracker, where it is on PATH, does the same in turn: a template that is the same guest's, a process for each clone, and
+//! the first byte. The guest writes one letter again and again, so the first that comes is the first after the restore. The
 //! file `memory` is in the page cache, as a template's is; where clones are to share it, on a tmpfs. Clones are measured when each
 //! guest has looked at all that it has: what it has not looked at would cost nothing.
 
+use super::firecracker::Firecracker;
 use crate::tool;
 use serde_json::json;
 use std::io::Read;
@@ -14,6 +16,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 use tests::lab::chain;
 use tests::payload::Payload;
 use tests::procfs;
@@ -64,50 +67,117 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
     let work = tempfile::tempdir().map_err(|e| format!("a temporary folder: {e}"))?;
     let tmpfs =
         tempfile::tempdir_in("/dev/shm").map_err(|e| format!("a folder in /dev/shm: {e}"))?;
+    let peer = Firecracker::found();
+    if peer.is_none() {
+        eprintln!("bench: firecracker is not on PATH and is left out");
+    }
     println!(
         "from exec to the guest's first byte, ms: median [quartiles] of {runs} interleaved runs"
     );
-    println!(
-        "{:>8} {:>10} {:>24} {:>24} {:>24}",
-        "memory", "not zero", "read as a whole", "lazy=on", "lazy=on, tmpfs"
-    );
+    print!("{:>8} {:>10}", "memory", "not zero");
+    for way in &WAYS {
+        print!(" {:>24}", way.name());
+    }
+    println!(" {:>24}", "ratio");
     for template in &TEMPLATES {
-        let folders = [&work, &tmpfs].map(|dir| folder(dir.path(), template));
-        for folder in &folders {
-            make(&program, template, folder)?;
+        let place = |way: &Way| folder(if way.shm() { &tmpfs } else { &work }, template, *way);
+        for tmpfs in [false, true] {
+            make(&program, template, &place(&Way::Own { lazy: true, tmpfs }))?;
         }
-        let [disk, shm] = &folders;
-        let ways = [(disk, false), (disk, true), (shm, true)];
-        let mut times = [Vec::new(), Vec::new(), Vec::new()];
+        if let Some(peer) = &peer {
+            peer.make(
+                template.memory_mib,
+                template.touched_mib,
+                &place(&Way::Firecracker),
+            )?;
+        }
+        let mut times = WAYS.map(|_| Vec::new());
         // One round more than counted: the first brings files into the page cache.
         for round in 0..=runs {
-            for ((folder, lazy), times) in ways.into_iter().zip(&mut times) {
-                let (mut child, time) = restore(&program, template, folder, lazy)?;
+            for (way, times) in WAYS.iter().zip(&mut times) {
+                let Some((mut child, time)) =
+                    restore(&program, peer.as_ref(), template, &place(way), *way)?
+                else {
+                    continue;
+                };
                 end(&mut child);
                 if round > 0 {
                     times.push(time.as_secs_f64() * 1000.0);
                 }
             }
         }
-        let shown = times.map(|times| {
-            let [low, middle, high] = quartiles_of(times);
-            format!("{middle:.2} [{low:.2} {high:.2}]")
-        });
-        println!(
-            "{:>5} MiB {:>6} MiB {:>24} {:>24} {:>24}",
-            template.memory_mib, template.touched_mib, shown[0], shown[1], shown[2]
+        print!(
+            "{:>5} MiB {:>6} MiB",
+            template.memory_mib, template.touched_mib
         );
+        let shown = times.map(quartiles_of);
+        for [low, middle, high] in shown {
+            print!(" {:>24}", format!("{middle:.2} [{low:.2} {high:.2}]"));
+        }
+        let [.., [_, clone, _], [_, theirs, _]] = shown;
+        println!(" {:>24}", format!("{:.2} × as fast", theirs / clone));
     }
     let template = &TEMPLATES[1];
-    let [disk, shm] = [&work, &tmpfs].map(|dir| folder(dir.path(), template));
-    clones(&program, &disk, false, "read as a whole")?;
-    clones(&program, &disk, true, "lazy=on")?;
-    clones(&program, &shm, true, "lazy=on, tmpfs")?;
+    for way in &WAYS {
+        let dir = if way.shm() { &tmpfs } else { &work };
+        let folder = folder(dir, template, *way);
+        clones(&program, peer.as_ref(), &folder, *way)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
-fn folder(dir: &Path, template: &Template) -> PathBuf {
-    dir.join(format!("{}-{}", template.memory_mib, template.touched_mib))
+/// How a guest comes back.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Own { lazy: bool, tmpfs: bool },
+    Firecracker,
+}
+
+/// The last two are compared.
+const WAYS: [Way; 4] = [
+    Way::Own {
+        lazy: false,
+        tmpfs: false,
+    },
+    Way::Own {
+        lazy: true,
+        tmpfs: false,
+    },
+    Way::Own {
+        lazy: true,
+        tmpfs: true,
+    },
+    Way::Firecracker,
+];
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Own { lazy: false, .. } => "read as a whole",
+            Self::Own { tmpfs: false, .. } => "lazy=on",
+            Self::Own { .. } => "lazy=on, tmpfs",
+            Self::Firecracker => "firecracker, tmpfs",
+        }
+    }
+
+    /// Whether the template is on a tmpfs.
+    fn shm(self) -> bool {
+        match self {
+            Self::Own { tmpfs, .. } => tmpfs,
+            Self::Firecracker => true,
+        }
+    }
+}
+
+fn folder(dir: &TempDir, template: &Template, way: Way) -> PathBuf {
+    let whose = match way {
+        Way::Own { .. } => "own",
+        Way::Firecracker => "firecracker",
+    };
+    dir.path().join(format!(
+        "{whose}-{}-{}",
+        template.memory_mib, template.touched_mib
+    ))
 }
 
 fn command(program: &Path, template: &Template) -> Command {
@@ -154,24 +224,29 @@ fn make(program: &Path, template: &Template, folder: &Path) -> Result<(), String
     Ok(())
 }
 
-/// Starts a clone; gives it and the time to its first byte.
+/// Starts a clone; gives it and the time to its first byte. `None` for a peer that is not there.
 fn restore(
     program: &Path,
+    peer: Option<&Firecracker>,
     template: &Template,
     folder: &Path,
-    lazy: bool,
-) -> Result<(Child, Duration), String> {
-    let option = if lazy { ",lazy=on" } else { "" };
-    let mut command = command(program, template);
-    command
-        .arg("-incoming")
-        .arg(format!("file:{}{option}", folder.display()))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
+    way: Way,
+) -> Result<Option<(Child, Duration)>, String> {
     let start = Instant::now();
-    let mut child = command
-        .spawn()
-        .map_err(|e| format!("cannot start it: {e}"))?;
+    let mut child = match (way, peer) {
+        (Way::Own { lazy, .. }, _) => {
+            let option = if lazy { ",lazy=on" } else { "" };
+            command(program, template)
+                .arg("-incoming")
+                .arg(format!("file:{}{option}", folder.display()))
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .map_err(|e| format!("cannot start it: {e}"))?
+        }
+        (Way::Firecracker, Some(peer)) => peer.restore(folder)?,
+        (Way::Firecracker, None) => return Ok(None),
+    };
     let output = child.stdout.as_mut().ok_or("no output")?;
     let deadline = Deadline::after(LIMIT);
     let ready = readable(&[output.as_fd()], deadline).map_err(|e| format!("poll: {e}"))?;
@@ -181,21 +256,29 @@ fn restore(
         end(&mut child);
         return Err("the restored guest says nothing".into());
     }
-    Ok((child, time))
+    Ok(Some((child, time)))
 }
 
-fn end(child: &mut Child) {
+pub(super) fn end(child: &mut Child) {
     let _ = child.kill();
     let _ = child.wait();
 }
 
 /// What clones take together, once each guest has looked at all its memory.
-fn clones(program: &Path, folder: &Path, lazy: bool, how: &str) -> Result<(), String> {
+fn clones(
+    program: &Path,
+    peer: Option<&Firecracker>,
+    folder: &Path,
+    way: Way,
+) -> Result<(), String> {
     let template = &TEMPLATES[1];
     let mut children = Vec::new();
     let start = Instant::now();
     for _ in 0..CLONES {
-        children.push(restore(program, template, folder, lazy)?.0);
+        let Some((child, _)) = restore(program, peer, template, folder, way)? else {
+            return Ok(());
+        };
+        children.push(child);
     }
     let took = start.elapsed();
     // A letter a page.
@@ -217,9 +300,10 @@ fn clones(program: &Path, folder: &Path, lazy: bool, how: &str) -> Result<(), St
     }
     children.iter_mut().for_each(end);
     println!(
-        "{CLONES} clones of {} MiB with {} MiB not zero, {how}: {:.0} ms one after the other, sum of PSS {} MiB, beside memory of their own {} MiB",
+        "{CLONES} clones of {} MiB with {} MiB not zero, {}: {:.0} ms one after the other, sum of PSS {} MiB, beside memory of their own {} MiB",
         template.memory_mib,
         template.touched_mib,
+        way.name(),
         took.as_secs_f64() * 1000.0,
         all >> 10,
         without >> 10
