@@ -221,11 +221,12 @@ impl Shared {
         }
         let mut queue = self.lock();
         queue.finished.push(piece.slot);
+        // Not after the lock: who has settled looks at this to know whether there is something, and must see all.
+        self.finished.fetch_add(1, Ordering::SeqCst);
         if queue.waited_for {
             self.less.notify_one();
         }
         drop(queue);
-        self.finished.fetch_add(1, Ordering::SeqCst);
         if self.asleep.swap(false, Ordering::SeqCst) {
             // Never full: it is written once for each time that the serving thread went to sleep.
             let _ = self.event.write(1);
