@@ -134,7 +134,7 @@ impl Watched {
 pub struct DeviceFaults(Arc<Uffd>);
 
 impl DeviceFaults {
-    /// What a device process sent. Were it something else, its faults would not be answered.
+    /// What a device process sent. Were it something else, its faults would not be answered, and nobody would wait for it.
     #[must_use]
     pub fn new(fd: OwnedFd) -> Self {
         Self(Arc::new(Uffd::of(fd)))
@@ -319,6 +319,10 @@ impl SharingRam {
 
     fn answer_device(&self, watched: &Watched, buffer: &mut [u8]) {
         for _ in 0..TURN {
+            // A descriptor of somebody else's: reading it may wait, for ever, where nothing is said to be there.
+            if !watched.uffd.has_news() {
+                return;
+            }
             let Some(fault) = watched.uffd.fault() else {
                 return;
             };

@@ -14,6 +14,8 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 
 /// Bytes of the smallest page.
 pub(super) const PAGE: u64 = 4096;
@@ -132,6 +134,15 @@ impl Uffd {
             .map_err(|e| (e, u64::try_from(range[3].cast_signed()).unwrap_or(0)))
     }
 
+    /// Whether something waits to be read, as far as the descriptor says.
+    pub(super) fn has_news(&self) -> bool {
+        let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        ppoll(&mut polled, Some(TimeSpec::new(0, 0)), None).is_ok()
+            && polled[0]
+                .revents()
+                .is_some_and(|events| events.contains(PollFlags::POLLIN))
+    }
+
     /// The next fault, if one waits. Whatever else is told ends the turn, so that who tells a lot keeps nobody here.
     pub(super) fn fault(&self) -> Option<Fault> {
         let mut message = [0; MESSAGE];
@@ -163,5 +174,22 @@ impl Uffd {
 impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device process may send any descriptor, one that waits in `read` too.
+    #[test]
+    fn what_has_nothing_to_say_is_not_waited_for() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let other = Uffd::of(reader.into());
+        assert!(!other.has_news());
+        std::io::Write::write_all(&mut writer, &[UFFD_EVENT_PAGEFAULT; MESSAGE]).unwrap();
+        assert!(other.has_news() && other.fault().is_some());
+        drop(writer);
+        assert!(!other.has_news(), "an end is no news");
     }
 }
