@@ -199,6 +199,55 @@ fn comes_back(kind: Kind, place: &Place) {
 }
 
 #[test]
+fn a_card_of_a_daemon_is_added_and_goes_on_with_the_next_one() {
+    let place = Place::new("svcard5");
+    let mut daemon = Some(Daemon::start(Kind::Ours, &place));
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128", "-S", "-hotplug"])
+        .arg(format!(
+            "sockets={}",
+            place.socket.parent().unwrap().display()
+        ))
+        .kernel(
+            &Payload::NetLoop.path(),
+            &format!("host={HOST} own=10.7.98.2"),
+        )
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let card = json!({ "id": "x", "driver": "virtio-net-device", "netdev": "n", "mac": "52:54:00:00:62:02" });
+    let netdev = json!({ "type": "vhost-user", "id": "n", "chardev": "c", "vhostforce": true });
+    let said = qmp.execute("netdev_add", netdev.clone()).unwrap_err();
+    assert!(
+        said.to_string().contains("chardev \"c\" not found"),
+        "{said}"
+    );
+    let address = json!({ "type": "unix", "data": { "path": place.socket } });
+    let backend =
+        json!({ "type": "socket", "data": { "wait": false, "server": false, "addr": address } });
+    for (command, arguments) in [
+        ("chardev-add", json!({ "id": "c", "backend": backend })),
+        ("netdev_add", netdev),
+        ("device_add", card),
+        ("cont", json!({})),
+    ] {
+        assert_eq!(qmp.execute(command, arguments).unwrap(), json!({}));
+    }
+    goes_on(&mut vm);
+    drop(daemon.take());
+    qmp.wait_event("VHOST_USER_DISCONNECTED", LIMIT).unwrap();
+    daemon = Some(Daemon::start(Kind::Ours, &place));
+    qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    goes_on(&mut vm);
+    vm.console.send("x").unwrap();
+    vm.wait_for("NET-LOOP OK answers ", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    ends_well(&mut vm);
+    drop(daemon);
+}
+
+#[test]
 fn a_daemons_queues_work_again_when_the_link_is_up_again() {
     let place = Place::new("svcard3");
     let _daemon = Daemon::start(Kind::Testpmd, &place);

@@ -753,7 +753,6 @@ const DIFFERENCES: &[&str] = &[
     "query-named-block-nodes: returns no image",
     // Other types than an iothread are refused with their reason, whatever their name.
     "object-add: takes qom-type: string, not enum",
-    "chardev-add: takes backend: value, not object",
     // A node without a name could be used by nobody.
     "blockdev-add: needs node-name",
     "device_add: needs id",

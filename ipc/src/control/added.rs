@@ -1,11 +1,12 @@
 //! What may be added to a VM that runs.
 //!
 //! **Job.** The rule, fixed by the command line before the guest runs ([`Additions`]), and what the control process may then
-//! ask for ([`Addition`]). Three ways lead to a back end:
+//! ask for ([`Addition`]). Four ways lead to a back end:
 //!
 //! * an image or folder **beneath** a folder that the operator granted (`-hotplug images=DIR`, `-hotplug folders=DIR`). The
 //!   broker holds these folders open from the start and resolves names below them without links;
 //! * a tap that the operator granted by its name (`-hotplug tap=NAME`);
+//! * a socket, where somebody else's daemon listens, **beneath** a folder that the operator granted (`-hotplug sockets=DIR`);
 //! * a descriptor that comes along, which a client of QMP has opened. Whoever can pass one has had it already.
 //!
 //! **Who is not trusted.** The control process, once the guest runs. What it can reach by asking is what the operator
@@ -52,6 +53,11 @@ pub enum AdditionGrant {
         /// Interface name, at most 15 bytes.
         ifname: String,
     },
+    /// `sockets=`: vhost-user daemons that listen anywhere beneath a folder.
+    Sockets {
+        /// The folder, absolute.
+        path: PathBuf,
+    },
 }
 
 /// A back end that the control process asks for.
@@ -90,4 +96,12 @@ pub enum Addition {
         /// Only for reading.
         readonly: bool,
     },
+    /// A unix socket by name, where a vhost-user daemon listens. It is connected to when a device is made of it, and again when
+    /// the daemon has left.
+    Socket {
+        /// Absolute; beneath the folder of a grant.
+        path: PathBuf,
+    },
+    /// A socket whose descriptor comes along, connected to a vhost-user daemon. It serves one device once.
+    GivenSocket,
 }

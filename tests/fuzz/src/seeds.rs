@@ -660,6 +660,9 @@ fn control() -> Inputs {
                 AdditionGrant::Tap {
                     ifname: "tap1".into(),
                 },
+                AdditionGrant::Sockets {
+                    path: "/sockets".into(),
+                },
             ],
         },
         files: vec![
@@ -746,6 +749,16 @@ fn control() -> Inputs {
         Request::Add {
             backend: 4,
             addition: Addition::GivenTap,
+        },
+        Request::Add {
+            backend: 5,
+            addition: Addition::Socket {
+                path: "/sockets/a".into(),
+            },
+        },
+        Request::Add {
+            backend: 6,
+            addition: Addition::GivenSocket,
         },
         Request::Remove { backend: 3 },
         Request::Upgrade { index: 0 },

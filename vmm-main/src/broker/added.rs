@@ -5,15 +5,15 @@
 //!
 //! **Who is not trusted.** The control process, which asks. A name is resolved below a folder that was opened before the
 //! guest ran, without `..`, links or mounts of `/proc` ([`openat2`](openat2)); whatever else it says is compared with the
-//! grant. Descriptors may be anything that the control process holds: only files, block devices and taps are taken, and the
-//! device that gets them holds guest memory anyhow.
+//! grant. Descriptors may be anything that the control process holds: only files, block devices, taps and sockets are taken,
+//! and the device that gets them holds guest memory anyhow.
 //!
 //! **Why this way.** The folder's descriptor is the grant: no later rename or link changes what it stands for.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use ipc::control::BackendGrant;
@@ -63,6 +63,7 @@ pub(super) struct Parts {
 pub(super) struct Added {
     images: Vec<Root>,
     folders: Vec<Root>,
+    sockets: Vec<Root>,
     taps: Vec<String>,
     backends: BTreeMap<u32, Backend>,
 }
@@ -80,6 +81,9 @@ impl Added {
                     added.folders.push(Root::open("folders", path, *readonly)?);
                 }
                 AdditionGrant::Tap { ifname } => added.taps.push(ifname.clone()),
+                AdditionGrant::Sockets { path } => {
+                    added.sockets.push(Root::open("sockets", path, false)?);
+                }
             }
         }
         Ok(added)
@@ -95,7 +99,10 @@ impl Added {
         if number >= MAX_ADDED_BACKENDS || self.backends.contains_key(&number) {
             return Err(format!("back end {number} is not free"));
         }
-        let expected = matches!(addition, Addition::GivenImage { .. } | Addition::GivenTap);
+        let expected = matches!(
+            addition,
+            Addition::GivenImage { .. } | Addition::GivenTap | Addition::GivenSocket
+        );
         if expected == fds.is_empty() {
             return Err("descriptors are missing, or nobody asked for them".into());
         }
@@ -150,6 +157,12 @@ impl Added {
                 }
             }
             Addition::GivenTap => given_tap(fds)?,
+            Addition::Socket { path } => {
+                // The daemon may have made it anew by the time a device is made of it: only the name is kept.
+                self.socket(path)?;
+                Backend::daemon(path.clone(), Vec::new())
+            }
+            Addition::GivenSocket => given_socket(fds)?,
         };
         // Whoever adds it learns of a mistake, not whoever plugs a device. A tap is attached to by its device only.
         if let Some(hold) = &backend.hold {
@@ -217,6 +230,8 @@ impl Added {
                 (DeviceSpec::Block(spec), BackendGrant::Given) => {
                     backend.image_mode() == Some((spec.readonly, spec.direct))
                 }
+                (DeviceSpec::Net(spec), BackendGrant::Socket { .. }) => !spec.control_queue,
+                (DeviceSpec::Block(_) | DeviceSpec::Fs(_), BackendGrant::Socket { .. }) => true,
                 (DeviceSpec::Fs(spec), BackendGrant::Folder { path }) => {
                     spec.readonly || find(&self.folders, "folders", path, false).is_ok()
                 }
@@ -314,6 +329,35 @@ impl Added {
             .collect()
     }
 
+    /// A connection to the daemon behind device `index`.
+    pub(super) fn connection(&mut self, index: u32) -> Result<OwnedFd, String> {
+        let users = self.backends.values_mut();
+        let Some(backend) = users.into_iter().find(|one| one.user == Some(index)) else {
+            return Err(format!("device {index} has no back end"));
+        };
+        let BackendGrant::Socket { path, .. } = &backend.grant else {
+            return Err(format!("device {index} is nobody else's"));
+        };
+        if path.as_os_str().is_empty() {
+            return backend.given.pop().ok_or_else(|| {
+                "the socket came as a descriptor, which serves one device once".into()
+            });
+        }
+        let path = path.clone();
+        let socket = self.socket(&path)?;
+        super::open::connect_at(&path, &socket)
+    }
+
+    /// The socket at `path`, only to hold it.
+    fn socket(&self, path: &Path) -> Result<File, String> {
+        let file = find(&self.sockets, "sockets", path, true)?;
+        match file.metadata() {
+            Ok(meta) if meta.file_type().is_socket() => Ok(file),
+            Ok(_) => Err(format!("{}: not a socket", path.display())),
+            Err(e) => Err(format!("{}: {e}", path.display())),
+        }
+    }
+
     /// Takes back what device `index` had.
     pub(super) fn free(&mut self, index: u32) {
         for backend in self.backends.values_mut() {
@@ -352,6 +396,22 @@ impl Backend {
             below: Vec::new(),
             under: Vec::new(),
         })
+    }
+
+    /// Somebody else's; `path` is empty if a connection came along.
+    fn daemon(path: PathBuf, given: Vec<OwnedFd>) -> Self {
+        Self {
+            grant: BackendGrant::Socket {
+                option: "chardev-add".into(),
+                path,
+            },
+            hold: None,
+            below: Vec::new(),
+            under: Vec::new(),
+            given,
+            queues: 0,
+            user: None,
+        }
     }
 
     /// `readonly` and `direct` of an image that came along.
@@ -437,7 +497,6 @@ fn granted(all: impl Iterator<Item = String>) -> String {
 }
 
 fn is_image(meta: &std::fs::Metadata) -> bool {
-    use std::os::unix::fs::FileTypeExt;
     meta.is_file() || meta.file_type().is_block_device()
 }
 
@@ -523,6 +582,21 @@ fn given_tap(fds: Vec<OwnedFd>) -> Result<Backend, String> {
     })
 }
 
+fn given_socket(fds: Vec<OwnedFd>) -> Result<Backend, String> {
+    let told = |what: &str| format!("the socket's descriptor: {what}");
+    let Ok([fd]) = <[OwnedFd; 1]>::try_from(fds) else {
+        return Err(told("exactly one is needed"));
+    };
+    let file = File::from(fd);
+    match file.metadata() {
+        Ok(meta) if meta.file_type().is_socket() => {
+            Ok(Backend::daemon(PathBuf::new(), vec![file.into()]))
+        }
+        Ok(_) => Err(told("not a socket")),
+        Err(e) => Err(told(&e.to_string())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -555,6 +629,9 @@ mod tests {
                 },
                 AdditionGrant::Tap {
                     ifname: "tap7".into(),
+                },
+                AdditionGrant::Sockets {
+                    path: dir.join("frozen"),
                 },
             ],
         })
@@ -782,6 +859,56 @@ mod tests {
         added.add(1, &given(true), vec![other(false)]).unwrap();
         added.give(0, &[1], 7, &chain).unwrap();
         assert_eq!(added.duplicates(7).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn daemons_are_found_beneath_a_grant_and_whenever_they_listen() {
+        use std::io::{Read, Write};
+        use std::os::unix::net::{UnixListener, UnixStream};
+        let dir = tree();
+        let at = |name: &str| dir.path().join(name);
+        let mut added = rule(dir.path());
+        let socket = |name: &str| Addition::Socket { path: at(name) };
+        let disk = spec(false);
+        let first = UnixListener::bind(at("frozen/socket")).unwrap();
+        let _outside = UnixListener::bind(at("outside/socket")).unwrap();
+        symlink("../outside/socket", at("frozen/link")).unwrap();
+        for (name, why) in [
+            ("outside/socket", "not beneath a folder"),
+            ("frozen/link", "symbolic link"),
+            ("frozen/../outside/socket", "'..'"),
+            ("frozen/none", "No such file"),
+            ("frozen/c", "not a socket"),
+        ] {
+            let refused = added.add(9, &socket(name), Vec::new()).unwrap_err();
+            assert!(refused.contains(why), "{name}: {refused}");
+        }
+        added.add(0, &socket("frozen/socket"), Vec::new()).unwrap();
+        added.give(0, &[], 7, &disk).unwrap();
+        let mut hear = |listener: &UnixListener| {
+            let mut ours = UnixStream::from(added.connection(7).unwrap());
+            let (mut theirs, _) = listener.accept().unwrap();
+            theirs.write_all(b"x").unwrap();
+            ours.read_exact(&mut [0]).unwrap();
+        };
+        hear(&first);
+        // The daemon left, and another one listens.
+        drop(first);
+        fs::remove_file(at("frozen/socket")).unwrap();
+        hear(&UnixListener::bind(at("frozen/socket")).unwrap());
+        let refused = added.connection(7).unwrap_err();
+        assert!(refused.contains("cannot connect"), "{refused}");
+        // A connection serves once, and is one.
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let given = Addition::GivenSocket;
+        added.add(1, &given, vec![ours.into()]).unwrap();
+        added.give(1, &[], 8, &disk).unwrap();
+        added.connection(8).unwrap();
+        assert!(added.connection(8).unwrap_err().contains("once"));
+        let file = File::open(at("outside/d")).unwrap();
+        let refused = added.add(2, &given, vec![file.into()]).unwrap_err();
+        assert!(refused.contains("not a socket"), "{refused}");
+        assert!(added.add(2, &given, Vec::new()).is_err());
     }
 
     #[test]

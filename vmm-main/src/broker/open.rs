@@ -312,6 +312,13 @@ fn folder(path: &Path) -> Result<OwnedFd, String> {
         })
 }
 
+/// Connects to somebody else's device process at the socket that `at` holds, which the user knows as `path`.
+pub(super) fn connect_at(path: &Path, at: &File) -> Result<OwnedFd, String> {
+    let held = format!("/proc/self/fd/{}", at.as_raw_fd());
+    let connected = connect_unix(Path::new(&held)).map(OwnedFd::from);
+    connected.map_err(|e| format!("{}: cannot connect: {e}", path.display()))
+}
+
 /// Connects to somebody else's device process.
 fn foreign(option: &str, path: &Path) -> Result<OwnedFd, String> {
     connect_unix(path).map(OwnedFd::from).map_err(|e| {

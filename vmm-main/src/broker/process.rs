@@ -443,6 +443,9 @@ impl Broker {
         // Another file at the same path would be another disk, in the middle of the guest's work.
         let backend = match (self.holds.get(&index), &grant.backend) {
             (_, BackendGrant::Given) => self.added.duplicates(index)?,
+            (_, BackendGrant::Socket { .. }) if self.plugged.contains_key(&index) => {
+                vec![self.added.connection(index)?]
+            }
             (Some(hold), _) => hold.reopen(&grant.backend)?,
             (None, _) => open::backend(&grant.backend, grant.spec.id(), &self.inherited)?,
         };

@@ -508,7 +508,7 @@ impl super::Draft {
     pub(super) fn hotplug(&mut self, props: &Props<'_>) -> Result<(), CmdlineError> {
         let readonly = props.bool("readonly").unwrap_or(false);
         let mut grants = Vec::new();
-        let places = ["images", "folders", "tap"].map(|key| (key, props.text(key)));
+        let places = ["images", "folders", "sockets", "tap"].map(|key| (key, props.text(key)));
         for (key, value) in places {
             let Some(value) = value else { continue };
             if key == "tap" {
@@ -527,17 +527,19 @@ impl super::Draft {
                     "{key}={value} is not valid; allowed: an absolute path without '..'"
                 )));
             }
-            grants.push(if key == "images" {
-                AdditionGrant::Images { path, readonly }
-            } else {
-                AdditionGrant::Folders { path, readonly }
+            grants.push(match key {
+                "images" => AdditionGrant::Images { path, readonly },
+                "sockets" => AdditionGrant::Sockets { path },
+                _ => AdditionGrant::Folders { path, readonly },
             });
         }
         if grants.len() != 1 {
-            return Err(props.error("exactly one of images, folders and tap is needed"));
+            return Err(props.error("exactly one of images, folders, sockets and tap is needed"));
         }
-        if props.has("readonly") && props.has("tap") {
-            return Err(props.error("readonly says nothing about a tap"));
+        for key in ["tap", "sockets"] {
+            if props.has("readonly") && props.has(key) {
+                return Err(props.error(format!("readonly says nothing about {key}")));
+            }
         }
         if self.spec.hotplug.len() == limits::MAX_HOTPLUG_GRANTS {
             return Err(props.error(format!(

@@ -323,6 +323,12 @@ const HOTPLUG: &[Shape] = &[one(
             "a tap device that may become a card",
         ),
         key(
+            "sockets",
+            Kind::Path,
+            "",
+            "a folder: a vhost-user daemon that listens at a socket anywhere beneath it may serve a device; it gets all of the guest's memory",
+        ),
+        key(
             "readonly",
             Kind::Bool,
             "off",

@@ -495,7 +495,7 @@ impl Vm {
                 }));
             }
             VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
-            VmCommand::Chardevs(reply) => reply.send(Ok(self.parts.chardevs.info())),
+            VmCommand::Chardevs(reply) => reply.send(Ok(self.chardevs())),
             VmCommand::Facts(reply) => reply.send(self.facts()),
             VmCommand::Blockstats(reply) => reply.send(self.counted()),
             VmCommand::Workloads(reply) => reply.send(Ok(self.supervisor.workloads())),

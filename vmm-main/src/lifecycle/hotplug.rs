@@ -20,6 +20,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use ipc::control::{BackendGrant, DeviceGrant, Request};
@@ -29,7 +30,10 @@ use ipc::limits::{
 use ipc::log::{error, info};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::ImageFormat;
-use ipc::spec::vm::{DeviceKind, DeviceOption, DriveSpec, IothreadSpec, RestartPolicy, VmSpec};
+use ipc::spec::vm::{
+    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, DriveSpec, IothreadSpec, NetBackend,
+    RestartPolicy, VmSpec,
+};
 use nix::sys::epoll::EpollFlags;
 
 use super::event_loop::{DEVICES, End, PLUGS, Parts, Vm, borrow, lock};
@@ -38,7 +42,9 @@ use super::supervise::Told;
 use super::with_causes;
 use crate::broker::{DeviceExit, Notice};
 use crate::machine::microvm::{self, Microvm};
-use crate::qmp::{BackendKind, Event, NewBackend, NewDevice, NodeOver, QmpError, Reply};
+use crate::qmp::{
+    BackendKind, ChardevInfo, Event, NewBackend, NewDevice, NodeOver, QmpError, Reply,
+};
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::remote::Handshake;
 
@@ -142,7 +148,9 @@ struct Plugging {
     unit: usize,
     addr: u8,
     new: NewDevice,
-    spec: DeviceSpec,
+    /// As the broker has it, as far as is of interest here.
+    grant: DeviceGrant,
+    most: u16,
     pid: i32,
     handshake: Option<Handshake>,
     /// Its process hung up; its end, with its last words, is about to be told.
@@ -294,12 +302,40 @@ impl Hotplug {
         numbers
     }
 
+    /// Id of the netdev whose packets go to the chardev with this id.
+    fn netdev_over(&self, kind: BackendKind, chardev: &str) -> Option<String> {
+        let mut all = self.backends.iter();
+        let over = all.find(|one| match &one.what {
+            NewBackend::Netdev(netdev) => {
+                kind == BackendKind::Chardev
+                    && matches!(&netdev.backend, NetBackend::Daemon(id) if id == chardev)
+            }
+            _ => false,
+        });
+        over.map(|one| one.what.id().to_owned())
+    }
+
     fn free_user(&mut self, device: &str) {
         for backend in &mut self.backends {
             if backend.user.as_deref() == Some(device) {
                 backend.user = None;
             }
         }
+    }
+
+    /// Path of the socket that is number `number`, and whether a client passed a connection instead.
+    fn socket_of(&self, number: u32) -> (PathBuf, bool) {
+        let paths = self.backends.iter().filter(|one| one.number == number);
+        let mut paths = paths.filter_map(|one| match &one.what {
+            NewBackend::Chardev(ChardevSpec {
+                backend: ChardevBackend::Socket { path, .. },
+                ..
+            }) => Some(path.clone()),
+            _ => None,
+        });
+        let path = paths.next();
+        let passed = path.is_none();
+        (path.unwrap_or_default(), passed)
     }
 
     fn take_waiting(&mut self, number: u64) -> Option<Waiting> {
@@ -320,7 +356,7 @@ impl Hotplug {
         let coming = self
             .plugging
             .iter()
-            .filter(|plugging| Kind::of(&plugging.spec) == kind);
+            .filter(|plugging| Kind::of(&plugging.grant.spec) == kind);
         there.count() + coming.count()
     }
 
@@ -329,7 +365,8 @@ impl Hotplug {
         (0..=u8::MAX)
             .find(|addr| {
                 let taken = |unit: &Unit| unit.kind == kind && unit.addr == *addr;
-                let coming = |one: &Plugging| Kind::of(&one.spec) == kind && one.addr == *addr;
+                let coming =
+                    |one: &Plugging| Kind::of(&one.grant.spec) == kind && one.addr == *addr;
                 !self.units.iter().any(taken) && !self.plugging.iter().any(coming)
             })
             .unwrap_or(u8::MAX)
@@ -378,13 +415,21 @@ impl Vm {
             BackendKind::Drive => spec.drives.iter().any(|one| one.id == id),
             BackendKind::Netdev => spec.netdevs.iter().any(|one| one.id == id),
             BackendKind::Fsdev => spec.fsdevs.iter().any(|one| one.id == id),
+            BackendKind::Chardev => spec.chardevs.iter().any(|one| one.id == id),
         };
         let hidden = kind == BackendKind::Drive && self.hotplug.over(&id).is_some();
         if cold || hidden || self.hotplug.backend(kind, &id).is_some() {
-            reply.send(Err(generic(format!(
-                "{} '{id}' exists already",
-                kind.noun()
-            ))));
+            reply.send(Err(generic(match kind {
+                BackendKind::Chardev => format!("Chardev with id '{id}' already exists"),
+                _ => format!("{} '{id}' exists already", kind.noun()),
+            })));
+            return Ok(());
+        }
+        if let NewBackend::Netdev(netdev) = &what
+            && let NetBackend::Daemon(chardev) = &netdev.backend
+        {
+            let chardev = chardev.clone();
+            reply.send(self.put_card_behind(&chardev, what));
             return Ok(());
         }
         if let NewBackend::Drive(drive, Some(lower)) = &mut what
@@ -437,7 +482,22 @@ impl Vm {
             ))));
             return Ok(());
         }
+        let behind = self.hotplug.netdev_over(kind, id);
+        if let Some(netdev) = behind {
+            info!("chardev {id} is in use by netdev {netdev}");
+            reply.send(Err(generic(format!("Chardev '{id}' is busy"))));
+            return Ok(());
+        }
+        let cold = self.parts.spec.chardevs.iter().any(|one| one.id == id);
         let refused = match self.hotplug.backend(kind, id) {
+            None if kind == BackendKind::Chardev => Some(if cold {
+                format!("Chardev '{id}' is of the command line, and stays as long as the VM")
+            } else {
+                format!("Chardev '{id}' not found")
+            }),
+            Some(Backend { user: Some(_), .. }) if kind == BackendKind::Chardev => {
+                Some(format!("Chardev '{id}' is busy"))
+            }
             // The node that was put over another goes, and that one is there again.
             Some(
                 backend @ Backend {
@@ -471,18 +531,77 @@ impl Vm {
             reply.send(Err(generic(refused)));
             return Ok(());
         }
-        let mut number = 0;
+        let (mut number, mut chardevs_own) = (0, false);
         self.hotplug.backends.retain(|backend| {
             let gone = backend.what.kind() == kind && backend.what.id() == id;
             if gone {
                 number = backend.number;
+                chardevs_own = kind == BackendKind::Netdev && backend.what.is_foreign();
             }
             !gone
         });
+        if chardevs_own {
+            // The broker knows of the chardev only, which stays.
+            reply.send(Ok(()));
+            return Ok(());
+        }
         self.ask_broker(
             &Request::Remove { backend: number },
             Waiting::Remove { reply },
         )
+    }
+
+    /// `netdev_add` of a card whose packets somebody else's daemon moves.
+    fn put_card_behind(&mut self, chardev: &str, what: NewBackend) -> Result<(), QmpError> {
+        let behind = self.hotplug.netdev_over(BackendKind::Chardev, chardev);
+        let found = self.hotplug.backend(BackendKind::Chardev, chardev);
+        let Some(Backend {
+            open: true,
+            user,
+            number,
+            ..
+        }) = found
+        else {
+            return Err(generic(format!("chardev \"{chardev}\" not found")));
+        };
+        if user.is_some() || behind.is_some() {
+            return Err(generic(format!("Chardev '{chardev}' is busy")));
+        }
+        let number = *number;
+        self.hotplug.backends.push(Backend {
+            what,
+            number,
+            open: true,
+            user: None,
+            below: None,
+        });
+        Ok(())
+    }
+
+    /// `query-chardev`
+    pub(super) fn chardevs(&self) -> Vec<ChardevInfo> {
+        let mut all = self.parts.chardevs.info();
+        let open = self.hotplug.backends.iter().filter(|one| one.open);
+        all.extend(open.filter_map(|backend| {
+            let NewBackend::Chardev(chardev) = &backend.what else {
+                return None;
+            };
+            let netdev = self.hotplug.netdev_over(BackendKind::Chardev, &chardev.id);
+            let netdev = netdev.and_then(|id| {
+                let mut all = self.hotplug.backends.iter();
+                all.find(|one| one.what.kind() == BackendKind::Netdev && one.what.id() == id)
+            });
+            Some(ChardevInfo {
+                label: chardev.id.clone(),
+                filename: match &chardev.backend {
+                    ChardevBackend::Socket { path, .. } => format!("unix:{}", path.display()),
+                    _ => "fd".into(),
+                },
+                frontend_open: backend.user.is_some()
+                    || netdev.is_some_and(|netdev| netdev.user.is_some()),
+            })
+        }));
+        all
     }
 
     /// `blockdev-add` of a format over a node.
@@ -580,6 +699,7 @@ impl Vm {
                 NewBackend::Drive(drive, _) => spec.drives.push(drive.clone()),
                 NewBackend::Netdev(netdev) => spec.netdevs.push(netdev.clone()),
                 NewBackend::Fsdev(fsdev) => spec.fsdevs.push(fsdev.clone()),
+                NewBackend::Chardev(chardev) => spec.chardevs.push(chardev.clone()),
             }
         }
         spec
@@ -590,21 +710,39 @@ impl Vm {
         match self.prepare(&new) {
             Ok((unit, addr, (number, below), spec)) => {
                 let (kind, name) = new.backend();
+                let mut source = BackendGrant::Given;
+                let mut passed = false;
                 if let Some(backend) = self.hotplug.backend(kind, name) {
                     backend.user = Some(new.id.clone());
+                    if backend.what.is_foreign() {
+                        let (path, given) = self.hotplug.socket_of(number);
+                        passed = given;
+                        source = BackendGrant::Socket {
+                            option: "chardev-add".into(),
+                            path,
+                        };
+                    }
                 }
+                let iothread = self.iothread_of(&new);
                 let request = Request::Plug {
                     index: unit as u32,
                     backend: number,
                     below,
                     spec: spec.clone(),
-                    iothread: self.iothread_of(&new),
+                    iothread,
                 };
+                let grant = DeviceGrant {
+                    spec,
+                    backend: source,
+                    iothread,
+                };
+                let most = new.restarts(passed);
                 self.hotplug.plugging.push(Plugging {
                     unit,
                     addr,
                     new,
-                    spec,
+                    grant,
+                    most,
                     pid: 0,
                     handshake: None,
                     failed: None,
@@ -655,6 +793,7 @@ impl Vm {
         let mac = self.unused_mac();
         let vcpus = u16::from(self.parts.spec.cpus.cpus);
         let (kind, name) = new.backend();
+        let behind = self.hotplug.netdev_over(kind, name);
         let hotplug = &self.hotplug;
         let is = |one: &&Backend| one.what.kind() == kind && one.what.id() == name;
         let Some(backend) = hotplug.backends.iter().find(is) else {
@@ -670,6 +809,11 @@ impl Vm {
             return Err(generic(format!(
                 "{} '{name}' is in use by device '{user}'",
                 kind.noun()
+            )));
+        }
+        if let Some(netdev) = behind {
+            return Err(generic(format!(
+                "Chardev '{name}' is in use by netdev '{netdev}'"
             )));
         }
         if kind == BackendKind::Drive
@@ -907,9 +1051,14 @@ impl Vm {
                 reply.send(Ok(()));
             }
             (Waiting::Add { number, reply }, Err(why)) => {
-                self.hotplug
-                    .backends
-                    .retain(|backend| backend.number != number);
+                let mut why = why;
+                self.hotplug.backends.retain(|backend| {
+                    let failed = backend.number == number;
+                    if failed && backend.what.kind() == BackendKind::Chardev {
+                        why = format!("Failed to add chardev '{}': {why}", backend.what.id());
+                    }
+                    !failed
+                });
                 reply.send(Err(generic(why)));
             }
             (Waiting::Remove { reply }, answer) => {
@@ -952,7 +1101,7 @@ impl Vm {
             return Ok(());
         };
         plugging.pid = pid;
-        let begun = Handshake::begin(socket, &plugging.spec)
+        let begun = Handshake::begin_for(socket, &plugging.grant)
             .map_err(|e| with_causes(&e))
             .and_then(|handshake| {
                 self.poller
@@ -980,7 +1129,9 @@ impl Vm {
             Ok(true) => {}
             Err(error) => {
                 let why = with_causes(&error);
-                if error.is_hang_up() && plugging.failed.is_none() {
+                // Nobody tells of the end of somebody else's.
+                let own = !plugging.grant.is_foreign();
+                if own && error.is_hang_up() && plugging.failed.is_none() {
                     // Its last words say more.
                     let deaf = self.poller.remove(&*handshake);
                     plugging.failed = Some(why.clone());
@@ -1041,7 +1192,10 @@ impl Vm {
         } else {
             format!(": {}", exit.last_words)
         };
-        let why = format!("device {}: its process ended{words}", plugging.spec.id());
+        let why = format!(
+            "device {}: its process ended{words}",
+            plugging.grant.spec.id()
+        );
         self.undo(unit, why)
     }
 
@@ -1071,10 +1225,13 @@ impl Vm {
         let Some(at) = self.hotplug.plugging.iter().position(|p| p.unit == unit) else {
             return Ok(());
         };
-        let (spec, pid, most) = {
+        let (grant, pid, most) = {
             let plugging = &self.hotplug.plugging[at];
-            (plugging.spec.clone(), plugging.pid, plugging.new.most)
+            (plugging.grant.clone(), plugging.pid, plugging.most)
         };
+        if grant.is_foreign() && most > 0 {
+            fresh.check_account().map_err(|e| told(&e))?;
+        }
         let Some(machine) = &mut self.parts.machine else {
             return Err("machine none takes no devices".into());
         };
@@ -1107,7 +1264,7 @@ impl Vm {
                 }
                 self.parts.transports.push(transport.clone());
                 self.supervise_unit(|supervisor, cx| {
-                    supervisor.add(spec.clone(), &transport, most, pid, cx)
+                    supervisor.add(&grant, &transport, most, pid, cx)
                 })?;
             }
             Some(transport) => {
@@ -1139,13 +1296,13 @@ impl Vm {
                     if !back {
                         return Err(format!(
                             "device {}: its process does not take its queues",
-                            spec.id()
+                            grant.spec.id()
                         ));
                     }
                 }
                 machine.revive_mmio(unit);
                 self.supervise_unit(|supervisor, cx| {
-                    supervisor.replace(unit, spec.clone(), most, pid, cx)
+                    supervisor.replace(unit, &grant, most, pid, cx)
                 })?;
             }
         }
@@ -1156,7 +1313,11 @@ impl Vm {
         {
             error!("{}", with_causes(&e));
         }
-        info!("device {} is process {pid}", plugging.spec.id());
+        if grant.is_foreign() {
+            info!("device {} is another process's", grant.spec.id());
+        } else {
+            info!("device {} is process {pid}", grant.spec.id());
+        }
         if let Some(reply) = plugging.reply {
             reply.send(Ok(()));
         }
@@ -1186,27 +1347,21 @@ impl Vm {
     fn record(&mut self, unit: usize, plugging: &Plugging) {
         let option = DeviceOption {
             id: plugging.new.id.clone(),
-            kind: plugging.new.option(&plugging.spec),
+            kind: plugging.new.option(&plugging.grant.spec),
             iothread: plugging.new.iothread.clone(),
             restart: RestartPolicy {
-                most: plugging.new.most,
+                most: plugging.most,
             },
             bootindex: None,
         };
-        // What the broker has; only the spec is of interest here.
-        let grant = DeviceGrant {
-            spec: plugging.spec.clone(),
-            backend: BackendGrant::Given,
-            iothread: self.iothread_of(&plugging.new),
-        };
         let record = Unit {
-            kind: Kind::of(&plugging.spec),
+            kind: Kind::of(&plugging.grant.spec),
             addr: plugging.addr,
             device: Some(plugging.new.id.clone()),
         };
         let Parts { spec, plan, .. } = &mut self.parts;
         put(&mut spec.devices, unit, option);
-        put(&mut plan.policy.devices, unit, grant);
+        put(&mut plan.policy.devices, unit, plugging.grant.clone());
         put(&mut plan.devices, unit, unit as u32);
         put(&mut self.hotplug.units, unit, record);
     }

@@ -223,6 +223,15 @@ impl Budget {
     }
 }
 
+/// What the process of a device is that has just been put in.
+fn serving(grant: &DeviceGrant, pid: i32) -> Process {
+    if grant.is_foreign() {
+        Process::Foreign
+    } else {
+        Process::Serving { pid }
+    }
+}
+
 impl Supervisor {
     /// Watches over `transports`, whose processes serve. `most` are the devices' restarts. Tokens from `attentions` and
     /// from `sockets` on belong to this, one a device each.
@@ -452,6 +461,8 @@ impl Supervisor {
                     error!("{message}");
                     Ok(())
                 }
+                // It was taken out meanwhile.
+                Some(Asked::Start(index)) if self.is_unplugged(index) => Ok(()),
                 Some(Asked::Start(index)) if self.devices[index].foreign.is_some() => {
                     debug!("{message}");
                     self.try_later(index);
@@ -534,7 +545,7 @@ impl Supervisor {
     /// Watches over one device more, whose process `pid` serves: the one after all others.
     pub(super) fn add(
         &mut self,
-        spec: DeviceSpec,
+        grant: &DeviceGrant,
         transport: &SharedTransport,
         most: u16,
         pid: i32,
@@ -546,26 +557,44 @@ impl Supervisor {
             self.attentions + self.devices.len() as u64,
             EpollFlags::EPOLLIN,
         )?;
+        let index = self.devices.len() as u64;
         self.devices.push(Device {
-            foreign: None,
-            spec,
+            foreign: grant.is_foreign().then(|| grant.clone()),
+            spec: grant.spec.clone(),
             transport: transport.clone(),
             attention,
             budget: Budget::new(most),
-            process: Process::Serving { pid },
+            process: serving(grant, pid),
             since: None,
             upgrade: None,
             retired: None,
             back: None,
         });
-        Ok(())
+        self.watch_foreign(grant, transport, index, cx)
+    }
+
+    /// Somebody else's daemon may leave.
+    fn watch_foreign(
+        &self,
+        grant: &DeviceGrant,
+        transport: &SharedTransport,
+        index: u64,
+        cx: &Context<'_>,
+    ) -> Result<(), Errno> {
+        match lock(transport).device_socket() {
+            Some(socket) if grant.is_foreign() => {
+                cx.poller
+                    .add(socket, self.sockets + index, EpollFlags::EPOLLRDHUP)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Another device is behind the registers of `index`, which was unplugged. `pid` serves.
     pub(super) fn replace(
         &mut self,
         index: usize,
-        spec: DeviceSpec,
+        grant: &DeviceGrant,
         most: u16,
         pid: i32,
         cx: &Context<'_>,
@@ -583,21 +612,33 @@ impl Supervisor {
             )?;
         }
         device.attention = attention;
-        device.spec = spec;
+        device.foreign = grant.is_foreign().then(|| grant.clone());
+        device.spec = grant.spec.clone();
         device.budget = Budget::new(most);
-        device.process = Process::Serving { pid };
+        device.process = serving(grant, pid);
         device.since = None;
-        Ok(())
+        device.back = None;
+        let transport = device.transport.clone();
+        self.watch_foreign(grant, &transport, index as u64, cx)
     }
 
     /// Whether device `index` may be taken out now: not while one of its processes takes the place of another.
     pub(super) fn is_settled(&self, index: usize) -> bool {
         self.devices.get(index).is_some_and(|device| {
-            matches!(
-                device.process,
-                Process::Serving { .. } | Process::Failed | Process::Foreign
-            ) && device.upgrade.is_none()
+            // Nobody here waits for the end of somebody else's.
+            let foreign = device.foreign.is_some();
+            (foreign
+                || matches!(
+                    device.process,
+                    Process::Serving { .. } | Process::Failed | Process::Foreign
+                ))
+                && device.upgrade.is_none()
         }) && !self.is_settling(index)
+    }
+
+    fn is_unplugged(&self, index: usize) -> bool {
+        let device = self.devices.get(index);
+        device.is_some_and(|device| matches!(device.process, Process::Unplugged))
     }
 
     /// Whether one of two processes of device `index` is about to end.
@@ -1019,7 +1060,8 @@ impl Supervisor {
         socket: UnixStream,
         cx: &mut Context<'_>,
     ) -> Result<(), ClientError> {
-        let Some(device) = self.devices.get_mut(index) else {
+        let unplugged = self.is_unplugged(index);
+        let Some(device) = self.devices.get_mut(index).filter(|_| !unplugged) else {
             return Ok(());
         };
         let begun = match &device.foreign {

@@ -1,6 +1,6 @@
 //! What crosses to the main thread when something is added to the running VM.
 //!
-//! **Job.** The typed form of `blockdev-add`, `netdev_add`, `fsdev-add` and `device_add`. **Who is not trusted.** The client;
+//! **Job.** The typed form of `blockdev-add`, `netdev_add`, `fsdev-add`, `chardev-add` and `device_add`. **Who is not trusted.** The client;
 //! every value is within its range here, and nothing has been opened. **Why this way.** The same spec types as the command
 //! line gives, so that a device that is added later is made of the same parts as one that was there from the start.
 
@@ -10,7 +10,7 @@ use ipc::spec::block::{Aio, BlockIo, BlockSpec, DetectZeroes, ImageFormat};
 use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::spec::ids::Translation;
 use ipc::spec::net::{Bucket, Limit, NetLimits, NetSpec};
-use ipc::spec::vm::{DriveSpec, FsdevSpec, NetBackend, NetdevSpec};
+use ipc::spec::vm::{ChardevBackend, ChardevSpec, DriveSpec, FsdevSpec, NetBackend, NetdevSpec};
 use ipc::spec::{DeviceSpec, vm::DeviceKind, vm::FsSource};
 
 use super::schema::Arguments;
@@ -24,6 +24,8 @@ pub enum NewBackend {
     Netdev(NetdevSpec),
     /// `fsdev-add`
     Fsdev(FsdevSpec),
+    /// `chardev-add`: where somebody else's vhost-user daemon listens, or a connection to it.
+    Chardev(ChardevSpec),
 }
 
 /// A format that is to be put over a node which was added before: what is not given is as it is there.
@@ -133,7 +135,7 @@ fn net_limits(arguments: &Arguments) -> NetLimits {
     }
 }
 
-/// Which of the three name spaces an id is in.
+/// Which of the four name spaces an id is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendKind {
     /// Of `blockdev-add`.
@@ -142,6 +144,8 @@ pub enum BackendKind {
     Netdev,
     /// Of `fsdev-add`.
     Fsdev,
+    /// Of `chardev-add`.
+    Chardev,
 }
 
 impl BackendKind {
@@ -151,6 +155,7 @@ impl BackendKind {
             Self::Drive => "Block node",
             Self::Netdev => "Netdev",
             Self::Fsdev => "Fsdev",
+            Self::Chardev => "Chardev",
         }
     }
 }
@@ -191,13 +196,37 @@ impl NewBackend {
         let queues = given.or_else(|| small(&arguments, "queues"));
         Self::Netdev(NetdevSpec {
             id: arguments.required_text("id"),
-            backend: match arguments.text("ifname") {
-                Some(name) => NetBackend::TapName(name),
+            backend: match (arguments.text("chardev"), arguments.text("ifname")) {
+                (Some(chardev), _) => NetBackend::Daemon(chardev),
+                (None, Some(name)) => NetBackend::TapName(name),
                 // Their numbers are the broker's.
-                None => NetBackend::TapFds(Vec::new()),
+                (None, None) => NetBackend::TapFds(Vec::new()),
             },
             queues: queues.unwrap_or(1),
             limits: net_limits(&arguments),
+        })
+    }
+
+    /// `chardev-add`, whose address was checked to be a unix socket's or a descriptor.
+    pub(super) fn chardev(mut arguments: Arguments, fds: usize) -> Self {
+        let id = arguments.required_text("id");
+        let mut socket = arguments.object("backend").object("data");
+        let path = socket.object("addr").object("data").text("path");
+        Self::Chardev(ChardevSpec {
+            id,
+            backend: match path {
+                Some(path) if fds == 0 => ChardevBackend::Socket {
+                    path: path.into(),
+                    server: false,
+                    nowait: true,
+                },
+                // Its number is the broker's.
+                _ => ChardevBackend::Inherited {
+                    fd: -1,
+                    server: false,
+                    nowait: true,
+                },
+            },
         })
     }
 
@@ -228,6 +257,7 @@ impl NewBackend {
             Self::Drive(..) => BackendKind::Drive,
             Self::Netdev(_) => BackendKind::Netdev,
             Self::Fsdev(_) => BackendKind::Fsdev,
+            Self::Chardev(_) => BackendKind::Chardev,
         }
     }
 
@@ -237,6 +267,7 @@ impl NewBackend {
             Self::Drive(drive, _) => &drive.id,
             Self::Netdev(netdev) => &netdev.id,
             Self::Fsdev(fsdev) => &fsdev.id,
+            Self::Chardev(chardev) => &chardev.id,
         }
     }
 
@@ -265,7 +296,24 @@ impl NewBackend {
                 path: fsdev.path.clone(),
                 readonly: fsdev.readonly,
             },
+            Self::Chardev(ChardevSpec {
+                backend: ChardevBackend::Socket { path, .. },
+                ..
+            }) => Addition::Socket { path: path.clone() },
+            Self::Chardev(_) => Addition::GivenSocket,
         }
+    }
+
+    /// Whether somebody else's daemon is behind it.
+    pub const fn is_foreign(&self) -> bool {
+        matches!(
+            self,
+            Self::Chardev(_)
+                | Self::Netdev(NetdevSpec {
+                    backend: NetBackend::Daemon(_),
+                    ..
+                })
+        )
     }
 }
 
@@ -278,8 +326,8 @@ pub struct NewDevice {
     pub kind: NewKind,
     /// `iothread`
     pub iothread: Option<String>,
-    /// `restart`, `max-restarts`
-    pub most: u16,
+    /// `restart`, `max-restarts`; `None`: as is usual for its kind.
+    pub most: Option<u16>,
     /// `addr`: its number among the devices of its kind.
     pub addr: Option<u8>,
 }
@@ -318,16 +366,38 @@ pub enum NewKind {
         /// `queue-size`
         queue_size: u16,
     },
+    /// `vhost-user-blk-device`
+    ForeignBlock {
+        /// `chardev`
+        chardev: String,
+        /// `num-queues`
+        num_queues: Option<u16>,
+        /// `queue-size`
+        queue_size: u16,
+    },
+    /// `vhost-user-fs-device`
+    ForeignFs {
+        /// `chardev`
+        chardev: String,
+        /// `tag`, or the device's id.
+        tag: String,
+        /// `num-request-queues`
+        request_queues: u16,
+        /// `queue-size`
+        queue_size: u16,
+    },
 }
 
 /// Drivers that `device_add` knows; StratoVirt's clients write `-mmio`.
-pub(super) const DRIVERS: [&str; 6] = [
+pub(super) const DRIVERS: [&str; 8] = [
     "virtio-blk-device",
     "virtio-blk-mmio",
     "virtio-net-device",
     "virtio-net-mmio",
     "virtio-fs-device",
     "virtio-fs-mmio",
+    "vhost-user-blk-device",
+    "vhost-user-fs-device",
 ];
 
 fn small<T: TryFrom<u64>>(arguments: &Arguments, name: &str) -> Option<T> {
@@ -344,14 +414,39 @@ impl NewDevice {
         let driver = arguments.required_text("driver");
         let queue_size = small(&arguments, "queue-size");
         let behind = |name: Option<String>| name.unwrap_or_else(|| id.clone());
-        let kind = match driver.split('-').nth(1) {
-            Some("blk") => NewKind::Block {
+        let chardev = arguments.text("chardev");
+        let foreign = driver.starts_with("vhost-user-");
+        match &chardev {
+            None if foreign => return Err("Parameter 'chardev' is missing".into()),
+            Some(_) if !foreign => {
+                return Err(format!(
+                    "Property '{driver}.chardev' not found; a card's is of its netdev"
+                ));
+            }
+            _ => {}
+        }
+        let request_queues = small(&arguments, "num-request-queues").unwrap_or(1);
+        let num_queues = small(&arguments, "num-queues");
+        let part = if foreign { 2 } else { 1 };
+        let kind = match (driver.split('-').nth(part), chardev) {
+            (Some("blk"), Some(chardev)) => NewKind::ForeignBlock {
+                chardev,
+                num_queues,
+                queue_size: queue_size.unwrap_or(limits::FOREIGN_DISK_QUEUE_SIZE),
+            },
+            (_, Some(chardev)) => NewKind::ForeignFs {
+                chardev,
+                tag: behind(arguments.text("tag")),
+                request_queues,
+                queue_size: queue_size.unwrap_or(limits::MAX_FS_QUEUE_SIZE),
+            },
+            (Some("blk"), None) => NewKind::Block {
                 drive: behind(arguments.text("drive")),
                 serial: arguments.text("serial"),
-                num_queues: small(&arguments, "num-queues"),
+                num_queues,
                 queue_size: queue_size.unwrap_or(limits::DEFAULT_QUEUE_SIZE),
             },
-            Some("net") => NewKind::Net {
+            (Some("net"), None) => NewKind::Net {
                 netdev: behind(arguments.text("netdev")),
                 mac: match arguments.text("mac") {
                     None => None,
@@ -361,10 +456,10 @@ impl NewDevice {
                 },
                 queue_size: queue_size.unwrap_or(limits::DEFAULT_QUEUE_SIZE),
             },
-            _ => NewKind::Fs {
+            (_, None) => NewKind::Fs {
                 fsdev: behind(arguments.text("fsdev")),
                 tag: behind(arguments.text("tag")),
-                request_queues: small(&arguments, "num-request-queues").unwrap_or(1),
+                request_queues,
                 queue_size: queue_size.unwrap_or(limits::MAX_FS_QUEUE_SIZE),
             },
         };
@@ -372,9 +467,12 @@ impl NewDevice {
             None => None,
             Some(text) => Some(read_addr(&text, &kind)?),
         };
+        let given = small(&arguments, "max-restarts");
         let most = match arguments.flag("restart") {
-            Some(false) => 0,
-            _ => small(&arguments, "max-restarts").unwrap_or(limits::DEFAULT_RESTARTS),
+            Some(false) => Some(0),
+            Some(true) => Some(given.unwrap_or(limits::DEFAULT_RESTARTS)),
+            None if foreign => None,
+            None => given,
         };
         Ok(Self {
             iothread: arguments.text("iothread"),
@@ -391,6 +489,23 @@ impl NewDevice {
             NewKind::Block { drive, .. } => (BackendKind::Drive, drive),
             NewKind::Net { netdev, .. } => (BackendKind::Netdev, netdev),
             NewKind::Fs { fsdev, .. } => (BackendKind::Fsdev, fsdev),
+            NewKind::ForeignBlock { chardev, .. } | NewKind::ForeignFs { chardev, .. } => {
+                (BackendKind::Chardev, chardev)
+            }
+        }
+    }
+
+    /// How often its process, or the connection to somebody else's, may be another one. A daemon may not know what a disk's or a
+    /// folder's guest had under way; a connection that a client passed cannot be made again.
+    pub fn restarts(&self, passed: bool) -> u16 {
+        let foreign = matches!(
+            self.kind,
+            NewKind::ForeignBlock { .. } | NewKind::ForeignFs { .. }
+        );
+        match self.most {
+            _ if passed => 0,
+            None if foreign => 0,
+            most => most.unwrap_or(limits::DEFAULT_RESTARTS),
         }
     }
 
@@ -430,7 +545,8 @@ impl NewDevice {
                 mac: mac.unwrap_or(default_mac),
                 queue_pairs: netdev.queues,
                 queue_size: *queue_size,
-                control_queue: true,
+                // Daemons leave it to the front end, and ours reads no queue.
+                control_queue: !backend.is_foreign(),
                 limits: netdev.limits,
             }),
             (
@@ -453,6 +569,44 @@ impl NewDevice {
                 request_queues: *request_queues,
                 queue_size: *queue_size,
                 // Its place in the guest's memory would have to be made while the guest runs.
+                window: 0,
+            }),
+            (
+                NewKind::ForeignBlock {
+                    num_queues,
+                    queue_size,
+                    ..
+                },
+                NewBackend::Chardev(_),
+            ) => DeviceSpec::Block(BlockSpec {
+                // What the daemon knows better is not said here, as for one of the command line.
+                id,
+                readonly: false,
+                direct: false,
+                serial: String::new(),
+                num_queues: num_queues.unwrap_or(vcpus.min(limits::MAX_BLOCK_QUEUES)),
+                queue_size: *queue_size,
+                io: BlockIo::default(),
+            }),
+            (
+                NewKind::ForeignFs {
+                    tag,
+                    request_queues,
+                    queue_size,
+                    ..
+                },
+                NewBackend::Chardev(_),
+            ) => DeviceSpec::Fs(FsSpec {
+                id,
+                tag: tag.clone(),
+                readonly: false,
+                cache: FsCache::default(),
+                xattr: false,
+                posix_acl: false,
+                users: Translation::default(),
+                groups: Translation::default(),
+                request_queues: *request_queues,
+                queue_size: *queue_size,
                 window: 0,
             }),
             _ => return None,
@@ -487,6 +641,26 @@ impl NewDevice {
                 queue_size: *queue_size,
                 window: 0,
             },
+            (
+                NewKind::ForeignFs {
+                    chardev,
+                    tag,
+                    request_queues,
+                    queue_size,
+                },
+                _,
+            ) => DeviceKind::Fs {
+                source: FsSource::Chardev(chardev.clone()),
+                tag: tag.clone(),
+                request_queues: *request_queues,
+                queue_size: *queue_size,
+                window: 0,
+            },
+            (NewKind::ForeignBlock { chardev, .. }, _) => DeviceKind::ForeignBlock {
+                chardev: chardev.clone(),
+                num_queues: spec.num_queues(),
+                queue_size: spec.queue_size(),
+            },
             _ => DeviceKind::Block {
                 drive: self.backend().1.to_owned(),
                 serial: match &self.kind {
@@ -503,9 +677,9 @@ impl NewDevice {
 /// `0x1`, as StratoVirt's clients write it, or `1`.
 fn read_addr(text: &str, kind: &NewKind) -> Result<u8, String> {
     let most = match kind {
-        NewKind::Block { .. } => limits::MAX_MICROVM_DISKS,
+        NewKind::Block { .. } | NewKind::ForeignBlock { .. } => limits::MAX_MICROVM_DISKS,
         NewKind::Net { .. } => limits::MAX_MICROVM_NICS,
-        NewKind::Fs { .. } => limits::MAX_MMIO_DEVICES,
+        NewKind::Fs { .. } | NewKind::ForeignFs { .. } => limits::MAX_MMIO_DEVICES,
     } - 1;
     let number = match text.strip_prefix("0x") {
         Some(hex) => u8::from_str_radix(hex, 16).ok(),

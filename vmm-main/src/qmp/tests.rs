@@ -734,15 +734,108 @@ fn what_there_is_not_is_told_by_an_empty_answer_or_a_reason() {
             "Migration parameter 'max-bandwidth' is not available; allowed: none",
         ),
         (
-            "{'execute':'chardev-add','arguments':{'id':'c','backend':{'type':'null','data':{}}}}",
-            "Chardev 'c' cannot be added: character devices are those of -chardev, since no device that is added later uses one",
-        ),
-        (
             "{'execute':'query-stats','arguments':{'target':'cryptodev'}}",
             "Parameter 'target' does not accept value 'cryptodev'; allowed: vm, vcpu",
         ),
     ] {
         assert_eq!(error_of(&client.ask(request)), ("GenericError", desc));
+    }
+}
+
+#[test]
+fn character_devices_that_cannot_be_added_are_refused_with_the_reason() {
+    let (mut client, _handle, commands) = pair();
+    client.negotiate();
+    let add = |backend: &str| {
+        format!("{{'execute':'chardev-add','arguments':{{'id':'c','backend':{backend}}}}}")
+    };
+    let socket = |kind: &str, data: &str| {
+        add(&format!(
+            "{{'type':'socket','data':{{'addr':{{'type':'{kind}','data':{{{data}}}}}}}}}"
+        ))
+    };
+    for (request, desc) in [
+        (
+            add("{'type':'null','data':{}}"),
+            "Parameter 'backend.type' does not accept value 'null'; allowed: socket",
+        ),
+        (
+            add("{'type':'socket','data':{}}"),
+            "Parameter 'backend.data.addr' is missing",
+        ),
+        (
+            socket("inet", "'host':'h','port':'1'"),
+            "Parameter 'backend.data.addr.type' does not accept value 'inet'; allowed: unix, fd",
+        ),
+        (
+            socket("unix", "'str':'x'"),
+            "Parameter 'backend.data.addr.data.str' is unexpected; allowed: path, abstract, tight",
+        ),
+        (
+            socket("unix", ""),
+            "Parameter 'backend.data.addr.data.path' is missing",
+        ),
+        (
+            socket("unix", "'path':'/x','abstract':true"),
+            "Parameter 'backend.data.addr.data.abstract' is true; allowed: false",
+        ),
+        (
+            socket("fd", "'str':'nofd'"),
+            "File descriptor named 'nofd' not found",
+        ),
+        (
+            "{'execute':'netdev_add','arguments':{'id':'n','type':'vhost-user'}}".into(),
+            "Parameter 'chardev' is missing",
+        ),
+        (
+            "{'execute':'netdev_add','arguments':{'id':'n','type':'vhost-user','chardev':'c','queues':2}}".into(),
+            "Parameter 'queues' is not 1; allowed with vhost-user: 1",
+        ),
+        (
+            "{'execute':'netdev_add','arguments':{'id':'n','type':'vhost-user','chardev':'c','ifname':'t'}}".into(),
+            "Parameter 'ifname' is unexpected: not of type vhost-user",
+        ),
+        (
+            "{'execute':'netdev_add','arguments':{'id':'n','ifname':'t','chardev':'c'}}".into(),
+            "Parameter 'chardev' is unexpected: of type vhost-user",
+        ),
+    ] {
+        assert_eq!(error_of(&client.ask(&request)), ("GenericError", desc));
+    }
+    // As Kata and libvirt write it.
+    client.send(&add(
+        "{'type':'socket','data':{'wait':false,'server':false,'addr':{'type':'unix','data':{'path':'/run/x'}}}}",
+    ));
+    let VmCommand::BackendAdd(what, fds, reply) = wait_command(&commands) else {
+        panic!("a socket is not taken");
+    };
+    assert!(fds.is_empty());
+    assert_eq!(
+        what.addition(false),
+        ipc::control::added::Addition::Socket {
+            path: "/run/x".into()
+        }
+    );
+    reply.send(Ok(()));
+    assert_eq!(client.line(), json!({ "return": {} }));
+    for (arguments, why) in [
+        (
+            "'driver':'vhost-user-fs-device'",
+            "Parameter 'chardev' is missing",
+        ),
+        (
+            "'driver':'virtio-net-device','chardev':'c'",
+            "Property 'virtio-net-device.chardev' not found; a card's is of its netdev",
+        ),
+    ] {
+        client.send(&format!(
+            "{{'execute':'device_add','arguments':{{'id':'d',{arguments}}}}}"
+        ));
+        let VmCommand::Wrong(said, reply) = wait_command(&commands) else {
+            panic!("{arguments} is taken");
+        };
+        reply.send(Err(QmpError::generic(said)));
+        assert_eq!(error_of(&client.line()), ("GenericError", why));
     }
 }
 

@@ -1,12 +1,12 @@
 //! What comes to the running VM and goes.
 
-use crate::qmp::command::{QmpError, Reply, Ticket, VmCommand, VmFacts};
+use crate::qmp::command::{QmpError, Reply, Ticket, VmCommand};
 use crate::qmp::descriptors::Desk;
 use crate::qmp::plug::{BackendKind, DRIVERS, NewBackend, NewDevice, NodeOver};
 use crate::qmp::schema::Arguments;
 use crate::qmp::schema::check::shown;
 use crate::qmp::schema::types::{
-    Command, Enum, Member, Object, OneOf, Type, here, main, may, must, object,
+    Command, Enum, Member, Object, OneOf, Type, Variants, main, may, must, object,
 };
 use ipc::limits;
 use serde_json::{Value, json};
@@ -112,6 +112,106 @@ const BLOCKDEV: &[Member] = &[
     ),
 ];
 
+const CHARDEV: Object = Object {
+    name: "ChardevBackend",
+    members: &[must(
+        "type",
+        Type::Enum(&Enum {
+            name: "ChardevBackendKind",
+            values: &["socket"],
+        }),
+        "a unix socket, or a connection that a client passed",
+    )],
+    variants: Some(Variants {
+        tag: "type",
+        cases: &[(
+            "socket",
+            &object(
+                "ChardevSocketWrapper",
+                &[must("data", Type::Object(&CHARDEV_SOCKET), "where it is")],
+            ),
+        )],
+    }),
+};
+
+const CHARDEV_SOCKET: Object = object(
+    "ChardevSocket",
+    &[
+        must("addr", Type::Object(&ADDRESS), "its address"),
+        may(
+            "server",
+            Type::Bool,
+            "accepted: it is always the daemon that listens",
+        ),
+        may("wait", Type::Bool, "accepted: nothing is waited for"),
+        may("nodelay", Type::Bool, "accepted: of TCP"),
+        may("telnet", Type::Bool, "accepted: never"),
+        may("tn3270", Type::Bool, "accepted: never"),
+        may("websocket", Type::Bool, "accepted: never"),
+        may(
+            "reconnect",
+            Type::INT,
+            "accepted: `restart` of the device says whether a daemon that left is tried again",
+        ),
+        may("logfile", PATH, "accepted: nothing is logged"),
+        may("logappend", Type::Bool, "accepted: nothing is logged"),
+    ],
+);
+
+const ADDRESS: Object = Object {
+    name: "SocketAddressLegacy",
+    members: &[must(
+        "type",
+        Type::Enum(&Enum {
+            name: "SocketAddressType",
+            values: &["unix", "fd"],
+        }),
+        "its kind",
+    )],
+    variants: Some(Variants {
+        tag: "type",
+        cases: &[("unix", &ADDRESS_UNIX), ("fd", &ADDRESS_FD)],
+    }),
+};
+
+const ADDRESS_UNIX: Object = object(
+    "UnixSocketAddressWrapper",
+    &[must(
+        "data",
+        Type::Object(&object(
+            "UnixSocketAddress",
+            &[
+                must(
+                    "path",
+                    PATH,
+                    "absolute, beneath a folder that `-hotplug sockets=` grants",
+                ),
+                may("abstract", Type::Bool, "must be false: sockets have a path"),
+                may("tight", Type::Bool, "accepted: of abstract sockets"),
+            ],
+        )),
+        "where the daemon listens",
+    )],
+);
+
+const ADDRESS_FD: Object = object(
+    "FdSocketAddressWrapper",
+    &[must(
+        "data",
+        Type::Object(&object(
+            "String",
+            &[must(
+                "str",
+                Type::ID,
+                "the name of a connected socket that `getfd` took, which the name loses, or the number of one that `add-fd` took. It serves one device once",
+            )],
+        )),
+        "a connection",
+    )],
+);
+
+const DIRECTIONS: [&str; 4] = ["rx-packets", "rx-bytes", "tx-packets", "tx-bytes"];
+
 const RATE: Type = Type::Int(0, limits::MAX_NET_RATE);
 const BURST: Type = Type::Int(1, limits::MAX_NET_RATE);
 const LIMIT: &str = "as of `-netdev`";
@@ -122,9 +222,19 @@ const NETDEV: &[Member] = &[
         "type",
         Type::Enum(&Enum {
             name: "NetClientDriver",
-            values: &["tap"],
+            values: &["tap", "vhost-user"],
         }),
         "default tap",
+    ),
+    may(
+        "chardev",
+        Type::ID,
+        "for vhost-user: a chardev of `chardev-add`'s, behind which the daemon is that moves the packets",
+    ),
+    may(
+        "vhostforce",
+        Type::Bool,
+        "accepted: packets of vhost-user always go through its daemon",
     ),
     may(
         "ifname",
@@ -213,6 +323,11 @@ const DEVICE: &[Member] = &[
         "for a folder: its fsdev, default the device's id",
     ),
     may(
+        "chardev",
+        Type::ID,
+        "for vhost-user-blk-device and vhost-user-fs-device: a chardev of `chardev-add`'s",
+    ),
+    may(
         "addr",
         Type::Text(8),
         "number among the devices of its kind, as in 0x1: one that was used before is used again, whatever the guest still has open there; default: one that nobody used",
@@ -275,14 +390,57 @@ fn image_descriptor(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<()
     Ok(())
 }
 
+/// The descriptor that the address of a socket names.
+fn chardev_descriptor(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(), QmpError> {
+    let at = ["backend", "data", "addr", "data"];
+    let data = |name| arguments.at(&[at[0], at[1], at[2], at[3], name]);
+    let at = at.join(".");
+    if data("abstract").and_then(Value::as_bool) == Some(true) {
+        return Err(QmpError::generic(format!(
+            "Parameter '{at}.abstract' is true; allowed: false"
+        )));
+    }
+    if let Some(name) = data("str").and_then(Value::as_str) {
+        let fds = desk.take(&format!("{at}.str"), &[name])?;
+        arguments.bring(fds);
+    }
+    Ok(())
+}
+
 /// The descriptors that `fd` or `fds` name.
 fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(), QmpError> {
     let wrong = |what: String| Err(QmpError::generic(what));
-    for name in ["rx-packets", "rx-bytes", "tx-packets", "tx-bytes"] {
+    for name in DIRECTIONS {
         let rate = format!("throttling.{name}");
         let burst = format!("{rate}-burst");
         if arguments.at(&[&burst]).is_some() && arguments.uint(&rate).unwrap_or(0) == 0 {
             return wrong(format!("Parameter '{burst}' needs '{rate}' above 0"));
+        }
+    }
+    let daemon = arguments
+        .at(&["type"])
+        .is_some_and(|kind| kind == "vhost-user");
+    match (daemon, arguments.at(&["chardev"]).is_some()) {
+        (true, false) => return wrong("Parameter 'chardev' is missing".into()),
+        (false, true) => {
+            return wrong("Parameter 'chardev' is unexpected: of type vhost-user".into());
+        }
+        (false, false) => {}
+        (true, true) => {
+            let of_tap = ["ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds"].into_iter();
+            let limits = DIRECTIONS
+                .into_iter()
+                .map(|name| format!("throttling.{name}"));
+            let mut others = of_tap.map(str::to_owned).chain(limits);
+            if let Some(name) = others.find(|name| arguments.at(&[name]).is_some()) {
+                return wrong(format!(
+                    "Parameter '{name}' is unexpected: not of type vhost-user"
+                ));
+            }
+            if arguments.uint("queues").is_some_and(|queues| queues != 1) {
+                return wrong("Parameter 'queues' is not 1; allowed with vhost-user: 1".into());
+            }
+            return Ok(());
         }
     }
     let given: Vec<&str> = ["ifname", "fd", "fds"]
@@ -400,37 +558,31 @@ pub(super) static COMMANDS: &[Command] = &[
         },
     )
     .takes(&[must("id", Type::ID, "its id")]),
-    here(
+    main(
         "chardev-add",
-        "Refuses: character devices are those of the command line, because no device that is added later could use another",
-        |_, mut arguments| {
-            Err(QmpError::generic(format!(
-                "Chardev '{}' cannot be added: character devices are those of -chardev, since no device that is added later uses one",
-                shown(&arguments.required_text("id"))
-            )))
-        },
+        "Names the socket of a vhost-user daemon for a device to come: `vhost-user-blk-device`, `vhost-user-fs-device`, or a card by \
+         `netdev_add` of type vhost-user. The daemon listens already, and is connected to when the device is added. Other character \
+         devices are those of -chardev: no device that is added later uses one",
+        |ticket, arguments| add(ticket, arguments, NewBackend::chardev),
     )
     .takes(&[
         must("id", Type::ID, "its id"),
-        must("backend", Type::Any, "what it leads to"),
+        must("backend", Type::Object(&CHARDEV), "what it leads to"),
     ])
+    .brings(chardev_descriptor)
     .returns(Type::Object(&object(
         "ChardevReturn",
-        &[may("pty", Type::TEXT, "path of the terminal that was made")],
+        &[may("pty", Type::TEXT, "never: no terminal is made")],
     ))),
     main(
         "chardev-remove",
-        "Refuses: character devices are those of the command line and stay",
+        "Forgets a character device of `chardev-add`'s that no device uses. Those of the command line stay",
         |ticket, mut arguments| {
-            let id = arguments.required_text("id");
-            VmCommand::Facts(Reply::with(ticket, move |_, facts: VmFacts| {
-                let there = facts.spec.chardevs.iter().any(|one| one.id == id);
-                Err::<Value, _>(QmpError::generic(if there {
-                    format!("Chardev '{id}' is of the command line, and stays as long as the VM")
-                } else {
-                    format!("Chardev '{}' not found", shown(&id))
-                }))
-            }))
+            VmCommand::BackendDel(
+                BackendKind::Chardev,
+                arguments.required_text("id"),
+                nothing(ticket),
+            )
         },
     )
     .takes(&[must("id", Type::ID, "its id")]),
