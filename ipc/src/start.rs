@@ -66,6 +66,8 @@ pub struct StartMessage {
     pub backend_fds: u32,
     /// Behind them is a `/dev/userfaultfd`: its control process watches what it looks at in guest RAM.
     pub userfault: bool,
+    /// Another process serves the same back end until this one is asked to: what is kept there may change before that.
+    pub beside: bool,
     /// What the filter does with other calls.
     pub seccomp: SeccompMode,
     /// Whether a missing layer ends the process.
@@ -159,6 +161,7 @@ mod tests {
             }),
             backend_fds: 0,
             userfault: false,
+            beside: false,
             seccomp: SeccompMode::Kill,
             sandbox: SandboxMode::Strict,
             log_level: Level::Warn,

@@ -27,6 +27,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Times that a process is killed.
 const KILLS: usize = 40;
 
+/// Times that one takes the place of another.
+const UPGRADES: usize = 20;
+
 fn qemu_img(words: &[&str], files: &[&Path]) -> Output {
     ensure_packages(&["qemu-utils"]).unwrap();
     let mut command = Command::new("qemu-img");
@@ -397,13 +400,14 @@ fn written(burst: u64, place: u64) -> Vec<u8> {
     (0..128).flat_map(|n| word(n).to_le_bytes()).collect()
 }
 
-#[test]
-fn a_killed_process_loses_nothing_and_leaves_an_image_without_damage() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    // Tables of 64 and 256 entries: most bursts make one.
-    let image = create_sized(dir.path(), "image", &["-o", "cluster_size=512"], "64M");
+/// A guest that writes without a pause to a new image in small clusters, so that most bursts make a table of it.
+fn busy(dir: &Path) -> (Vm, Qmp, PathBuf) {
+    // Tables of 64 and 256 entries.
+    let image = create_sized(dir, "image", &["-o", "cluster_size=512"], "64M");
     let device = drive("d", &image, ",format=qcow2,direct=off");
-    let mut vm = Vm::builder()
+    require_kvm();
+    require_root();
+    let vm = Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
         .kernel(&Payload::BlkLoop.path(), &format!("spin=1 span={SPAN}"))
         .arg("-drive")
@@ -415,20 +419,17 @@ fn a_killed_process_loses_nothing_and_leaves_an_image_without_damage() {
         .with_qmp()
         .start()
         .unwrap();
-    let mut qmp = vm.qmp().unwrap();
-    let mut next = vm.process("block-qcow2").unwrap().unwrap();
-    for _ in 0..KILLS {
-        // It is in the middle of its work: the guest never pauses.
-        vm.wait_for("LOOP ", LIMIT)
-            .unwrap_or_else(|e| panic!("{e}"));
-        kill(Pid::from_raw(next), Signal::SIGKILL).unwrap();
-        let event = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
-        next = i32::try_from(event["data"]["pid"].as_i64().unwrap()).unwrap();
-    }
+    let qmp = vm.qmp().unwrap();
+    (vm, qmp, image)
+}
+
+/// Kills the whole VM: nothing is left that could write anything. Then all that the guest was told of is there, and the image has no
+/// damage.
+#[track_caller]
+fn nothing_is_lost(mut vm: Vm, image: &Path, at_least: u64) {
     vm.wait_for("LOOP ", LIMIT)
         .unwrap_or_else(|e| panic!("{e}"));
     let told = vm.console.rest_of_line(LIMIT).unwrap();
-    // Once more, and this time with the whole VM: nothing is left that could write anything.
     vm.kill().unwrap();
     assert!(vm.survivors(tests::wait::Deadline::after(LIMIT)).is_empty());
     // Each line is printed when all bursts before it are done, and the last one may be cut.
@@ -438,20 +439,47 @@ fn a_killed_process_loses_nothing_and_leaves_an_image_without_damage() {
     let bursts: u64 = last.unwrap_or(&told).parse().unwrap();
     println!("{bursts} bursts");
     // 3: clusters that nobody uses, which a kill may leave; 2 would be damage.
-    let checked = qemu_img(&["check", "-f", "qcow2"], &[&image]);
+    let checked = qemu_img(&["check", "-f", "qcow2"], &[image]);
     assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
-    // All that the guest was told is done.
-    let raw = dir.path().join("raw");
-    well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &raw]);
+    let raw = image.with_extension("raw");
+    well(&["convert", "-f", "qcow2", "-O", "raw"], &[image, &raw]);
     let raw = std::fs::read(raw).unwrap();
-    assert!(
-        bursts >= 10 * KILLS as u64 && bursts * 4 <= SPAN,
-        "{bursts}"
-    );
+    assert!(bursts >= at_least && bursts * 4 <= SPAN, "{bursts}");
     for (burst, place) in (0..bursts).flat_map(|burst| [(burst, 0), (burst, 1)]) {
         let at = usize::try_from(16 + (burst * 2 + place) * 2).unwrap() * 512;
         assert_eq!(raw[at..at + 1024], written(burst, place), "burst {burst}");
     }
+}
+
+#[test]
+fn a_killed_process_loses_nothing_and_leaves_an_image_without_damage() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (mut vm, mut qmp, image) = busy(dir.path());
+    let mut next = vm.process("block-qcow2").unwrap().unwrap();
+    for _ in 0..KILLS {
+        // It is in the middle of its work: the guest never pauses.
+        vm.wait_for("LOOP ", LIMIT)
+            .unwrap_or_else(|e| panic!("{e}"));
+        kill(Pid::from_raw(next), Signal::SIGKILL).unwrap();
+        let event = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+        next = i32::try_from(event["data"]["pid"].as_i64().unwrap()).unwrap();
+    }
+    nothing_is_lost(vm, &image, 10 * KILLS as u64);
+}
+
+/// The new process is there while the old one makes tables, which it must not have read before.
+#[test]
+fn a_process_that_takes_anothers_place_knows_the_tables_that_it_made() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (mut vm, mut qmp, image) = busy(dir.path());
+    for _ in 0..UPGRADES {
+        vm.wait_for("LOOP ", LIMIT)
+            .unwrap_or_else(|e| panic!("{e}"));
+        let upgraded = qmp.execute("device-upgrade", json!({ "id": "disk" }));
+        assert!(upgraded.is_ok(), "{upgraded:?}: {}", vm.messages());
+        qmp.wait_event("DEVICE_UPGRADED", LIMIT).unwrap();
+    }
+    nothing_is_lost(vm, &image, UPGRADES as u64);
 }
 
 /// Starts a VM with an image and returns its messages once it has ended, by itself or because its guest gave up.

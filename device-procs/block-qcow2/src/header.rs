@@ -68,6 +68,8 @@ pub(crate) enum HeaderError {
 pub(crate) struct Header {
     /// What it takes.
     pub(crate) cost: Cost,
+    /// Bytes of the disk.
+    pub(crate) size: u64,
     /// It names a file that is below it.
     pub(crate) names_backing: bool,
 }
@@ -155,6 +157,7 @@ pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, He
     };
     Ok(Header {
         cost: Cost::default().with(own)?,
+        size,
         names_backing: be64(bytes, 8) != 0,
     })
 }

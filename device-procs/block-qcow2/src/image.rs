@@ -3,7 +3,8 @@
 //! **Job.** Builds the chain from the descriptors, lowest first, and does the device's reads and writes on the top. **Who is not
 //! trusted.** The images. One that names an image below it gets none unless the command line gave one, and is then refused, since its
 //! guest would read zeroes for data. **Why this way.** Each write is followed by a write of the tables that it changed, before the
-//! guest is told: what the guest was told of then outlives this process, in the order of writes that `imago` keeps.
+//! guest is told: what the guest was told of then outlives this process, in the order of writes that `imago` keeps. A process that is to
+//! take another one's place reads the tables when its first request comes: until then that other one changes them.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -65,18 +66,25 @@ pub(crate) enum ImageError {
 
 type Layer = FormatAccess<Descriptor>;
 
-/// An open image.
+/// A chain of images.
 #[derive(Debug)]
 pub(crate) struct Qcow2Image {
-    top: Layer,
+    /// From the top down.
+    files: Vec<Descriptor>,
+    /// The lowest is raw.
+    raw_base: bool,
+    readonly: bool,
+    /// With their tables, once they are needed.
+    top: Option<Layer>,
     /// Bytes that the guest can reach: a multiple of 512.
     size: u64,
 }
 
 impl Qcow2Image {
-    /// `next` gives the descriptors, the disk's own first.
+    /// `next` gives the descriptors, the disk's own first. `beside`: another process writes the image until the first request comes.
     pub(crate) fn open(
         spec: &BlockSpec,
+        beside: bool,
         mut next: impl FnMut() -> Option<OwnedFd>,
     ) -> Result<Self, ImageError> {
         let ImageFormat::Qcow2 { below, raw_base } = spec.io.format else {
@@ -84,7 +92,7 @@ impl Qcow2Image {
         };
         let last = usize::from(below);
         let mut files = Vec::with_capacity(1 + last);
-        let mut cost = Cost::default();
+        let (mut cost, mut size) = (Cost::default(), None);
         for number in 0..=last {
             let fd = next().ok_or(ImageError::Missing(number))?;
             let file = Descriptor::new(fd, spec.direct)
@@ -98,28 +106,59 @@ impl Qcow2Image {
                 cost = cost
                     .with(header.cost)
                     .map_err(|source| ImageError::Header { number, source })?;
+                size = size.or(Some(header.size));
             }
-            files.push((number, file));
+            files.push(file);
         }
+        let size = size.ok_or(ImageError::Missing(0))?;
+        let mut image = Self {
+            files,
+            raw_base: raw_base && last > 0,
+            readonly: spec.readonly,
+            top: None,
+            size: size - size % SECTOR,
+        };
+        if !beside {
+            image.top = Some(image.layers()?);
+        }
+        Ok(image)
+    }
+
+    /// The chain with its tables as they are now.
+    fn layers(&self) -> Result<Layer, ImageError> {
+        let last = self.files.len() - 1;
         let mut layer: Option<Layer> = None;
-        for (number, file) in files.into_iter().rev() {
+        for (number, file) in self.files.iter().enumerate().rev() {
+            let file = file
+                .again()
+                .map_err(io::Error::from)
+                .map_err(|source| ImageError::Read { number, source })?;
             let failed = |source| ImageError::Open { number, source };
             let gate = DenyImplicitOpenGate::default();
-            layer = Some(if raw_base && number == last && number > 0 {
+            layer = Some(if self.raw_base && number == last {
                 FormatAccess::new(Raw::builder(file).open(gate).map_err(failed)?)
             } else {
                 let builder = Qcow2::<Descriptor, Arc<Layer>>::builder(file)
                     .backing(layer.take().map(Arc::new))
-                    .write(number == 0 && !spec.readonly);
+                    .write(number == 0 && !self.readonly);
                 FormatAccess::new(builder.open(gate).map_err(failed)?)
             });
         }
-        let top = layer.ok_or(ImageError::Missing(0))?;
-        let size = top.size();
-        Ok(Self {
-            top,
-            size: size - size % SECTOR,
-        })
+        layer.ok_or(ImageError::Missing(0))
+    }
+
+    /// The top of the chain, to do something with.
+    fn top(&mut self) -> Result<&mut Layer, Errno> {
+        if self.top.is_none() {
+            let top = self.layers().map_err(|error| {
+                let why = std::error::Error::source(&error)
+                    .map_or(String::new(), |source| format!(": {source}"));
+                ipc::guest_warn!("{error}{why}");
+                Errno::EIO
+            })?;
+            self.top = Some(top);
+        }
+        self.top.as_mut().ok_or(Errno::EIO)
     }
 }
 
@@ -157,30 +196,31 @@ impl Format for Qcow2Image {
     }
 
     fn read(&mut self, data: &mut [u8], at: u64) -> Result<(), Errno> {
-        self.top.read(data, at).map_err(errno("read"))
+        self.top()?.read(data, at).map_err(errno("read"))
     }
 
     fn write(&mut self, data: &[u8], at: u64) -> Result<(), Errno> {
-        self.top.write(data, at).map_err(errno("write"))
+        self.top()?.write(data, at).map_err(errno("write"))
     }
 
     fn zero(&mut self, at: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+        let top = self.top()?;
         if unmap {
-            self.top.discard_to_zero(at, len)
+            top.discard_to_zero(at, len)
         } else {
-            self.top.write_zeroes(at, len)
+            top.write_zeroes(at, len)
         }
         .map_err(errno("zeroes"))
     }
 
     fn commit(&mut self) -> Result<(), Errno> {
-        self.top.flush().map_err(errno("write of the tables"))
+        self.top()?.flush().map_err(errno("write of the tables"))
     }
 
     fn flush(&mut self) -> Result<(), Errno> {
-        self.top
-            .flush()
-            .and_then(|()| self.top.sync())
+        let top = self.top()?;
+        top.flush()
+            .and_then(|()| top.sync())
             .map_err(errno("flush"))
     }
 }

@@ -16,15 +16,17 @@ use std::os::fd::OwnedFd;
 use block_device::{BuildError, Format};
 use ipc::spec::block::BlockSpec;
 
-/// Opens the disk that `spec` describes; `next` gives the descriptors of its images, the disk's own first.
+/// Opens the disk that `spec` describes; `next` gives the descriptors of its images, the disk's own first. `beside`: another process
+/// writes it until the first request comes here, so that its tables are read then.
 ///
 /// # Errors
 /// [`BuildError::Formatted`]: an image cannot be read, is refused, or is missing.
 pub fn open(
     spec: &BlockSpec,
+    beside: bool,
     next: impl FnMut() -> Option<OwnedFd>,
 ) -> Result<Box<dyn Format>, BuildError> {
-    let image =
-        image::Qcow2Image::open(spec, next).map_err(|e| BuildError::Formatted(Box::new(e)))?;
+    let image = image::Qcow2Image::open(spec, beside, next)
+        .map_err(|e| BuildError::Formatted(Box::new(e)))?;
     Ok(Box::new(image))
 }

@@ -16,6 +16,8 @@ use block_device::Block;
 
 fn main() -> ExitCode {
     device_host::run("block-qcow2", |start, fds| {
-        Block::build_formatted(start, |spec| qcow2_disk::open(spec, || fds.take()))
+        Block::build_formatted(start, |spec| {
+            qcow2_disk::open(spec, start.beside, || fds.take())
+        })
     })
 }

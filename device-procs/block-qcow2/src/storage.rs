@@ -14,6 +14,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use imago::Storage;
@@ -55,7 +56,7 @@ fn header_is_lost() -> io::Error {
 /// An image's descriptor.
 #[derive(Debug)]
 pub(crate) struct Descriptor {
-    file: File,
+    file: Arc<File>,
     end: AtomicU64,
     /// Multiples that memory and places must be of: 1 through the page cache.
     memory: usize,
@@ -66,25 +67,40 @@ pub(crate) struct Descriptor {
 impl Descriptor {
     /// `direct`: it is open with `O_DIRECT`.
     pub(crate) fn new(fd: OwnedFd, direct: bool) -> Result<Self, Errno> {
-        let end = lseek(&fd, 0, Whence::SeekEnd)?;
+        let file = Arc::new(File::from(fd));
         let (memory, place) = if direct {
-            device_host::direct_io_alignment(fd.as_fd()).unwrap_or((4096, 4096))
+            device_host::direct_io_alignment(file.as_fd()).unwrap_or((4096, 4096))
         } else {
             (1, 1)
         };
         Ok(Self {
-            file: fd.into(),
-            end: u64::try_from(end).unwrap_or(0).into(),
+            end: end(&file)?.into(),
+            file,
             memory,
             place,
             helper: CommonStorageHelper::default(),
         })
     }
 
+    /// The same image, as it is now.
+    pub(crate) fn again(&self) -> Result<Self, Errno> {
+        Ok(Self {
+            file: self.file.clone(),
+            end: end(&self.file)?.into(),
+            memory: self.memory,
+            place: self.place,
+            helper: CommonStorageHelper::default(),
+        })
+    }
+
     fn allocate(&self, how: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
         let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(&self.file, how, place(offset)?, place(length)?)?)
+        Ok(fallocate(&*self.file, how, place(offset)?, place(length)?)?)
     }
+}
+
+fn end(file: &File) -> Result<u64, Errno> {
+    lseek(file, 0, Whence::SeekEnd).map(|end| u64::try_from(end).unwrap_or(0))
 }
 
 fn place(offset: u64) -> io::Result<i64> {
@@ -116,7 +132,7 @@ impl Storage for Descriptor {
         let mut at = offset;
         while !rest.is_empty() {
             let count = rest.len().min(MAX_BUFFERS);
-            let done = match preadv(&self.file, &mut rest[..count], place(at)?) {
+            let done = match preadv(&*self.file, &mut rest[..count], place(at)?) {
                 Ok(0) => {
                     for buffer in rest.iter_mut() {
                         buffer.fill(0);
@@ -143,7 +159,7 @@ impl Storage for Descriptor {
         let mut at = offset;
         while !rest.is_empty() {
             let count = rest.len().min(MAX_BUFFERS);
-            let done = match pwritev(&self.file, &rest[..count], place(at)?) {
+            let done = match pwritev(&*self.file, &rest[..count], place(at)?) {
                 Ok(0) if rest.iter().all(|buffer| buffer.is_empty()) => break,
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(done) => done,

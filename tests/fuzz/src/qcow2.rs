@@ -153,7 +153,7 @@ pub fn run(data: &[u8]) {
     let mut descriptors = files
         .iter()
         .map(|file| OwnedFd::from(file.try_clone().expect("dup")));
-    let Ok(mut disk) = qcow2_disk::open(&spec, || descriptors.next()) else {
+    let Ok(mut disk) = qcow2_disk::open(&spec, false, || descriptors.next()) else {
         return;
     };
     // What the file lacks is zeroes.

@@ -15,6 +15,7 @@ pub fn message(device: DeviceSpec) -> StartMessage {
         device,
         backend_fds: 1,
         userfault: false,
+        beside: false,
         seccomp: SeccompMode::Kill,
         sandbox: SandboxMode::Strict,
         log_level: Level::Error,

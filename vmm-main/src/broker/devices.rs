@@ -140,7 +140,7 @@ impl Devices {
         if again.is_none() {
             return Err(format!("the policy has no device {index}"));
         }
-        let (socket, process) = launch(order, None)?;
+        let (socket, process) = launch(order, Comes::First)?;
         let pid = process.pid;
         self.slots[index] = Some(process);
         Ok((socket, pid))
@@ -158,7 +158,7 @@ impl Devices {
                 order.grant.spec.id()
             ));
         }
-        let (socket, process) = launch(order, None)?;
+        let (socket, process) = launch(order, Comes::Beside)?;
         let pid = process.pid;
         self.newer.insert(index, process);
         Ok((socket, pid))
@@ -180,7 +180,7 @@ impl Devices {
         };
         let told = |e: &dyn std::error::Error| goes_on(id, &with_causes(e));
         let (old, new) = Channel::pair().map_err(|e| told(&e))?;
-        let (socket, process) = launch(order, Some(new.into_fd()))?;
+        let (socket, process) = launch(order, Comes::Heir(new.into_fd()))?;
         keeper.offer(old.as_fd()).map_err(|e| told(&e))?;
         let heir = Heir {
             process,
@@ -417,14 +417,28 @@ fn userfault() -> Option<OwnedFd> {
     }
 }
 
-/// Starts a process of its own for `grant`: the control process's end of its socket, and the process. With `heritage` it takes over
-/// from another keeper, to which that is a line.
-fn launch(order: Order<'_>, heritage: Option<OwnedFd>) -> Result<(OwnedFd, Process), String> {
+/// What a process finds.
+enum Comes {
+    /// No other one.
+    First,
+    /// Another one that serves, whose place it is to take.
+    Beside,
+    /// Another keeper, to which this is a line, and from which it takes over.
+    Heir(OwnedFd),
+}
+
+/// Starts a process of its own for `grant`: the control process's end of its socket, and the process.
+fn launch(order: Order<'_>, comes: Comes) -> Result<(OwnedFd, Process), String> {
     let Order {
         grant,
         mut backend,
         policy,
     } = order;
+    let beside = matches!(comes, Comes::Beside);
+    let heritage = match comes {
+        Comes::Heir(line) => Some(line),
+        _ => None,
+    };
     let id = grant.spec.id();
     let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
     let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
@@ -446,6 +460,7 @@ fn launch(order: Order<'_>, heritage: Option<OwnedFd>) -> Result<(OwnedFd, Proce
             _ => backend.len() as u32,
         },
         userfault: userfault.is_some(),
+        beside,
         seccomp: policy.seccomp,
         sandbox: policy.sandbox,
         log_level: policy.log_level,

@@ -234,6 +234,7 @@ impl Supervisor<'_> {
             // A handful, which the caller opened.
             backend_fds: backends.len() as u32,
             userfault: false,
+            beside: false,
             seccomp: self.alone.seccomp,
             sandbox: self.alone.sandbox,
             log_level: self.alone.log_level,
