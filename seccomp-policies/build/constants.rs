@@ -20,6 +20,7 @@ const fn iowr(kind: u8, nr: u64, size: u64) -> u64 {
 }
 
 const KVM: u8 = 0xAE; // include/uapi/linux/kvm.h: KVMIO
+const VHOST: u8 = 0xAF; // include/uapi/linux/vhost.h: VHOST_VIRTIO
 const TUN: u8 = b'T'; // include/uapi/linux/if_tun.h
 
 /// Every name, with its value.
@@ -168,6 +169,18 @@ pub(crate) const TABLE: &[(&str, u64)] = &[
     ("TUNGETVNETHDRSZ", ior(TUN, 215, 4)),
     ("TUNSETVNETHDRSZ", iow(TUN, 216, 4)),
     ("TUNSETQUEUE", iow(TUN, 217, 4)),
+    ("VHOST_SET_OWNER", io(VHOST, 1)),
+    ("VHOST_SET_FEATURES", iow(VHOST, 0, 8)),
+    ("VHOST_GET_FEATURES", ior(VHOST, 0, 8)),
+    ("VHOST_SET_MEM_TABLE", iow(VHOST, 3, 8)),
+    ("VHOST_SET_VRING_NUM", iow(VHOST, 0x10, 8)),
+    ("VHOST_SET_VRING_ADDR", iow(VHOST, 0x11, 40)),
+    ("VHOST_SET_VRING_BASE", iow(VHOST, 0x12, 8)),
+    ("VHOST_GET_VRING_BASE", iowr(VHOST, 0x12, 8)),
+    ("VHOST_SET_VRING_KICK", iow(VHOST, 0x20, 8)),
+    ("VHOST_SET_VRING_CALL", iow(VHOST, 0x21, 8)),
+    ("VHOST_SET_VRING_ERR", iow(VHOST, 0x22, 8)),
+    ("VHOST_NET_SET_BACKEND", iow(VHOST, 0x30, 8)),
     ("TUNSETVNETLE", iow(TUN, 220, 4)),
     // KVM, the calls that a running VM makes
     ("KVM_CHECK_EXTENSION", io(KVM, 0x03)),

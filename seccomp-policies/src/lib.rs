@@ -39,6 +39,8 @@ pub enum Policy {
     BlockQcow2,
     /// A network device process.
     Net,
+    /// A network device process whose packets the kernel's vhost passes.
+    NetVhost,
     /// The example device process.
     Template,
     /// The file-sharing daemon.
@@ -87,7 +89,7 @@ impl Action {
 
 impl Policy {
     /// Every policy.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::ControlMain,
         Self::ControlQmp,
         Self::ControlVcpu,
@@ -98,6 +100,7 @@ impl Policy {
         Self::Block,
         Self::BlockQcow2,
         Self::Net,
+        Self::NetVhost,
         Self::Template,
         Self::VhostUserFs,
         Self::FsMover,
@@ -121,6 +124,7 @@ impl Policy {
             Self::Block => &generated::BLOCK_INFO,
             Self::BlockQcow2 => &generated::BLOCK_QCOW2_INFO,
             Self::Net => &generated::NET_INFO,
+            Self::NetVhost => &generated::NET_VHOST_INFO,
             Self::Template => &generated::TEMPLATE_INFO,
             Self::VhostUserFs => &generated::VHOST_USER_FS_INFO,
             Self::FsMover => &generated::FS_MOVER_INFO,
@@ -154,6 +158,7 @@ impl Policy {
             Self::Block => &generated::BLOCK,
             Self::BlockQcow2 => &generated::BLOCK_QCOW2,
             Self::Net => &generated::NET,
+            Self::NetVhost => &generated::NET_VHOST,
             Self::Template => &generated::TEMPLATE,
             Self::VhostUserFs => &generated::VHOST_USER_FS,
             Self::FsMover => &generated::FS_MOVER,

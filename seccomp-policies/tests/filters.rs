@@ -102,10 +102,11 @@ fn kill(policy: Policy, call: c_long, args: [c_long; 6]) -> End {
 }
 
 const NONE: [c_long; 6] = [0; 6];
-const DEVICES: [Policy; 4] = [
+const DEVICES: [Policy; 5] = [
     Policy::Block,
     Policy::BlockQcow2,
     Policy::Net,
+    Policy::NetVhost,
     Policy::Template,
 ];
 const CONTROL: [Policy; 5] = [
@@ -116,7 +117,7 @@ const CONTROL: [Policy; 5] = [
     Policy::ControlWindow,
 ];
 const OZONE: [Policy; 2] = [Policy::OzoneOutside, Policy::OzoneFirst];
-const THREADS: [Policy; 12] = [
+const THREADS: [Policy; 13] = [
     Policy::ControlMain,
     Policy::ControlPager,
     Policy::ControlQmp,
@@ -126,6 +127,7 @@ const THREADS: [Policy; 12] = [
     Policy::Block,
     Policy::BlockQcow2,
     Policy::Net,
+    Policy::NetVhost,
     Policy::Template,
     Policy::OzoneOutside,
     Policy::OzoneFirst,

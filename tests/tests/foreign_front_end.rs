@@ -148,6 +148,7 @@ fn qemu_drives_block_and_net() {
             queue_pairs: 1,
             queue_size: 256,
             control_queue: true,
+            vhost: false,
             limits: Default::default(),
         }),
         vec![tap.queue().unwrap()],

@@ -69,6 +69,7 @@ fn policy(dir: &Path) -> Policy {
     Policy {
         additions: Additions::default(),
         growing: Vec::new(),
+        vhost_fds: Vec::new(),
         iothreads: Vec::new(),
         version: PROTOCOL_VERSION,
         files: vec![

@@ -121,6 +121,7 @@ impl Place {
                     queue_pairs: 1,
                     queue_size: 256,
                     control_queue: true,
+                    vhost: false,
                     limits: Default::default(),
                 });
                 device("net", spec, vec![tap.queue().unwrap()])

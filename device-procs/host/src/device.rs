@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use crate::counters::Counters;
 use crate::fault::{DeviceFault, HostFault};
 use crate::ring::Ring;
+use crate::vhost_net::KernelQueue;
 use crate::window::Window;
 
 /// What a back-end descriptor is polled for.
@@ -66,6 +67,13 @@ pub trait Device {
 
     /// The front end lets queue `index` run, or not.
     fn enabled(&mut self, _index: u16, _on: bool) {}
+
+    /// Who in the kernel serves queue `index`, if that is not this process's work: it is never given to
+    /// [`process_queue`](Self::process_queue) then. With the same accepted features for each queue always somebody, or always nobody;
+    /// whether it is served now is asked after each turn and each message.
+    fn kernel_queue(&self, _index: u16) -> Option<KernelQueue<'_>> {
+        None
+    }
 
     /// Entries of a queue at most: a power of two.
     fn max_queue_size(&self) -> u16;

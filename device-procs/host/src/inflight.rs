@@ -82,6 +82,28 @@ impl InflightQueue {
         }
     }
 
+    /// As [`start`](Self::start), for a queue of which the used index alone tells what is in flight: whoever serves it gives back in the
+    /// order in which it takes. Returns whether it was served before and not stopped in order.
+    pub(crate) fn start_in_order(
+        &mut self,
+        used_idx: u16,
+        queue_size: u16,
+    ) -> Result<bool, FaultKind> {
+        if queue_size > self.entries {
+            return Err(FaultKind::Inflight);
+        }
+        let before = match self.load_u16(AT_VERSION)? {
+            0 => false,
+            VERSION => true,
+            _ => return Err(FaultKind::Inflight),
+        };
+        self.store_u16(AT_DESC_NUM, queue_size)?;
+        self.store_u16(AT_LAST_BATCH_HEAD, 0)?;
+        self.store_u16(AT_USED_IDX, used_idx)?;
+        self.store_u16(AT_VERSION, VERSION)?;
+        Ok(before)
+    }
+
     /// The old process may have died after it moved the used index and before it cleared its entries.
     fn finish_last_batch(&mut self, used_idx: u16, queue_size: u16) -> Result<(), FaultKind> {
         let batch = used_idx.wrapping_sub(self.load_u16(AT_USED_IDX)?);
@@ -240,6 +262,21 @@ mod tests {
         next.will_be_used(0).unwrap();
         let mut third = InflightQueue::new(region, 0, 8);
         assert_eq!(third.start(0, 8), Ok(Some(vec![0])));
+    }
+
+    #[test]
+    fn of_a_queue_that_is_served_in_order_the_used_index_tells_all() {
+        let region = region(1, 8);
+        let mut queue = InflightQueue::new(region.clone(), 0, 8);
+        assert_eq!(queue.start_in_order(7, 8), Ok(false));
+        // Its server is gone, and has given back any number meanwhile.
+        let mut next = InflightQueue::new(region.clone(), 0, 8);
+        assert_eq!(next.start_in_order(40_000, 8), Ok(true));
+        next.finish().unwrap();
+        assert_eq!(next.start_in_order(40_000, 8), Ok(false));
+        assert_eq!(next.start_in_order(0, 16), Err(FaultKind::Inflight));
+        next.store_u16(AT_VERSION, 2).unwrap();
+        assert_eq!(next.start_in_order(0, 8), Err(FaultKind::Inflight));
     }
 
     #[test]

@@ -36,7 +36,13 @@ const fn policy(device: &DeviceSpec) -> Policy {
             ImageFormat::Raw => Policy::Block,
             ImageFormat::Qcow2 { .. } => Policy::BlockQcow2,
         },
-        DeviceSpec::Net(_) => Policy::Net,
+        DeviceSpec::Net(spec) => {
+            if spec.vhost {
+                Policy::NetVhost
+            } else {
+                Policy::Net
+            }
+        }
         DeviceSpec::Fs(_) => Policy::VhostUserFs,
         DeviceSpec::Template(_) => Policy::Template,
     }

@@ -33,6 +33,7 @@ pub mod tap;
 #[cfg(feature = "test-frontend")]
 pub mod test_frontend;
 mod userfault;
+mod vhost_net;
 mod window;
 
 pub use chain::{Chain, Token};
@@ -54,4 +55,5 @@ pub use server::ServeError;
 #[cfg(fuzzing)]
 pub use server::fuzzing;
 pub use start::{BackendFds, Jailed, Prepared, RunError, Serving, Standalone, run, run_kept};
+pub use vhost_net::{KernelQueue, VhostNet};
 pub use window::{Window, WindowError, WindowRange};

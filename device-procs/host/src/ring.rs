@@ -25,9 +25,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::chain::{Chain, Table, Token, walk, walk_on};
-use crate::fault::{FaultKind, GuestFault};
+use crate::fault::{FaultKind, GuestFault, HostFault};
 use crate::inflight::InflightQueue;
 use crate::memory::{GuestBuffers, GuestRam, PACKET_SEGMENTS, SegmentList};
+use crate::vhost_net::{Described, KernelQueue, Refused};
 
 /// Requests between two looks at the clock.
 const UNCLOCKED: u8 = 7;
@@ -86,6 +87,10 @@ pub struct Ring {
     pub(crate) due: bool,
     /// The driver was told not to kick, since someone looks.
     quiet: bool,
+    /// The kernel serves it, and this process never does.
+    pub(crate) outside: bool,
+    /// The kernel has it now.
+    lent: bool,
 }
 
 impl Ring {
@@ -118,6 +123,8 @@ impl Ring {
             owes_interrupt: false,
             due: false,
             quiet: false,
+            outside: false,
+            lent: false,
         })
     }
 
@@ -128,7 +135,17 @@ impl Ring {
 
     /// Whether the device may take chains.
     pub fn is_running(&self) -> bool {
+        self.may_run() && !self.outside
+    }
+
+    /// Whether anybody may take chains.
+    pub(crate) fn may_run(&self) -> bool {
         self.started && self.enabled && !self.broken
+    }
+
+    /// Whether the kernel has it.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.lent
     }
 
     /// The device wants another turn, kick or not: it left chains here that it now has room for.
@@ -527,6 +544,16 @@ impl Ring {
             .0;
         self.queue.set_next_used(used);
         self.signalled = used;
+        if self.outside {
+            let on = match &mut self.inflight {
+                Some(inflight) => inflight.start_in_order(used, self.queue.size())?,
+                None => false,
+            };
+            self.queue.set_next_avail(if on { used } else { self.base });
+            self.owes_interrupt = on;
+            self.pay_interrupt();
+            return Ok(());
+        }
         let old = match &mut self.inflight {
             Some(inflight) => inflight.start(used, self.queue.size())?,
             None => None,
@@ -562,6 +589,40 @@ impl Ring {
             signal(call);
             self.owes_interrupt = false;
         }
+    }
+
+    /// Has the kernel serve it from here on.
+    pub(crate) fn lend(&mut self, to: &KernelQueue<'_>) -> Result<(), Refused> {
+        let Some(ram) = &self.ram else {
+            return Err(Refused::Address);
+        };
+        let described = Described {
+            size: self.queue.size(),
+            base: self.queue.next_avail(),
+            parts: [
+                self.queue.desc_table(),
+                self.queue.avail_ring(),
+                self.queue.used_ring(),
+            ],
+            event_idx: self.queue.event_idx_enabled(),
+            indirect: self.indirect,
+            kick: self.kick.as_ref().map(AsFd::as_fd),
+            call: self.call.as_ref().map(AsFd::as_fd),
+            error: self.error.as_ref().map(AsFd::as_fd),
+        };
+        let result = to.vhost.start(to, &described, ram);
+        // What was begun is undone by the same calls as what was done; an address is looked at before all else.
+        self.lent = !matches!(result, Err(Refused::Address));
+        result
+    }
+
+    /// Takes it back from the kernel, if that has it.
+    pub(crate) fn take_back(&mut self, from: &KernelQueue<'_>) -> Result<(), HostFault> {
+        if std::mem::take(&mut self.lent) {
+            let next = from.vhost.stop(from.number)?;
+            self.queue.set_next_avail(next);
+        }
+        Ok(())
     }
 
     /// Stops; returns the available index to go on from.

@@ -45,13 +45,14 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::counters::Counters;
 use crate::device::{Device, Interest};
-use crate::fault::{DeviceFault, GuestFault, HostFault};
+use crate::fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 use crate::inflight::{InflightQueue, queue_bytes};
 use crate::kept::{KeptArea, area_bytes};
 use crate::memory::{GuestRam, Mapping, MemoryError, Region};
 use crate::patience::Patience;
 use crate::record::{self, Record, Word};
 use crate::ring::{Ring, UserAddresses};
+use crate::vhost_net::Refused;
 use crate::window::Window;
 
 #[cfg(fuzzing)]
@@ -635,12 +636,64 @@ impl<D: Device> Server<D> {
             let result = self.device.process_queue(ring);
             self.after_device(result)?;
         }
+        if any {
+            self.settle()?;
+        }
         if any || self.device.wake_at().is_some_and(|at| at <= Instant::now()) {
             let result = self.device.after_turns(&mut self.rings);
             self.after_device(result)?;
             self.end_turns();
         }
         Ok(())
+    }
+
+    /// Gives the kernel the queues that it is to serve now, and takes back those that it is not to serve any more.
+    fn settle(&mut self) -> Result<(), HostFault> {
+        for ring in self.rings.iter_mut().filter(|ring| ring.outside) {
+            let Some(queue) = self.device.kernel_queue(ring.index()) else {
+                continue;
+            };
+            match (queue.on && ring.may_run(), ring.is_lent()) {
+                (true, false) => match ring.lend(&queue) {
+                    Ok(()) => ipc::log::debug!("queue {}: the kernel serves it", ring.index()),
+                    Err(Refused::Address) => ring.break_with(FaultKind::QueueAddress),
+                    Err(Refused::Host(fault)) => return Err(fault),
+                },
+                (false, true) => ring.take_back(&queue)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back what the kernel has of those queues.
+    fn take_back(&mut self, mut which: impl FnMut(u16) -> bool) -> Result<(), HostFault> {
+        for ring in self.rings.iter_mut().filter(|ring| which(ring.index())) {
+            if let Some(queue) = self.device.kernel_queue(ring.index()) {
+                ring.take_back(&queue)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The library is told of a fault by its code only.
+    fn or_fatal(&mut self, result: Result<(), HostFault>) -> VhostResult<()> {
+        result.map_err(|fault| {
+            self.fatal = Some(fault);
+            VhostError::BackendInternalError
+        })
+    }
+
+    /// Takes queue `index` back from the kernel, if that has it: it is about to be told something else of it.
+    fn taken_back(&mut self, index: u32) -> VhostResult<()> {
+        let result = self.take_back(|ring| u32::from(ring) == index);
+        self.or_fatal(result)
+    }
+
+    /// After a message that changes what the kernel serves, before its answer.
+    fn settled(&mut self) -> VhostResult<()> {
+        let result = self.settle();
+        self.or_fatal(result)
     }
 
     /// Whether the device takes requests now. If not, queues wait for the next one that starts.
@@ -776,10 +829,8 @@ impl<D: Device> Server<D> {
     }
 
     fn drained(&mut self) -> VhostResult<()> {
-        self.drain().map_err(|fault| {
-            self.fatal = Some(fault);
-            VhostError::BackendInternalError
-        })
+        let result = self.drain();
+        self.or_fatal(result)
     }
 
     fn unpoll_kick(&mut self, index: usize) {
@@ -803,6 +854,8 @@ impl<D: Device> Server<D> {
             Ok(ram) => Rc::new(ram),
             Err(source) => return Err(self.refuse(&Refusal::Memory { message, source })),
         };
+        let taken = self.take_back(|_| true);
+        self.or_fatal(taken)?;
         for ring in self
             .rings
             .iter_mut()
@@ -813,7 +866,7 @@ impl<D: Device> Server<D> {
             }
         }
         self.ram = Some(ram);
-        Ok(())
+        self.settled()
     }
 
     pub(crate) fn use_inflight(
@@ -969,6 +1022,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
 
     fn reset_device(&mut self) -> VhostResult<()> {
         self.drained()?;
+        let taken = self.take_back(|_| true);
+        self.or_fatal(taken)?;
         for index in 0..self.rings.len() {
             self.unpoll_kick(index);
             self.rings[index].reset();
@@ -997,10 +1052,12 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         }
         self.features = features;
         ipc::log::debug!("features {features:#x} accepted");
+        let taken = self.take_back(|_| true);
+        self.or_fatal(taken)?;
         if let Err(source) = self.device.accept(features) {
             return Err(self.refuse(&Refusal::Host { message, source }));
         }
-        Ok(())
+        self.settled()
     }
 
     fn set_mem_table(
@@ -1085,6 +1142,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         self.ring("GET_VRING_BASE", index)?;
         self.drained()?;
+        self.taken_back(index)?;
         let base = self.stop_ring(index as usize);
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
@@ -1104,12 +1162,15 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         let Some(fd) = self.eventfd(message, Some(fd))? else {
             return Err(self.refuse(&Refusal::NoEvent { message }));
         };
+        self.taken_back(queue)?;
         self.unpoll_kick(usize::from(index));
         let event = EpollEvent::new(
             EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
             FIRST_KICK + u64::from(index),
         );
-        if let Err(errno) = self.epoll.add(&fd, event) {
+        // Nobody is to wake here for what the kernel serves.
+        let outside = self.device.kernel_queue(u16::from(index)).is_some();
+        if !outside && let Err(errno) = self.epoll.add(&fd, event) {
             let source = HostFault::of("epoll_ctl")(errno);
             return Err(self.refuse(&Refusal::Host { message, source }));
         }
@@ -1118,8 +1179,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         let indirect = self.features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0;
         let ring = self.ring(message, queue)?;
         ring.kick = Some(fd);
+        ring.outside = outside;
         if ring.is_started() {
-            return Ok(());
+            return self.settled();
         }
         // Without protocol features there is no SET_VRING_ENABLE, and a started ring is enabled.
         if !protocol {
@@ -1129,23 +1191,25 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             ring.break_with(fault.kind);
         }
         ipc::log::debug!("queue {index}: started with {} entries", ring.size());
-        Ok(())
+        self.settled()
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let message = "SET_VRING_CALL";
         self.ring(message, u32::from(index))?;
         let fd = self.eventfd(message, fd)?;
+        self.taken_back(u32::from(index))?;
         self.ring(message, u32::from(index))?.set_call(fd);
-        Ok(())
+        self.settled()
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let message = "SET_VRING_ERR";
         self.ring(message, u32::from(index))?;
         let fd = self.eventfd(message, fd)?;
+        self.taken_back(u32::from(index))?;
         self.ring(message, u32::from(index))?.error = fd;
-        Ok(())
+        self.settled()
     }
 
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
@@ -1229,7 +1293,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             // They may have been waiting for this one.
             self.rings.iter_mut().for_each(Ring::want_turn);
         }
-        Ok(())
+        self.settled()
     }
 
     fn get_config(
@@ -1268,10 +1332,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         // The specification's word for what is not the driver's doing.
         if flags.contains(VhostUserConfigFlags::LIVE_MIGRATION) {
             self.device.write_config_as_host(offset, data);
-            return self.poll_backends().map_err(|fault| {
-                self.fatal = Some(fault);
-                VhostError::BackendInternalError
-            });
+            let polled = self.poll_backends();
+            self.or_fatal(polled)?;
+            return self.settled();
         }
         self.device.write_config(offset, data);
         Ok(())

@@ -1,6 +1,6 @@
-//! The two ioctls that a network device needs on its tap.
+//! The ioctls that a network device needs on its tap.
 //!
-//! **Job.** Header length and offloads of an open tap queue.
+//! **Job.** Header length and offloads of an open tap queue, and whether it gets packets.
 //! **Who is not trusted.** Nobody: descriptors come from the broker, the flags from the negotiated features.
 //! **Why this way.** An ioctl is `unsafe` in Rust, and device crates have none; here are exactly those that the `net` policy
 //! allows.
@@ -49,4 +49,27 @@ pub fn set_offloads(tap: BorrowedFd<'_>, flags: u32) -> Result<(), Errno> {
     // SAFETY: the argument is a number.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, flags) };
     Errno::result(result).map(drop)
+}
+
+/// Whether the kernel spreads packets over this queue as well (`TUNSETQUEUE`). A queue is attached when it is opened, and stays as
+/// it is told until its last descriptor is closed.
+///
+/// # Errors
+/// The descriptor is no queue of a tap with several.
+pub fn attach(tap: BorrowedFd<'_>, on: bool) -> Result<(), Errno> {
+    // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flag = if on {
+        libc::IFF_ATTACH_QUEUE
+    } else {
+        libc::IFF_DETACH_QUEUE
+    };
+    request.ifr_ifru.ifru_flags = flag as libc::c_short; // 0x200 or 0x400
+    // SAFETY: the kernel reads a struct ifreq.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) };
+    match Errno::result(result) {
+        // It is as it shall be.
+        Ok(_) | Err(Errno::EINVAL) => Ok(()),
+        Err(errno) => Err(errno),
+    }
 }

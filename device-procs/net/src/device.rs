@@ -2,13 +2,19 @@
 //!
 //! Queue 2k receives and 2k+1 transmits (virtio 1.3, 5.1.2). The kernel spreads packets over all queues of the tap, also when the
 //! driver uses fewer pairs than there are; so tap queue i feeds receive queue i modulo the pairs in use.
+//!
+//! With `vhost=on` the kernel serves the pairs, and this process the control queue alone: tap queues of pairs that are not in use are
+//! detached then, and while the link is down nobody serves a pair.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-use device_host::{BackendFds, Device, DeviceFault, HostFault, Interest, Ring};
+use device_host::{
+    BackendFds, Device, DeviceFault, HostFault, Interest, KernelQueue, Ring, VhostNet,
+};
 use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_QUEUE_SIZE};
 use ipc::spec::DeviceSpec;
+use ipc::spec::net::NetLimits;
 use ipc::start::StartMessage;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ};
 
@@ -35,6 +41,8 @@ struct Pair {
     receiving: bool,
     /// Packets of the guest wait for room in the tap.
     full: bool,
+    /// The kernel passes its packets.
+    vhost: Option<VhostNet>,
     /// The limits let nothing pass to the guest, or from it, before then.
     rx_wait: Option<Instant>,
     tx_wait: Option<Instant>,
@@ -86,22 +94,36 @@ impl Net {
                 allowed: "a power of two from 4 to 4096",
             });
         }
-        if fds.len() != usize::from(pairs) {
-            return Err(BuildError::Descriptors {
-                pairs,
-                fds: fds.len(),
-            });
+        let (wanted, all) = (usize::from(pairs), fds.len());
+        if all < wanted || !spec.vhost && all != wanted {
+            return Err(BuildError::Descriptors { pairs, fds: all });
         }
-        let mut list = Vec::with_capacity(usize::from(pairs));
-        while let Some(fd) = fds.take() {
+        if spec.vhost && all != 2 * wanted {
+            let fds = all - wanted;
+            return Err(BuildError::VhostDescriptors { pairs, fds });
+        }
+        if spec.vhost && spec.limits != NetLimits::default() {
+            return Err(BuildError::Limits);
+        }
+        let mut list = Vec::with_capacity(wanted);
+        while let Some(fd) = (list.len() < wanted).then(|| fds.take()).flatten() {
             list.push(Pair {
                 tap: TapQueue::new(fd, list.len())?,
                 receiver: Receiver::default(),
                 receiving: false,
                 full: false,
+                vhost: None,
                 rx_wait: None,
                 tx_wait: None,
             });
+        }
+        let mut offered = None;
+        for (number, pair) in list.iter_mut().enumerate() {
+            // None without vhost.
+            let Some(fd) = fds.take() else { break };
+            let vhost = VhostNet::new(fd).map_err(|source| BuildError::Vhost { number, source })?;
+            offered = Some(offered.unwrap_or(u64::MAX) & vhost.features());
+            pair.vhost = Some(vhost);
         }
         let now = Instant::now();
         let uso = list.first().is_some_and(|pair| pair.tap.has_uso());
@@ -110,7 +132,10 @@ impl Net {
             queue_size: size,
             control: spec.control_queue,
             enabled: 0,
-            offered: Features::offered(pairs, uso, spec.control_queue),
+            offered: match offered {
+                None => Features::offered(pairs, uso, spec.control_queue),
+                Some(vhost) => Features::offered(pairs, uso, spec.control_queue).with_vhost(vhost),
+            },
             accepted: Features::default(),
             told: Told::new(spec.mac),
             unkept: false,
@@ -139,9 +164,24 @@ impl Net {
 
     fn use_pairs(&mut self, count: u16) {
         self.told.pairs = count;
+        self.attach();
         // Each tap queue feeds another ring now, whose buffers it has not looked at.
         for pair in &mut self.pairs {
             pair.receiving = true;
+        }
+    }
+
+    /// Where the kernel passes packets, a tap queue feeds its own receive queue and no other one: those that the driver does not use
+    /// get none.
+    fn attach(&self) {
+        let active = self.active();
+        // The first one always is.
+        for (index, pair) in self.pairs.iter().enumerate().skip(1) {
+            if pair.vhost.is_some()
+                && let Err(errno) = device_host::tap::attach(pair.tap.fd(), index < active)
+            {
+                ipc::guest_warn!("tap queue {index} cannot be attached or detached: {errno}");
+            }
         }
     }
 
@@ -305,6 +345,21 @@ impl Device for Net {
         self.use_pairs((self.enabled.trailing_ones() as u16).max(1));
     }
 
+    fn kernel_queue(&self, index: u16) -> Option<KernelQueue<'_>> {
+        if self.control_queue() == Some(usize::from(index)) {
+            return None;
+        }
+        let number = usize::from(index / 2);
+        let pair = self.pairs.get(number)?;
+        Some(KernelQueue {
+            vhost: pair.vhost.as_ref()?,
+            number: u32::from(index % 2),
+            tap: pair.tap.fd(),
+            on: self.config.link_is_up() && number < self.active(),
+            features: self.accepted.for_vhost(),
+        })
+    }
+
     fn max_queue_size(&self) -> u16 {
         self.queue_size
     }
@@ -315,6 +370,7 @@ impl Device for Net {
             // A packet that waits has the shape of the old set.
             pair.receiver.reset();
         }
+        self.attach();
         self.set_offloads()
     }
 
@@ -348,6 +404,7 @@ impl Device for Net {
             return;
         };
         self.told = told;
+        self.attach();
         // Features come before queues, and then this is done again.
         if let Err(fault) = self.set_offloads() {
             ipc::guest_warn!("{fault}: {}", fault.source);
@@ -380,7 +437,7 @@ impl Device for Net {
         self.pairs
             .get(index)
             .map_or(Interest::NONE, |pair| Interest {
-                readable: pair.receiving && self.config.link_is_up(),
+                readable: pair.vhost.is_none() && pair.receiving && self.config.link_is_up(),
                 writable: pair.full,
                 ..Interest::NONE
             })

@@ -1,5 +1,6 @@
 //! Why a network card cannot be served.
 
+use device_host::HostFault;
 use nix::errno::Errno;
 use thiserror::Error;
 
@@ -17,6 +18,25 @@ pub enum BuildError {
         /// Descriptors.
         fds: usize,
     },
+    /// As many of the kernel's vhost as there are queue pairs, or none.
+    #[error("{pairs} queue pairs with vhost need as many descriptors of it, {fds} came")]
+    VhostDescriptors {
+        /// Pairs in the spec.
+        pairs: u16,
+        /// Descriptors.
+        fds: usize,
+    },
+    /// The kernel does not serve the queues.
+    #[error("vhost=on: descriptor {number} of the kernel's vhost-net cannot be used")]
+    Vhost {
+        /// Which one, from 0.
+        number: usize,
+        /// What failed.
+        source: HostFault,
+    },
+    /// A limit that nobody would keep.
+    #[error("vhost=on: packets do not pass this program, which cannot limit them")]
+    Limits,
     /// Out of range.
     #[error("{property}={value}: {allowed} is allowed")]
     Property {

@@ -55,6 +55,19 @@ impl Features {
         Self(bits)
     }
 
+    /// Those of this set that can be kept where the kernel's vhost passes the packets, with `features`: it looks at no address and no
+    /// tag, so that a driver is offered no filter.
+    pub(crate) fn with_vhost(self, features: u64) -> Self {
+        let unfiltered = bit(VIRTIO_NET_F_CTRL_RX) | bit(VIRTIO_NET_F_CTRL_VLAN);
+        let own = bit(VIRTIO_NET_F_MRG_RXBUF);
+        Self(self.0 & !unfiltered & (features | !own))
+    }
+
+    /// Those of the device that the kernel's vhost is told.
+    pub(crate) fn for_vhost(self) -> u64 {
+        self.0 & bit(VIRTIO_NET_F_MRG_RXBUF)
+    }
+
     pub(crate) fn has(self, feature: u32) -> bool {
         self.0 & bit(feature) != 0
     }
@@ -122,6 +135,18 @@ mod tests {
         assert!(alone.has(VIRTIO_NET_F_MQ) && alone.has(VIRTIO_NET_F_HOST_USO));
         let front_ends = [VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS];
         assert!(!front_ends.into_iter().any(|bit| alone.has(bit)));
+    }
+
+    #[test]
+    fn with_vhost_there_is_no_filter_and_what_the_kernel_knows() {
+        let all = Features::offered(4, true, true);
+        let with = all.with_vhost(u64::MAX);
+        assert!(!with.has(VIRTIO_NET_F_CTRL_RX) && !with.has(VIRTIO_NET_F_CTRL_VLAN));
+        let lost = bit(VIRTIO_NET_F_CTRL_RX) | bit(VIRTIO_NET_F_CTRL_VLAN);
+        assert_eq!(with.0 | lost, all.0);
+        assert_eq!(with.for_vhost(), bit(VIRTIO_NET_F_MRG_RXBUF));
+        let without = all.with_vhost(0);
+        assert!(!without.mergeable() && without.has(VIRTIO_NET_F_CSUM));
     }
 
     #[test]

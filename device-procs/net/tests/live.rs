@@ -63,6 +63,7 @@ fn spec(pairs: u16, limits: NetLimits) -> DeviceSpec {
         queue_pairs: pairs,
         queue_size: 256,
         control_queue: true,
+        vhost: false,
         limits,
     })
 }

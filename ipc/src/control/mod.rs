@@ -44,6 +44,9 @@ pub struct Policy {
     pub additions: Additions,
     /// Disks whose image may grow: their number among the devices, and the bytes that it may have at most.
     pub growing: Vec<(u32, u64)>,
+    /// Cards with `vhost=on` that have inherited descriptors for it: their number among the devices, and the descriptors. Others
+    /// with it have `/dev/vhost-net` opened.
+    pub vhost_fds: Vec<(u32, Vec<i32>)>,
     /// Guest RAM may be a template's in part, so device processes get a `/dev/userfaultfd` if there is one.
     pub userfault: bool,
     /// Seccomp action for the broker and all device processes.

@@ -23,6 +23,8 @@ pub struct Needs {
     pub file_size: Option<u64>,
     /// Bytes of locked memory.
     pub locked_memory: u64,
+    /// Threads that the kernel makes in it and counts as its own, but for those of an io_uring.
+    pub kernel_threads: u64,
 }
 
 impl DeviceSpec {
@@ -48,6 +50,11 @@ impl DeviceSpec {
             file_size: self.longest_file(backend)?,
             locked_memory: match self {
                 Self::Block(block) if block.io.format == ImageFormat::Raw => MAX_RING_MEMORY,
+                _ => 0,
+            },
+            // One for each descriptor of vhost-net (Linux 6.4).
+            kernel_threads: match self {
+                Self::Net(net) if net.vhost => u64::from(net.queue_pairs),
                 _ => 0,
             },
         })

@@ -1,4 +1,5 @@
-//! A network card as its device process sees it: no tap name, only properties; the tap's queues are descriptors 5….
+//! A network card as its device process sees it: no tap name, only properties; the tap's queues are descriptors 5…, and with vhost
+//! those of the kernel's vhost-net follow.
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,8 @@ pub struct NetSpec {
     /// It has a control queue. Without one the front end tells which pairs are in use: that of another VMM, or a daemon of
     /// somebody else's.
     pub control_queue: bool,
+    /// The kernel's vhost-net passes the packets: as many descriptors of `/dev/vhost-net` as of the tap follow those. No limits then.
+    pub vhost: bool,
     /// What may pass in a time.
     pub limits: NetLimits,
 }

@@ -322,6 +322,10 @@ pub struct NetdevSpec {
     pub backend: NetBackend,
     /// `queues=`: queue pairs, 1 to 16.
     pub queues: u16,
+    /// `vhost=`: the kernel passes the packets.
+    pub vhost: bool,
+    /// `vhostfd=` or `vhostfds=`: inherited descriptors of `/dev/vhost-net`, one a queue pair; none: the broker opens it.
+    pub vhost_fds: Vec<i32>,
     /// `throttling.…=`
     pub limits: super::net::NetLimits,
 }

@@ -40,6 +40,7 @@ fn card() -> Card {
         queue_pairs: PAIRS,
         queue_size: 256,
         control_queue: true,
+        vhost: false,
         limits: Default::default(),
     }));
     let mut fds = backend_fds(fds);

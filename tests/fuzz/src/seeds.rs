@@ -611,6 +611,7 @@ fn devices() -> [DeviceSpec; 2] {
             queue_pairs: 2,
             queue_size: 256,
             control_queue: true,
+            vhost: false,
             limits: Default::default(),
         }),
     ]
@@ -624,6 +625,7 @@ fn start() -> Inputs {
         queue_pairs: 0,
         queue_size: 256,
         control_queue: true,
+        vhost: false,
         limits: Default::default(),
     });
     devices()
@@ -649,6 +651,7 @@ fn control() -> Inputs {
     let policy = Policy {
         version: ipc::PROTOCOL_VERSION,
         growing: vec![(0, 1 << 30)],
+        vhost_fds: vec![(1, vec![9, 10])],
         iothreads: vec![Some(CpuList::default()), None],
         additions: Additions {
             devices: 9,

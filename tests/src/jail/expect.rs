@@ -50,6 +50,8 @@ pub enum BackEnd {
     },
     /// A tap by its name.
     Tap,
+    /// A tap by its name, and the kernel's vhost-net.
+    TapOfKernel,
     /// A folder, by its whole path, which is the root of the process.
     Folder {
         /// The path on the host.
@@ -90,6 +92,9 @@ pub struct Kind {
     pub ring: bool,
 }
 
+/// Not its name: the program `net` with another filter.
+const NET_VHOST: &str = "net, vhost=on";
+
 /// Every kind of device process.
 pub const KINDS: &[Kind] = &[
     Kind {
@@ -108,6 +113,11 @@ pub const KINDS: &[Kind] = &[
         ring: false,
     },
     Kind {
+        binary: NET_VHOST,
+        policy: Policy::NetVhost,
+        ring: false,
+    },
+    Kind {
         binary: "fs",
         policy: Policy::VhostUserFs,
         ring: false,
@@ -118,7 +128,11 @@ impl Device {
     /// Its row of the table.
     #[must_use]
     pub fn kind(&self) -> Option<&'static Kind> {
-        KINDS.iter().find(|kind| kind.binary == self.binary)
+        let binary = match self.back_end {
+            BackEnd::TapOfKernel => NET_VHOST,
+            _ => self.binary,
+        };
+        KINDS.iter().find(|kind| kind.binary == binary)
     }
 
     /// Whether it has an io_uring.
@@ -185,7 +199,11 @@ impl Device {
             ("Max file size", file_size),
             ("Max data size", memory),
             ("Max locked memory", locked),
-            ("Max processes", 16),
+            // And a thread of the kernel's for each queue pair.
+            (
+                "Max processes",
+                16 + u64::from(matches!(self.back_end, BackEnd::TapOfKernel)),
+            ),
             ("Max open files", descriptors),
         ]
     }
@@ -212,6 +230,10 @@ impl Device {
                 );
             }
             BackEnd::Tap => all.push(Want::at(5, "/dev/net/tun", "rw")),
+            BackEnd::TapOfKernel => {
+                all.push(Want::at(5, "/dev/net/tun", "rw"));
+                all.push(Want::at(6, "/dev/vhost-net", "rw"));
+            }
             BackEnd::Folder { .. } => {
                 // The keeper and the process that serves have all of this in common.
                 all.push(Want::at(4, "memfd:folder", "rw"));
@@ -306,10 +328,9 @@ impl Setting {
     /// `SETUID`; with a tap by name `NET_ADMIN`, with a folder `SETFCAP`.
     #[must_use]
     pub fn broker_capabilities(&self) -> u64 {
-        let taps = self
-            .devices
-            .iter()
-            .any(|d| matches!(d.back_end, BackEnd::Tap) && !self.given.contains(&d.id));
+        let taps = self.devices.iter().any(|d| {
+            matches!(d.back_end, BackEnd::Tap | BackEnd::TapOfKernel) && !self.given.contains(&d.id)
+        });
         let always = 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 7;
         always | u64::from(taps) << 12 | u64::from(self.folders()) << 31
     }
@@ -401,7 +422,10 @@ impl Setting {
                     all.push(Want::some(path, ""));
                     all.push(Want::some("socket", "rw")); // the keeper
                 }
-                BackEnd::Tap => all.push(Want::some("/dev/net/tun", "rw")),
+                // Never a descriptor of the kernel's vhost-net: each process has its own.
+                BackEnd::Tap | BackEnd::TapOfKernel => {
+                    all.push(Want::some("/dev/net/tun", "rw"));
+                }
             }
         }
         all

@@ -222,10 +222,10 @@ impl Added {
                     },
                 ) => spec.direct == *direct && (spec.readonly || !*readonly),
                 (DeviceSpec::Net(spec), BackendGrant::Tap { .. }) => {
-                    spec.queue_pairs == backend.queues
+                    spec.queue_pairs == backend.queues && !spec.vhost
                 }
                 (DeviceSpec::Net(spec), BackendGrant::Given) => {
-                    spec.queue_pairs == backend.queues && backend.hold.is_none()
+                    spec.queue_pairs == backend.queues && backend.hold.is_none() && !spec.vhost
                 }
                 (DeviceSpec::Block(spec), BackendGrant::Given) => {
                     backend.image_mode() == Some((spec.readonly, spec.direct))

@@ -723,7 +723,7 @@ fn limits(spec: &DeviceSpec, backend: &[OwnedFd]) -> std::io::Result<Limits> {
         memory: needs.memory,
         file_size: needs.file_size,
         locked_memory: needs.locked_memory,
-        ..Limits::default()
+        threads: Limits::default().threads + needs.kernel_threads,
     })
 }
 

@@ -423,6 +423,57 @@ fn tap(ifname: &str, queues: u16) -> Result<Vec<OwnedFd>, String> {
     ipc::tap::open(ifname, queues).map_err(|e| format!("-netdev ifname={ifname}: {e}"))
 }
 
+/// Opens `/dev/vhost-net` once for each of `pairs` queue pairs.
+pub(super) fn vhost(pairs: u16, device: &str) -> Result<Vec<OwnedFd>, String> {
+    (0..pairs)
+        .map(|_| {
+            open(File::options().read(true).write(true), Path::new(VHOST_NET))
+                .map(OwnedFd::from)
+                .map_err(|e| {
+                    let hint = match e.raw_os_error() {
+                        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+                            "; the host's kernel module vhost_net is needed"
+                        }
+                        Some(libc::EACCES | libc::EPERM) => {
+                            "; whoever may open it can pass descriptors by vhostfd= or vhostfds="
+                        }
+                        _ => "",
+                    };
+                    format!(
+                        "-netdev vhost=on: {VHOST_NET}: cannot open: {e}{hint} (device {device})"
+                    )
+                })
+        })
+        .collect()
+}
+
+/// Descriptors of `/dev/vhost-net` that were there at the start. Each has one owner in its life, so that none stays here.
+pub(super) fn given_vhost(
+    fds: &[i32],
+    inherited: &mut super::process::Inherited,
+    device: &str,
+) -> Result<Vec<OwnedFd>, String> {
+    fds.iter()
+        .map(|number| {
+            let told = |what: &str| format!("-netdev vhostfd={number}: {what} (device {device})");
+            let fd = inherited
+                .take(*number)
+                .ok_or_else(|| told("no such open descriptor was inherited"))?;
+            is_vhost_net(fd).ok_or_else(|| told("not an open /dev/vhost-net"))
+        })
+        .collect()
+}
+
+const VHOST_NET: &str = "/dev/vhost-net";
+
+/// By its number (`linux/miscdevice.h`), whatever it is called.
+fn is_vhost_net(fd: OwnedFd) -> Option<OwnedFd> {
+    let file = File::from(fd);
+    let kind = file.metadata().ok()?;
+    let number = nix::sys::stat::makedev(10, 238);
+    (kind.file_type().is_char_device() && kind.rdev() == number).then(|| file.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

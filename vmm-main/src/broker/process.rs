@@ -79,6 +79,12 @@ impl Inherited {
         }
     }
 
+    /// The descriptor with this number itself, once.
+    pub(super) fn take(&mut self, number: RawFd) -> Option<OwnedFd> {
+        let at = self.fds.iter().position(|fd| fd.as_raw_fd() == number)?;
+        Some(self.fds.swap_remove(at))
+    }
+
     /// A duplicate of the descriptor with this number: the first stays here for a restart of the device.
     pub(super) fn duplicate(&self, number: RawFd) -> Option<OwnedFd> {
         self.fds
@@ -128,7 +134,7 @@ pub fn run(channel: RawFd) -> ExitCode {
 
 fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
     let (request, _) = channel.receive::<Request>()?;
-    let Request::SetPolicy(policy) = request else {
+    let Request::SetPolicy(mut policy) = request else {
         channel.send(
             &Reply::Failed {
                 message: "the policy must come first".into(),
@@ -153,6 +159,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
             _ => None,
         })
         .flatten()
+        .chain(policy.vhost_fds.iter().flat_map(|(_, fds)| fds))
         .copied()
         .chain(policy.files.iter().filter_map(|file| match file {
             FileGrant::InheritedSocket { fd, .. } => Some(*fd),
@@ -219,9 +226,11 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         error!("{}", with_causes(&e));
         return Err(ChannelError::Closed);
     }
+    let vhost_fds = std::mem::take(&mut policy.vhost_fds);
     Ok(Broker {
         channel,
         policy,
+        vhost_fds: vhost_fds.into_iter().collect(),
         inherited,
         added,
         plugged: BTreeMap::new(),
@@ -237,6 +246,8 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
 struct Broker {
     channel: Channel,
     policy: Policy,
+    /// Numbers of descriptors of vhost-net that are still here, by their device.
+    vhost_fds: BTreeMap<u32, Vec<i32>>,
     inherited: Inherited,
     /// Back ends that were added.
     added: Added,
@@ -252,6 +263,22 @@ struct Broker {
     draft: Option<Draft>,
     /// What the control process showed of itself at lock-down.
     witness: Option<Witness>,
+}
+
+/// Descriptors of the kernel's vhost-net for a process of a card that needs some. Each process has its own, so that what one that was
+/// killed had ends with it.
+fn vhost(
+    grant: &DeviceGrant,
+    given: Option<Vec<i32>>,
+    inherited: &mut Inherited,
+) -> Result<Vec<OwnedFd>, String> {
+    match (&grant.spec, given) {
+        (DeviceSpec::Net(card), Some(fds)) if card.vhost => {
+            open::given_vhost(&fds, inherited, &card.id)
+        }
+        (DeviceSpec::Net(card), None) if card.vhost => open::vhost(card.queue_pairs, &card.id),
+        _ => Ok(Vec::new()),
+    }
 }
 
 /// Memory through which device processes give what they hold, for a control process that may make none by then.
@@ -461,6 +488,9 @@ impl Broker {
             BackendGrant::Image { .. } | BackendGrant::Tap { .. } => duplicates(&backend)?,
             _ => Vec::new(),
         };
+        let mut backend = backend;
+        let given = self.vhost_fds.remove(&index);
+        backend.extend(vhost(grant, given, &mut self.inherited)?);
         let order = Order {
             grant,
             backend,
@@ -503,6 +533,8 @@ impl Broker {
                 ));
             }
         };
+        let mut backend = backend;
+        backend.extend(vhost(grant, None, &mut self.inherited)?);
         let order = Order {
             grant,
             backend,

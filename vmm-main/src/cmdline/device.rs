@@ -362,6 +362,7 @@ impl super::Draft {
         } else {
             return Err(props.error("names no tap; give ifname=, fd= or fds="));
         };
+        let (vhost, vhost_fds) = self.vhost(props, queues, &backend)?;
         let same_tap = |other: &&NetdevSpec| {
             matches!(
                 (&other.backend, &backend),
@@ -375,10 +376,64 @@ impl super::Draft {
             id,
             backend,
             queues,
+            vhost,
+            vhost_fds,
             limits: net_limits(props),
         });
         self.netdev_args.push(props.raw().to_owned());
         Ok(())
+    }
+
+    /// `vhost=on` and its descriptors, for a card with `queues` pairs.
+    fn vhost(
+        &mut self,
+        props: &Props<'_>,
+        queues: u16,
+        backend: &NetBackend,
+    ) -> Result<(bool, Vec<i32>), CmdlineError> {
+        if matches!(backend, NetBackend::Daemon(_)) {
+            return Ok((false, Vec::new()));
+        }
+        let on = props.bool("vhost").unwrap_or(false);
+        if props.has("vhostfd") && props.has("vhostfds") {
+            return Err(props.error("vhostfd and vhostfds contradict each other; give one"));
+        }
+        let fds = props.fds("vhostfds").or_else(|| props.fds("vhostfd"));
+        if !on {
+            if props.bool("vhostforce") == Some(true) {
+                return Err(props.error("vhostforce=on needs vhost=on"));
+            }
+            if fds.is_some() {
+                self.spec.ignored.push(format!(
+                    "-netdev {}: vhostfd and vhostfds, because vhost is off",
+                    props.raw()
+                ));
+            }
+            return Ok((false, Vec::new()));
+        }
+        let limits = ["rx-packets", "rx-bytes", "tx-packets", "tx-bytes"]
+            .map(|name| format!("throttling.{name}"));
+        if let Some(limit) = limits.iter().find(|name| props.int(name).unwrap_or(0) > 0) {
+            return Err(props.error(format!(
+                "{limit} contradicts vhost=on, where packets do not pass this program; allowed with it: vhost=off"
+            )));
+        }
+        let Some(fds) = fds else {
+            return Ok((true, Vec::new()));
+        };
+        if fds.len() != usize::from(queues) {
+            return Err(props.error(format!(
+                "vhostfd and vhostfds name {} descriptors for {queues} queue pairs; allowed: {queues}",
+                fds.len()
+            )));
+        }
+        self.check_fds(props, fds)?;
+        if let NetBackend::TapFds(taps) = backend
+            && let Some(fd) = fds.iter().find(|fd| taps.contains(fd))
+        {
+            return Err(props.error(format!("descriptor {fd} is given twice")));
+        }
+        Ok((true, fds.to_vec()))
     }
 
     /// `-fsdev`
@@ -421,9 +476,10 @@ impl super::Draft {
             if fds[..at].contains(fd) {
                 return Err(props.error(format!("descriptor {fd} is given twice")));
             }
-            let user = self.spec.netdevs.iter().find(
-                |other| matches!(&other.backend, NetBackend::TapFds(theirs) if theirs.contains(fd)),
-            );
+            let user = self.spec.netdevs.iter().find(|other| {
+                matches!(&other.backend, NetBackend::TapFds(theirs) if theirs.contains(fd))
+                    || other.vhost_fds.contains(fd)
+            });
             if let Some(user) = user {
                 return Err(props.error(format!("descriptor {fd} is used by netdev {}", user.id)));
             }

@@ -141,6 +141,7 @@ pub fn plan(spec: &VmSpec, stdin_is_terminal: bool) -> Plan {
             files: files.0,
             additions: additions(spec, devices.len()),
             growing: growing(spec),
+            vhost_fds: vhost_fds(spec),
             iothreads: spec.iothreads.iter().map(|one| one.cpus).collect(),
             devices,
             snapshots: snapshots(spec),
@@ -297,6 +298,21 @@ fn growing(spec: &VmSpec) -> Vec<(u32, u64)> {
         .collect()
 }
 
+/// The cards that have inherited descriptors of vhost-net.
+fn vhost_fds(spec: &VmSpec) -> Vec<(u32, Vec<i32>)> {
+    let fds = |device: &DeviceOption| match &device.kind {
+        DeviceKind::Net { netdev, .. } => {
+            let netdev = spec.netdevs.iter().find(|one| one.id == *netdev)?;
+            (!netdev.vhost_fds.is_empty()).then(|| netdev.vhost_fds.clone())
+        }
+        _ => None,
+    };
+    (0_u32..)
+        .zip(&spec.devices)
+        .filter_map(|(index, device)| Some((index, fds(device)?)))
+        .collect()
+}
+
 fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
     let id = device.id.clone();
     let iothread = device.iothread.as_ref().and_then(|id| spec.iothread(id));
@@ -367,6 +383,7 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
                     queue_size: *queue_size,
                     // Daemons leave it to the front end, and ours reads no queue.
                     control_queue: !matches!(backend, BackendGrant::Socket { .. }),
+                    vhost: netdev.vhost,
                     limits: netdev.limits,
                 }),
                 backend,

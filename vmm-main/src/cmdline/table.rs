@@ -606,21 +606,27 @@ const NETDEV: &[Shape] = &[
             ),
             key(
                 "vhost",
-                Kind::Fixed(&["off"]),
+                Kind::Bool,
                 "off",
-                "packets go through the kernel's vhost-net",
+                "the host's kernel passes the packets (vhost-net); not with throttling, and nothing is filtered by address or VLAN",
             ),
             key(
                 "vhostfd",
-                Kind::Later,
+                Kind::Fds(1),
                 "",
-                "inherited descriptor of vhost-net",
+                "inherited descriptor of /dev/vhost-net, for the first process of the card; those after it have it opened, as all have without",
+            ),
+            key(
+                "vhostforce",
+                Kind::Bool,
+                "off",
+                "accepted with vhost=on: there is no other way then",
             ),
             key(
                 "vhostfds",
-                Kind::Later,
+                Kind::Fds(limits::MAX_NET_QUEUE_PAIRS as usize),
                 "",
-                "inherited descriptors of vhost-net",
+                "inherited descriptors of /dev/vhost-net, one a queue pair",
             ),
             net_rate(
                 "throttling.rx-packets",

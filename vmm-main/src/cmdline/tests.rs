@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ipc::spec::DeviceSpec;
 use ipc::spec::vm::{ChardevBackend, DeviceKind, MemoryPolicy, MonitorAddress, NetBackend};
 
 use super::*;
@@ -154,6 +155,30 @@ fn katas_command_line() {
     assert_eq!(
         plan.policy.devices[1].backend,
         ipc::control::BackendGrant::Inherited { fds: vec![7, 8] }
+    );
+}
+
+#[test]
+fn a_card_with_vhost_brings_its_descriptors_or_has_them_opened() {
+    let spec = run(
+        "-kernel k -netdev tap,id=a,ifname=t0,vhost=on,queues=2,vhostforce=on -device virtio-net-device,netdev=a,mq=on \
+         -netdev tap,id=b,fds=7:8,vhost=on,vhostfds=9:10 -device virtio-net-device,netdev=b,mq=on",
+    );
+    let plan = plan(&spec, false);
+    assert_eq!(plan.policy.vhost_fds, [(1, vec![9, 10])]);
+    for device in &plan.policy.devices {
+        assert!(
+            matches!(&device.spec, DeviceSpec::Net(card) if card.vhost && card.queue_pairs == 2)
+        );
+    }
+    // As the manual has it, without vhost=on: nobody needs it.
+    let spec =
+        run("-kernel k -netdev tap,id=c,fd=11,vhostfd=12 -device virtio-net-device,netdev=c");
+    assert!(!spec.netdevs[0].vhost && spec.netdevs[0].vhost_fds.is_empty());
+    assert!(
+        spec.ignored[0].ends_with("vhost is off"),
+        "{:?}",
+        spec.ignored
     );
 }
 

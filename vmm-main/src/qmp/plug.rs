@@ -203,6 +203,8 @@ impl NewBackend {
                 (None, None) => NetBackend::TapFds(Vec::new()),
             },
             queues: queues.unwrap_or(1),
+            vhost: false,
+            vhost_fds: Vec::new(),
             limits: net_limits(&arguments),
         })
     }
@@ -547,6 +549,7 @@ impl NewDevice {
                 queue_size: *queue_size,
                 // Daemons leave it to the front end, and ours reads no queue.
                 control_queue: !backend.is_foreign(),
+                vhost: netdev.vhost,
                 limits: netdev.limits,
             }),
             (

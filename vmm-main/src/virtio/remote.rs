@@ -1985,6 +1985,7 @@ mod tests {
                 mac: [2, 0, 0, 0, 0, 1],
                 queue_pairs: 1,
                 control_queue: false,
+                vhost: false,
                 queue_size: 128,
                 limits: Default::default(),
             }),
@@ -2061,6 +2062,7 @@ mod tests {
             mac: [2, 0, 0, 0, 0, 1],
             queue_pairs: 16,
             control_queue: true,
+            vhost: false,
             queue_size: 256,
             limits: Default::default(),
         });

@@ -170,6 +170,7 @@ fn ours(queues: usize, flows: Vec<usize>) -> Option<Party> {
         queue_pairs: queues as u16,
         queue_size: SIZE,
         control_queue: true,
+        vhost: false,
         limits: Default::default(),
     });
     let mut process = DeviceProcess::start(env!("CARGO_BIN_EXE_net"), spec, tap.queues);

@@ -105,6 +105,7 @@ pub(super) fn parse(
             queue_pairs: given.number("queues", 1..=MAX_NET_QUEUE_PAIRS, 1)?,
             queue_size,
             control_queue: false,
+            vhost: false,
             limits: NetLimits {
                 rx: Limit {
                     packets: bucket(&given, "rx-packets", "rx-packets-burst")?,
@@ -164,6 +165,7 @@ mod tests {
                 queue_pairs: 3,
                 queue_size: 256,
                 control_queue: false,
+                vhost: false,
                 limits,
             },
             common: Common {

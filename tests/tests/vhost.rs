@@ -1,0 +1,274 @@
+//! # Cards whose packets the host's kernel passes
+//!
+//! **Job.** `-netdev tap,vhost=on` from a guest's first packet to the death of the card's process under load: that the kernel does the
+//! work, that nothing is lost but packets, that the process's jail is as small as it is said to be, and that what cannot be had with
+//! it is refused. **Who is not trusted.** The VMM.
+//! **Why this way.** Most machines that run tests have no `/dev/vhost-net`, so that all that needs it runs in a nested machine, whose
+//! stock kernel has it.
+#![cfg(target_arch = "x86_64")]
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use tests::host::{Tap, require_kvm, require_root};
+use tests::jail::check::check;
+use tests::jail::expect::{BackEnd, Device, Setting};
+use tests::lab::{Flavour, Guest, Nested, Script, in_a_nested_machine};
+use tests::payload::Payload;
+use tests::procfs;
+use tests::qmp::Qmp;
+use tests::test_path;
+use tests::vm::{Vm, VmBuilder};
+use tests::wait::accept;
+
+/// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
+const LIMIT: Duration = Duration::from_secs(90);
+
+#[track_caller]
+fn expect(vm: &mut Vm, text: &str) -> String {
+    vm.wait_for(text, LIMIT)
+        .unwrap_or_else(|e| panic!("{e}\n{}", vm.messages()))
+}
+
+fn vm(kernel: &std::path::Path, append: &str, tap: &str, more: &str) -> VmBuilder {
+    Vm::builder()
+        .args(["-machine", "microvm", "-m", "512"])
+        .kernel(kernel, append)
+        .arg("-netdev")
+        .arg(format!("tap,id=n0,ifname={tap},vhost=on{more}"))
+        .args([
+            "-device",
+            "virtio-net-device,netdev=n0,id=card,mac=52:54:00:aa:bb:cc,max-restarts=100",
+        ])
+        .with_qmp()
+}
+
+/// The kernel's threads that serve a queue pair of process `pid`: older kernels make threads of their own, newer ones threads of the
+/// process.
+fn workers(pid: i32) -> usize {
+    let name = format!("vhost-{pid}\n");
+    let threads = fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .chain(fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten());
+    threads
+        .filter(|thread| {
+            fs::read_to_string(thread.path().join("comm")).is_ok_and(|comm| comm == name)
+        })
+        .count()
+}
+
+/// Bytes that look like nothing in particular.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+#[test]
+fn the_kernel_carries_packets_and_a_process_that_is_killed_is_replaced() {
+    in_a_nested_machine(&Nested::default(), test_path!(), || {
+        const SIZE: usize = 20_000_000;
+        let guest = Guest::ready(Flavour::Cloud).unwrap();
+        let tap = Tap::new("sv-vhost", "10.0.9.1/24").unwrap();
+        // What comes is sent back, so that both ways are seen to be right at once.
+        let script = Script::new(
+            "set -e\n\
+             ip addr add 10.0.9.2/24 dev eth0; ip link set eth0 up\n\
+             ping -c 3 -i 0.2 10.0.9.1\n\
+             nc 10.0.9.1 5000 < /dev/null > /tmp/data\n\
+             nc 10.0.9.1 5001 < /tmp/data\n\
+             echo NET-DONE; read line\n",
+        );
+        let initrd = guest.initrd_with(&script).unwrap();
+        let listen = |port: u16| TcpListener::bind(("10.0.9.1", port)).unwrap();
+        let (down, up) = (listen(5000), listen(5001));
+        let mut vm = vm(
+            &guest.kernel.elf,
+            "console=ttyS0 quiet panic=-1 reboot=k",
+            &tap.name,
+            "",
+        )
+        .arg("-initrd")
+        .arg(initrd.path())
+        .start()
+        .unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        expect(&mut vm, "3 packets transmitted, 3 packets received");
+        let data = noise(SIZE);
+        let mut stream = accept(&down, LIMIT).unwrap();
+        let mut card = vm.process("net").unwrap().unwrap();
+        assert_eq!(
+            workers(card),
+            1,
+            "a thread of the kernel's for one queue pair"
+        );
+        let before = procfs::context_switches(card).unwrap();
+        stream.write_all(&data[..SIZE / 2]).unwrap();
+        let woken = procfs::context_switches(card).unwrap() - before;
+        println!(
+            "the card's process woke {woken} times in {} bytes",
+            SIZE / 2
+        );
+        // One packet has 64 KiB at most.
+        assert!(woken < 10, "{woken} times awake: it carries packets itself");
+        for part in data[SIZE / 2..].chunks(SIZE / 10) {
+            stream.write_all(part).unwrap();
+            kill(Pid::from_raw(card), Signal::SIGKILL).unwrap();
+            let recovered = qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+            assert_eq!(recovered["data"]["device"], "card", "{recovered}");
+            card = vm.process("net").unwrap().unwrap();
+        }
+        drop(stream);
+        let mut stream = accept(&up, LIMIT).unwrap();
+        assert_eq!(workers(card), 1);
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        drop(stream); // the guest's nc waits for it
+        assert!(back == data, "{} bytes came back", back.len());
+        expect(&mut vm, "NET-DONE");
+        vm.console.send("\n").unwrap();
+        expect(&mut vm, "GUEST-END status=0");
+        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    });
+}
+
+/// A bare guest asks for the host's hardware address again and again, and ends if a buffer is lost or comes twice.
+#[test]
+fn a_link_that_is_down_carries_nothing() {
+    in_a_nested_machine(&Nested::default(), test_path!(), || {
+        let tap = Tap::new("sv-vhost", "10.7.41.1/24").unwrap();
+        let own = "host=10.7.41.1 own=10.7.41.2";
+        let mut vm = vm(&Payload::NetLoop.path(), own, &tap.name, "")
+            .start()
+            .unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        let count = |name: &str| -> u64 {
+            let path = format!("/sys/class/net/sv-vhost/statistics/{name}");
+            fs::read_to_string(path).unwrap().trim().parse().unwrap()
+        };
+        let host = std::net::UdpSocket::bind("10.7.41.1:0").unwrap();
+        host.set_broadcast(true).unwrap();
+        expect(&mut vm, "LOOP 10\r");
+        let card = vm.process("net").unwrap().unwrap();
+        let link = |qmp: &mut Qmp, up: bool| {
+            let link = json!({ "name": "card", "up": up });
+            qmp.execute("set_link", link).unwrap();
+        };
+        link(&mut qmp, false);
+        // The kernel has given the queues back before the answer.
+        let before = ["rx_packets", "tx_packets"].map(count);
+        for _ in 0..10 {
+            host.send_to(&[1], "10.7.41.255:9").unwrap();
+        }
+        link(&mut qmp, false);
+        assert_eq!(before, ["rx_packets", "tx_packets"].map(count));
+        kill(Pid::from_raw(card), Signal::SIGKILL).unwrap();
+        qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+        assert_eq!(
+            before,
+            ["rx_packets", "tx_packets"].map(count),
+            "for another process, too"
+        );
+        link(&mut qmp, true);
+        // What came meanwhile is nobody's, and the guest goes on.
+        let more = (0..1000).any(|_| {
+            expect(&mut vm, "LOOP ");
+            count("rx_packets") > before[0]
+        });
+        assert!(more, "nothing comes though the link is up");
+        vm.console.send("x").unwrap();
+        expect(&mut vm, "NET-LOOP OK answers ");
+        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    });
+}
+
+#[test]
+fn the_jail_is_a_cards_with_one_descriptor_more_and_its_own_filter() {
+    in_a_nested_machine(&Nested::default(), test_path!(), || {
+        let tap = Tap::new("sv-vhost", "10.7.42.1/24").unwrap();
+        let mut vm = vm(&Payload::BlkRw.path(), "end=halt", &tap.name, "");
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("disk.img");
+        const IMAGE: u64 = 8 << 20;
+        fs::File::create(&image).unwrap().set_len(IMAGE).unwrap();
+        vm = vm.disk("d0", &image, "");
+        let mut vm = vm.start().unwrap();
+        expect(&mut vm, "BLK-RW OK");
+        let mut qmp = vm.qmp().unwrap();
+        let reply = qmp.execute("query-sandbox", json!({})).unwrap();
+        let card = Device {
+            id: "card",
+            binary: "net",
+            back_end: BackEnd::TapOfKernel,
+            queues: 3,
+            started: 0,
+        };
+        let disk = Device {
+            id: "dev-d0",
+            binary: "block",
+            back_end: BackEnd::Image {
+                path: "/disk.img",
+                writes: true,
+                size: IMAGE,
+            },
+            queues: 1,
+            started: 1,
+        };
+        let setting = Setting {
+            devices: vec![card, disk],
+            ram: 512 << 20,
+            vcpus: 1,
+            clients: 1,
+            held: Vec::new(),
+            given: Vec::new(),
+        };
+        let findings = check(&mut vm, &setting, &reply).unwrap();
+        assert!(findings.is_empty(), "{findings:#?}");
+        qmp.execute("quit", json!({})).unwrap();
+        assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
+    });
+}
+
+/// On this machine's own, which need not have it.
+#[test]
+fn what_cannot_be_had_is_told_before_the_guest_runs() {
+    require_kvm();
+    require_root();
+    let tap = Tap::new("sv-vhost0", "10.7.43.1/24").unwrap();
+    let refused = |more: &str| {
+        let mut vm = vm(&Payload::NetLoop.path(), "", &tap.name, more)
+            .start()
+            .unwrap();
+        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(1), "{}", vm.messages());
+        vm.messages()
+    };
+    let told = refused(",vhostfd=99");
+    let want = "-netdev vhostfd=99: no such open descriptor was inherited (device card)";
+    assert!(told.contains(want), "{told}");
+    if !std::path::Path::new("/dev/vhost-net").exists() {
+        let told = refused("");
+        let want = "-netdev vhost=on: /dev/vhost-net: cannot open: ";
+        assert!(told.contains(want), "{told}");
+        assert!(
+            told.contains("the host's kernel module vhost_net is needed"),
+            "{told}"
+        );
+    }
+}
