@@ -81,7 +81,7 @@ fn noise(len: usize) -> Vec<u8> {
 #[test]
 fn the_kernel_carries_packets_and_a_process_that_is_killed_is_replaced() {
     in_a_nested_machine(&Nested::default(), test_path!(), || {
-        const SIZE: usize = 20_000_000;
+        const SIZE: usize = 10_000_000;
         let guest = Guest::ready(Flavour::Cloud).unwrap();
         let tap = Tap::new("sv-vhost", "10.0.9.1/24").unwrap();
         // What comes is sent back, so that both ways are seen to be right at once.
