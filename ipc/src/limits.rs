@@ -124,6 +124,9 @@ pub const QMP_FLUSH_MS: u64 = 200;
 /// Bytes of serial output kept for a reader that is slow or absent; beyond it the oldest are dropped and counted.
 pub const MAX_CHARDEV_BACKLOG: usize = 64 * 1024;
 
+/// Milliseconds that a stand-alone daemon of a shared folder waits for another program that is tried, and for that one's process
+/// that serves: both take some tens on an idle machine.
+pub const UPGRADE_PATIENCE_MS: u64 = 10_000;
 /// Milliseconds that the broker waits for a keeper to end the process that serves; then it ends both.
 pub const KEEPER_PATIENCE_MS: u64 = 2000;
 /// Requests of one guest that wait for a lock on a shared folder's file.

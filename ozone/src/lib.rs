@@ -21,6 +21,7 @@ mod plan;
 mod self_lock;
 pub mod spawn;
 mod steps;
+pub mod successor;
 mod sys;
 pub mod tree;
 mod watch;

@@ -22,6 +22,7 @@ use crate::{
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         signal::{SigSet, Signal},
         socket::{AddressFamily, SockFlag, SockType, socketpair},
@@ -32,11 +33,12 @@ use nix::{
 };
 use std::{
     ffi::{CString, c_int},
-    fmt::Write as _,
+    fmt::{self, Write as _},
     mem::ManuallyDrop,
-    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     os::unix::ffi::OsStrExt,
     path::Path,
+    time::{Duration, Instant},
 };
 
 /// How the tree becomes the root.
@@ -92,6 +94,9 @@ pub enum TreeError {
         /// What the kernel said.
         source: Errno,
     },
+    /// A step failed in the process inside.
+    #[error(transparent)]
+    Inside(Box<TreeError>),
     /// Landlock's calls failed in a way that an old kernel does not explain.
     #[error("sandbox: Landlock")]
     Landlock(#[from] ::landlock::RulesetError),
@@ -133,24 +138,88 @@ pub enum Ended {
     Stopped(Signal),
 }
 
+impl Ended {
+    /// Of a child of this process; `None` if it has not ended.
+    pub(crate) fn of(child: libc::pid_t, flags: WaitPidFlag) -> Result<Option<Self>, Errno> {
+        loop {
+            return match waitid(Id::Pid(Pid::from_raw(child)), flags) {
+                Err(Errno::EINTR) => continue,
+                Err(errno) => Err(errno),
+                Ok(WaitStatus::Exited(_, status)) => Ok(Some(Self::Exited(status))),
+                Ok(WaitStatus::Signaled(_, signal, _)) => Ok(Some(Self::Killed(signal))),
+                Ok(_) => Ok(None),
+            };
+        }
+    }
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(status) => write!(f, "ended with status {status}"),
+            Self::Killed(signal) => write!(f, "was killed by {signal}"),
+            Self::Stopped(signal) => write!(f, "was told to end by {signal}"),
+        }
+    }
+}
+
+/// What the process outside was waiting for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Woken {
+    /// The process inside has ended.
+    Ended(Ended),
+    /// Somebody asks for another program in this one's place (`SIGUSR2`); the process inside goes on.
+    Upgrade,
+}
+
 impl Outside {
-    /// Waits until the process inside ends, or ends it when this one is told to.
+    /// Waits until the process inside ends, ends it when this one is told to, or tells that another program is wanted.
     ///
     /// # Errors
     /// Waiting is not possible; the process inside then ends with this one.
-    pub fn wait(&self) -> Result<Ended, TreeError> {
+    pub fn wait(&self) -> Result<Woken, TreeError> {
         loop {
-            let signal = self.signals.wait().map_err(step("waiting for signals"))?;
-            if signal != Signal::SIGCHLD {
-                // It may have ended by itself meanwhile.
-                let _ = sys::kill_child(self.child);
-                self.reap(WaitPidFlag::WEXITED)?;
-                return Ok(Ended::Stopped(signal));
+            match self.signals.wait().map_err(step("waiting for signals"))? {
+                Signal::SIGCHLD => {
+                    if let Some(ended) = self.reap(WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG)? {
+                        return Ok(Woken::Ended(ended));
+                    }
+                }
+                Signal::SIGUSR2 => return Ok(Woken::Upgrade),
+                signal => {
+                    self.end()?;
+                    return Ok(Woken::Ended(Ended::Stopped(signal)));
+                }
             }
-            match self.reap(WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG)? {
-                WaitStatus::Exited(_, status) => return Ok(Ended::Exited(status)),
-                WaitStatus::Signaled(_, signal, _) => return Ok(Ended::Killed(signal)),
-                _ => {}
+        }
+    }
+
+    /// Ends the process inside, which may have ended by itself meanwhile.
+    ///
+    /// # Errors
+    /// Waiting is not possible.
+    pub fn end(&self) -> Result<Ended, TreeError> {
+        let _ = sys::kill_child(self.child);
+        self.reap(WaitPidFlag::WEXITED)?
+            .ok_or(Errno::ECHILD)
+            .map_err(step("waiting for the process inside"))
+    }
+
+    /// Waits for a byte in `word`, `patience` at most; `false` if the process inside ends before, or time does.
+    ///
+    /// # Errors
+    /// Waiting is not possible.
+    pub fn is_told(&self, word: BorrowedFd<'_>, patience: Duration) -> Result<bool, TreeError> {
+        let inside = sys::pidfd(self.child).map_err(step("opening a pidfd"))?;
+        let deadline = Instant::now() + patience;
+        let mut polled = [word, inside.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut polled, timeout) {
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(step("waiting for the process inside")(errno)),
+                Ok(_) => return Ok(polled[0].any().unwrap_or(false)),
             }
         }
     }
@@ -177,9 +246,8 @@ impl Outside {
         self.me.as_raw_fd() == fd
     }
 
-    fn reap(&self, flags: WaitPidFlag) -> Result<WaitStatus, TreeError> {
-        waitid(Id::Pid(Pid::from_raw(self.child)), flags)
-            .map_err(step("waiting for the process inside"))
+    fn reap(&self, flags: WaitPidFlag) -> Result<Option<Ended>, TreeError> {
+        Ended::of(self.child, flags).map_err(step("waiting for the process inside"))
     }
 }
 
@@ -255,6 +323,7 @@ fn with_namespaces(wanted: &Wanted<'_>, path: &CString) -> Result<Side, TreeErro
         Signal::SIGTERM,
         Signal::SIGINT,
         Signal::SIGHUP,
+        Signal::SIGUSR2,
     ] {
         signals.add(signal);
     }
@@ -305,7 +374,7 @@ fn start(
             unistd::write(&*parents_end, b"1").map_err(step("telling the process inside"))?;
             // What is left to do needs no right but that of doing this again.
             if new_users && privileged {
-                caps::keep(MAPPING_LATER).map(drop)
+                caps::keep_and_pass_on(MAPPING_LATER)
             } else {
                 caps::clear()
             }
@@ -320,29 +389,46 @@ fn start(
             }))
         }
         None => {
-            SigSet::empty()
-                .thread_set_mask()
-                .map_err(step("unblocking signals"))?;
-            faults::report_plainly().map_err(step("resetting signals"))?;
-            parent_death::follow(me.as_raw_fd()).map_err(step("following the process outside"))?;
-            if !sys::await_byte(childs_end.as_raw_fd()).map_err(step("waiting for users"))? {
-                return Err(step("waiting for users")(Errno::ESRCH));
-            }
-            drop(ManuallyDrop::into_inner(childs_end));
-            if new_users && !privileged {
-                idmap::map_self_to_root(identity).map_err(step("mapping users"))?;
-            }
-            let mut inside = enter_namespaces(wanted, path, new_users)?;
-            // The mounts were made by the host's root, who may have no number in here.
-            if chosen {
-                sys::set_gid(0).map_err(step("becoming group 0"))?;
-                sys::set_uid(0).map_err(step("becoming user 0"))?;
-            }
-            inside.lifeline = Some(ManuallyDrop::into_inner(me));
-            inside.all_users = privileged;
-            Ok(Side::Inside(inside))
+            let (me, word) = (ManuallyDrop::into_inner(me), childs_end);
+            step_inside(wanted, path, me, word, (identity, new_users, privileged))
+                .map(Side::Inside)
+                .map_err(|error| TreeError::Inside(Box::new(error)))
         }
     }
+}
+
+/// In the new process: `outside` is its parent's pidfd, `word` says that its users are there.
+fn step_inside(
+    wanted: &Wanted<'_>,
+    path: &CString,
+    outside: OwnedFd,
+    word: ManuallyDrop<OwnedFd>,
+    (identity, new_users, privileged): (Identity, bool, bool),
+) -> Result<Inside, TreeError> {
+    // What asks for another program is for the process outside, though a manager may send it to both.
+    let mut blocked = SigSet::empty();
+    blocked.add(Signal::SIGUSR2);
+    blocked
+        .thread_set_mask()
+        .map_err(step("unblocking signals"))?;
+    faults::report_plainly().map_err(step("resetting signals"))?;
+    parent_death::follow(outside.as_raw_fd()).map_err(step("following the process outside"))?;
+    if !sys::await_byte(word.as_raw_fd()).map_err(step("waiting for users"))? {
+        return Err(step("waiting for users")(Errno::ESRCH));
+    }
+    drop(ManuallyDrop::into_inner(word));
+    if new_users && !privileged {
+        idmap::map_self_to_root(identity).map_err(step("mapping users"))?;
+    }
+    let mut inside = enter_namespaces(wanted, path, new_users)?;
+    // The mounts were made by the host's root, who may have no number in here.
+    if !wanted.users.is_empty() || !wanted.groups.is_empty() {
+        sys::set_gid(0).map_err(step("becoming group 0"))?;
+        sys::set_uid(0).map_err(step("becoming user 0"))?;
+    }
+    inside.lifeline = Some(outside);
+    inside.all_users = privileged;
+    Ok(inside)
 }
 
 fn enter_namespaces(
@@ -422,6 +508,10 @@ fn own_fds() -> Result<OwnedFd, TreeError> {
 }
 
 fn with_chroot(wanted: &Wanted<'_>, path: &CString) -> Result<Inside, TreeError> {
+    // What asks for another program, which there is nobody to start.
+    let mut blocked = SigSet::empty();
+    blocked.add(Signal::SIGUSR2);
+    blocked.thread_block().map_err(step("blocking signals"))?;
     let own_fds = own_fds()?;
     let tree = open(
         path.as_c_str(),

@@ -194,6 +194,9 @@ fn help() -> String {
         // Writing to a string does not fail.
         let _ = writeln!(text, "  {:<24} {what}", format!("-{name}{value}"));
     }
+    text.push_str(
+        "\nSIGUSR2 puts the program in this one's place that its path has by then, while the guest works.\n",
+    );
     text
 }
 

@@ -4,16 +4,17 @@
 //! **Who is not trusted.** The front end and the guest, from the moment the front end is connected; by then the process inside
 //! has lost every right but those on the tree, and its first message is read behind the system call filter.
 //! **Why this way.** One daemon serves one front end and ends with it, so that no guest inherits another's state. The process
-//! that serves can be killed at any time: the one outside, which can do nothing else by its filter, starts another, which goes on with the guest's open files and the
-//! front end's connection (`device_host::Record`, `passthrough::Store`). The front end notices nothing.
+//! that serves can be killed at any time: the one outside, which can do little else by its filter, starts another, which goes on with the guest's open files and the
+//! front end's connection (`device_host::Record`, `passthrough::Store`). The front end notices nothing, neither then nor when another
+//! program takes this one's place ([`crate::upgrade`]).
 
-use std::collections::{HashSet, VecDeque};
-use std::fs::OpenOptions;
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -25,12 +26,15 @@ use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{getegid, geteuid};
-use ozone::tree::{self, Ended, IdRange, Inside, Side, TreeError, Wanted};
+use ozone::successor;
+use ozone::tree::{self, Ended, IdRange, Inside, Outside, Side, TreeError, Wanted, Woken};
 use seccomp_policies::{Action, Policy};
 use thiserror::Error;
 
 use crate::cli::{LogTo, Options, Seccomp, Socket};
+use crate::upgrade::{self, Estate, Handed, Previous, UpgradeError};
 use crate::{inherited, movers, resident};
 
 /// Descriptors that are not for the guest's files: the socket, queues, memory while it is mapped, the log.
@@ -60,6 +64,13 @@ impl From<TreeError> for DaemonError {
             TreeError::Users => Self::NotRoot,
             other => Self::Jail(other),
         }
+    }
+}
+
+impl DaemonError {
+    /// Whether it was met on the way into the jail.
+    fn is_inside(&self) -> bool {
+        matches!(self, Self::Jail(TreeError::Inside(_)))
     }
 }
 
@@ -98,6 +109,12 @@ enum DaemonError {
     Movers(#[from] MoversError),
     #[error("-tag does not fit")]
     Tag,
+    #[error("the process that serves {0}")]
+    Ended(Ended),
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
+    #[error("there is no socket for the front end any more")]
+    NoFrontEnd,
     #[error("waiting for the front end")]
     Accept(#[source] io::Error),
     #[error(transparent)]
@@ -106,13 +123,24 @@ enum DaemonError {
     Serve(#[from] ServeError),
 }
 
-/// Shares the folder until the front end leaves.
-pub(crate) fn run(options: &Options) -> ExitCode {
-    match start(options) {
+/// Shares the folder until the front end leaves; as a `trial`, starts as if to and says how that went.
+pub(crate) fn run(options: &Options, trial: bool) -> ExitCode {
+    let handed = Handed::take().map_err(DaemonError::Upgrade);
+    let result = match handed {
+        Ok(Some(mut handed)) if trial => {
+            let says = handed.plan().ok().and_then(|plan| plan.says());
+            return try_start(options, &mut handed, says);
+        }
+        Ok(None) if trial => Err(DaemonError::Upgrade(UpgradeError::Environment)),
+        Ok(Some(handed)) => go_on(options, handed),
+        Ok(None) => start(options),
+        Err(error) => Err(error),
+    };
+    match result {
         Ok(code) => code,
         Err(error) => {
             let line = ipc::log::with_causes(&error);
-            if matches!(options.log, LogTo::Stderr) || matches!(error, DaemonError::Log(..)) {
+            if ipc::log::descriptor().is_none() || matches!(options.log, LogTo::Stderr) {
                 eprintln!("vhost_user_fs: {line}");
             } else {
                 ipc::log::error!("{line}");
@@ -122,6 +150,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     }
 }
 
+/// By the command line alone.
 fn start(options: &Options) -> Result<ExitCode, DaemonError> {
     // First, since its number must not be given to anything else.
     let inherited = match options.socket {
@@ -134,15 +163,17 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
             None
         }
     };
+    // Before anybody puts another program there.
+    let program = std::env::current_exe().unwrap_or_default();
     let log = open_log(&options.log)?;
+    let log_number = log.as_raw_fd();
     ipc::log::init("vhost_user_fs", options.log_level, log);
     let source = std::fs::canonicalize(&options.source)
         .map_err(|error| DaemonError::Source(options.source.clone(), error))?;
     if !source.is_dir() {
         return Err(DaemonError::NoFolder(source));
     }
-    // The process outside has it as a number only; who serves closes it.
-    let front_end = ManuallyDrop::new(match (&options.socket, inherited) {
+    let front_end = match (&options.socket, inherited) {
         (Socket::Path(path), _) => {
             let unknown = |name: &String| DaemonError::Group(name.clone());
             let group = options
@@ -156,57 +187,292 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
             .ok_or(Errno::EBADF)
             .and_then(socket::inherited)
             .map_err(|e| DaemonError::Fd(*fd, e))?,
-    });
+    };
     let descriptors = limit_descriptors(options.rlimit_nofile)?;
-    let capabilities = capabilities(options);
-    let wanted = Wanted {
-        source: &source,
-        kind: options.sandbox,
-        readonly: options.readonly,
-        capabilities,
-        own_users: options.add_caps & OF_THE_HOST == 0,
-        users: chosen(&options.uid_map, geteuid().as_raw()),
-        groups: chosen(&options.gid_map, getegid().as_raw()),
-    };
-    let kept = Kept {
-        store: Store::new(descriptors).map_err(DaemonError::Kept)?,
-        record: Record::new().map_err(DaemonError::Kept)?,
-        movers: options.threads.unwrap_or_else(movers::sensible),
-        own: inherited::first_free().map_err(DaemonError::Inherited)?,
-    };
-    let mut restarts = Restarts::default();
-    let mut side = tree::enter(&wanted)?;
-    loop {
-        let outside = match side {
-            Side::Inside(inside) => {
-                return serve(options, inside, front_end, (descriptors, kept));
-            }
-            Side::Outside(outside) => outside,
-        };
-        // Another process inside has it from here.
-        if seccomp_policies::in_force(Policy::FsOutside).is_none()
-            && let Some(action) = action(options.seccomp)
-        {
-            seccomp_policies::install(Policy::FsOutside, action)?;
-        }
-        resident::give_code_back();
-        let ended = outside.wait()?;
-        match ended {
-            Ended::Killed(signal) if outside.is_repeatable() && restarts.allowed(signal) => {
-                ipc::log::warn!("the serving process was killed by {signal}; another one goes on");
-                kept.close_others(|fd| outside.owns(fd))
-                    .map_err(DaemonError::Inherited)?;
-                side = outside.again(&wanted)?;
-            }
-            _ => {
-                if let Socket::Path(path) = &options.socket {
-                    // It may be gone, or belong to the next daemon's preparations by now; neither is a fault.
-                    let _ = std::fs::remove_file(path);
+    Post {
+        options,
+        estate: Estate {
+            program,
+            source,
+            store: tables(descriptors).map_err(DaemonError::Kept)?,
+            record: Record::new().map_err(DaemonError::Kept)?,
+            descriptors,
+            movers: options.threads.unwrap_or_else(movers::sensible),
+            front_end: ManuallyDrop::new(Some(front_end)),
+            log: log_number,
+            filters: Vec::new(),
+        },
+        probation: None,
+        outside: true,
+    }
+    .hold()
+}
+
+/// Tables that another program can go on with, if the limit of a file's size allows them.
+fn tables(descriptors: usize) -> Result<Store, Errno> {
+    let (most, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
+    if Store::bytes(descriptors) <= most {
+        return Store::new_to_hand_over(descriptors);
+    }
+    ipc::log::info!(
+        "by its limit of a file's size, no other program can take the place of this one"
+    );
+    Store::new(descriptors)
+}
+
+/// In the place of another program.
+fn go_on(options: &Options, mut handed: Handed) -> Result<ExitCode, DaemonError> {
+    // An executed descriptor's number is no name.
+    let _ = nix::sys::prctl::set_name(c"vhost_user_fs");
+    let taken = take_over(options, &mut handed);
+    let (plan, previous) = handed.into_parts();
+    let (error, plan, previous) = match (taken, previous) {
+        (Ok((estate, from)), previous) => {
+            drop(plan);
+            let mut post = Post {
+                options,
+                estate,
+                probation: previous.map(|previous| Probation { previous, from }),
+                outside: true,
+            };
+            let result = post.hold();
+            match (result, post.probation) {
+                // What befell one that serves is not for that one to decide.
+                (Err(error), Some(probation)) if post.outside && !error.is_inside() => {
+                    (error, post.estate.hand_on(), probation.previous)
                 }
-                return Ok(exit_code(ended));
+                (result, _) => return result,
+            }
+        }
+        (Err(error), Some(previous)) => (error, Ok(plan), previous),
+        (Err(error), None) => return Err(error),
+    };
+    ipc::log::error!(
+        "upgrade: version {}: {}; the program of before goes on",
+        env!("CARGO_PKG_VERSION"),
+        ipc::log::with_causes(&error)
+    );
+    Err(previous.give_place_back(plan).into())
+}
+
+/// What the program before this one had, and its version.
+fn take_over(options: &Options, handed: &mut Handed) -> Result<(Estate, String), DaemonError> {
+    let plan = handed.plan()?;
+    let log = plan.log()?;
+    let number = log.as_raw_fd();
+    ipc::log::init("vhost_user_fs", options.log_level, log);
+    plan.check()?;
+    let version = plan.version.clone();
+    let estate = plan.estate(number)?;
+    successor::hand_on_nothing().map_err(DaemonError::Inherited)?;
+    Ok((estate, version))
+}
+
+/// What a start does, up to where it would serve.
+fn try_start(options: &Options, handed: &mut Handed, says: Option<File>) -> ExitCode {
+    let Some(says) = says else {
+        eprintln!(
+            "vhost_user_fs: {}: only an upgrade has use for it",
+            upgrade::TRIAL
+        );
+        return ExitCode::from(2);
+    };
+    // Both processes have it.
+    let says = ManuallyDrop::new(says);
+    let started = start_for_a_try(options, handed);
+    let said = match &started {
+        Ok(true) => upgrade::say_ready(&says),
+        Ok(false) => Ok(()),
+        Err(error) => upgrade::say(&says, ipc::log::with_causes(error).as_bytes()),
+    };
+    if started.is_ok() && said.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Whether all went well, in the process outside.
+fn start_for_a_try(options: &Options, handed: &mut Handed) -> Result<bool, DaemonError> {
+    let plan = handed.plan()?;
+    plan.check()?;
+    plan.tables()?;
+    plan.connection()?;
+    let source = plan.source();
+    let (told, tells) = word()?;
+    match tree::enter(&wanted(options, &source))? {
+        Side::Inside(mut inside) => {
+            inside.lock()?;
+            let action = action(options.seccomp);
+            // They end with this process.
+            let _movers = ManuallyDrop::new(movers::start(plan.movers as usize, action)?);
+            if let Some(action) = action {
+                seccomp_policies::install(Policy::VhostUserFs, action)?;
+            }
+            let _ = nix::unistd::write(&*tells, b"1");
+            Ok(false)
+        }
+        Side::Outside(outside) => {
+            if let Some(action) = action(options.seccomp) {
+                upgrade::filter(&plan.filters, action)?;
+            }
+            let told = outside.is_told(told.as_fd(), upgrade::PATIENCE)?;
+            match outside.end()? {
+                _ if told => Ok(true),
+                // It has said why.
+                Ended::Exited(status) if status != 0 => Ok(false),
+                ended => Err(DaemonError::Ended(ended)),
             }
         }
     }
+}
+
+fn wanted<'a>(options: &'a Options, source: &'a Path) -> Wanted<'a> {
+    Wanted {
+        source,
+        kind: options.sandbox,
+        readonly: options.readonly,
+        capabilities: capabilities(options),
+        own_users: options.add_caps & OF_THE_HOST == 0,
+        users: chosen(&options.uid_map, geteuid().as_raw()),
+        groups: chosen(&options.gid_map, getegid().as_raw()),
+    }
+}
+
+/// A program that has taken another one's place, until it serves.
+#[derive(Debug)]
+struct Probation {
+    previous: Previous,
+    /// Version of that one.
+    from: String,
+}
+
+/// The process outside, and what it starts those that serve with.
+struct Post<'a> {
+    options: &'a Options,
+    estate: Estate,
+    probation: Option<Probation>,
+    /// This is not one that serves.
+    outside: bool,
+}
+
+impl Post<'_> {
+    /// Has the folder served until the front end leaves.
+    fn hold(&mut self) -> Result<ExitCode, DaemonError> {
+        let source = self.estate.source.clone();
+        let wanted = wanted(self.options, &source);
+        let mut restarts = Restarts::default();
+        // Both processes have both ends, and the one outside closes them when it was told.
+        let mut word = self.probation.as_ref().map(|_| word()).transpose()?;
+        let mut side = tree::enter(&wanted)?;
+        loop {
+            let outside = match side {
+                Side::Inside(inside) => {
+                    self.outside = false;
+                    let tells = word.map(|(_, tells)| tells);
+                    return serve(self.options, inside, &mut self.estate, tells);
+                }
+                Side::Outside(outside) => outside,
+            };
+            // Another process inside has it from here.
+            if let Some(action) = action(self.options.seccomp) {
+                self.estate.filter(action)?;
+            }
+            if let Some((told, tells)) = word.take() {
+                if !outside.is_told(told.as_fd(), upgrade::PATIENCE)? {
+                    let ended = outside.end()?;
+                    self.close_others(|_| false)?;
+                    return Err(DaemonError::Ended(ended));
+                }
+                drop((
+                    ManuallyDrop::into_inner(told),
+                    ManuallyDrop::into_inner(tells),
+                ));
+            }
+            if let Some(Probation { previous, from }) = self.probation.take() {
+                previous.close();
+                let version = env!("CARGO_PKG_VERSION");
+                ipc::log::warn!("upgrade: version {version} goes on for version {from}");
+            }
+            resident::give_code_back();
+            let ended = loop {
+                match outside.wait()? {
+                    Woken::Ended(ended) => break Ok(ended),
+                    Woken::Upgrade => match self.upgrade(&outside) {
+                        Ok(Err(ended)) => break Ok(ended),
+                        Ok(Ok(())) => break Err(()),
+                        Err(error) => stays(&error),
+                    },
+                }
+            };
+            match ended {
+                Ok(Ended::Killed(signal))
+                    if outside.is_repeatable() && restarts.allowed(signal) =>
+                {
+                    ipc::log::warn!(
+                        "the serving process was killed by {signal}; another one goes on"
+                    );
+                    self.close_others(|fd| outside.owns(fd))?;
+                }
+                Err(()) => {}
+                Ok(ended) => {
+                    if let Socket::Path(path) = &self.options.socket {
+                        // It may be gone, or belong to the next daemon's preparations by now; neither is a fault.
+                        let _ = std::fs::remove_file(path);
+                    }
+                    return Ok(exit_code(ended));
+                }
+            }
+            side = outside.again(&wanted)?;
+        }
+    }
+
+    /// Puts the program in this one's place that its path names by now. Returns if that fails: with an error when the process
+    /// inside goes on, `Ok(Ok(()))` when another one has to.
+    fn upgrade(&self, outside: &Outside) -> Result<Result<(), Ended>, UpgradeError> {
+        if !outside.is_repeatable() {
+            return Err(UpgradeError::Alone);
+        }
+        let tried = self.estate.try_out()?;
+        let ended = outside
+            .end()
+            .map_err(|_| UpgradeError::Call("ending the process that serves", Errno::ECHILD))?;
+        if ended != Ended::Killed(Signal::SIGKILL) {
+            return Ok(Err(ended));
+        }
+        let error = match self.close_others(|fd| outside.owns(fd)) {
+            Ok(()) => self.estate.take_place(&tried),
+            Err(_) => UpgradeError::Call("closing descriptors", Errno::EBADF),
+        };
+        stays(&error);
+        Ok(Ok(()))
+    }
+
+    /// Closes what a process that is gone had open for itself, or for a request that it was at.
+    fn close_others(&self, owned: impl Fn(RawFd) -> bool) -> Result<(), DaemonError> {
+        let (own, kept) = (self.estate.own(), self.estate.kept());
+        let previous = self.probation.as_ref().map(|p| p.previous.number());
+        inherited::close_unless(|fd| {
+            own.contains(&fd) || kept.contains(&fd) || owned(fd) || previous == Some(fd)
+        })
+        .map_err(DaemonError::Inherited)
+    }
+}
+
+fn stays(error: &UpgradeError) {
+    let why = ipc::log::with_causes(error);
+    ipc::log::error!("upgrade: {why}; the running program goes on");
+}
+
+/// One end of a line, which no object closes.
+type End = ManuallyDrop<OwnedFd>;
+
+/// Over which a process that serves tells that it does: where that is heard, and where it is said.
+fn word() -> Result<(End, End), DaemonError> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    socketpair(AddressFamily::Unix, SockType::Stream, None, flags)
+        .map(|(told, tells)| (ManuallyDrop::new(told), ManuallyDrop::new(tells)))
+        .map_err(DaemonError::Inherited)
 }
 
 /// The ranges of a map that are not what there is anyway: a user who is not root has himself, as user 0.
@@ -214,31 +480,6 @@ fn chosen(map: &[IdRange], own: u32) -> &[IdRange] {
     match map {
         [range] if own != 0 && (range.inside, range.host, range.count) == (0, own, 1) => &[],
         _ => map,
-    }
-}
-
-/// What outlives a serving process.
-#[derive(Debug, Clone, Copy)]
-struct Kept {
-    store: Store,
-    record: Record,
-    /// Threads that move data, of each serving process.
-    movers: usize,
-    /// Descriptors below this number are of the process outside, from before it started any.
-    own: i32,
-}
-
-impl Kept {
-    /// Closes what a process that is gone had open for itself, or for a request that it was at.
-    fn close_others(&self, owned: impl Fn(i32) -> bool) -> Result<(), Errno> {
-        let mut wanted = HashSet::new();
-        self.store.descriptors(|fd| {
-            wanted.insert(fd);
-        });
-        self.record.descriptors(|fd| {
-            wanted.insert(fd);
-        });
-        inherited::close_unless(|fd| fd < self.own || owned(fd) || wanted.contains(&fd))
     }
 }
 
@@ -282,15 +523,23 @@ fn exit_code(ended: Ended) -> ExitCode {
 fn serve(
     options: &Options,
     mut inside: Inside,
-    front_end: ManuallyDrop<Inherited>,
-    (descriptors, kept): (usize, Kept),
+    estate: &mut Estate,
+    mut tells: Option<End>,
 ) -> Result<ExitCode, DaemonError> {
-    let Kept {
+    let Estate {
         store,
         record,
         movers,
+        descriptors,
         ..
-    } = kept;
+    } = *estate;
+    // Once: from then on its number may be another one's.
+    let mut tell = || {
+        if let Some(tells) = tells.take() {
+            // If nobody hears it, this process will be ended.
+            let _ = nix::unistd::write(&*tells, b"1");
+        }
+    };
     let all_users = inside.all_users;
     let locked = inside.lock()?;
     if let Some(missing) = tree::describe_missing(locked.layers()) {
@@ -347,11 +596,20 @@ fn serve(
         // What was listened at is closed, or is the connection that is gone on with.
         jailed.resume(record)?
     } else {
-        let stream = match ManuallyDrop::into_inner(front_end) {
-            Inherited::Listening(listener) => listener.accept().map_err(DaemonError::Accept)?.0,
-            Inherited::Connected(stream) => stream,
+        // Without one there is a connection.
+        let front_end = estate.front_end.take().ok_or(DaemonError::NoFrontEnd)?;
+        let (stream, listener) = match front_end {
+            Inherited::Listening(listener) => {
+                tell();
+                let stream = listener.accept().map_err(DaemonError::Accept)?.0;
+                (stream, Some(listener))
+            }
+            Inherited::Connected(stream) => (stream, None),
         };
-        jailed.serve_on_record(stream, record)?
+        let serving = jailed.serve_on_record(stream, record)?;
+        // Only now, so that whoever goes on after a kill has one of the two.
+        drop(listener);
+        serving
     };
     if action != Some(Action::Kill) {
         ipc::log::warn!("-seccomp: unexpected system calls do not end this process");
@@ -361,6 +619,7 @@ fn serve(
     if let Some(action) = action {
         seccomp_policies::install(Policy::VhostUserFs, action)?;
     }
+    tell();
     serving.run()?;
     ipc::log::info!("the front end left");
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,5 @@
-//! Descriptors that nothing in this process owns: the socket of `--fd`, which is taken; all others that the caller left open,
-//! and those of a serving process that is gone, which are closed.
+//! Descriptors that nothing in this process owns: the socket of `--fd` and what another program handed on, which are taken; all
+//! others that the caller left open, and those of a serving process that is gone, which are closed.
 
 #![allow(unsafe_code)] // a descriptor that exec left open is known by its number only
 
@@ -35,13 +35,6 @@ fn each(mut with: impl FnMut(RawFd)) -> Result<(), Errno> {
     Ok(())
 }
 
-/// A number above those of all open descriptors.
-pub(crate) fn first_free() -> Result<RawFd, Errno> {
-    let mut last = 2;
-    each(|fd| last = last.max(fd))?;
-    Ok(last + 1)
-}
-
 /// Closes all descriptors but those that `keep` names: they belonged to a process that is gone.
 pub(crate) fn close_unless(keep: impl Fn(RawFd) -> bool) -> Result<(), Errno> {
     let mut others = Vec::new();
@@ -51,6 +44,19 @@ pub(crate) fn close_unless(keep: impl Fn(RawFd) -> bool) -> Result<(), Errno> {
         unsafe { libc::close(fd) };
     }
     Ok(())
+}
+
+/// Takes descriptor `fd`, which the program before this one handed on, and which is named once; `None` if it is not open. It stays
+/// one that is handed on.
+pub(crate) fn handed_on(fd: RawFd) -> Option<OwnedFd> {
+    // Those of 0 to 2 are std's.
+    if fd <= 2 {
+        return None;
+    }
+    // SAFETY: F_SETFD takes any number and touches no memory.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }).ok()?;
+    // SAFETY: it is open, and nothing else in this process has been told its number.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Takes descriptor `fd`, which nothing else in this process uses: it is 3 or more and nothing has been opened before.

@@ -6,6 +6,7 @@ mod inherited;
 mod managed;
 mod movers;
 mod resident;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -14,6 +15,9 @@ fn main() -> ExitCode {
     if arguments.next().is_some_and(|name| name == managed::NAME) {
         return managed::run();
     }
+    // Another program of this daemon may have started this one, for a try or to go on.
+    let mut arguments = arguments.peekable();
+    let trial = arguments.next_if(|word| word == upgrade::TRIAL).is_some();
     // Options are ASCII; a path that is no UTF-8 would be changed, so it is refused.
     let words: Result<Vec<String>, _> = arguments.map(std::ffi::OsString::into_string).collect();
     let Ok(words) = words else {
@@ -21,6 +25,6 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     cli::ABOUT.answer(cli::parse(words.into_iter()), |options| {
-        daemon::run(&options)
+        daemon::run(&options, trial)
     })
 }

@@ -24,6 +24,9 @@ const QUEUE: usize = 7;
 const QUEUES: usize = HEAD + MAX_MEMORY_REGIONS * REGION;
 const WORDS: usize = QUEUES + MAX_QUEUES as usize * QUEUE;
 
+/// To be counted up with every change of what the words mean.
+const LAYOUT: u64 = 1;
+
 /// Single words.
 #[derive(Debug, Clone, Copy)]
 #[repr(usize)]
@@ -87,6 +90,35 @@ impl Record {
         // SAFETY: that many words were mapped, page-aligned, and are never unmapped; they are only accessed as atomics, by
         // this process and those forked from it.
         Ok(Self(unsafe { &*address }))
+    }
+
+    /// What a program must have in common with another one to go on with its connections.
+    #[must_use]
+    pub fn layout() -> u64 {
+        LAYOUT << 32 | WORDS as u64
+    }
+
+    /// The page's words, while nobody serves.
+    #[must_use]
+    pub fn words(&self) -> Vec<u64> {
+        let words = self.0.iter();
+        words.map(|word| word.load(Ordering::Acquire)).collect()
+    }
+
+    /// A page with the [`words`](Self::words) of another program's, of the same [`layout`](Self::layout), whose descriptors have
+    /// the numbers that they had there.
+    ///
+    /// # Errors
+    /// `EPROTO` for another number of words, `ENOMEM`.
+    pub fn of(words: &[u64]) -> Result<Self, Errno> {
+        if words.len() != WORDS {
+            return Err(Errno::EPROTO);
+        }
+        let record = Self::new()?;
+        for (word, value) in record.0.iter().zip(words) {
+            word.store(*value, Ordering::Release);
+        }
+        Ok(record)
     }
 
     /// Whether there is a connection to go on with.
@@ -183,4 +215,28 @@ pub(crate) fn adopt_file(stored: u64) -> Option<File> {
 pub(crate) fn replace(target: RawFd, with: &OwnedFd) -> Result<(), Errno> {
     // SAFETY: the owner of `target` does not care which stream it owns; what was there is closed.
     Errno::result(unsafe { libc::dup3(with.as_raw_fd(), target, libc::O_CLOEXEC) }).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_goes_to_another_program_as_it_is() {
+        let record = Record::new().unwrap();
+        record.store(Word::Socket, 7);
+        record.set_queue(usize::from(MAX_QUEUES) - 1, [1, 2, 3, 4, 5, 6, 0]);
+        let words = record.words();
+        let other = Record::of(&words).unwrap();
+        assert!(other.is_connected());
+        let mut descriptors = Vec::new();
+        other.descriptors(|fd| descriptors.push(fd));
+        assert_eq!(descriptors, [6, 4, 5]);
+        // Another page.
+        record.store(Word::Socket, 0);
+        assert!(other.is_connected());
+        for wrong in [&words[1..], &[]] {
+            assert_eq!(Record::of(wrong).unwrap_err(), Errno::EPROTO);
+        }
+    }
 }

@@ -141,6 +141,28 @@ pub(crate) fn keep(kept: u64) -> Result<bool, Errno> {
     Ok(sealed.is_ok())
 }
 
+/// As [`keep`], and what it executes has these capabilities too. Can be asked for again by that program.
+pub(crate) fn keep_and_pass_on(kept: u64) -> Result<(), Errno> {
+    let list: Vec<u8> = (0..64).filter(|c| kept & 1 << c != 0).collect();
+    // Without CAP_SETPCAP, which `keep` copes with as well: no_new_privs makes what is left worthless.
+    let sealed = seal_but(&list).is_ok();
+    sys::set_capabilities(CapSets {
+        effective: kept,
+        permitted: kept,
+        inheritable: kept,
+    })?;
+    for capability in (0..MANY).filter(|c| kept & 1 << c != 0) {
+        if !sys::in_ambient_set(capability)? {
+            sys::raise_ambient(capability)?;
+        }
+    }
+    if sealed {
+        // As above.
+        let _ = sys::set_securebits(SECUREBITS);
+    }
+    Ok(())
+}
+
 /// What the calling thread has in each of its five sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FiveSets {

@@ -72,6 +72,27 @@ pub(crate) fn fork_with_descriptors(namespaces: c_int) -> Result<Option<libc::pi
     Ok((pid != 0).then_some(pid))
 }
 
+/// Forks with a copy of everything, descriptors included, by clone(2), whose flags a filter can see. Returns the child's number
+/// to the parent and `None` to the child.
+///
+/// The caller must be the process's only thread, as for [`fork`].
+pub(crate) fn fork_plainly() -> Result<Option<libc::pid_t>, Errno> {
+    let none = ptr::null_mut::<c_int>();
+    // SAFETY: as in `fork`: no memory is shared and no stack given, and no flag uses the other arguments.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            libc::SIGCHLD as c_ulong,
+            none,
+            none,
+            none,
+            none,
+        )
+    };
+    let pid = Errno::result(pid)? as libc::pid_t;
+    Ok((pid != 0).then_some(pid))
+}
+
 /// As [`fork_with_descriptors`], without new namespaces and by clone(2), whose flags a filter can see. The parent gets the
 /// child's number and a pidfd, which both processes have.
 pub(crate) fn fork_beside() -> Result<Fork, Errno> {
@@ -286,7 +307,13 @@ pub(crate) fn fchdir(folder: BorrowedFd<'_>) -> Result<(), Errno> {
 /// A pidfd of this process, for a child to watch.
 pub(crate) fn own_pidfd() -> Result<OwnedFd, Errno> {
     // SAFETY: no pointers.
-    let number = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) })?;
+    pidfd(unsafe { libc::getpid() })
+}
+
+/// A pidfd of a process that this one can see.
+pub(crate) fn pidfd(pid: libc::pid_t) -> Result<OwnedFd, Errno> {
+    // SAFETY: no pointers.
+    let number = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     // SAFETY: the kernel just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(number as RawFd) })
 }
@@ -487,10 +514,32 @@ pub(crate) fn exec_path(path: &CStr, argv: &Argv, environment: &Argv) -> Errno {
     Errno::last()
 }
 
+/// As [`exec_path`], of a program that is open. Returns only on failure.
+pub(crate) fn exec_open(program: BorrowedFd<'_>, argv: &Argv, environment: &Argv) -> Errno {
+    // SAFETY: as in `exec_path`.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            argv.pointers.as_ptr(),
+            environment.pointers.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    Errno::last()
+}
+
 /// Lets a descriptor live on in the program that is executed next, on the same number.
 pub(crate) fn keep_at_exec(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: clears a flag.
     Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) }).map(drop)
+}
+
+/// As [`keep_at_exec`], for a number that no object here owns. `EBADF` if it is not open.
+pub(crate) fn keep_number_at_exec(fd: RawFd) -> Result<(), Errno> {
+    // SAFETY: clears a flag, of a descriptor that is kept open for the program that is executed next.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }).map(drop)
 }
 
 /// Locks a file or folder for all copies of the descriptor together, until the last is closed.

@@ -87,7 +87,7 @@ impl Client {
         (client, sizes)
     }
 
-    fn with_front(child: Child, mut front: TestFrontend) -> Self {
+    pub fn with_front(child: Child, mut front: TestFrontend) -> Self {
         let queue = DriverQueue::new(1, 256, 0x2_0000);
         front.start(&queue);
         Self {
