@@ -537,8 +537,12 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
         assert!(said.contains(why), "{said}");
     };
     refuse(
+        json!({ "paging": false, "protocol": "tcp:/tmp/core" }),
+        "allowed: file:PATH, or fd:NAME",
+    );
+    refuse(
         json!({ "paging": false, "protocol": "file:/tmp/core" }),
-        "allowed: fd:NAME",
+        "not a folder that -snapshot-dir names",
     );
     refuse(
         json!({ "paging": true, "protocol": "fd:core" }),
@@ -555,6 +559,104 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
             .to_string();
         assert!(said.contains(why), "{said}");
     }
+}
+
+#[test]
+fn a_dump_goes_to_a_new_file_where_snapshots_may_be_made() {
+    require_kvm();
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128", "-snapshot-dir"])
+        .arg(dir.path())
+        .kernel(&Payload::Machine.path(), "end=halt")
+        .with_qmp()
+        .start()
+        .unwrap();
+    vm.wait_for("MACHINE OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let mut qmp = vm.qmp().unwrap();
+    let dump = |name: &str, detach: bool| {
+        let uri = format!("file:{}", dir.path().join(name).display());
+        json!({ "paging": false, "protocol": uri, "detach": detach })
+    };
+    let far = |qmp: &mut tests::qmp::Qmp| qmp.execute("query-dump", json!({})).unwrap();
+    assert_eq!(
+        far(&mut qmp),
+        json!({ "status": "none", "completed": 0, "total": 0 })
+    );
+    let done = json!({ "status": "completed", "completed": 128 << 20, "total": 128 << 20 });
+    for (name, detach) in [("one", false), ("two", true)] {
+        qmp.execute("dump-guest-memory", dump(name, detach))
+            .unwrap();
+        let told = qmp.wait_event("DUMP_COMPLETED", LIMIT).unwrap();
+        assert_eq!(told["data"], json!({ "result": done }));
+        assert_eq!(far(&mut qmp), done);
+        // The guest, which ran before, runs again before that is told.
+        assert_eq!(
+            qmp.execute("query-status", json!({})).unwrap()["status"],
+            "running"
+        );
+        let bytes = std::fs::read(dir.path().join(name)).unwrap();
+        assert!(bytes.len() > 128 << 20 && bytes.starts_with(b"\x7fELF\x02"));
+    }
+    for (name, why) in [
+        ("one", "File exists"),
+        ("sub/one", "not a folder that -snapshot-dir names"),
+        ("", "allowed: a file in it"),
+        (".one", "not a snapshot's name"),
+    ] {
+        let said = qmp
+            .execute("dump-guest-memory", dump(name, true))
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains(why), "{name}: {said}");
+    }
+    assert_eq!(far(&mut qmp), done);
+}
+
+/// On a file system that is full before all is written.
+#[test]
+fn a_dump_that_finds_no_room_is_told_and_the_guest_goes_on() {
+    require_kvm();
+    tests::host::require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=64k", "none"])
+        .arg(dir.path())
+        .status()
+        .unwrap();
+    assert!(mounted.success());
+    let ends = || {
+        let mut vm = Vm::builder()
+            .args(["-machine", "microvm", "-m", "128", "-snapshot-dir"])
+            .arg(dir.path())
+            .kernel(&Payload::Machine.path(), "end=halt")
+            .with_qmp()
+            .start()
+            .unwrap();
+        vm.wait_for("MACHINE OK", LIMIT)
+            .map_err(|e| e.to_string())?;
+        let mut qmp = vm.qmp().unwrap();
+        let uri = format!("file:{}", dir.path().join("core").display());
+        let dump = json!({ "paging": false, "protocol": uri, "detach": true });
+        let answer = qmp.execute("dump-guest-memory", dump);
+        let told = qmp.wait_event("DUMP_COMPLETED", LIMIT).unwrap();
+        let status = qmp.execute("query-status", json!({})).unwrap();
+        Ok::<_, String>((answer.is_ok(), told["data"].clone(), status))
+    };
+    let seen = ends();
+    let unmounted = Command::new("umount")
+        .arg("-l")
+        .arg(dir.path())
+        .status()
+        .unwrap();
+    assert!(unmounted.success());
+    let (answered, told, status) = seen.unwrap();
+    assert!(answered);
+    assert_eq!(told["result"]["status"], "failed", "{told}");
+    let error = told["error"].as_str().unwrap();
+    assert!(error.contains("No space left"), "{error}");
+    assert_eq!(status["status"], "running");
 }
 
 #[test]

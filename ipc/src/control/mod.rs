@@ -264,6 +264,13 @@ pub enum Request {
         /// Write them to the disk and give the snapshot its name; otherwise remove them.
         keep: bool,
     },
+    /// Make a new file for a core file of the guest in entry `folder` of the folders where snapshots may be made.
+    DumpFile {
+        /// Index into [`SnapshotGrant::folders`].
+        folder: u32,
+        /// Its name, as a snapshot's is; nothing of that name may be there.
+        name: String,
+    },
     /// Make the image of disk `index` this long, if it is a file and the policy's `growing` allows it. Its process and those
     /// after it keep the limit that they were started with: an [`Request::Upgrade`] follows. A block device of the host has the
     /// size that it has; it must be this one.
@@ -355,6 +362,8 @@ pub enum Reply {
         /// What went wrong, fit for the user.
         message: String,
     },
+    /// [`Request::DumpFile`] worked; the file comes along, for writing.
+    DumpFile,
     /// [`Request::Add`] worked.
     Added {
         /// Number of the back end.

@@ -763,6 +763,10 @@ fn control() -> Inputs {
             backend: 6,
             addition: Addition::GivenSocket,
         },
+        Request::DumpFile {
+            folder: 0,
+            name: "core".into(),
+        },
         Request::Remove { backend: 3 },
         Request::Upgrade { index: 0 },
         Request::Resize {

@@ -84,6 +84,8 @@ pub enum Notice {
     },
     /// [`Request::Add`] worked.
     Added,
+    /// [`Request::DumpFile`] worked.
+    DumpFile(File),
     /// [`Request::Remove`] worked.
     Removed,
     /// [`Request::Resize`] worked.
@@ -448,6 +450,10 @@ impl Client {
                 Ok(Notice::Serves { index, pid })
             }
             Reply::Added { .. } => Ok(Notice::Added),
+            Reply::DumpFile => match fds.pop() {
+                Some(file) => Ok(Notice::DumpFile(file.into())),
+                None => Err(ClientError::OutOfOrder("no file came for a dump".into())),
+            },
             Reply::Removed { .. } => Ok(Notice::Removed),
             Reply::Resized { .. } => Ok(Notice::Resized),
             Reply::Unplugged { index } => {

@@ -30,7 +30,7 @@ use super::devices::{Devices, Order, Succession};
 use super::inspect::{self, Witness};
 use super::log_target;
 use super::open;
-use super::snapshot::Draft;
+use super::snapshot::{self, Draft};
 use crate::lifecycle::{close_all_but, filter, with_causes};
 
 /// First argument of a process that is a broker.
@@ -405,6 +405,10 @@ impl Broker {
             Request::Resize { index, size } => self
                 .resize(*index, *size)
                 .map(|()| (Reply::Resized { index: *index }, None)),
+            Request::DumpFile { folder, name } => {
+                snapshot::dump_file(self.policy.snapshots.as_ref(), *folder, name)
+                    .map(|file| (Reply::DumpFile, Some(file)))
+            }
             Request::Add { backend, addition } => self
                 .added
                 .add(*backend, addition, fds)

@@ -5,7 +5,7 @@
 //!
 //! **Who is not trusted.** The control process: it chooses one of the folders that the command line grants and a name of one
 //! component, and can neither reach another folder through it nor replace anything but a snapshot, which is a folder with
-//! no files but these two.
+//! no files but these two. A file for a dump of guest memory is made in such a folder as well, and must be new.
 //!
 //! **Why this way.** Two files that belong together are replaced together only if their folder is: files are written and
 //! synced under another name, then the names are exchanged (`renameat2`). Whoever opens the snapshot at any moment, after a
@@ -45,6 +45,29 @@ pub(super) struct Draft {
 
 fn text(name: impl AsRef<[u8]>) -> Result<CString, String> {
     CString::new(name.as_ref()).map_err(|_| "a path has a NUL in it".to_owned())
+}
+
+/// A new file for a core file of the guest, for writing. Nothing that exists is opened.
+pub(super) fn dump_file(
+    grant: Option<&SnapshotGrant>,
+    folder: u32,
+    name: &str,
+) -> Result<OwnedFd, String> {
+    let base = grant
+        .and_then(|grant| grant.folders.get(folder as usize))
+        .ok_or_else(|| format!("the policy has no folder {folder} for snapshots"))?;
+    if !is_snapshot_name(name) {
+        return Err("the name of the file is not one".into());
+    }
+    let failed = |what: &'static str| {
+        move |e: Errno| format!("{}/{name}: {what}: {}", base.display(), e.desc())
+    };
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let parent = nix::fcntl::open(base, flags, Mode::empty())
+        .map_err(failed("its folder cannot be opened"))?;
+    let flags =
+        OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    openat(&parent, name, flags, Mode::S_IRUSR | Mode::S_IWUSR).map_err(failed("cannot be created"))
 }
 
 impl Draft {
@@ -227,6 +250,30 @@ mod tests {
 
     fn write(draft: &Draft, state: &str) {
         (&draft.state).write_all(state.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_dump_is_a_new_file_in_a_granted_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let grant = SnapshotGrant {
+            folders: vec![dir.path().to_owned()],
+            memory: 4096,
+        };
+        let make = |folder, name: &str| dump_file(Some(&grant), folder, name);
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+        for (folder, name, why) in [
+            (1, "core", "no folder 1"),
+            (0, "../core", "not one"),
+            (0, ".core", "not one"),
+            (0, "link", "File exists"),
+        ] {
+            let refused = make(folder, name).unwrap_err();
+            assert!(refused.contains(why), "{refused}");
+        }
+        assert!(dump_file(None, 0, "core").is_err());
+        let file = File::from(make(0, "core").unwrap());
+        assert_eq!(file.metadata().unwrap().len(), 0);
+        assert!(make(0, "core").unwrap_err().contains("File exists"));
     }
 
     #[test]

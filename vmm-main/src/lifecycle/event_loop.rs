@@ -39,8 +39,8 @@ use crate::machine::microvm::Microvm;
 use crate::memory::pager::Progress;
 use crate::memory::sharing::Orders;
 use crate::qmp::{
-    Cause, Commands, Counted, CpuThread, Event, IothreadInfo, Migration, MigrationStatus, QmpError,
-    Reply, RunState, SandboxReport, ServerHandle, VmCommand, VmFacts,
+    Cause, Commands, Counted, CpuThread, DumpProgress, Event, IothreadInfo, Migration,
+    MigrationStatus, QmpError, Reply, RunState, SandboxReport, ServerHandle, VmCommand, VmFacts,
 };
 
 /// Everything a VM is made of.
@@ -78,6 +78,10 @@ pub(super) struct Vm {
     pub(super) job: Option<Job>,
     /// A core file that is being written.
     pub(super) dump: Option<Dump>,
+    /// One that waits for its file, and whether its client waits for more than that.
+    pub(super) dump_to_come: Option<(Reply<()>, bool)>,
+    /// The last one, for `query-dump`.
+    pub(super) dumped: DumpProgress,
     /// The last one, for `query-migrate`.
     pub(super) migration: Migration,
     /// The last step of it that clients know.
@@ -165,6 +169,8 @@ impl Vm {
             state: RunState::Prelaunch,
             job: None,
             dump: None,
+            dump_to_come: None,
+            dumped: DumpProgress::default(),
             migration,
             told_migration: MigrationStatus::default(),
             inspections: VecDeque::new(),
@@ -479,7 +485,8 @@ impl Vm {
     fn execute(&mut self, command: VmCommand) -> Result<(), End> {
         match command {
             VmCommand::Migrate(uri, reply) => self.migrate(&uri, reply)?,
-            VmCommand::Dump(fds, reply) => self.dump(fds, reply)?,
+            VmCommand::Dump(order, reply) => self.dump(&order, reply)?,
+            VmCommand::QueryDump(reply) => reply.send(Ok(self.dump_progress())),
             VmCommand::QueryMigrate(reply) => reply.send(Ok(self.migration())),
             VmCommand::CancelMigration(reply) => {
                 let done = self.cancel_migration();

@@ -136,6 +136,8 @@ enum Waiting {
     },
     /// A device that failed on its way in.
     Undo,
+    /// A file for a dump.
+    Dump,
     Unplug {
         unit: usize,
         device: String,
@@ -387,6 +389,11 @@ impl Vm {
     /// Sends a request of this part's to the broker.
     fn ask_broker(&mut self, request: &Request, waiting: Waiting) -> Result<(), End> {
         self.ask_broker_with(request, &[], waiting)
+    }
+
+    /// Has the broker make a file for a dump; [`Vm::dump_file_is_there`] follows.
+    pub(super) fn ask_for_dump_file(&mut self, folder: u32, name: String) -> Result<(), End> {
+        self.ask_broker(&Request::DumpFile { folder, name }, Waiting::Dump)
     }
 
     /// The same, with descriptors.
@@ -1076,6 +1083,13 @@ impl Vm {
                 let why = answer.err().unwrap_or_else(|| "no socket".into());
                 // The broker has undone its part.
                 self.drop_plug(unit, why);
+            }
+            (Waiting::Dump, answer) => {
+                return self.dump_file_is_there(match answer {
+                    Ok(Notice::DumpFile(file)) => Ok(file),
+                    Ok(_) => Err("no file came".into()),
+                    Err(why) => Err(why),
+                });
             }
             (Waiting::Undo, answer) => {
                 if let Err(why) = answer {

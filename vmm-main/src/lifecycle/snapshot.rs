@@ -99,7 +99,10 @@ impl Job {
 }
 
 /// Which folder of the command line's, and which name in it, `uri` means.
-fn place(uri: &str, granted: &[std::path::PathBuf]) -> Result<(u32, Option<String>), QmpError> {
+pub(super) fn place(
+    uri: &str,
+    granted: &[std::path::PathBuf],
+) -> Result<(u32, Option<String>), QmpError> {
     let refuse = |text: String| Err(QmpError::generic(text));
     let Some(path) = uri.strip_prefix("file:").filter(|path| !path.is_empty()) else {
         return refuse(format!("uri '{uri}' is not supported; allowed: file:PATH"));

@@ -440,7 +440,11 @@ impl Supervisor {
                 Some(Asked::Upgrade(index)) => self.upgrade_refused(index, message, cx),
                 _ => Ok(()),
             },
-            Notice::Added | Notice::Removed | Notice::Resized | Notice::Unplugged { .. } => {
+            Notice::Added
+            | Notice::DumpFile(_)
+            | Notice::Removed
+            | Notice::Resized
+            | Notice::Unplugged { .. } => {
                 if let Some(Asked::Other(number)) = self.take_asked(None) {
                     self.others.push_back(Told::Answer(number, Ok(notice)));
                 }

@@ -327,6 +327,63 @@ impl Migration {
     }
 }
 
+/// What `dump-guest-memory` is to do.
+#[derive(Debug)]
+pub struct DumpOrder {
+    /// `file:PATH`; otherwise a descriptor came along.
+    pub uri: Option<String>,
+    /// The file that the client passed.
+    pub fds: Vec<Arc<OwnedFd>>,
+    /// `detach`: the answer does not wait for the end.
+    pub detach: bool,
+}
+
+/// How far a dump is (QAPI `DumpStatus`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DumpStatus {
+    /// There was none.
+    #[default]
+    None,
+    /// It is being written.
+    Active,
+    /// It is written.
+    Completed,
+    /// It could not be written to its end.
+    Failed,
+}
+
+impl DumpStatus {
+    /// All names, for the schema.
+    pub(super) const NAMES: [&str; 4] = ["none", "active", "completed", "failed"];
+
+    /// Its name on the wire.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => Self::NAMES[0],
+            Self::Active => Self::NAMES[1],
+            Self::Completed => Self::NAMES[2],
+            Self::Failed => Self::NAMES[3],
+        }
+    }
+}
+
+/// The last dump that was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DumpProgress {
+    /// How far it is.
+    pub status: DumpStatus,
+    /// Bytes of guest memory that are done.
+    pub done: u64,
+    /// Bytes of guest memory.
+    pub total: u64,
+}
+
+impl DumpProgress {
+    pub(super) fn value(self) -> Value {
+        json!({ "status": self.status.name(), "completed": self.done, "total": self.total })
+    }
+}
+
 /// One vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CpuThread {
@@ -446,8 +503,10 @@ pub enum VmCommand {
     SystemPowerdown(Reply<()>),
     /// `migrate` to this URI; answers when the snapshot is on the disk.
     Migrate(String, Reply<()>),
-    /// `dump-guest-memory`, to the descriptor that the client passed
-    Dump(Vec<Arc<OwnedFd>>, Reply<()>),
+    /// `dump-guest-memory`; answers when the file is written, or at once.
+    Dump(DumpOrder, Reply<()>),
+    /// `query-dump`
+    QueryDump(Reply<DumpProgress>),
     /// `query-migrate`
     QueryMigrate(Reply<Migration>),
     /// `migrate_cancel`

@@ -7,7 +7,7 @@ use ipc::spec::block::IoStop;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
-use super::command::MigrationStatus;
+use super::command::{DumpProgress, MigrationStatus};
 use super::schema;
 
 /// Why the VM went down or was reset (QAPI `ShutdownCause`).
@@ -115,6 +115,8 @@ pub enum Event {
     },
     /// A snapshot has come to its next step.
     Migration(MigrationStatus),
+    /// A dump of guest memory is over, perhaps because of this.
+    DumpCompleted(DumpProgress, Option<String>),
     /// A device was taken out, and its process is gone.
     DeviceDeleted {
         /// Id of the device.
@@ -147,6 +149,7 @@ impl Event {
             Self::DeviceFailed { .. } => "DEVICE_FAILED",
             Self::BlockIoError { .. } => "BLOCK_IO_ERROR",
             Self::Migration(_) => "MIGRATION",
+            Self::DumpCompleted(..) => "DUMP_COMPLETED",
         }
     }
 
@@ -203,6 +206,13 @@ impl Event {
                 json!({ "device": device })
             }
             Self::DeviceFailed { device, reason } => json!({ "device": device, "reason": reason }),
+            Self::DumpCompleted(progress, error) => {
+                let mut data = json!({ "result": progress.value() });
+                if let Some(error) = error {
+                    data["error"] = json!(error);
+                }
+                data
+            }
             Self::Migration(status) => json!({ "status": status.name() }),
             Self::BlockIoError {
                 device,

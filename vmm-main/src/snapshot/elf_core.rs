@@ -116,6 +116,14 @@ impl CoreWriter {
         Ok(false)
     }
 
+    /// Bytes of RAM that are done, and all.
+    pub fn progress(&self) -> (u64, u64) {
+        let (at, within) = self.at;
+        let before = self.loads.iter().take(at).map(|load| load.size);
+        let all = self.loads.iter().map(|load| load.size).sum();
+        (before.sum::<u64>() + within, all)
+    }
+
     /// Copies the next bytes of a region, and tells how many.
     fn copy(&mut self, load: Load, from: u64) -> Result<u64, MemoryError> {
         let length = (load.size - from).min(BLOCK);

@@ -1,6 +1,6 @@
 //! Every event with its data.
 
-use super::commands::MIGRATION_STATUS;
+use super::commands::{DUMP_RESULT, MIGRATION_STATUS};
 use super::types::{Enum, EventDef, Type, event, may, must};
 
 /// Why the VM went down or was reset (QAPI `ShutdownCause`, those that occur here).
@@ -106,6 +106,18 @@ pub static EVENTS: &[EventDef] = &[
         "MIGRATION",
         &[must("status", MIGRATION_STATUS, "the step")],
         "A snapshot has come to its next step, as `query-migrate` tells",
+    ),
+    event(
+        "DUMP_COMPLETED",
+        &[
+            must(
+                "result",
+                Type::Object(&DUMP_RESULT),
+                "as `query-dump` tells it",
+            ),
+            may("error", Type::TEXT, "why it failed"),
+        ],
+        "A file of `dump-guest-memory` is written, or could not be",
     ),
     event(
         "BLOCK_IO_ERROR",

@@ -1,26 +1,53 @@
 //! The guest's memory as a file for debuggers.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::qmp::command::{QmpError, Reply, VmCommand};
+use crate::qmp::command::{DumpOrder, DumpProgress, DumpStatus, QmpError, Reply, VmCommand};
 use crate::qmp::descriptors::Desk;
 use crate::qmp::schema::Arguments;
 use crate::qmp::schema::check::shown;
-use crate::qmp::schema::types::{Command, Enum, Type, here, main, may, must, object};
+use crate::qmp::schema::types::{Command, Enum, Object, Type, here, main, may, must, object};
 
 const FORMAT: Type = Type::Enum(&Enum {
     name: "DumpGuestMemoryFormat",
     values: &["elf"],
 });
 
+/// How far a dump is.
+pub(in crate::qmp::schema) const DUMP_RESULT: Object = object(
+    "DumpQueryResult",
+    &[
+        must(
+            "status",
+            Type::Enum(&Enum {
+                name: "DumpStatus",
+                values: &DumpStatus::NAMES,
+            }),
+            "whether it is under way",
+        ),
+        must(
+            "completed",
+            Type::UINT,
+            "bytes of guest memory that are done",
+        ),
+        must("total", Type::UINT, "bytes of guest memory"),
+    ],
+);
+
 pub(super) static COMMANDS: &[Command] = &[
     main(
         "dump-guest-memory",
         "Writes registers and memory of the guest, by physical addresses, to an ELF core file that `crash` and `gdb` read. A running \
-         guest is paused meanwhile. The answer comes when the file is written",
+         guest is paused meanwhile. DUMP_COMPLETED tells when the file is written",
         |ticket, mut arguments| {
-            let fds = arguments.descriptors();
-            VmCommand::Dump(fds, Reply::new(ticket, |_, ()| json!({})))
+            let order = DumpOrder {
+                fds: arguments.descriptors(),
+                detach: arguments.flag("detach") == Some(true),
+                uri: arguments
+                    .text("protocol")
+                    .filter(|protocol| protocol.starts_with("file:")),
+            };
+            VmCommand::Dump(order, Reply::new(ticket, |_, ()| json!({})))
         },
     )
     .takes(&[
@@ -32,14 +59,28 @@ pub(super) static COMMANDS: &[Command] = &[
         must(
             "protocol",
             Type::TEXT,
-            "`fd:NAME`, where NAME was given by `getfd` to an empty file; no path is opened",
+            "`fd:NAME`, where NAME was given by `getfd` to an empty file; or `file:PATH`, a file that is not there yet in a folder that `-snapshot-dir` names",
         ),
-        may("detach", Type::Bool, "must be false"),
+        may(
+            "detach",
+            Type::Bool,
+            "the answer comes when the file is begun; otherwise, and by default, when it is written",
+        ),
         may("begin", Type::INT, "refused: all memory is written"),
         may("length", Type::INT, "refused: all memory is written"),
         may("format", FORMAT, "format of the file"),
     ])
     .brings(dump_descriptor),
+    main(
+        "query-dump",
+        "Tells how far the last file of `dump-guest-memory` is",
+        |ticket, _| {
+            VmCommand::QueryDump(Reply::new(ticket, |_, progress: DumpProgress| {
+                progress.value()
+            }))
+        },
+    )
+    .returns(Type::Object(&DUMP_RESULT)),
     here(
         "query-dump-guest-memory-capability",
         "Tells the formats of `dump-guest-memory`",
@@ -54,10 +95,8 @@ pub(super) static COMMANDS: &[Command] = &[
 /// The file that `protocol` names.
 fn dump_descriptor(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(), QmpError> {
     let refuse = |what: String| Err(QmpError::generic(what));
-    for name in ["paging", "detach"] {
-        if arguments.flag(name) == Some(true) {
-            return refuse(format!("Parameter '{name}' is true; allowed: false"));
-        }
+    if arguments.flag("paging") == Some(true) {
+        return refuse("Parameter 'paging' is true; allowed: false".into());
     }
     for name in ["begin", "length"] {
         if arguments.int(name).is_some() {
@@ -66,10 +105,17 @@ fn dump_descriptor(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(),
             ));
         }
     }
-    let protocol = arguments.required_text("protocol");
+    let protocol = arguments.at(&["protocol"]);
+    let protocol = protocol
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
+    if protocol.starts_with("file:") {
+        return Ok(());
+    }
     let Some(name) = protocol.strip_prefix("fd:") else {
         return refuse(format!(
-            "Parameter 'protocol' is '{}'; allowed: fd:NAME, with a file that 'getfd' passed under that name, since no path is opened",
+            "Parameter 'protocol' is '{}'; allowed: file:PATH, or fd:NAME with a file that 'getfd' passed under that name",
             shown(&protocol)
         ));
     };

@@ -13,6 +13,7 @@ mod sandbox;
 mod statistics;
 mod vm;
 
+pub(super) use dump::DUMP_RESULT;
 pub(in crate::qmp) use machine::topology;
 pub(super) use migration::STATUS as MIGRATION_STATUS;
 
