@@ -404,7 +404,7 @@ fn written(burst: u64, place: u64) -> Vec<u8> {
 fn busy(dir: &Path) -> (Vm, Qmp, PathBuf) {
     // Tables of 64 and 256 entries.
     let image = create_sized(dir, "image", &["-o", "cluster_size=512"], "64M");
-    let device = drive("d", &image, ",format=qcow2,direct=off");
+    let device = drive("d", &image, ",format=qcow2,direct=off,max-size=1073741824");
     require_kvm();
     require_root();
     let vm = Vm::builder()
@@ -480,6 +480,140 @@ fn a_process_that_takes_anothers_place_knows_the_tables_that_it_made() {
         qmp.wait_event("DEVICE_UPGRADED", LIMIT).unwrap();
     }
     nothing_is_lost(vm, &image, UPGRADES as u64);
+}
+
+/// Bytes of the disk in an image that a VM has open.
+#[track_caller]
+fn virtual_size(image: &Path) -> u64 {
+    let output = qemu_img(&["info", "-U", "--output=json", "-f", "qcow2"], &[image]);
+    assert!(output.status.success(), "{output:?}");
+    let info: Value = serde_json::from_slice(&output.stdout).unwrap();
+    info["virtual-size"].as_u64().unwrap()
+}
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn a_disk_grows_under_a_guest_that_writes() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (mut vm, mut qmp, image) = busy(dir.path());
+    let process = vm.process("block-qcow2").unwrap();
+    for size in [65 * MIB, 200 * MIB, 1024 * MIB, 1024 * MIB] {
+        vm.wait_for("LOOP ", LIMIT)
+            .unwrap_or_else(|e| panic!("{e}"));
+        run(
+            &mut qmp,
+            "block_resize",
+            &json!({ "device": "d", "size": size }),
+        );
+        assert_eq!(virtual_size(&image), size);
+    }
+    assert_eq!(vm.process("block-qcow2").unwrap(), process);
+    for (size, words) in [
+        (
+            1025 * MIB,
+            "allowed: 1073741824 to 1073741824 (max-size= of its -drive)",
+        ),
+        (64 * MIB, "is less than the 1073741824 bytes of the image"),
+        (1024 * MIB + 1, "is no multiple of 512"),
+    ] {
+        let said = refused(
+            &mut qmp,
+            "block_resize",
+            &json!({ "device": "d", "size": size }),
+        );
+        assert!(said.contains(words), "{said}");
+    }
+    // The process that follows reads the size from the image.
+    kill(Pid::from_raw(process.unwrap()), Signal::SIGKILL).unwrap();
+    qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    nothing_is_lost(vm, &image, 30);
+    assert_eq!(virtual_size(&image), 1024 * MIB);
+}
+
+/// Grows a disk of 4 MiB to 16 before its guest runs, which then writes beyond the old end.
+#[track_caller]
+fn grown(drives: &[String], sector: u64) -> Result<(), String> {
+    let mut vm = vm(Payload::BlkRw, &format!("sector={sector} count=40"), drives)
+        .arg("-S")
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let resized = qmp.execute(
+        "block_resize",
+        json!({ "device": "disk", "size": 16 * MIB }),
+    );
+    run(&mut qmp, "cont", &json!({}));
+    if let Err(error) = resized {
+        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        return Err(format!("{error} {status} {}", vm.messages()));
+    }
+    vm.wait_for("BLK capacity 32768 ", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_grows_shows_nothing_of_what_is_below_its_old_end() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let base = dir.path().join("base");
+    std::fs::write(&base, vec![0x5a; 9 * MIB as usize]).unwrap();
+    let under = drive("b", &base, ",readonly=on,direct=off");
+    let over = ["-b", "base", "-F", "raw"];
+    for (name, options, sector) in [
+        ("plain", &[][..], 20_000),
+        ("small", &["-o", "cluster_size=512"], 8192),
+        ("large", &["-o", "cluster_size=256k"], 9001),
+    ] {
+        let options: Vec<&str> = over.iter().chain(options).copied().collect();
+        let image = create(dir.path(), name, &options);
+        let top = drive(
+            "d",
+            &image,
+            ",format=qcow2,direct=off,backing=b,max-size=16777216",
+        );
+        grown(&[under.clone(), top], sector).unwrap();
+        well(&["check", "-q", "-f", "qcow2"], &[&image]);
+        let raw = dir.path().join("raw");
+        well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &raw]);
+        let raw = std::fs::read(raw).unwrap();
+        assert_eq!(raw.len() as u64, 16 * MIB);
+        let (written, end) = (sector * 512, (sector + 160) * 512);
+        for (at, byte) in raw.iter().enumerate() {
+            let at = at as u64;
+            if (written..end).contains(&at) {
+                continue;
+            }
+            let wanted = if at < 4 * MIB { 0x5a } else { 0 };
+            assert_eq!(*byte, wanted, "{name}: byte {at}");
+        }
+    }
+    // The older version has no clusters of zeroes, and one without max-size= keeps its size.
+    let options: Vec<&str> = over.iter().chain(&["-o", "compat=0.10"]).copied().collect();
+    let image = create(dir.path(), "old", &options);
+    let top = drive(
+        "d",
+        &image,
+        ",format=qcow2,direct=off,backing=b,max-size=16777216",
+    );
+    let said = grown(&[under, top], 20_000).unwrap_err();
+    assert!(
+        said.contains("cannot be made 16777216 bytes long"),
+        "{said}"
+    );
+    assert_eq!(virtual_size(&image), 4 * MIB);
+    well(&["check", "-q", "-f", "qcow2"], &[&image]);
+    let image = create(dir.path(), "stays", &[]);
+    let top = drive("d", &image, ",format=qcow2,direct=off");
+    let said = grown(&[top], 20_000).unwrap_err();
+    assert!(
+        said.contains("its -drive has no max-size=, so the image keeps its 4194304 bytes"),
+        "{said}"
+    );
 }
 
 /// Starts a VM with an image and returns its messages once it has ended, by itself or because its guest gave up.

@@ -70,6 +70,8 @@ pub(crate) struct Header {
     pub(crate) cost: Cost,
     /// Bytes of the disk.
     pub(crate) size: u64,
+    /// Bytes of a cluster.
+    pub(crate) cluster: u64,
     /// It names a file that is below it.
     pub(crate) names_backing: bool,
 }
@@ -96,6 +98,18 @@ impl Cost {
         match both.kept + both.table {
             memory if memory > MAX_MEMORY => Err(HeaderError::Memory(memory)),
             _ => Ok(both),
+        }
+    }
+}
+
+impl Header {
+    /// What the image takes beside that when its first table is made to map `size` bytes: the new one, and the old one until then.
+    pub(crate) fn cost_of_growth(&self, size: u64) -> Cost {
+        let mapped = self.cluster / 8 * self.cluster;
+        let maps = (size.div_ceil(mapped) * 8).next_multiple_of(self.cluster);
+        Cost {
+            kept: maps,
+            table: maps,
         }
     }
 }
@@ -158,6 +172,7 @@ pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, He
     Ok(Header {
         cost: Cost::default().with(own)?,
         size,
+        cluster,
         names_backing: be64(bytes, 8) != 0,
     })
 }

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use block_device::Format;
+use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
@@ -78,6 +79,14 @@ pub(crate) struct Qcow2Image {
     top: Option<Layer>,
     /// Bytes that the guest can reach: a multiple of 512.
     size: u64,
+    /// Those that it may be given at most.
+    most: u64,
+    /// Bytes of the disk below, if there is one.
+    below: u64,
+    /// Of all images.
+    cost: Cost,
+    /// Of the disk's own image.
+    header: Header,
 }
 
 impl Qcow2Image {
@@ -87,18 +96,27 @@ impl Qcow2Image {
         beside: bool,
         mut next: impl FnMut() -> Option<OwnedFd>,
     ) -> Result<Self, ImageError> {
-        let ImageFormat::Qcow2 { below, raw_base } = spec.io.format else {
+        let ImageFormat::Qcow2 {
+            below,
+            raw_base,
+            most,
+        } = spec.io.format
+        else {
             return Err(ImageError::NotQcow2);
         };
         let last = usize::from(below);
         let mut files = Vec::with_capacity(1 + last);
-        let (mut cost, mut size) = (Cost::default(), None);
+        let (mut cost, mut own, mut under) = (Cost::default(), None, 0);
         for number in 0..=last {
             let fd = next().ok_or(ImageError::Missing(number))?;
             let file = Descriptor::new(fd, spec.direct)
                 .map_err(io::Error::from)
                 .map_err(|source| ImageError::Read { number, source })?;
-            if !(raw_base && number == last && number > 0) {
+            if raw_base && number == last && number > 0 {
+                if number == 1 {
+                    under = file.end();
+                }
+            } else {
                 let header = look(&file, number)?;
                 if header.names_backing && number == last {
                     return Err(ImageError::Backing(number));
@@ -106,17 +124,24 @@ impl Qcow2Image {
                 cost = cost
                     .with(header.cost)
                     .map_err(|source| ImageError::Header { number, source })?;
-                size = size.or(Some(header.size));
+                if number == 1 {
+                    under = header.size;
+                }
+                own = own.or(Some(header));
             }
             files.push(file);
         }
-        let size = size.ok_or(ImageError::Missing(0))?;
+        let header = own.ok_or(ImageError::Missing(0))?;
         let mut image = Self {
             files,
             raw_base: raw_base && last > 0,
             readonly: spec.readonly,
             top: None,
-            size: size - size % SECTOR,
+            size: header.size - header.size % SECTOR,
+            most,
+            below: under,
+            cost,
+            header,
         };
         if !beside {
             image.top = Some(image.layers()?);
@@ -211,6 +236,28 @@ impl Format for Qcow2Image {
             top.write_zeroes(at, len)
         }
         .map_err(errno("zeroes"))
+    }
+
+    fn grow(&mut self, size: u64) -> Result<(), Errno> {
+        if size > self.most {
+            return Err(Errno::EPERM);
+        }
+        if self.cost.with(self.header.cost_of_growth(size)).is_err() {
+            return Err(Errno::ENOMEM);
+        }
+        let (old, hidden) = (self.size, self.below.min(size));
+        let top = self.top()?;
+        // What is longer below must not show through.
+        if hidden > old {
+            top.resize_grow(hidden, PreallocateMode::Zero)
+                .map_err(errno("growth over what is below"))?;
+        }
+        top.resize_grow(size, PreallocateMode::None)
+            .and_then(|()| top.flush())
+            .and_then(|()| top.sync())
+            .map_err(errno("growth"))?;
+        self.size = size;
+        Ok(())
     }
 
     fn commit(&mut self) -> Result<(), Errno> {

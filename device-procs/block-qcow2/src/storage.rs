@@ -82,6 +82,11 @@ impl Descriptor {
         })
     }
 
+    /// Bytes of the file.
+    pub(crate) fn end(&self) -> u64 {
+        self.end.load(Ordering::Relaxed)
+    }
+
     /// The same image, as it is now.
     pub(crate) fn again(&self) -> Result<Self, Errno> {
         Ok(Self {

@@ -72,6 +72,11 @@ impl ConfigSpace {
         Self(space)
     }
 
+    /// The disk has another size, in bytes.
+    pub(crate) fn set_capacity(&mut self, bytes: u64) {
+        self.0[CAPACITY..CAPACITY + 8].copy_from_slice(&(bytes / SECTOR).to_le_bytes());
+    }
+
     /// Whether the driver wants a write cache (virtio 1.3, 5.2.4: `writeback`).
     pub(crate) fn writeback(&self) -> bool {
         self.0[WRITEBACK] != 0

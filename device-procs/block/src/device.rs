@@ -667,6 +667,28 @@ impl Device for Block {
         }
     }
 
+    /// `block_resize`: the capacity, and nothing else.
+    fn write_config_as_host(&mut self, offset: usize, data: &[u8]) {
+        let sectors = <[u8; 8]>::try_from(data).map(u64::from_le_bytes);
+        let bytes = sectors.ok().and_then(|sectors| sectors.checked_mul(512));
+        let (0, Some(bytes)) = (offset, bytes) else {
+            ipc::guest_warn!("configuration bytes {data:?} at {offset} are not the host's to set");
+            return;
+        };
+        let now = self.engine.size();
+        if bytes < now || self.readonly {
+            ipc::guest_warn!("a disk of {now} bytes is not made {bytes} bytes long");
+        } else if bytes > now {
+            match self.engine.grow(bytes) {
+                Ok(()) => ipc::log::info!("the disk has {bytes} bytes from now on"),
+                Err(errno) => {
+                    ipc::guest_warn!("a disk of {bytes} bytes: {}", errno.desc());
+                }
+            }
+            self.config.set_capacity(self.engine.size());
+        }
+    }
+
     fn counts(&self) -> bool {
         true
     }

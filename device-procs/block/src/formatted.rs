@@ -41,6 +41,12 @@ pub trait Format: Debug {
     /// `EOPNOTSUPP` if the format cannot do it in this way.
     fn zero(&mut self, at: u64, len: u64, unmap: bool) -> Result<(), Errno>;
 
+    /// Makes the disk longer, durably.
+    ///
+    /// # Errors
+    /// `EPERM` if that is further than it may grow, `ENOMEM` if its tables would take more memory than the process may have; the file.
+    fn grow(&mut self, size: u64) -> Result<(), Errno>;
+
     /// Everything that was written is in the file, so that it outlives this process.
     ///
     /// # Errors
@@ -84,6 +90,11 @@ pub(crate) trait Engine<T>: Debug {
 
     /// What the image does not have, it may have in another way: the range reads as zeroes all the same.
     fn zero_otherwise(&mut self, extent: Extent) -> Result<(), Errno>;
+
+    /// Makes the disk longer. Who has a raw image longer starts another process.
+    fn grow(&mut self, _size: u64) -> Result<(), Errno> {
+        Err(Errno::EPERM)
+    }
 
     /// Readable when something is finished; none if everything is done at once.
     fn event(&self) -> Option<BorrowedFd<'_>> {
@@ -163,6 +174,10 @@ impl Formatted {
 impl<T> Engine<T> for Formatted {
     fn size(&self) -> u64 {
         self.format.size()
+    }
+
+    fn grow(&mut self, size: u64) -> Result<(), Errno> {
+        self.format.grow(size)
     }
 
     fn read(&mut self, buffers: GuestBuffers<'_>, offset: u64, then: T) -> Started<T> {

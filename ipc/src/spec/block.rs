@@ -58,6 +58,8 @@ pub enum ImageFormat {
         below: u8,
         /// The lowest of them is raw; all others are qcow2.
         raw_base: bool,
+        /// Bytes that the control process may have the disk made long; 0: it keeps the size that it has.
+        most: u64,
     },
 }
 

@@ -280,7 +280,7 @@ pub struct DriveSpec {
     pub readonly: bool,
     /// `direct=`, default on.
     pub direct: bool,
-    /// `max-size=`: bytes that QMP's `block_resize` may make the image, if it is a file; `None`: it keeps the size that it has.
+    /// `max-size=`: bytes that QMP's `block_resize` may make the disk, if its image is a file; `None`: it keeps the size that it has.
     pub max_size: Option<u64>,
     /// `aio=`, `discard=`, `detect-zeroes=`, `throttling.iops-total=`, `poll-us=`
     pub io: super::block::BlockIo,
@@ -295,7 +295,9 @@ impl DriveSpec {
         use super::block::ImageFormat;
         let (more, raw_base) = match lower.io.format {
             ImageFormat::Raw => (0, true),
-            ImageFormat::Qcow2 { below, raw_base } => (below, raw_base),
+            ImageFormat::Qcow2 {
+                below, raw_base, ..
+            } => (below, raw_base),
         };
         let most = crate::limits::MAX_BACKING_IMAGES;
         if usize::from(more) + 1 > most {
@@ -308,6 +310,7 @@ impl DriveSpec {
         self.io.format = ImageFormat::Qcow2 {
             below: more + 1,
             raw_base,
+            most: self.max_size.unwrap_or(0),
         };
         Ok(())
     }

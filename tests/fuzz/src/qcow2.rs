@@ -146,7 +146,11 @@ pub fn run(data: &[u8]) {
         num_queues: 1,
         queue_size: 256,
         io: BlockIo {
-            format: ImageFormat::Qcow2 { below, raw_base },
+            format: ImageFormat::Qcow2 {
+                below,
+                raw_base,
+                most: 0,
+            },
             ..BlockIo::default()
         },
     };

@@ -762,6 +762,7 @@ mod tests {
                 spec.io.format = ipc::spec::block::ImageFormat::Qcow2 {
                     below,
                     raw_base: true,
+                    most: 0,
                 };
             }
             chain
@@ -842,6 +843,7 @@ mod tests {
             spec.io.format = ipc::spec::block::ImageFormat::Qcow2 {
                 below: 1,
                 raw_base: false,
+                most: 0,
             };
         }
         let other = |write: bool| {

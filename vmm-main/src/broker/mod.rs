@@ -43,3 +43,4 @@ pub use client::{
     Client, ClientError, DeviceExit, Inspection, Notice, SnapshotAnswer, SnapshotFiles,
 };
 pub use process::{is_broker, run};
+pub(crate) use resize::check as check_resize;

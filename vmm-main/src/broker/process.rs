@@ -19,6 +19,7 @@ use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, Reply, Request}
 use ipc::limits::MAX_MMIO_DEVICES;
 use ipc::log::{debug, error};
 use ipc::spec::DeviceSpec;
+use ipc::spec::block::ImageFormat;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -563,7 +564,10 @@ impl Broker {
         let grant = self.plugged.get(&index);
         let grant = grant.or_else(|| self.policy.devices.get(index as usize));
         let disk = match grant.map(|grant| &grant.spec) {
-            Some(DeviceSpec::Block(disk)) => disk,
+            Some(DeviceSpec::Block(disk)) if disk.io.format == ImageFormat::Raw => disk,
+            Some(DeviceSpec::Block(disk)) => {
+                return Err(format!("device {}: its image is no raw one", disk.id));
+            }
             Some(other) => return Err(format!("device {} is no disk", other.id())),
             None => return Err(format!("the policy has no device {index}")),
         };

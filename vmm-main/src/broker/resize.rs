@@ -1,6 +1,6 @@
 //! A disk's image is made longer while the guest runs.
 //!
-//! **Job.** `block_resize`: the broker's half, which is the only one that may change an image's length.
+//! **Job.** `block_resize` of a raw disk: the broker's half, which is the only one that may change the length of a raw image.
 //! **Who is not trusted.** The control process, once the guest runs: it names a size, and what the command line said is the limit.
 //! **Why this way.** A disk's process cannot write beyond the size that its image had when it was started, so that a guest cannot fill
 //! the host's file system. Growing is therefore the operator's word, given before the guest ran. An image is never made shorter: what
@@ -19,7 +19,7 @@ const SECTOR: u64 = 512;
 
 /// Why an image keeps its size.
 #[derive(Debug, Error)]
-pub(super) enum ResizeError {
+pub(crate) enum ResizeError {
     #[error("size {0} is no multiple of {SECTOR}")]
     Sectors(u64),
     #[error("the disk is read-only")]
@@ -65,7 +65,23 @@ pub(super) fn resize(
             Err(ResizeError::BlockDevice { size, now })
         };
     }
-    let now = meta.len();
+    check(readonly, most, meta.len(), size)?;
+    image
+        .set_len(size)
+        .map_err(|source| ResizeError::Set { size, source })
+}
+
+/// Whether a disk of `now` bytes may get `size`, where the command line said `most`. A disk whose image has a format of its own is made
+/// longer by its process, and the control process asks here before it has that done.
+pub(crate) fn check(
+    readonly: bool,
+    most: Option<u64>,
+    now: u64,
+    size: u64,
+) -> Result<(), ResizeError> {
+    if !size.is_multiple_of(SECTOR) {
+        return Err(ResizeError::Sectors(size));
+    }
     if readonly {
         return Err(ResizeError::Readonly);
     }
@@ -75,9 +91,7 @@ pub(super) fn resize(
     match most {
         None if size > now => Err(ResizeError::NotGranted { now }),
         Some(most) if size > most && size > now => Err(ResizeError::TooLong { size, now, most }),
-        _ => image
-            .set_len(size)
-            .map_err(|source| ResizeError::Set { size, source }),
+        _ => Ok(()),
     }
 }
 

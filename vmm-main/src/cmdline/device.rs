@@ -68,6 +68,7 @@ const NODE: &str = "-blockdev ";
 const QCOW2: ImageFormat = ImageFormat::Qcow2 {
     below: 0,
     raw_base: false,
+    most: 0,
 };
 
 /// How a `-drive` does its I/O.
@@ -147,8 +148,8 @@ impl super::Draft {
         if drive.readonly && drive.max_size.is_some() {
             return Err(props.error("max-size contradicts readonly=on; allowed with it: none"));
         }
-        if drive.io.format != ImageFormat::Raw && drive.max_size.is_some() {
-            return Err(props.error("max-size contradicts format=qcow2; allowed with it: none"));
+        if let ImageFormat::Qcow2 { most, .. } = &mut drive.io.format {
+            *most = drive.max_size.unwrap_or(0);
         }
         if let Some(id) = props.text("backing") {
             if drive.io.format == ImageFormat::Raw {

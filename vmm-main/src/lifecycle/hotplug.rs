@@ -29,7 +29,7 @@ use ipc::limits::{
 };
 use ipc::log::{error, info};
 use ipc::spec::DeviceSpec;
-use ipc::spec::block::ImageFormat;
+use ipc::spec::block::{BlockSpec, ImageFormat};
 use ipc::spec::vm::{
     ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, DriveSpec, IothreadSpec, NetBackend,
     RestartPolicy, VmSpec,
@@ -377,6 +377,9 @@ impl Hotplug {
 
 /// Unit of a device to come, number among its kind, numbers of its back end and of those below it, and spec.
 type Prepared = (usize, u8, (u32, Vec<u32>), DeviceSpec);
+
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
 
 /// Why nothing may come or go now.
 const SNAPSHOT: &str = "A snapshot is being made: wait for its end";
@@ -1002,11 +1005,57 @@ impl Vm {
             reply.send(Err(generic(SNAPSHOT)));
             return Ok(());
         }
+        let grant = self.parts.plan.policy.devices.get(unit);
+        if let Some(DeviceSpec::Block(disk)) = grant.map(|grant| &grant.spec)
+            && let ImageFormat::Qcow2 { most, .. } = disk.io.format
+        {
+            let (disk, most) = (disk.clone(), Some(most).filter(|most| *most > 0));
+            reply.send(self.resize_qcow2(unit, &disk, most, size));
+            return Ok(());
+        }
         let request = Request::Resize {
             index: unit as u32,
             size,
         };
         self.ask_broker(&request, Waiting::Resize { unit, reply })
+    }
+
+    /// The same for an image whose format only its process knows: that one makes the disk longer, in the midst of its work.
+    fn resize_qcow2(
+        &self,
+        unit: usize,
+        disk: &BlockSpec,
+        most: Option<u64>,
+        size: u64,
+    ) -> Result<(), QmpError> {
+        let id = &disk.id;
+        let told = |what: String| generic(format!("device {id}: {what}"));
+        let Some(transport) = self.parts.transports.get(unit) else {
+            return Err(QmpError::device_not_found(id));
+        };
+        if !self.supervisor.is_settled(unit) {
+            return Err(generic(format!(
+                "Device '{id}' is about to get another process; wait for DEVICE_RECOVERED or DEVICE_FAILED"
+            )));
+        }
+        let mut transport = lock(transport);
+        let config = transport.core().device().config();
+        let sectors = config
+            .first_chunk()
+            .map_or(0, |word| u64::from_le_bytes(*word));
+        let now = sectors.saturating_mul(SECTOR);
+        crate::broker::check_resize(disk.readonly, most, now, size)
+            .map_err(|e| told(e.to_string()))?;
+        if size == now {
+            return Ok(());
+        }
+        match transport.set_capacity(size / SECTOR) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(told(format!(
+                "its image cannot be made {size} bytes long; its process has told why in the log"
+            ))),
+            Err(error) => Err(generic(with_causes(&error))),
+        }
     }
 
     /// `device-upgrade`

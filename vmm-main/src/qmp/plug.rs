@@ -101,6 +101,7 @@ fn format(arguments: &mut Arguments) -> ImageFormat {
         Some("qcow2") => ImageFormat::Qcow2 {
             below: 0,
             raw_base: false,
+            most: 0,
         },
         _ => ImageFormat::Raw,
     }
@@ -768,6 +769,7 @@ mod tests {
         let alone = ImageFormat::Qcow2 {
             below: 0,
             raw_base: false,
+            most: 0,
         };
         assert_eq!(qcow2.io.format, alone);
         for (contradiction, name) in [

@@ -569,6 +569,32 @@ impl Core {
         }
     }
 
+    /// Has a disk's process make it so many sectors long, and tells the driver; `false` if the disk stays as it is.
+    pub fn set_capacity(
+        &mut self,
+        sectors: u64,
+        lines: &impl Interrupts,
+    ) -> Result<bool, RemoteError> {
+        if self.device.is_away() || self.device.is_failed() {
+            return Err(RemoteError::Failed {
+                id: self.device.id().to_owned(),
+            });
+        }
+        let old = self.device.config().to_vec();
+        let done = self
+            .device
+            .set_capacity(sectors)
+            .inspect_err(|error| self.trouble(error, lines))?;
+        if self.device.config() != old {
+            self.state.config_generation = self.state.config_generation.wrapping_add(1);
+            if self.is_running() {
+                self.state.config_changed = true;
+                lines.signal_config();
+            }
+        }
+        Ok(done)
+    }
+
     /// The device is taken out: the driver is told, then what is under way is ended in order; `false` if that failed. The
     /// process is ended after this.
     pub fn take_out(&mut self, lines: &impl Interrupts) -> bool {

@@ -170,6 +170,11 @@ impl MmioTransport {
         self.core.set_link(up, &self.line);
     }
 
+    /// See [`Core::set_capacity`].
+    pub fn set_capacity(&mut self, sectors: u64) -> Result<bool, RemoteError> {
+        self.core.set_capacity(sectors, &self.line)
+    }
+
     /// See [`Core::announce`].
     pub fn announce(&mut self) {
         self.core.announce(&self.line);

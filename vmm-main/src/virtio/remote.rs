@@ -992,6 +992,24 @@ impl RemoteDevice {
         })
     }
 
+    /// Has a disk's process make it so many sectors long; `false` if it does not, for a reason that it has told in the log.
+    pub fn set_capacity(&mut self, sectors: u64) -> Result<bool, RemoteError> {
+        let capacity = sectors.to_le_bytes();
+        // As for a card's status.
+        let flags = VhostUserConfigFlags::LIVE_MIGRATION;
+        let header = VhostUserConfig::new(0, capacity.len() as u32, flags);
+        self.talk(|link| {
+            link.post(
+                FrontendReq::SET_CONFIG,
+                &[header.as_slice(), &capacity],
+                &[],
+            )?;
+            link.finish().map(drop)
+        })?;
+        self.refresh_config()?;
+        Ok(self.config.starts_with(&capacity))
+    }
+
     /// Goes on with another process, whose handshake gave `fresh`. The guest has negotiated with the one before, so this
     /// one must offer the same; only configuration space may differ, as it may at any time: then `true`.
     pub fn take_over(&mut self, fresh: Self) -> Result<bool, RemoteError> {

@@ -669,7 +669,7 @@ pub(super) static COMMANDS: &[Command] = &[
     .takes(DEVICE),
     main(
         "block_resize",
-        "Makes a disk's image longer, up to `max-size=` of its `-drive`, and shows the guest its new size; an image is never made shorter. For a block device of the host, whose size somebody else has changed, `size` must be what it has now. The disk's process is replaced by one that may write that far (DEVICE_UPGRADED)",
+        "Makes a disk longer, up to `max-size=` of its `-drive`, and shows the guest its new size; a disk is never made shorter. For a block device of the host, whose size somebody else has changed, `size` must be what it has now. The process of a raw disk is replaced by one that may write that far (DEVICE_UPGRADED); that of a qcow2 disk does it itself",
         |ticket, mut arguments| {
             let names = (arguments.text("device"), arguments.text("node-name"));
             let ((Some(name), None) | (None, Some(name))) = names else {
