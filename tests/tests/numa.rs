@@ -67,7 +67,7 @@ fn a_stock_guest_finds_its_nodes_and_pages_come_from_where_they_should() {
             .args(["-object", "memory-backend-ram,id=a,size=192M,policy=bind,host-nodes=1"])
             .arg("-object")
             .arg(format!(
-                "memory-backend-file,id=b,size=128M,policy=interleave,host-nodes=0-1,prealloc=on,mem-path={}",
+                "memory-backend-file,id=b,size=128M,policy=interleave,host-nodes=0-1,prealloc=on,share=on,mem-path={}",
                 file.display()
             ))
             .args(["-numa", "node,cpus=0:2,memdev=a"])

@@ -33,7 +33,7 @@ const COMMANDS: &[(&str, &str, Command)] = &[
     ),
     (
         "bench",
-        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net], or the shared folder: bench fs [--rounds N] [--only TEXT] [--virtiofsd PROGRAM] [--inodes N] …, or a disk: bench block [--quick] [--all] [--only TEXT] [--direct] [--socket PATH] …",
+        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net], or the shared folder: bench fs [--rounds N] [--only TEXT] [--virtiofsd PROGRAM] [--inodes N] …, or a disk: bench block [--quick] [--all] [--only TEXT] [--direct] [--socket PATH] …, or a card: bench net …; of this one alone: bench jail|restore|recovery [--runs N], bench shares [--vms N] [--seconds N]",
         bench::run,
     ),
     (

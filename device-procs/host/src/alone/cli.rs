@@ -108,7 +108,7 @@ pub const COMMON: &[Definition] = &[
 /// A line for each option of `own` and [`COMMON`] that is no alias.
 #[must_use]
 pub fn help(own: &[Definition]) -> String {
-    let mut text = String::new();
+    let mut lines = Vec::new();
     for (name, takes, what) in own.iter().chain(COMMON) {
         let value = match takes {
             Takes::Nothing => String::new(),
@@ -116,8 +116,14 @@ pub fn help(own: &[Definition]) -> String {
             Takes::Value(value) => format!(" {value}"),
             Takes::Alias(_) => continue,
         };
+        lines.push((format!("--{name}{value}"), what));
+    }
+    let width = lines.iter().map(|(option, _)| option.len()).max();
+    let width = width.unwrap_or_default();
+    let mut text = String::new();
+    for (option, what) in lines {
         // Writing to a string does not fail.
-        let _ = writeln!(text, "  {:<24} {what}", format!("--{name}{value}"));
+        let _ = writeln!(text, "  {option:<width$}  {what}");
     }
     text
 }
