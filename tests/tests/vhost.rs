@@ -11,6 +11,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -64,6 +65,17 @@ fn workers(pid: i32) -> usize {
         .count()
 }
 
+/// Has another process take the card's queues over in order: its id.
+#[track_caller]
+fn upgrade(vm: &mut Vm, qmp: &mut Qmp) -> i32 {
+    let before = vm.process("net").unwrap().unwrap();
+    qmp.execute("device-upgrade", json!({ "id": "card" }))
+        .unwrap();
+    let after = vm.process("net").unwrap().unwrap();
+    assert_ne!(before, after);
+    after
+}
+
 /// Bytes that look like nothing in particular.
 fn noise(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -83,7 +95,8 @@ fn the_kernel_carries_packets_and_a_process_that_is_killed_is_replaced() {
     in_a_nested_machine(&Nested::default(), test_path!(), || {
         const SIZE: usize = 10_000_000;
         let guest = Guest::ready(Flavour::Cloud).unwrap();
-        let tap = Tap::new("sv-vhost", "10.0.9.1/24").unwrap();
+        // The driver of a guest with one processor uses one of two pairs, and packets for the other one would be lost.
+        let tap = Tap::of_queues("sv-vhost", "10.0.9.1/24").unwrap();
         // What comes is sent back, so that both ways are seen to be right at once.
         let script = Script::new(
             "set -e\n\
@@ -100,7 +113,7 @@ fn the_kernel_carries_packets_and_a_process_that_is_killed_is_replaced() {
             &guest.kernel.elf,
             "console=ttyS0 quiet panic=-1 reboot=k",
             &tap.name,
-            "",
+            ",queues=2",
         )
         .arg("-initrd")
         .arg(initrd.path())
@@ -164,7 +177,8 @@ fn a_link_that_is_down_carries_nothing() {
         let host = std::net::UdpSocket::bind("10.7.41.1:0").unwrap();
         host.set_broadcast(true).unwrap();
         expect(&mut vm, "LOOP 10\r");
-        let card = vm.process("net").unwrap().unwrap();
+        let card = upgrade(&mut vm, &mut qmp);
+        expect(&mut vm, "LOOP ");
         let link = |qmp: &mut Qmp, up: bool| {
             let link = json!({ "name": "card", "up": up });
             qmp.execute("set_link", link).unwrap();
@@ -242,6 +256,67 @@ fn the_jail_is_a_cards_with_one_descriptor_more_and_its_own_filter() {
         assert!(findings.is_empty(), "{findings:#?}");
         qmp.execute("quit", json!({})).unwrap();
         assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
+    });
+}
+
+/// The kernel serves queues for whoever holds a descriptor, and only a process that gives them back can have a successor.
+#[test]
+fn a_card_with_descriptors_of_the_callers_is_given_up_when_its_process_dies() {
+    in_a_nested_machine(&Nested::default(), test_path!(), || {
+        let tap = Tap::new("sv-vhost", "10.7.44.1/24").unwrap();
+        let own = "host=10.7.44.1 own=10.7.44.2";
+        let dir = tempfile::tempdir().unwrap();
+        let starter = dir.path().join("starter");
+        let program = tests::vm::binary("stratovirt").unwrap();
+        let lines = format!(
+            "#!/bin/bash\nexec 9<>/dev/vhost-net\nexec {} \"$@\"\n",
+            program.display()
+        );
+        fs::write(&starter, lines).unwrap();
+        fs::set_permissions(&starter, fs::Permissions::from_mode(0o755)).unwrap();
+        for upgraded in [false, true] {
+            let mut vm = vm(&Payload::NetLoop.path(), own, &tap.name, ",vhostfd=9")
+                .program(&starter)
+                .start()
+                .unwrap();
+            let mut qmp = vm.qmp().unwrap();
+            expect(&mut vm, "LOOP 10\r");
+            let mut card = vm.process("net").unwrap().unwrap();
+            assert_eq!(workers(card), 1);
+            let held = |pid: i32| {
+                let all = procfs::fds(pid).unwrap();
+                all.values()
+                    .filter(|fd| fd.kind() == "/dev/vhost-net")
+                    .count()
+            };
+            let others: usize = vm
+                .processes()
+                .unwrap()
+                .into_iter()
+                .filter(|pid| *pid != card)
+                .map(held)
+                .sum();
+            assert_eq!(
+                (held(card), others),
+                (1, 0),
+                "the card's process has it alone"
+            );
+            if upgraded {
+                card = upgrade(&mut vm, &mut qmp);
+                assert_eq!(workers(card), 1);
+            }
+            kill(Pid::from_raw(card), Signal::SIGKILL).unwrap();
+            if upgraded {
+                qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+                expect(&mut vm, "LOOP ");
+            } else {
+                qmp.wait_event("DEVICE_FAILED", LIMIT).unwrap();
+                let want = "no other process can have its queues";
+                assert!(vm.messages().contains(want), "{}", vm.messages());
+            }
+            qmp.execute("quit", json!({})).unwrap();
+            assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
+        }
     });
 }
 

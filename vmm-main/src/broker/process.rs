@@ -6,7 +6,7 @@
 //! **Why this way.** One thread and one `poll`: the jail's `clone3` needs a single-threaded parent, and there is nothing here
 //! that could wait for anything else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
@@ -232,6 +232,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         channel,
         policy,
         vhost_fds: vhost_fds.into_iter().collect(),
+        vhost_given: BTreeSet::new(),
         inherited,
         added,
         plugged: BTreeMap::new(),
@@ -249,6 +250,8 @@ struct Broker {
     policy: Policy,
     /// Numbers of descriptors of vhost-net that are still here, by their device.
     vhost_fds: BTreeMap<u32, Vec<i32>>,
+    /// Devices whose process has such descriptors.
+    vhost_given: BTreeSet<u32>,
     inherited: Inherited,
     /// Back ends that were added.
     added: Added,
@@ -470,6 +473,14 @@ impl Broker {
                 .get(index as usize)
                 .ok_or_else(|| format!("the policy has no device {index}"))?,
         };
+        // The kernel serves the queues on for whoever holds these open, and two would serve them then.
+        if self.vhost_given.contains(&index) {
+            return Err(format!(
+                "device {}: its process had the descriptors of -netdev vhostfd=, which whoever passed them may still hold open; \
+                 no other process can have its queues",
+                grant.spec.id()
+            ));
+        }
         // What is in use can be neither locked nor attached to again.
         self.kept.remove(&index);
         // Another file at the same path would be another disk, in the middle of the guest's work.
@@ -495,6 +506,9 @@ impl Broker {
         };
         let mut backend = backend;
         let given = self.vhost_fds.remove(&index);
+        if given.is_some() {
+            self.vhost_given.insert(index);
+        }
         backend.extend(vhost(grant, given, &mut self.inherited)?);
         let order = Order {
             grant,
@@ -587,6 +601,10 @@ impl Broker {
 
     fn settle(&mut self, index: u32, newer: bool) -> Result<(Reply, Option<OwnedFd>), String> {
         let ended = self.devices.settle_on(index as usize, newer)?;
+        if newer {
+            // It has its own, and has the queues from the one before, which gave them back.
+            self.vhost_given.remove(&index);
+        }
         if !self.devices.is_running(index as usize) {
             self.kept.remove(&index);
         }

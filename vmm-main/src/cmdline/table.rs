@@ -614,7 +614,7 @@ const NETDEV: &[Shape] = &[
                 "vhostfd",
                 Kind::Fds(1),
                 "",
-                "inherited descriptor of /dev/vhost-net, for the first process of the card; those after it have it opened, as all have without",
+                "inherited descriptor of /dev/vhost-net, which is opened otherwise; a card with it does not survive its process, but for device-upgrade",
             ),
             key(
                 "vhostforce",
