@@ -3,17 +3,34 @@
 //! **Job.** A time that grows when a sleep was so short that looking a little longer would have saved it, and shrinks when it
 //! was long. **Who is not trusted.** The guest sets the pace; all it gets is a process that is awake at most for the limit
 //! after each request. **Why this way.** A sleep and the wake-up from it cost several microseconds on both sides, which is longer than a
-//! small request takes; a disk that is idle, or slow, must cost nothing.
+//! small request takes; a disk that is idle, or slow, must cost nothing. On a host whose processors are all wanted, looking costs more
+//! than it saves: the processor that is looked on is the one that the guest, or somebody else, would answer on, and who takes what is
+//! not needed is made to wait for all of the next one's turn. That shows in looks that last longer than they can.
 
 use std::time::Duration;
 
 /// The first step up from not looking at all.
 const FIRST: Duration = Duration::from_micros(4);
 
+/// A look that lasts so much longer than the limit was interrupted by somebody else's turn.
+const INTERRUPTED: Duration = Duration::from_micros(100);
+
+/// Sleeps without a look before them, after the first such interruption and after many in a row: some milliseconds, and about a
+/// second.
+const WARY: (u32, u32) = (64, 8192);
+
+/// After so many looks without an interruption the next one counts half.
+const CALM: u32 = 1024;
+
 /// See the module's page.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Patience {
     now: Duration,
+    /// Sleeps that are still to come without a look, and those after the last interruption.
+    wary: u32,
+    lesson: u32,
+    /// Looks since then, up to [`CALM`].
+    calm: u32,
 }
 
 impl Patience {
@@ -22,9 +39,26 @@ impl Patience {
         self.now.min(limit)
     }
 
+    /// A look took so long, whether it found something or not.
+    pub(crate) fn looked(&mut self, time: Duration, limit: Duration) {
+        if time > limit + INTERRUPTED {
+            self.now = Duration::ZERO;
+            self.lesson = (self.lesson * 2).clamp(WARY.0, WARY.1);
+            self.wary = self.lesson;
+            self.calm = 0;
+        } else if self.calm < CALM {
+            self.calm += 1;
+        } else {
+            self.calm = 0;
+            self.lesson /= 2;
+        }
+    }
+
     /// The process slept for so long, after it had looked for the window in vain.
     pub(crate) fn slept(&mut self, time: Duration, limit: Duration) {
-        if time <= limit {
+        if self.wary > 0 {
+            self.wary -= 1;
+        } else if time <= limit {
             self.now = (self.now * 2).clamp(FIRST, LONGEST);
         } else {
             // Two vain looks in a row and it is a quarter.
@@ -62,5 +96,37 @@ mod tests {
             patience.slept(Duration::from_millis(10), limit);
         }
         assert_eq!(patience.window(limit), Duration::ZERO);
+    }
+
+    #[test]
+    fn whoever_is_interrupted_while_it_looks_stops_looking() {
+        let limit = Duration::from_micros(50);
+        let short = Duration::from_micros(10);
+        let long = limit + 2 * INTERRUPTED;
+        let mut patience = Patience::default();
+        // How many sleeps it takes until it looks again.
+        let sleeps = |patience: &mut Patience| {
+            let mut count = 0;
+            while patience.window(limit).is_zero() {
+                patience.slept(short, limit);
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(sleeps(&mut patience), 1);
+        for expected in [64, 128, 256] {
+            patience.looked(long, limit);
+            assert_eq!(sleeps(&mut patience), expected + 1);
+        }
+        for _ in 0..20 {
+            patience.looked(long, limit);
+        }
+        assert_eq!(sleeps(&mut patience), 8193, "it tries again in the end");
+        // Later, it happens once in a while only.
+        for _ in 0..20 * CALM {
+            patience.looked(limit, limit);
+        }
+        patience.looked(long, limit);
+        assert_eq!(sleeps(&mut patience), 65);
     }
 }

@@ -569,18 +569,22 @@ impl<D: Device> Server<D> {
             return false;
         }
         let start = Instant::now();
-        loop {
-            for _ in 0..LOOKS {
+        let (found, time) = loop {
+            let found = (0..LOOKS).any(|_| {
                 self.finished |= self.device.has_finished();
-                if self.look_at_rings() || self.finished {
-                    return true;
+                let found = self.look_at_rings() || self.finished;
+                if !found {
+                    std::hint::spin_loop();
                 }
-                std::hint::spin_loop();
+                found
+            });
+            let time = start.elapsed();
+            if found || time >= window {
+                break (found, time);
             }
-            if start.elapsed() >= window {
-                return false;
-            }
-        }
+        };
+        self.patience.looked(time, limit);
+        found
     }
 
     fn event(&mut self, data: u64, ready: EpollFlags) -> Result<(), HostFault> {
