@@ -7,8 +7,9 @@ mod raw;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,17 +20,19 @@ use libc::{O_APPEND, O_EXCL, O_RDWR, O_WRONLY};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use raw::{Body, Client};
+use tempfile::TempDir;
 
 /// A daemon that may be replaced, and what it says.
 struct Daemon {
     /// The folder of its program, and that one.
-    _programs: tempfile::TempDir,
+    _programs: TempDir,
     program: PathBuf,
-    tree: tempfile::TempDir,
+    tree: TempDir,
     client: Client,
     log: BufReader<ChildStderr>,
 }
 
+const NAME: &str = "vhost_user_fs";
 const BUILT: &str = env!("CARGO_BIN_EXE_vhost_user_fs");
 
 /// Puts a program in the place of another one, as a package manager does.
@@ -59,31 +62,50 @@ fn lay_out_differently(program: &mut [u8]) {
     program[at + MARK.len()] ^= 0x40;
 }
 
+/// A daemon that waits for its front end, at the path that is told last.
+fn listening(
+    user: Option<u32>,
+    options: &[&str],
+) -> (TempDir, PathBuf, TempDir, Child, BufReader<ChildStderr>) {
+    let programs = tempfile::tempdir().unwrap();
+    // Others than root execute it, too.
+    fs::set_permissions(&programs, fs::Permissions::from_mode(0o755)).unwrap();
+    let program = programs.path().join(NAME);
+    put(Path::new(BUILT), &program, |_| {});
+    let tree = tempfile::tempdir().unwrap();
+    let socket = programs.path().join("socket");
+    let mut command = Command::new(&program);
+    if let Some(id) = user {
+        chown(&programs, Some(id), Some(id)).unwrap();
+        chown(&tree, Some(id), Some(id)).unwrap();
+        command.uid(id).gid(id);
+    }
+    let mut child = command
+        .args(["-log-level", "info", "-source"])
+        .arg(tree.path())
+        .arg("-socket-path")
+        .arg(&socket)
+        .args(options)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    until(&mut log, "listening at");
+    (programs, socket, tree, child, log)
+}
+
 impl Daemon {
     fn start(options: &[&str]) -> Self {
-        let programs = tempfile::tempdir().unwrap();
-        // Others than root execute it, too.
-        fs::set_permissions(&programs, fs::Permissions::from_mode(0o755)).unwrap();
-        let program = programs.path().join("vhost_user_fs");
-        put(Path::new(BUILT), &program, |_| {});
-        let tree = tempfile::tempdir().unwrap();
-        let socket = programs.path().join("socket");
-        let mut child = Command::new(&program)
-            .args(["-log-level", "info", "-source"])
-            .arg(tree.path())
-            .arg("-socket-path")
-            .arg(&socket)
-            .args(options)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        until(&mut log, "listening at");
+        Self::start_as(None, options)
+    }
+
+    fn start_as(user: Option<u32>, options: &[&str]) -> Self {
+        let (programs, socket, tree, child, mut log) = listening(user, options);
         let client = Self::connect(child, &socket);
         until(&mut log, " session, ");
         Self {
+            program: programs.path().join(NAME),
             _programs: programs,
-            program,
             tree,
             client,
             log,
@@ -404,5 +426,109 @@ fn whoever_is_killed_on_the_way_one_of_the_two_programs_goes_on() {
         assert_eq!(lock(client, kept, 8).unwrap_err(), libc::EAGAIN);
     }
     println!("new, running, before: {seen:?}");
+    assert!(daemon.client.finish().success());
+}
+
+#[test]
+fn one_that_still_waits_for_its_front_end_is_replaced_too() {
+    let (programs, socket, _tree, child, mut log) = listening(None, &[]);
+    let ask = || kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGUSR2).unwrap();
+    for _ in 0..3 {
+        put(Path::new(BUILT), &programs.path().join(NAME), |_| {});
+        ask();
+        until(&mut log, " goes on for version ");
+    }
+    put(
+        Path::new("/etc/passwd"),
+        &programs.path().join(NAME),
+        |_| {},
+    );
+    ask();
+    until(&mut log, "; the running program goes on");
+    let mut client = Daemon::connect(child, &socket);
+    client.assert_alive();
+    assert!(client.finish().success());
+    assert!(!socket.exists());
+}
+
+#[test]
+fn whoever_started_it_with_whatever_rights() {
+    for (user, options) in [
+        (Some(12345), &[][..]),
+        (
+            None,
+            &["-uid-map=:0:100000:1000:", "-gid-map=:0:100000:1000:"][..],
+        ),
+        (None, &["-readonly"][..]),
+        (None, &["-seccomp", "allow"][..]),
+        (
+            None,
+            &[
+                "-seccomp",
+                "log",
+                "-cache",
+                "never",
+                "-rlimit-nofile",
+                "5000",
+            ][..],
+        ),
+    ] {
+        let mut daemon = Daemon::start_as(user, options);
+        let rights = |daemon: &Daemon| {
+            [daemon.pid(), serving(daemon.pid()).unwrap()].map(|pid| {
+                let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+                let wanted = [
+                    "CapPrm",
+                    "CapEff",
+                    "CapBnd",
+                    "NoNewPrivs",
+                    "Uid",
+                    "Seccomp:",
+                ];
+                let is_wanted = |line: &&str| wanted.iter().any(|name| line.starts_with(name));
+                let lines: Vec<_> = status
+                    .lines()
+                    .filter(is_wanted)
+                    .map(str::to_owned)
+                    .collect();
+                let map = fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap();
+                (lines, map)
+            })
+        };
+        let before = rights(&daemon);
+        for _ in 0..2 {
+            daemon.upgrade();
+            daemon.client.assert_alive();
+            assert_eq!(rights(&daemon), before, "{options:?}");
+            // The next one comes as after any death.
+            let inside = serving(daemon.pid()).unwrap();
+            kill(Pid::from_raw(inside.cast_signed()), Signal::SIGKILL).unwrap();
+            daemon.client.assert_alive();
+            assert_eq!(rights(&daemon), before, "{options:?}");
+        }
+        assert!(daemon.client.finish().success());
+    }
+}
+
+#[test]
+fn a_daemon_that_cannot_be_followed_says_so_or_goes_on() {
+    // Rights of the host's namespace.
+    let mut daemon = Daemon::start(&["-modcaps=+MKNOD"]);
+    daemon.ask();
+    let said = daemon.says("; the running program goes on");
+    assert!(said.contains("-modcaps"), "{said}");
+    daemon.client.assert_alive();
+    assert!(daemon.client.finish().success());
+    // There is nobody outside.
+    let mut daemon = Daemon::start(&["-sandbox", "chroot"]);
+    daemon.ask();
+    daemon.client.assert_alive();
+    assert!(daemon.client.finish().success());
+    // The one that serves is not the one to ask.
+    let mut daemon = Daemon::start(&[]);
+    let inside = serving(daemon.pid()).unwrap();
+    kill(Pid::from_raw(inside.cast_signed()), Signal::SIGUSR2).unwrap();
+    daemon.client.assert_alive();
+    assert_eq!(serving(daemon.pid()), Some(inside));
     assert!(daemon.client.finish().success());
 }
