@@ -4,12 +4,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tests::daemon::Daemon;
 use tests::lab::{Flavour, Guest, Script};
 
@@ -53,8 +55,8 @@ sync
 cd / && umount /mnt || exit 28
 "#;
 
-/// Boots the guest with the script; returns what it printed.
-fn boot(socket: &Path, script: &str) -> String {
+/// Boots the guest with the script; returns what it printed, of which each line is told at once.
+fn boot(socket: &Path, script: &str, mut each: impl FnMut(&str)) -> String {
     let guest = Guest::ready(Flavour::Cloud).unwrap();
     let initrd = guest.initrd_with(&Script::new(script)).unwrap();
     let chardev = format!("socket,id=c,path={}", socket.display());
@@ -101,27 +103,42 @@ fn boot(socket: &Path, script: &str) -> String {
         .spawn()
         .unwrap();
     let mut text = String::new();
-    child
-        .stdout
-        .take()
-        .unwrap()
-        .read_to_string(&mut text)
-        .unwrap();
+    let mut console = BufReader::new(child.stdout.take().unwrap());
+    loop {
+        let before = text.len();
+        if console.read_line(&mut text).unwrap() == 0 {
+            break;
+        }
+        each(&text[before..]);
+    }
     child.wait().unwrap();
     text
 }
 
 /// Shares a fresh tree with a guest that runs the script, and looks at what it left.
 fn run(options: &[&str], files: usize) {
+    let program = Path::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
+    run_with(program, options, files, SCRIPT, |_, _| {});
+}
+
+/// As [`run`], of another program and a script; each line of the guest's console is told, with the daemon's process.
+fn run_with(
+    program: &Path,
+    options: &[&str],
+    files: usize,
+    script: &str,
+    mut each: impl FnMut(&str, Pid),
+) {
     let dir = tempfile::tempdir().unwrap();
     let tree = dir.path().join("tree");
     let socket = dir.path().join("socket");
     fs::create_dir(&tree).unwrap();
     fs::write(tree.join("greeting"), "from the host\n").unwrap();
     symlink("/etc/hostname", tree.join("link")).unwrap();
-    let program = Path::new(env!("CARGO_BIN_EXE_vhost_user_fs"));
     let mut daemon = Daemon::sharing(program, &tree, &socket, options).unwrap();
-    let console = boot(&socket, &SCRIPT.replace("FILES", &files.to_string()));
+    let pid = Pid::from_raw(daemon.pid());
+    let script = script.replace("FILES", &files.to_string());
+    let console = boot(&socket, &script, |line| each(line, pid));
     assert!(
         console.contains("GUEST-END status=0"),
         "{options:?}: {console}"
@@ -181,4 +198,39 @@ fn a_linux_guest_works_on_the_tree() {
         &["-cache=always", "-writeback", "-xattr", "-posix-acl"],
         1000,
     );
+}
+
+/// Between two steps the guest has a file open that has no name any more, and in each loop it is in the midst of a folder.
+#[test]
+fn a_linux_guest_works_while_the_program_is_replaced() {
+    let programs = tempfile::tempdir().unwrap();
+    let program = programs.path().join("vhost_user_fs");
+    let beside = programs.path().join("new");
+    let put = || {
+        fs::copy(env!("CARGO_BIN_EXE_vhost_user_fs"), &beside).unwrap();
+        fs::rename(&beside, &program).unwrap();
+    };
+    put();
+    let script = SCRIPT
+        .replace("rm open; [", "rm open; echo STEP; [")
+        .replace(
+            " || exit 21;",
+            " || exit 21; [ $((i % 100)) = 0 ] && echo STEP;",
+        )
+        .replace('\n', "\necho STEP\n");
+    // A file that is executed keeps its number to itself.
+    let (mut runs, mut asked, mut done) = (0, 0, 0);
+    run_with(&program, &[], 1000, &script, |line, pid| {
+        if line.contains("STEP") {
+            let now = fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino();
+            done += u32::from(now != runs);
+            runs = now;
+            put();
+            kill(pid, Signal::SIGUSR2).unwrap();
+            asked += 1;
+        }
+    });
+    println!("{done} programs ran, {asked} were asked for");
+    // Those that are asked for while one takes its place are one.
+    assert!(done > 3, "{done} of {asked}");
 }
