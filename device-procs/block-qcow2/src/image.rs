@@ -242,6 +242,10 @@ impl Format for Qcow2Image {
         if size > self.most {
             return Err(Errno::EPERM);
         }
+        if self.header.has_snapshots {
+            ipc::guest_warn!("an image with internal snapshots keeps its size");
+            return Err(Errno::EOPNOTSUPP);
+        }
         if self.cost.with(self.header.cost_of_growth(size)).is_err() {
             return Err(Errno::ENOMEM);
         }
