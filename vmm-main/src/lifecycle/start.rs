@@ -40,12 +40,14 @@ use crate::kvm::processor::Processor;
 use crate::kvm::{self, Kvm, Topology};
 use crate::machine::microvm::{self, Microvm, MicrovmConfig};
 use crate::memory::pager::{Pager, Progress};
+use crate::memory::sharing::Orders;
 use crate::memory::{self, Backing, GuestRam, RamConfig, Zone, ZoneRange};
 use crate::platform::numa::Numa;
 use crate::qmp;
 use crate::virtio::core::CoreError;
 use crate::virtio::mmio::MmioTransport;
-use crate::virtio::remote::{Handshake, RemoteError};
+use crate::virtio::remote::{Handshake, RemoteDevice, RemoteError};
+use crate::virtio::snapshot::DeviceState;
 use crate::virtio::window::{WindowError, Windows};
 
 /// Why there is no VM.
@@ -181,32 +183,7 @@ pub(super) fn start(
         &spec,
         nix::unistd::isatty(std::io::stdin()).unwrap_or(false),
     );
-    // What is wrong with a snapshot is told before any device's process is started.
-    let first = plan.incoming.map_or(Vec::new(), |files| {
-        files
-            .into_iter()
-            .chain(plan.memory.iter().copied().flatten())
-            .collect()
-    });
-    ask(
-        &broker,
-        std::iter::once(Request::SetPolicy(plan.policy.clone()))
-            .chain(first.iter().map(|&index| Request::Open { index })),
-    )?;
-    let rest = (0..plan.policy.devices.len() as u32)
-        .map(|index| Request::Start { index })
-        .chain(
-            (0..plan.policy.files.len() as u32)
-                .filter(|index| !first.contains(index))
-                .map(|index| Request::Open { index }),
-        );
-    let mut given = Given::default();
-    if first.is_empty() {
-        ask(&broker, rest.clone())?;
-    } else {
-        given.take_policy(&mut broker, &spec)?;
-        given.take_files(&mut broker, &plan, &first)?;
-    }
+    let (mut given, first) = Given::begin(&mut broker, &spec, &plan)?;
     phases.done("broker started and asked");
 
     let kvm = match spec.machine.kind {
@@ -233,12 +210,10 @@ pub(super) fn start(
         }
         _ => None,
     };
-    if !first.is_empty() {
-        ask(&broker, rest)?;
-    }
-
     if first.is_empty() {
         given.take_policy(&mut broker, &spec)?;
+    } else {
+        ask(&broker, rest(&plan, &first))?;
     }
     given.take_devices(&mut broker, &plan)?;
     let others: Vec<u32> = (0..plan.policy.files.len() as u32)
@@ -275,9 +250,8 @@ pub(super) fn start(
         machine.add_serial(sink)?;
     }
 
+    let mut plugged = Plugged::default();
     let mut lazy = None;
-    let mut windows: Option<Windows> = None;
-    let mut transports = Vec::with_capacity(handshakes.len());
     if let Some(machine) = &mut machine {
         for (index, handshake) in (0u32..).zip(&mut handshakes) {
             handshake
@@ -288,62 +262,25 @@ pub(super) fn start(
             let device = handshake
                 .finish()
                 .map_err(|e| why_device_failed(&mut broker, index, &plan.policy.devices, e))?;
-            let most = spec
-                .devices
-                .get(index as usize)
-                .map_or(0, |device| device.restart.most);
-            if most > 0
-                && plan
-                    .policy
-                    .devices
-                    .get(index as usize)
-                    .is_some_and(DeviceGrant::is_foreign)
-            {
-                device.check_account()?;
-            }
             let state = match &mut incoming {
                 Some(incoming) => Some(incoming.device(index as usize, &device)?),
                 None => None,
             };
-            let mut transport = MmioTransport::new(device, machine.ram().memory().clone())?;
-            if let Some(DeviceSpec::Fs(folder)) =
-                plan.policy.devices.get(index as usize).map(|g| &g.spec)
-                && folder.window != 0
-            {
-                let windows = match &mut windows {
-                    Some(windows) => windows,
-                    none => none.insert(Windows::new()?),
-                };
-                transport.set_window(machine.add_window(windows, &folder.id, folder.window)?)?;
-            }
-            transports.push(attach(machine, index as usize, transport)?);
-            if let (Some(state), Some(transport)) = (state, transports.last()) {
-                lock(transport).restore(state)?;
-            }
+            plugged.add(machine, (&spec, &plan), device, state)?;
         }
         phases.done("devices serve");
-        if let Some(kernel) = plan.kernel.and_then(|file| given.files.take(file)) {
-            let source = BootSource {
-                kernel,
-                initrd: plan.initrd.and_then(|file| given.files.take(file)),
-                cmdline: spec.boot.cmdline.clone(),
-                protocol: Protocol::Auto,
-            };
-            if let Some(incoming) = incoming {
-                lazy = incoming.finish(machine, source)?;
-                phases.done("machine restored");
-            } else {
-                let loaded = machine
-                    .load(source)
-                    .map_err(|e| why_boot_failed(&spec.boot, e))?;
-                info!(
-                    "kernel loaded: {:?}, ends at {:#x}, initrd {:x?}",
-                    loaded.format, loaded.kernel_end, loaded.initrd
-                );
-                phases.done("kernel loaded");
-            }
-        }
+        lazy = load(
+            machine,
+            (&spec, &plan),
+            &mut given.files,
+            incoming,
+            &mut phases,
+        )?;
     }
+    let Plugged {
+        transports,
+        windows,
+    } = plugged;
     let sources = given.monitors(&plan);
 
     // Not earlier: until here a signal ends this process at once, whatever it waits for, and the broker cleans up. Not
@@ -358,19 +295,7 @@ pub(super) fn start(
         Box::new(move || lockdown::hook(Policy::ControlQmp, mode)),
     )?;
     if let Some(machine) = &mut machine {
-        let pinned: Vec<_> = (0..u32::from(spec.cpus.maxcpus))
-            .map(|vcpu| spec.vcpu_cpus(vcpu))
-            .collect();
-        machine.start(
-            &(Arc::new(move |vcpu: u32| {
-                if let Some(Some(cpus)) = pinned.get(vcpu as usize) {
-                    affinity::enter(cpus)?;
-                }
-                lockdown::hook(Policy::ControlVcpu, mode)
-            }) as kvm::run::ThreadStart),
-        )?;
-        // Ids are asked for now: each thread says its own once it has its filter.
-        machine.vcpu_thread_ids()?;
+        start_vcpus(machine, &spec)?;
     }
     let processor = match (&machine, imagined) {
         (Some(machine), _) => Ok(machine.described_processor()),
@@ -384,17 +309,7 @@ pub(super) fn start(
     let sharing = lazy.as_ref().and_then(Pager::orders);
     let mut pager = lazy.map(|lazy| pager(lazy, mode)).transpose()?.flatten();
     if let Some(sharing) = &sharing {
-        let mut watched = true;
-        for transport in &transports {
-            let mut transport = lock(transport);
-            watched &= transport.core().device().can_share();
-            transport.share(sharing.clone());
-        }
-        if !watched {
-            // They map the memory file, which has nothing of what is the template's.
-            info!("a device's process cannot be watched: memory is copied for all");
-            pager = Some(sharing.bring_in());
-        }
+        pager = share(&transports, sharing).or(pager);
     }
     qmp.started()?;
     phases.done("threads locked down");
@@ -422,6 +337,118 @@ pub(super) fn start(
     phases.done("announced");
     phases.tell();
     Ok(vm)
+}
+
+/// Devices behind their registers.
+#[derive(Default)]
+struct Plugged {
+    transports: Vec<SharedTransport>,
+    windows: Option<Windows>,
+}
+
+impl Plugged {
+    /// The next device, as it was when the snapshot with its `state` was made.
+    fn add(
+        &mut self,
+        machine: &mut Microvm,
+        (spec, plan): (&VmSpec, &Plan),
+        device: RemoteDevice,
+        state: Option<DeviceState>,
+    ) -> Result<(), StartError> {
+        let index = self.transports.len();
+        let most = spec
+            .devices
+            .get(index)
+            .map_or(0, |device| device.restart.most);
+        let grant = plan.policy.devices.get(index);
+        if most > 0 && grant.is_some_and(DeviceGrant::is_foreign) {
+            device.check_account()?;
+        }
+        let mut transport = MmioTransport::new(device, machine.ram().memory().clone())?;
+        if let Some(DeviceSpec::Fs(folder)) = grant.map(|grant| &grant.spec)
+            && folder.window != 0
+        {
+            let windows = match &mut self.windows {
+                Some(windows) => windows,
+                none => none.insert(Windows::new()?),
+            };
+            transport.set_window(machine.add_window(windows, &folder.id, folder.window)?)?;
+        }
+        let transport = attach(machine, index, transport)?;
+        if let Some(state) = state {
+            lock(&transport).restore(state)?;
+        }
+        self.transports.push(transport);
+        Ok(())
+    }
+}
+
+/// Puts the kernel into guest RAM, or what the snapshot has: a pager if that is to come later.
+fn load(
+    machine: &mut Microvm,
+    (spec, plan): (&VmSpec, &Plan),
+    files: &mut Files,
+    incoming: Option<Incoming>,
+    phases: &mut Phases,
+) -> Result<Option<Pager>, StartError> {
+    let Some(kernel) = plan.kernel.and_then(|file| files.take(file)) else {
+        return Ok(None);
+    };
+    let source = BootSource {
+        kernel,
+        initrd: plan.initrd.and_then(|file| files.take(file)),
+        cmdline: spec.boot.cmdline.clone(),
+        protocol: Protocol::Auto,
+    };
+    if let Some(incoming) = incoming {
+        let lazy = incoming.finish(machine, source)?;
+        phases.done("machine restored");
+        return Ok(lazy);
+    }
+    let loaded = machine
+        .load(source)
+        .map_err(|e| why_boot_failed(&spec.boot, e))?;
+    info!(
+        "kernel loaded: {:?}, ends at {:#x}, initrd {:x?}",
+        loaded.format, loaded.kernel_end, loaded.initrd
+    );
+    phases.done("kernel loaded");
+    Ok(None)
+}
+
+/// Starts the threads of vCPUs, each on its processors and behind its filter.
+fn start_vcpus(machine: &mut Microvm, spec: &VmSpec) -> Result<(), StartError> {
+    let mode = spec.seccomp;
+    let pinned: Vec<_> = (0..u32::from(spec.cpus.maxcpus))
+        .map(|vcpu| spec.vcpu_cpus(vcpu))
+        .collect();
+    machine.start(
+        &(Arc::new(move |vcpu: u32| {
+            if let Some(Some(cpus)) = pinned.get(vcpu as usize) {
+                affinity::enter(cpus)?;
+            }
+            lockdown::hook(Policy::ControlVcpu, mode)
+        }) as kvm::run::ThreadStart),
+    )?;
+    // Ids are asked for now: each thread says its own once it has its filter.
+    machine.vcpu_thread_ids()?;
+    Ok(())
+}
+
+/// Has devices work in memory that is partly a template's; if one cannot, how far all of it is on its way in.
+fn share(transports: &[SharedTransport], sharing: &Arc<Orders>) -> Option<Arc<Progress>> {
+    let mut watched = true;
+    for transport in transports {
+        let mut transport = lock(transport);
+        watched &= transport.core().device().can_share();
+        transport.share(sharing.clone());
+    }
+    if watched {
+        return None;
+    }
+    // They map the memory file, which has nothing of what is the template's.
+    info!("a device's process cannot be watched: memory is copied for all");
+    Some(sharing.bring_in())
 }
 
 /// Starts the thread that answers for guest memory; returns when it has its filter.
@@ -530,7 +557,43 @@ impl Files {
     }
 }
 
+/// What is asked for beside the files `first`.
+fn rest(plan: &Plan, first: &[u32]) -> impl Iterator<Item = Request> {
+    let files = (0..plan.policy.files.len() as u32).filter(|index| !first.contains(index));
+    (0..plan.policy.devices.len() as u32)
+        .map(|index| Request::Start { index })
+        .chain(files.map(|index| Request::Open { index }))
+}
+
 impl Given {
+    /// Tells the policy and asks for everything in it; or, with a snapshot, for what it takes to read that, which is here on return:
+    /// what is wrong with a snapshot is told before any device's process is started.
+    fn begin(
+        broker: &mut Client,
+        spec: &VmSpec,
+        plan: &Plan,
+    ) -> Result<(Self, Vec<u32>), StartError> {
+        let first: Vec<u32> = plan.incoming.map_or(Vec::new(), |files| {
+            files
+                .into_iter()
+                .chain(plan.memory.iter().copied().flatten())
+                .collect()
+        });
+        ask(
+            broker,
+            std::iter::once(Request::SetPolicy(plan.policy.clone()))
+                .chain(first.iter().map(|&index| Request::Open { index })),
+        )?;
+        let mut given = Self::default();
+        if first.is_empty() {
+            ask(broker, rest(plan, &first))?;
+        } else {
+            given.take_policy(broker, spec)?;
+            given.take_files(broker, plan, &first)?;
+        }
+        Ok((given, first))
+    }
+
     /// The reply to the policy: the descriptor to log to.
     fn take_policy(&mut self, broker: &mut Client, spec: &VmSpec) -> Result<(), StartError> {
         if let Some(fd) = broker.policy_set()? {
