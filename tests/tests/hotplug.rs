@@ -24,6 +24,7 @@ use tests::procfs;
 use tests::qmp::{Qmp, QmpError};
 use tests::test_path;
 use tests::vm::{Vm, VmBuilder};
+use tests::wait::Deadline;
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -188,6 +189,91 @@ fn a_device_that_is_added_has_the_jail_of_one_that_was_there() {
     let findings = check(&mut vm, &setting, &reply).unwrap();
     assert!(findings.is_empty(), "{findings:#?}");
     drop(tap);
+}
+
+/// The command line, the commands, their arguments and their order are those of Kata's driver for StratoVirt and of its client
+/// govmm, down to the address in decimal digits and the ROM that no device has.
+#[test]
+fn kata_starts_a_vm_adds_and_removes_a_disk_and_kills_it() {
+    // Kata asks for io_uring's and Linux AIO's kind of file: O_DIRECT, which not every temporary folder has.
+    let place = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let volume = image(place.path(), "volume.img");
+    let (builder, _dir) = bare(&[
+        "-name".into(),
+        "sandbox-1".into(),
+        "-uuid".into(),
+        "01234567-89ab-cdef-0123-456789abcdef".into(),
+        "-smp".into(),
+        "2".into(),
+        "-disable-seccomp".into(),
+        "-hotplug".into(),
+        format!("images={}", place.path().display()),
+    ]);
+    let mut vm = builder.start().unwrap();
+    expect(&mut vm, "BLK-RW OK");
+    // Its shim connects, asks what it wants to know, and hangs up; the next call connects anew.
+    let mut first = vm.qmp().unwrap();
+    let cpus = first.execute("query-cpus", json!({})).unwrap();
+    let threads: Vec<(u64, i64)> = cpus
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|cpu| {
+            (
+                cpu["CPU"].as_u64().unwrap(),
+                cpu["thread_id"].as_i64().unwrap(),
+            )
+        })
+        .collect();
+    assert_eq!(threads.iter().map(|one| one.0).collect::<Vec<_>>(), [0, 1]);
+    for (_, thread) in &threads {
+        let task = format!("/proc/{}/task/{thread}", vm.pid());
+        assert!(Path::new(&task).exists(), "{task}");
+    }
+    drop(first);
+    let alone = vm.processes().unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    // More volumes than there is room for at once. It never removes what it opened for one that it takes out; names come again.
+    for round in 0..15 {
+        let id = format!("drive-{}", round % 13);
+        run(
+            &mut qmp,
+            "blockdev-add",
+            json!({
+                "driver": "raw",
+                "read-only": false,
+                "file": { "driver": "file", "filename": volume, "aio": "native" },
+                "node-name": id,
+            }),
+        );
+        run(
+            &mut qmp,
+            "device_add",
+            json!({ "id": id, "driver": "virtio-blk-mmio", "drive": id, "addr": "1", "romfile": "" }),
+        );
+        assert_eq!(vm.processes().unwrap().len(), alone.len() + 1);
+        run(&mut qmp, "device_del", json!({ "id": id }));
+        let deleted = qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+        assert_eq!(deleted["data"]["device"], id.as_str());
+        assert_eq!(vm.processes().unwrap(), alone);
+        if round == 0 {
+            // What it does when a step fails.
+            run(&mut qmp, "blockdev-del", json!({ "node-name": id }));
+        }
+        let held = procfs::fds(vm.process("broker").unwrap().unwrap()).unwrap();
+        let volumes = held
+            .values()
+            .filter(|fd| fd.kind().ends_with("/volume.img"));
+        let volumes = volumes.count();
+        assert!(
+            (usize::from(round > 0)..=11).contains(&volumes),
+            "{volumes}"
+        );
+    }
+    drop(qmp);
+    vm.kill().unwrap();
+    let left = vm.survivors(Deadline::after(LIMIT));
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

@@ -28,6 +28,9 @@ pub fn run(data: &[u8]) {
                         let name = name.as_deref().unwrap_or("x");
                         assert!(!is_snapshot_name(name) || !name.contains(['/', '\0']));
                     }
+                    Request::DumpFile { name, .. } => {
+                        assert!(!is_snapshot_name(name) || !name.contains(['/', '\0']));
+                    }
                     // Looked up beneath a grant, which needs the folders: the broker's own tests.
                     Request::Add { .. } => {}
                     Request::Plug { spec, .. } => {

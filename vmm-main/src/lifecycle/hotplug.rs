@@ -70,6 +70,10 @@ struct Backend {
     user: Option<String>,
     /// The node that it was added as, if another one was put over it.
     below: Option<DriveSpec>,
+    /// Its device is one of StratoVirt's clients, for whom the two have one name and go together.
+    goes_along: bool,
+    /// That device was taken out: whoever needs its name or its place has it.
+    left: bool,
 }
 
 /// What is known of one window that has or had a device: units are numbered as windows and as the broker's devices are.
@@ -134,7 +138,7 @@ enum Waiting {
     Plug {
         unit: usize,
     },
-    /// A device that failed on its way in.
+    /// A device that failed on its way in, or a back end that made room.
     Undo,
     /// A file for a dump.
     Dump,
@@ -420,6 +424,7 @@ impl Vm {
         reply: Reply<()>,
     ) -> Result<(), End> {
         let (kind, id) = (what.kind(), what.id().to_owned());
+        self.make_room(kind, &id)?;
         let spec = &self.parts.spec;
         let cold = match kind {
             BackendKind::Drive => spec.drives.iter().any(|one| one.id == id),
@@ -471,6 +476,8 @@ impl Vm {
             open: false,
             user: None,
             below: None,
+            goes_along: false,
+            left: false,
         });
         self.ask_broker_with(&request, fds, Waiting::Add { number, reply })
     }
@@ -561,6 +568,32 @@ impl Vm {
         )
     }
 
+    /// Lets go of a back end whose device was taken out by a client that names both alike and never removes the first: Kata adds
+    /// and takes out volumes for as long as a sandbox lives.
+    fn make_room(&mut self, kind: BackendKind, id: &str) -> Result<(), End> {
+        let backends = &self.hotplug.backends;
+        let full = (0..MAX_ADDED_BACKENDS)
+            .all(|number| backends.iter().any(|backend| backend.number == number));
+        let old = backends.iter().position(|backend| {
+            let same = backend.what.kind() == kind && backend.what.id() == id;
+            let alone = self.hotplug.on_top(backend.what.id()).is_none();
+            backend.left && backend.user.is_none() && alone && (same || full)
+        });
+        let Some(old) = old else {
+            return Ok(());
+        };
+        let old = self.hotplug.backends.remove(old);
+        info!(
+            "{} {} makes room for another",
+            old.what.kind().noun(),
+            old.what.id()
+        );
+        let request = Request::Remove {
+            backend: old.number,
+        };
+        self.ask_broker(&request, Waiting::Undo)
+    }
+
     /// `netdev_add` of a card whose packets somebody else's daemon moves.
     fn put_card_behind(&mut self, chardev: &str, what: NewBackend) -> Result<(), QmpError> {
         let behind = self.hotplug.netdev_over(BackendKind::Chardev, chardev);
@@ -584,6 +617,8 @@ impl Vm {
             open: true,
             user: None,
             below: None,
+            goes_along: false,
+            left: false,
         });
         Ok(())
     }
@@ -724,6 +759,8 @@ impl Vm {
                 let mut passed = false;
                 if let Some(backend) = self.hotplug.backend(kind, name) {
                     backend.user = Some(new.id.clone());
+                    backend.goes_along = new.goes_along;
+                    backend.left = false;
                     if backend.what.is_foreign() {
                         let (path, given) = self.hotplug.socket_of(number);
                         passed = given;
@@ -957,6 +994,9 @@ impl Vm {
             error!("{}", with_causes(&e));
         }
         self.hotplug.units[unit].device = None;
+        for backend in &mut self.hotplug.backends {
+            backend.left |= backend.goes_along && backend.user.as_deref() == Some(id);
+        }
         self.hotplug.free_user(id);
         reply.send(Ok(()));
         self.ask_broker(

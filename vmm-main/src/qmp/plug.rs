@@ -333,6 +333,8 @@ pub struct NewDevice {
     pub most: Option<u16>,
     /// `addr`: its number among the devices of its kind.
     pub addr: Option<u8>,
+    /// It is named as StratoVirt's clients do, `-mmio` and with the id of its back end, which goes with it then.
+    pub goes_along: bool,
 }
 
 /// Its kind, with what is its own.
@@ -477,13 +479,16 @@ impl NewDevice {
             None if foreign => None,
             None => given,
         };
-        Ok(Self {
+        let mut device = Self {
             iothread: arguments.text("iothread"),
             id,
             kind,
             most,
             addr,
-        })
+            goes_along: false,
+        };
+        device.goes_along = driver.ends_with("-mmio") && device.backend().1 == device.id;
+        Ok(device)
     }
 
     /// Name and kind of its back end.

@@ -333,6 +333,11 @@ const DEVICE: &[Member] = &[
         "number among the devices of its kind, as in 0x1: one that was used before is used again, whatever the guest still has open there; default: one that nobody used",
     ),
     may(
+        "romfile",
+        Type::Text(0),
+        "accepted if it is empty, as Kata sends it: no device has a ROM",
+    ),
+    may(
         "serial",
         Type::Text(limits::BLOCK_ID_BYTES),
         "for a disk: its serial number",
@@ -701,7 +706,7 @@ pub(super) static COMMANDS: &[Command] = &[
     .takes(&[must("id", Type::ID, "its id")]),
     main(
         "device_del",
-        "Takes a device out: a disk loses its medium, a card its link, and requests that are under way are ended first; what the guest asks for after that is not answered until a device with the same addr is added",
+        "Takes a device out: a disk loses its medium, a card its link, and requests that are under way are ended first; what the guest asks for after that is not answered until a device with the same addr is added. Its back end stays, but one of a driver `-mmio` with the same id makes room when its name or its place is needed, as StratoVirt's clients expect",
         |ticket, mut arguments| {
             VmCommand::DeviceDel(arguments.required_text("id"), nothing(ticket))
         },
