@@ -8,9 +8,11 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fs_device::fuse::wire::opcode;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::session::{Body, Request, SLOTS, Session, u64_at};
 
@@ -130,6 +132,41 @@ pub(crate) fn floor(source: &Path, data: Data, time: Duration) -> f64 {
             return done as f64 / start.elapsed().as_secs_f64();
         }
     }
+}
+
+/// The same by a thread that is asked for each read by memory, which it looks at all the time, and tells the end of each by an
+/// event that the one who asked sleeps on: what the wake-ups of one job cost with any daemon.
+pub(crate) fn asked(source: &Path, data: Data, time: Duration) -> f64 {
+    let file = File::open(source.join(data_file(0))).unwrap();
+    let size = data.size as usize;
+    let blocks = FILE_SIZE / u64::from(data.size);
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();
+    let (wanted, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut buffer = vec![1u8; size];
+            for done in 0.. {
+                while wanted.load(Ordering::Acquire) == done {
+                    if over.load(Ordering::Acquire) {
+                        return;
+                    }
+                    std::hint::spin_loop();
+                }
+                let place = done % blocks * u64::from(data.size);
+                file.read_exact_at(&mut buffer, place).unwrap();
+                event.write(1).unwrap();
+            }
+        });
+        let (start, mut done) = (Instant::now(), 0);
+        while start.elapsed() < time {
+            wanted.fetch_add(1, Ordering::Release);
+            event.read().unwrap();
+            done += 1;
+        }
+        let rate = f64::from(done) / start.elapsed().as_secs_f64();
+        over.store(true, Ordering::Release);
+        rate
+    })
 }
 
 /// One daemon with what it was asked so far.

@@ -48,7 +48,14 @@ fn rounds(parts: &mut [Part], load: &Load, source: &Path, options: &Options) -> 
         let floor = load
             .floor()
             .map(|data| loads::floor(source, data, options.slice / 4));
-        rounds.push(Round { samples, floor });
+        let asked = load
+            .floor()
+            .filter(|data| data.jobs == 1)
+            .map(|data| loads::asked(source, data, options.slice / 4));
+        rounds.push(Round {
+            samples,
+            floors: [floor, asked],
+        });
         let done = match load.work {
             // One round more, of which the first is the warm-up.
             Work::Data(_) => rounds.len() > options.rounds,
