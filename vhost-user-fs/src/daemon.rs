@@ -127,7 +127,9 @@ enum DaemonError {
 pub(crate) fn run(options: &Options, trial: bool) -> ExitCode {
     let handed = Handed::take().map_err(DaemonError::Upgrade);
     let result = match handed {
-        Ok(Some(mut handed)) if trial => {
+        Ok(Some(handed)) if trial => {
+            // The process inside shares this one's descriptors, and both get to the end of this.
+            let mut handed = ManuallyDrop::new(handed);
             let says = handed.plan().ok().and_then(|plan| plan.says());
             return try_start(options, &mut handed, says);
         }
