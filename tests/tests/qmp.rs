@@ -550,7 +550,15 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
     );
     refuse(dump("core"), "'core' not found");
     let (_reader, writer) = std::io::pipe().unwrap();
-    for (fd, why) in [(file.as_fd(), "allowed: 0"), (writer.as_fd(), "is no file")] {
+    let opened = |options: &mut std::fs::OpenOptions| options.open(vm.dir().join("other")).unwrap();
+    let appends = opened(std::fs::OpenOptions::new().append(true).create(true));
+    let reads = opened(std::fs::OpenOptions::new().read(true));
+    for (fd, why) in [
+        (file.as_fd(), "allowed: 0"),
+        (writer.as_fd(), "is no file"),
+        (appends.as_fd(), "appends (O_APPEND)"),
+        (reads.as_fd(), "for reading only"),
+    ] {
         let mut qmp = vm.qmp().unwrap();
         qmp.execute_with("getfd", name.clone(), &[fd]).unwrap();
         let said = qmp

@@ -212,6 +212,54 @@ fn a_link_that_is_down_carries_nothing() {
     });
 }
 
+/// Its queues come out of the kernel for the snapshot, with what it did; the driver says once that it uses both pairs.
+#[test]
+fn a_guest_goes_on_from_a_snapshot_with_both_pairs_in_the_kernel() {
+    in_a_nested_machine(&Nested::default(), test_path!(), || {
+        let guest = Guest::ready(Flavour::Cloud).unwrap();
+        let tap = Tap::of_queues("sv-vhost", "10.0.9.1/24").unwrap();
+        // Each processor sends by a pair of its own.
+        let script = Script::new(
+            "set -e\n\
+             ip addr add 10.0.9.2/24 dev eth0; ip link set eth0 up\n\
+             for round in 0 1; do\n\
+               for cpu in 0 1; do taskset -c $cpu ping -c 1 -w 60 10.0.9.1 > /dev/null; done\n\
+               echo ROUND $round; read line\n\
+             done\n",
+        );
+        let initrd = guest.initrd_with(&script).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let snapshot = dir.path().join("template");
+        let uri = format!("file:{}", snapshot.display());
+        let build = || {
+            let append = "console=ttyS0 quiet panic=-1 reboot=k";
+            vm(&guest.kernel.elf, append, &tap.name, ",queues=2")
+                .args(["-smp", "2"])
+                .arg("-initrd")
+                .arg(initrd.path())
+                .arg("-snapshot-dir")
+                .arg(&snapshot)
+        };
+        let mut vm = build().start().unwrap();
+        for round in 0..2 {
+            expect(&mut vm, &format!("ROUND {round}"));
+            let card = vm.process("net").unwrap().unwrap();
+            assert_eq!(workers(card), 2, "in round {round}");
+            if round == 0 {
+                let mut qmp = vm.qmp().unwrap();
+                qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+                vm.kill().unwrap();
+                drop(vm);
+                vm = build().arg("-incoming").arg(&uri).start().unwrap();
+            }
+            vm.console.send("\n").unwrap();
+        }
+        expect(&mut vm, "GUEST-END status=0");
+        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    });
+}
+
 #[test]
 fn the_jail_is_a_cards_with_one_descriptor_more_and_its_own_filter() {
     in_a_nested_machine(&Nested::default(), test_path!(), || {

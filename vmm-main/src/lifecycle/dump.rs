@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use ipc::log::{info, warn};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Whence, lseek};
 
 use super::event_loop::{End, Vm};
@@ -121,6 +122,20 @@ impl Vm {
             Ok(file) => File::from(file),
             Err(e) => return Err(wrong(format!("duplicating the descriptor: {e}"))),
         };
+        let open = fcntl(&file, FcntlArg::F_GETFL)
+            .map(OFlag::from_bits_truncate)
+            .map_err(|errno| wrong(format!("the descriptor tells nothing of itself: {errno}")))?;
+        // Linux takes no heed of a position where it appends, and a dump is not written from its beginning to its end.
+        if open.contains(OFlag::O_APPEND) {
+            return Err(wrong(
+                "the descriptor appends (O_APPEND); allowed: an empty file that is open for writing by position".into(),
+            ));
+        }
+        if open & OFlag::O_ACCMODE == OFlag::O_RDONLY {
+            return Err(wrong(
+                "the descriptor is for reading only; allowed: an empty file that is open for writing".into(),
+            ));
+        }
         match lseek(&file, 0, Whence::SeekEnd) {
             Ok(0) => Ok(Target::File(file)),
             Ok(length) => Err(wrong(format!("the file has {length} bytes; allowed: 0"))),
