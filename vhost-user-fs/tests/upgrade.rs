@@ -148,7 +148,12 @@ impl Daemon {
     fn upgrade(&mut self) {
         put(Path::new(BUILT), &self.program, |_| {});
         self.ask();
-        self.says(" goes on for version ");
+        let outcomes = [
+            " goes on for version ",
+            "program goes on",
+            "program of before goes on",
+        ];
+        assert_eq!(self.says_one_of(&outcomes), 0, "which of {outcomes:?}");
         self.runs();
     }
 
