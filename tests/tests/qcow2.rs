@@ -469,6 +469,54 @@ fn a_killed_process_loses_nothing_and_leaves_an_image_without_damage() {
     nothing_is_lost(vm, &image, 10 * KILLS as u64);
 }
 
+/// What a process leaves that is killed after a table is known and before its cluster is counted: the next one counts it, so that it
+/// gives the cluster to nothing else.
+#[test]
+fn tables_that_a_killed_process_did_not_count_are_counted() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for (name, options) in [
+        ("new", &[][..]),
+        ("old", &["-o", "compat=0.10"]),
+        ("small", &["-o", "cluster_size=512"]),
+    ] {
+        let image = create(dir.path(), name, options);
+        let drives = [drive("d", &image, ",format=qcow2,direct=off")];
+        write(&drives);
+        let (file, bytes) = (
+            std::fs::File::options().write(true).open(&image).unwrap(),
+            std::fs::read(&image).unwrap(),
+        );
+        let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let cluster = 1 << bytes[23];
+        let (l1, block) = (be64(40), be64(be64(48) as usize));
+        let mut entries = (l1 as usize..).step_by(8).map(be64);
+        let l2 = entries.find(|entry| *entry != 0).unwrap() & 0x00ff_ffff_ffff_fe00;
+        for table in [l1, l2] {
+            let count = block + 2 * (table / cluster);
+            std::os::unix::fs::FileExt::write_all_at(&file, &[0; 2], count).unwrap();
+        }
+        let broken = qemu_img(&["check", "-q", "-f", "qcow2"], &[&image]);
+        assert!(!broken.status.success(), "{name} {broken:?}");
+        let before = dir.path().join("before");
+        well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &before]);
+        let mut wanted = std::fs::read(&before).unwrap();
+        let mut vm = vm(Payload::BlkRw, "sector=5000 count=40", &drives)
+            .start()
+            .unwrap();
+        vm.wait_for("BLK-RW OK", LIMIT)
+            .unwrap_or_else(|e| panic!("{e}"));
+        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(0), "{}", vm.messages());
+        well(&["check", "-q", "-f", "qcow2"], &[&image]);
+        let after = dir.path().join("after");
+        well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &after]);
+        let after = std::fs::read(&after).unwrap();
+        let new = 5000 * 512..5160 * 512;
+        wanted[new.clone()].copy_from_slice(&after[new]);
+        assert!(wanted == after, "{name}: something else has changed");
+    }
+}
+
 /// The new process is there while the old one makes tables, which it must not have read before.
 #[test]
 fn a_process_that_takes_anothers_place_knows_the_tables_that_it_made() {

@@ -30,6 +30,9 @@ pub(crate) enum HeaderError {
     /// Clusters of an impossible size.
     #[error("clusters of 2^{0} bytes; allowed: 2^9 to 2^21")]
     ClusterBits(u32),
+    /// Counts of an impossible width.
+    #[error("reference counts of 2^{0} bits; allowed: 2^0 to 2^6")]
+    CountOrder(u32),
     /// Nobody has the key.
     #[error("it is encrypted, which is not supported")]
     Encrypted,
@@ -71,6 +74,21 @@ pub(crate) struct Header {
     pub(crate) has_snapshots: bool,
     /// It names a file that is below it.
     pub(crate) names_backing: bool,
+    /// Where its own tables are.
+    pub(crate) tables: Tables,
+}
+
+/// Places in an image, as its header gives them: nothing says that they are in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tables {
+    /// The L1 table, and its entries of 8 bytes.
+    pub(crate) l1: u64,
+    pub(crate) entries: u32,
+    /// The refcount table, and its clusters.
+    pub(crate) counts: u64,
+    pub(crate) count_clusters: u32,
+    /// A count has 2 to the power of this many bits: 0 to 6.
+    pub(crate) count_order: u32,
 }
 
 /// Bytes of memory that images take at most.
@@ -111,18 +129,23 @@ impl Header {
     }
 }
 
-fn be32(bytes: &[u8; BYTES], at: usize) -> u32 {
+fn be32(bytes: &[u8], at: usize) -> u32 {
     let mut word = [0; 4];
     word.copy_from_slice(&bytes[at..at + 4]);
     u32::from_be_bytes(word)
 }
 
-fn be64(bytes: &[u8; BYTES], at: usize) -> u64 {
+fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from(be32(bytes, at)) << 32 | u64::from(be32(bytes, at + 4))
 }
 
-/// Checks the first bytes of an image; `features` are those that follow, zero for version 2.
-pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, HeaderError> {
+/// Bytes of what follows in version 3, as far as it is looked at.
+pub(crate) const MORE: usize = 32;
+/// Bits of a count in version 2: 2 to the power of this.
+const COUNT_ORDER: u32 = 4;
+
+/// Checks the first bytes of an image, and those that follow, which mean something else in version 2.
+pub(crate) fn check(bytes: &[u8; BYTES], more: &[u8; MORE]) -> Result<Header, HeaderError> {
     if bytes[..4] != MAGIC {
         return Err(HeaderError::Magic);
     }
@@ -137,8 +160,14 @@ pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, He
     if be32(bytes, 32) != 0 {
         return Err(HeaderError::Encrypted);
     }
-    // Bits 0 to 2 (qcow2's specification, "incompatible_features").
-    let incompatible = if version == 3 { incompatible } else { 0 };
+    // "incompatible_features" and "refcount_order" of qcow2's specification.
+    let (incompatible, count_order) = match version {
+        3 => (be64(more, 0), be32(more, 24)),
+        _ => (0, COUNT_ORDER),
+    };
+    if count_order > 6 {
+        return Err(HeaderError::CountOrder(count_order));
+    }
     if incompatible & 0b011 != 0 {
         return Err(HeaderError::NotClean);
     }
@@ -168,6 +197,13 @@ pub(crate) fn check(bytes: &[u8; BYTES], incompatible: u64) -> Result<Header, He
         cluster,
         has_snapshots: be32(bytes, 60) != 0,
         names_backing: be64(bytes, 8) != 0,
+        tables: Tables {
+            l1: be64(bytes, 40),
+            entries,
+            counts: be64(bytes, 48),
+            count_clusters: be32(bytes, 56),
+            count_order,
+        },
     })
 }
 
@@ -186,9 +222,16 @@ mod tests {
         bytes
     }
 
+    fn more(incompatible: u64, count_order: u32) -> [u8; MORE] {
+        let mut more = [0; MORE];
+        more[..8].copy_from_slice(&incompatible.to_be_bytes());
+        more[24..28].copy_from_slice(&count_order.to_be_bytes());
+        more
+    }
+
     #[test]
     fn what_an_image_may_cost_is_bounded() {
-        let found = check(&good(), 0).unwrap();
+        let found = check(&good(), &more(0, 4)).unwrap();
         let one = Cost {
             kept: 160 * 65536 + 16 + 65536,
             table: 65536,
@@ -201,7 +244,7 @@ mod tests {
         let refused = |at: usize, value: u32, wanted: fn(&HeaderError) -> bool| {
             let mut bytes = good();
             bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
-            let error = check(&bytes, 0).unwrap_err();
+            let error = check(&bytes, &more(0, 4)).unwrap_err();
             assert!(wanted(&error), "{at}: {error}");
         };
         refused(0, 0, |e| *e == HeaderError::Magic);
@@ -219,13 +262,20 @@ mod tests {
         refused(56, u32::MAX, |e| matches!(e, HeaderError::Memory(_)));
         let mut bytes = good();
         bytes[63] = 1;
-        assert!(check(&bytes, 0).unwrap().has_snapshots && !found.has_snapshots);
+        assert!(check(&bytes, &more(0, 4)).unwrap().has_snapshots && !found.has_snapshots);
+        assert_eq!(found.tables.count_order, 4);
+        let error = check(&good(), &more(0, 7)).unwrap_err();
+        assert_eq!(error, HeaderError::CountOrder(7));
+        // Of version 2 all that follows is something else.
+        bytes[7] = 2;
+        let old = check(&bytes, &[0xff; MORE]).unwrap();
+        assert_eq!(old.tables.count_order, 4);
         for (bits, wanted) in [
             (1, HeaderError::NotClean),
             (2, HeaderError::NotClean),
             (4, HeaderError::ExternalData),
         ] {
-            assert_eq!(check(&good(), bits), Err(wanted));
+            assert_eq!(check(&good(), &more(bits, 4)), Err(wanted));
         }
     }
 }

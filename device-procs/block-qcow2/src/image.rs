@@ -19,6 +19,7 @@ use ipc::spec::block::{BlockSpec, ImageFormat};
 use nix::errno::Errno;
 use thiserror::Error;
 
+use crate::counts;
 use crate::header::{self, Cost, Header, HeaderError};
 use crate::storage::Descriptor;
 
@@ -159,6 +160,16 @@ impl Qcow2Image {
                 .map_err(io::Error::from)
                 .map_err(|source| ImageError::Read { number, source })?;
             let failed = |source| ImageError::Open { number, source };
+            if number == 0 && !self.readonly {
+                // As it is now: who wrote it before this process may have moved its tables.
+                let header = look(&file, number)?;
+                let added = counts::complete(&file, &header).map_err(failed)?;
+                if added > 0 {
+                    ipc::log::warn!(
+                        "{added} clusters with tables were not counted: whoever wrote the image before was killed in the midst of it"
+                    );
+                }
+            }
             let gate = DenyImplicitOpenGate::default();
             layer = Some(if self.raw_base && number == last {
                 FormatAccess::new(Raw::builder(file).open(gate).map_err(failed)?)
@@ -190,17 +201,11 @@ impl Qcow2Image {
 /// Reads the header and checks it.
 fn look(file: &Descriptor, number: usize) -> Result<Header, ImageError> {
     use imago::StorageExt;
-    // Those of version 3 follow.
-    let mut bytes = vec![0; header::BYTES + 8];
-    file.read(&mut bytes, 0)
+    let (mut head, mut more) = ([0; header::BYTES], [0; header::MORE]);
+    file.read(&mut head[..], 0)
+        .and_then(|()| file.read(&mut more[..], header::BYTES as u64))
         .map_err(|source| ImageError::Read { number, source })?;
-    let (fixed, more) = bytes.split_at(header::BYTES);
-    let mut head = [0; header::BYTES];
-    head.copy_from_slice(fixed);
-    let mut incompatible = [0; 8];
-    incompatible.copy_from_slice(more);
-    header::check(&head, u64::from_be_bytes(incompatible))
-        .map_err(|source| ImageError::Header { number, source })
+    header::check(&head, &more).map_err(|source| ImageError::Header { number, source })
 }
 
 /// What the device tells its guest by, with the reason in the log.
@@ -252,14 +257,15 @@ impl Format for Qcow2Image {
         let (old, hidden) = (self.size, self.below.min(size));
         let top = self.top()?;
         // What is longer below must not show through.
-        if hidden > old {
+        let grown = if hidden > old {
             top.resize_grow(hidden, PreallocateMode::Zero)
-                .map_err(errno("growth over what is below"))?;
-        }
-        top.resize_grow(size, PreallocateMode::None)
-            .and_then(|()| top.flush())
-            .and_then(|()| top.sync())
-            .map_err(errno("growth"))?;
+        } else {
+            Ok(())
+        };
+        let grown = grown.and_then(|()| top.resize_grow(size, PreallocateMode::None));
+        // Where it fails the first table has been moved already, too, and what it takes is not counted yet.
+        let written = top.flush().and_then(|()| top.sync());
+        grown.and(written).map_err(errno("growth"))?;
         self.size = size;
         Ok(())
     }

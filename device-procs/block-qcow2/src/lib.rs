@@ -1,12 +1,13 @@
 //! What a qcow2 image is to the disk's process.
 //!
-//! **Job.** `header.rs` looks at the image before anything else does, `image.rs` reads and writes it, `storage.rs` moves bytes
+//! **Job.** `header.rs` looks at the image before anything else does, `counts.rs` mends what a killed process left, `image.rs` reads and writes it, `storage.rs` moves bytes
 //! on its descriptors. **Who is not trusted.** The image and all that is below it: whoever made it may have made it to break this
 //! process. What it says about sizes is checked before memory is taken for it. **Why this way.** A library beside the program, so that
 //! the fuzz target `qcow2` takes the process's own way in; that way is all that it shows.
 
 #![deny(unsafe_code)]
 
+mod counts;
 mod header;
 mod image;
 mod storage;
