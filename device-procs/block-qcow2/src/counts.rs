@@ -85,7 +85,9 @@ impl Counts<'_> {
             return Ok(());
         };
         let bit = cluster % in_a_block * bits;
-        let Some(place) = block.checked_add(bit / 8) else {
+        // A block that lies behind the end counts nothing, and the image must not grow up to it.
+        let place = block.checked_add(bit / 8);
+        let Some(place) = place.filter(|place| *place < self.file.end()) else {
             return Ok(());
         };
         let mut count = [0; 8];
@@ -207,6 +209,11 @@ mod tests {
         // The first table is counted, the one that is nowhere is not.
         assert_eq!(complete(&descriptor, &header).unwrap(), 1);
         assert_ne!(counts(&file, 512), before);
+        // Nor does an image grow for counts that are said to lie behind its end.
+        file.write_all_at(&(1u64 << 40).to_be_bytes(), CLUSTER)
+            .unwrap();
+        assert_eq!(complete(&descriptor, &header).unwrap(), 0);
+        assert_eq!(file.metadata().unwrap().len(), 5 * CLUSTER);
         let nowhere = Header {
             tables: Tables {
                 l1: u64::MAX - 7,
