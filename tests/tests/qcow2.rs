@@ -94,16 +94,22 @@ fn vm(payload: Payload, append: &str, drives: &[String]) -> VmBuilder {
     builder.args(["-device", "virtio-blk-device,drive=d,id=disk"])
 }
 
+/// Waits for a guest that writes and reads what it wrote, and for the end of its VM.
+#[track_caller]
+fn finds_what_it_wrote(vm: &mut Vm) {
+    vm.wait_for("BLK-RW OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+}
+
 /// The bare guest writes to some sectors of drive `d` and finds them again.
 #[track_caller]
 fn write(drives: &[String]) {
     let mut vm = vm(Payload::BlkRw, "sector=100 count=40", drives)
         .start()
         .unwrap();
-    vm.wait_for("BLK-RW OK", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    finds_what_it_wrote(&mut vm);
 }
 
 fn drive(id: &str, file: &Path, more: &str) -> String {
@@ -214,10 +220,7 @@ fn a_chain_may_be_made_of_nodes() {
         ])
         .start()
         .unwrap();
-    vm.wait_for("BLK-RW OK", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    finds_what_it_wrote(&mut vm);
     is_written_on_top(&images, &before);
 }
 
@@ -503,10 +506,7 @@ fn tables_that_a_killed_process_did_not_count_are_counted() {
         let mut vm = vm(Payload::BlkRw, "sector=5000 count=40", &drives)
             .start()
             .unwrap();
-        vm.wait_for("BLK-RW OK", LIMIT)
-            .unwrap_or_else(|e| panic!("{e}"));
-        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!(status.code(), Some(0), "{}", vm.messages());
+        finds_what_it_wrote(&mut vm);
         well(&["check", "-q", "-f", "qcow2"], &[&image]);
         let after = dir.path().join("after");
         well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &after]);

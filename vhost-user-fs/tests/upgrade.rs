@@ -207,20 +207,22 @@ fn lock(client: &mut Client, (node, fh): (u64, u64), owner: u64) -> raw::Reply {
     client.call(opcode::SETLK, node, body)
 }
 
+/// Two open files, node and handle of each: one that has a lock, and one that is not in the folder any more and has content.
+fn open_files(client: &mut Client) -> ((u64, u64), (u64, u64)) {
+    let kept = client.create(1, "kept", O_RDWR).unwrap();
+    let gone = client.create(1, "gone", O_RDWR).unwrap();
+    client.write(gone.0, gone.1, 0, b"still here").unwrap();
+    client
+        .call(opcode::UNLINK, 1, Body::new().name("gone"))
+        .unwrap();
+    lock(client, kept, 7).unwrap();
+    (kept, gone)
+}
+
 #[test]
 fn what_is_open_goes_on_in_the_new_program() {
     let mut daemon = Daemon::start(&["--flock", "--posix-lock", "--xattr"]);
-    let kept = daemon.client.create(1, "kept", O_RDWR).unwrap();
-    let gone = daemon.client.create(1, "gone", O_RDWR).unwrap();
-    daemon
-        .client
-        .write(gone.0, gone.1, 0, b"still here")
-        .unwrap();
-    daemon
-        .client
-        .call(opcode::UNLINK, 1, Body::new().name("gone"))
-        .unwrap();
-    lock(&mut daemon.client, kept, 7).unwrap();
+    let (kept, gone) = open_files(&mut daemon.client);
     for n in 0u64..5 {
         daemon.upgrade();
         let client = &mut daemon.client;
@@ -388,17 +390,7 @@ fn kill_what_comes(
 fn whoever_is_killed_on_the_way_one_of_the_two_programs_goes_on() {
     const MOST: u32 = 400;
     let mut daemon = Daemon::start(&["--posix-lock"]);
-    let kept = daemon.client.create(1, "kept", O_RDWR).unwrap();
-    let gone = daemon.client.create(1, "gone", O_RDWR).unwrap();
-    daemon
-        .client
-        .write(gone.0, gone.1, 0, b"still here")
-        .unwrap();
-    daemon
-        .client
-        .call(opcode::UNLINK, 1, Body::new().name("gone"))
-        .unwrap();
-    lock(&mut daemon.client, kept, 7).unwrap();
+    let (kept, gone) = open_files(&mut daemon.client);
     let ends = [
         " goes on for version ",
         "; the running program goes on",
