@@ -6,7 +6,7 @@
 use crate::{rules, tool};
 use std::process::ExitCode;
 
-pub(crate) fn run(_arguments: &[String]) -> Result<ExitCode, String> {
+pub(crate) fn run() -> Result<ExitCode, String> {
     let mut failures = Vec::new();
     let mut step = |name: &str, result: Result<(), String>| {
         match &result {

@@ -53,16 +53,22 @@ ping -c 3 -i 0.2 10.0.2.1
 echo GUEST-PING ok
 ";
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let check = match arguments {
-        [] => false,
-        [one] if one == "--check" => true,
-        [one, dir] if one == "--inside" => return inside(Path::new(dir), false),
-        [one, dir, two] if one == "--inside" && two == "--check" => {
-            return inside(Path::new(dir), true);
-        }
-        other => return Err(format!("{other:?}: the only option is --check")),
-    };
+/// Boot a guest with a disk, a network card and a shared folder, show every process's jail, and leave you in the guest's shell.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Look by itself, without a terminal, and exit 0 or 1.
+    #[arg(long)]
+    check: bool,
+    /// This is the machine where guests boot, and there the demo's folder.
+    #[arg(long, value_name = "DIR", hide = true)]
+    inside: Option<std::path::PathBuf>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode, String> {
+    let check = options.check;
+    if let Some(dir) = &options.inside {
+        return inside(dir, check);
+    }
     if !check && !io::stdin().is_terminal() {
         return Err("this needs a terminal; without one, use --check".into());
     }

@@ -27,9 +27,17 @@ const TIMEOUT: u32 = 10;
 /// Megabytes of one target: a parser that allocates by what it reads gets there.
 const MEMORY: u32 = 2048;
 
-struct Options {
+/// Run the fuzz targets of tests/fuzz; a crash fails.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Seconds for each target.
+    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     seconds: u32,
+    /// Only this one; may be given again.
+    #[arg(long = "target", value_name = "NAME")]
     targets: Vec<String>,
+    /// Build with a defect in each target, and fail if it is not found.
+    #[arg(long)]
     planted: bool,
 }
 
@@ -46,8 +54,7 @@ struct Outcome {
     failure: Option<String>,
 }
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let options = parse(arguments)?;
+pub(crate) fn run(options: &Options) -> Result<ExitCode, String> {
     if !(has_program("c++") || has_program("clang++")) {
         ensure_packages(&["g++"]).map_err(|e| chain(&e))?;
     }
@@ -73,7 +80,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
                 loop {
                     let next = queue.lock().map_or(None, |mut queue| queue.pop());
                     let Some(target) = next else { break };
-                    let outcome = fuzz(&folder, &programs, made.path(), &target, &options);
+                    let outcome = fuzz(&folder, &programs, made.path(), &target, options);
                     if let Ok(mut outcomes) = outcomes.lock() {
                         outcomes.push(outcome);
                     }
@@ -106,36 +113,6 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
             bad.join(", ")
         )),
     }
-}
-
-fn parse(arguments: &[String]) -> Result<Options, String> {
-    let mut options = Options {
-        seconds: 60,
-        targets: Vec::new(),
-        planted: false,
-    };
-    let mut rest = arguments.iter();
-    while let Some(word) = rest.next() {
-        let mut value = || rest.next().ok_or(format!("{word} needs a value"));
-        match word.as_str() {
-            "--seconds" => {
-                let text = value()?;
-                options.seconds = text
-                    .parse()
-                    .ok()
-                    .filter(|seconds| (1..=86_400).contains(seconds))
-                    .ok_or(format!("--seconds {text}: 1 to 86400"))?;
-            }
-            "--target" => options.targets.push(value()?.clone()),
-            "--planted" => options.planted = true,
-            _ => {
-                return Err(format!(
-                    "{word}: --seconds N, --target NAME (repeatable), --planted"
-                ));
-            }
-        }
-    }
-    Ok(options)
 }
 
 fn has_program(name: &str) -> bool {
@@ -325,21 +302,5 @@ mod tests {
         let log =
             "x\nthread '<unnamed>' panicked at src/a.rs:1:2:\nplanted: b\n==1== ERROR: libFuzzer";
         assert!(reason(log).ends_with("planted: b"), "{}", reason(log));
-    }
-
-    #[test]
-    fn wrong_options_are_named() {
-        let parse =
-            |words: &[&str]| parse(&words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>());
-        assert!(
-            parse(&["--seconds", "0"])
-                .err()
-                .is_some_and(|e| e.contains("1 to 86400"))
-        );
-        assert!(parse(&["--target"]).is_err() && parse(&["x"]).is_err());
-        assert_eq!(
-            parse(&["--target", "qmp", "--seconds", "5"]).map(|o| o.seconds),
-            Ok(5)
-        );
     }
 }

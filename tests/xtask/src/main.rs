@@ -16,72 +16,89 @@ mod rules;
 mod test;
 mod tool;
 
+use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-type Command = fn(&[String]) -> Result<ExitCode, String>;
+/// The project's own commands. Each explains itself: cargo xtask COMMAND --help.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
+struct Line {
+    #[command(subcommand)]
+    command: Command,
+}
 
-const COMMANDS: &[(&str, &str, Command)] = &[
-    (
-        "demo",
-        "boot a guest with a disk and a network card, show every process's jail, leave you in its shell: demo [--check]",
-        demo::run,
-    ),
-    (
-        "test",
-        "run all tests, or those of a suite or a crate: test [SUITE|CRATE] [FILTER…] [--long] [--operations N] [--seed N]",
-        test::run,
-    ),
-    (
-        "bench",
-        "measure start-up beside other VMMs on PATH: bench startup [--runs N] [--only NAME,…] [--no-net], or the shared folder: bench fs [--rounds N] [--only TEXT] [--virtiofsd PROGRAM] [--inodes N] …, or a disk: bench block [--quick] [--all] [--only TEXT] [--direct] [--socket PATH] …, or a card: bench net …; of this one alone: bench jail|restore|recovery [--runs N], bench shares [--vms N] [--seconds N]",
-        bench::run,
-    ),
-    (
-        "check",
-        "formatting, lints and the project's own rules",
-        check::run,
-    ),
-    (
-        "policy",
-        "print the system call policies: policy [POLICY…|--table], put the table into README: --write, run suites and look for rules that nothing uses: --audit [--run FILTER] [--keep FILE] [--with FILE] [-- COMMAND…]",
-        policy::run,
-    ),
-    (
-        "fuzz",
-        "run the fuzz targets of tests/fuzz: fuzz [--seconds N] [--target NAME]… [--planted]",
-        fuzz::run,
-    ),
-    (
-        "lab",
-        "run a command where Linux guests boot: lab [--kernel full] [--mem MIB] [--smp N] [--timeout S] [--share DIR] [--qemu ARG] [--nested] [--where] -- COMMAND…",
-        lab::run,
-    ),
-];
+#[derive(Debug, Subcommand)]
+enum Command {
+    Demo(demo::Options),
+    Test(test::Options),
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    /// Formatting, lints, licences and the project's own rules.
+    Check,
+    Policy(policy::Options),
+    Fuzz(fuzz::Options),
+    Lab(lab::Options),
+}
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let Some((name, rest)) = arguments.split_first() else {
-        usage();
-        return ExitCode::from(2);
+    let outcome = match Line::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Test(options) => test::run(&options),
+        Command::Bench(which) => bench::run(&which),
+        Command::Check => check::run(),
+        Command::Policy(options) => policy::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
+        Command::Lab(options) => lab::run(options),
     };
-    if ["help", "--help", "-h"].contains(&name.as_str()) {
-        usage();
-        return ExitCode::SUCCESS;
-    }
-    let Some((_, _, command)) = COMMANDS.iter().find(|(n, _, _)| n == name) else {
-        eprintln!("xtask: there is no command {name:?}");
-        usage();
-        return ExitCode::from(2);
-    };
-    command(rest).unwrap_or_else(|message| {
-        eprintln!("xtask {name}: {message}");
+    outcome.unwrap_or_else(|message| {
+        let command = std::env::args().nth(1).unwrap_or_default();
+        eprintln!("xtask {command}: {message}");
         ExitCode::FAILURE
     })
 }
 
-fn usage() {
-    eprintln!("usage: cargo xtask COMMAND [ARGUMENTS]");
-    for (name, help, _) in COMMANDS {
-        eprintln!("  {name:<8} {help}");
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_one_that_can_be_read() {
+        Line::command().debug_assert();
+    }
+
+    #[test]
+    fn lines_that_documents_show_are_read() {
+        for line in [
+            "demo",
+            "demo --check",
+            "test",
+            "test linux reboot",
+            "test hostile_guest --operations 10000000 --seed 7",
+            "test soak --long --minutes 10",
+            "bench startup --runs 3 --only stratovirt,Firecracker --no-net",
+            "bench fs --only read --plot x.svg",
+            "bench net --help",
+            "bench shares --vms 4 --seconds 3",
+            "policy --audit --keep used -- cargo nextest run -p block",
+            "fuzz --seconds 5 --target snapshot --target qcow2",
+            "lab --kernel full --mem 2048 --qemu -s -- sh -c 'uname -a'",
+            "lab uname -a",
+        ] {
+            let words = ["cargo xtask"].into_iter().chain(line.split(' '));
+            assert!(Line::try_parse_from(words).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_number_out_of_its_range_is_told_with_the_range() {
+        let told = |line: &str| {
+            let words = ["cargo xtask"].into_iter().chain(line.split(' '));
+            Line::try_parse_from(words).unwrap_err().to_string()
+        };
+        assert!(told("fuzz --seconds 0").contains("0 is not in 1..=86400"));
+        assert!(told("lab --mem 4").contains("4 is not in 512..=65536"));
+        assert!(told("bench shares --vms 65").contains("65 is not in 1..=64"));
+        assert!(told("policy --keep x").contains("--audit"));
     }
 }

@@ -4,7 +4,7 @@
 //! with `--audit`, what a run of the suites left unused. **Who is not trusted.** Nobody.
 //! **Why this way.** The table comes from the same data that the filters are compiled from, so it cannot tell anything else.
 
-use crate::tool;
+use crate::{policy_audit, tool};
 use seccomp_policies::{PolicyInfo, RuleInfo, table};
 use std::fmt::Write;
 use std::fs;
@@ -14,30 +14,44 @@ use std::process::ExitCode;
 const BEGIN: &str = "<!-- cargo xtask policy: begin -->\n";
 const END: &str = "<!-- cargo xtask policy: end -->\n";
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match words.as_slice() {
-        [] => {
-            print!("{}", overview());
-            for policy in table() {
-                print!("\n{}", rules(policy));
-            }
+/// Print the system call policies, or look for rules that nothing uses.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Only the rules of these; without, all and the table.
+    #[arg(value_name = "POLICY")]
+    names: Vec<String>,
+    /// Only the table that README shows.
+    #[arg(long, group = "what")]
+    table: bool,
+    /// Put the table into README.
+    #[arg(long, group = "what")]
+    write: bool,
+    #[command(flatten)]
+    audit: policy_audit::Audit,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode, String> {
+    if options.table {
+        print!("{}", overview());
+    } else if options.write {
+        write_readme()?;
+    } else if options.audit.is_wanted() {
+        return policy_audit::run(&options.audit);
+    } else if options.names.is_empty() {
+        print!("{}", overview());
+        for policy in table() {
+            print!("\n{}", rules(policy));
         }
-        ["--table"] => print!("{}", overview()),
-        ["--write"] => write_readme()?,
-        ["--audit", rest @ ..] => return crate::policy_audit::run(rest),
-        names => {
-            for name in names {
-                let policy = table().iter().find(|p| p.name == *name).ok_or_else(|| {
-                    let known: Vec<_> = table().iter().map(|p| p.name).collect();
-                    format!(
-                        "there is no policy {name:?}; there are {}",
-                        known.join(", ")
-                    )
-                })?;
-                print!("{}", rules(policy));
-            }
-        }
+    }
+    for name in &options.names {
+        let policy = table().iter().find(|p| p.name == *name).ok_or_else(|| {
+            let known: Vec<_> = table().iter().map(|p| p.name).collect();
+            format!(
+                "there is no policy {name:?}; there are {}",
+                known.join(", ")
+            )
+        })?;
+        print!("{}", rules(policy));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -83,7 +97,7 @@ fn rules(policy: &PolicyInfo) -> String {
         let _ = writeln!(text, "  {:<18} {}", rule.call, what(rule));
         let _ = writeln!(text, "  {:<18}   {} [{}]", "", rule.why, rule.from);
         if let Some(rare) = rule.rare {
-            let why = crate::policy_audit::words(rare);
+            let why = policy_audit::words(rare);
             let _ = writeln!(text, "  {:<18}   {why}; shown by {}", "", rare.test);
         }
     }

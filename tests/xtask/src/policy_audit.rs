@@ -46,37 +46,47 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Kilobytes of trace, of all processors together, at the first and at the second try. A run of all suites makes some 200 MiB.
 const BUFFERS: [usize; 2] = [256 << 10, 1 << 20];
 
-pub(crate) fn run(arguments: &[&str]) -> Result<ExitCode, String> {
-    let mut used = Used::default();
-    let mut keep = None;
-    let mut filter = SUITES.to_owned();
-    let mut command: Option<Vec<&str>> = None;
-    let mut rest = arguments.iter();
-    while let Some(&argument) = rest.next() {
-        let mut value = |what: &str| {
-            rest.next()
-                .copied()
-                .ok_or_else(|| format!("{argument} needs {what} behind it"))
-        };
-        match argument {
-            "--keep" => keep = Some(PathBuf::from(value("a file")?)),
-            "--with" => used.read(Path::new(value("a file that --keep wrote")?))?,
-            "--run" => filter = value("a filter of cargo-nextest")?.to_owned(),
-            "--" => command = Some(rest.by_ref().copied().collect()),
-            other => {
-                return Err(format!(
-                    "--audit {other}: the options are --run FILTER, --keep FILE, --with FILE, -- COMMAND"
-                ));
-            }
-        }
+#[derive(Debug, clap::Args)]
+pub(crate) struct Audit {
+    /// Run suites under the kernel's tracer and fail on rules, and values of argument checks, that nothing used.
+    #[arg(long, group = "what")]
+    audit: bool,
+    /// The suites to run, as a filter of cargo-nextest.
+    #[arg(long, value_name = "FILTER", default_value = SUITES, hide_default_value = true, requires = "audit")]
+    run: String,
+    /// Write what was used to a file, for --with.
+    #[arg(long, value_name = "FILE", requires = "audit")]
+    keep: Option<PathBuf>,
+    /// Add what an earlier run used; may be given again.
+    #[arg(long, value_name = "FILE", requires = "audit")]
+    with: Vec<PathBuf>,
+    /// Run nothing: judge what --with names.
+    #[arg(long, requires = "with")]
+    no_run: bool,
+    /// Trace this instead of suites.
+    #[arg(last = true, requires = "audit", conflicts_with = "no_run")]
+    command: Vec<String>,
+}
+
+impl Audit {
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.audit
     }
-    let command = match command {
-        Some(words) => words.into_iter().map(str::to_owned).collect(),
-        None => suites(&filter)?,
+}
+
+pub(crate) fn run(options: &Audit) -> Result<ExitCode, String> {
+    let mut used = Used::default();
+    for file in &options.with {
+        used.read(file)?;
+    }
+    let command = if options.no_run || !options.command.is_empty() {
+        options.command.clone()
+    } else {
+        suites(&options.run)?
     };
     let passed = command.is_empty() || trace_without_gaps(&command, &mut used)?;
-    if let Some(file) = keep {
-        used.write(&file)?;
+    if let Some(file) = &options.keep {
+        used.write(file)?;
     }
     let verdict = judge(&used);
     print!("{}", verdict.text);

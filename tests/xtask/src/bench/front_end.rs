@@ -7,9 +7,20 @@
 use crate::tool;
 use std::process::ExitCode;
 
-pub(crate) fn run(package: &str, arguments: &[String]) -> Result<ExitCode, String> {
+/// The load generator reads its own line, and explains it.
+#[derive(Debug, clap::Args)]
+#[command(disable_help_flag = true)]
+pub(crate) struct Options {
+    /// --help tells them.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    options: Vec<String>,
+}
+
+pub(crate) fn run(package: &str, options: &Options) -> Result<ExitCode, String> {
     let mut command = tool::cargo(&["bench", "--quiet", "--package", package]);
-    command.args(["--bench", "front_end", "--"]).args(arguments);
+    command
+        .args(["--bench", "front_end", "--"])
+        .args(&options.options);
     tool::run(&mut command)?;
     Ok(ExitCode::SUCCESS)
 }

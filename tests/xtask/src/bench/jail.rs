@@ -79,18 +79,16 @@ type Marks = BTreeMap<String, u64>;
 /// The devices of one VM by id.
 type Devices = [(String, Marks)];
 
-pub(crate) fn run(arguments: &[String]) -> Result<std::process::ExitCode, String> {
-    let runs = match arguments {
-        [] => 21,
-        [option, number] if option == "--runs" => number
-            .parse()
-            .ok()
-            .filter(|n| (1..=1000).contains(n))
-            .ok_or(format!(
-                "--runs {number}: a number from 1 to 1000 is wanted"
-            ))?,
-        _ => return Err("the option is --runs".into()),
-    };
+/// Each step of jailing a disk and a card, in milliseconds.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// How often.
+    #[arg(long, value_name = "N", default_value_t = 21, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    runs: u32,
+}
+
+pub(crate) fn run(options: &Options) -> Result<std::process::ExitCode, String> {
+    let runs = options.runs as usize;
     let programs = crate::tool::build_release()?;
     table(&programs.join("stratovirt"), runs)?;
     Ok(std::process::ExitCode::SUCCESS)

@@ -14,20 +14,34 @@ mod restore;
 mod shares;
 mod startup;
 
+use clap::Subcommand;
 use std::process::ExitCode;
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    match arguments.split_first() {
-        Some((name, rest)) if name == "startup" => startup::run(rest),
-        Some((name, rest)) if name == "fs" => front_end::run("vhost-user-fs", rest),
-        Some((name, rest)) if name == "block" => front_end::run("block", rest),
-        Some((name, rest)) if name == "net" => front_end::run("net", rest),
-        Some((name, rest)) if name == "jail" => jail::run(rest),
-        Some((name, rest)) if name == "restore" => restore::run(rest),
-        Some((name, rest)) if name == "recovery" => recovery::run(rest),
-        Some((name, rest)) if name == "shares" => shares::run(rest),
-        _ => {
-            Err("the benches are: startup, fs, block, net, jail, restore, recovery, shares".into())
-        }
+/// Measure, and print ratios beside peers where there are some.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    Startup(startup::Options),
+    /// The shared folder beside other virtio-fs daemons.
+    Fs(front_end::Options),
+    /// A disk beside qemu-storage-daemon, fio's `io_uring` and any back end's socket.
+    Block(front_end::Options),
+    /// Packets through a card's process beside a plain loop on a tap and dpdk-testpmd.
+    Net(front_end::Options),
+    Jail(jail::Options),
+    Restore(restore::Options),
+    Recovery(recovery::Options),
+    Shares(shares::Options),
+}
+
+pub(crate) fn run(bench: &Bench) -> Result<ExitCode, String> {
+    match bench {
+        Bench::Startup(options) => startup::run(options),
+        Bench::Fs(options) => front_end::run("vhost-user-fs", options),
+        Bench::Block(options) => front_end::run("block", options),
+        Bench::Net(options) => front_end::run("net", options),
+        Bench::Jail(options) => jail::run(options),
+        Bench::Restore(options) => restore::run(options),
+        Bench::Recovery(options) => recovery::run(options),
+        Bench::Shares(options) => shares::run(options),
     }
 }

@@ -21,18 +21,16 @@ use tests::vm::Vm;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let runs = match arguments {
-        [] => 100,
-        [flag, number] if flag == "--runs" => number
-            .parse()
-            .ok()
-            .filter(|n| (2..=10_000).contains(n))
-            .ok_or(format!(
-                "--runs {number}: a number from 2 to 10000 is wanted"
-            ))?,
-        _ => return Err("bench recovery takes --runs N".into()),
-    };
+/// For how long nobody serves when a device process is killed, and when it is replaced.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// How often.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(2..=10_000))]
+    runs: u32,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode, String> {
+    let runs = options.runs as usize;
     let program = tool::build_release()?.join("stratovirt");
     let work = tempfile::tempdir().map_err(|e| format!("a temporary folder: {e}"))?;
     println!(

@@ -51,18 +51,16 @@ const TEMPLATES: [Template; 4] = [
     },
 ];
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let runs = match arguments {
-        [] => 21,
-        [flag, number] if flag == "--runs" => number
-            .parse()
-            .ok()
-            .filter(|n| (1..=1000).contains(n))
-            .ok_or(format!(
-                "--runs {number}: a number from 1 to 1000 is wanted"
-            ))?,
-        _ => return Err("bench restore takes --runs N".into()),
-    };
+/// From exec to the first byte of a guest that goes on from a snapshot, and what clones take, beside firecracker.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// How often.
+    #[arg(long, value_name = "N", default_value_t = 21, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    runs: u32,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode, String> {
+    let runs = options.runs as usize;
     let program = tool::build_release()?.join("stratovirt");
     let work = tempfile::tempdir().map_err(|e| format!("a temporary folder: {e}"))?;
     let tmpfs =

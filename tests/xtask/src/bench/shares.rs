@@ -33,23 +33,19 @@ struct Party {
     seconds: f64,
 }
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let (mut count, mut seconds) = (16, 10);
-    for pair in arguments.chunks(2) {
-        let (place, most) = match pair {
-            [option, _] if option == "--vms" => (&mut count, 64),
-            [option, _] if option == "--seconds" => (&mut seconds, 600),
-            _ => return Err("bench shares takes --vms N and --seconds N".into()),
-        };
-        *place = pair[1]
-            .parse()
-            .ok()
-            .filter(|n| (1..=most).contains(n))
-            .ok_or(format!(
-                "{} {}: a number from 1 to {most} is wanted",
-                pair[0], pair[1]
-            ))?;
-    }
+/// What each of many VMs gets that run at once, some of them throttled.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// How many.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=64))]
+    vms: u32,
+    /// For how long.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=600))]
+    seconds: u32,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode, String> {
+    let (count, seconds) = (options.vms, options.seconds);
     let program = tool::build_release()?.join("stratovirt");
     let work = tempfile::tempdir().map_err(|e| format!("a temporary folder: {e}"))?;
     println!("load average before: {}", load_average());
@@ -86,7 +82,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         party.begin = Some(Instant::now());
     }
     // Nothing comes.
-    readable(&[], Deadline::after(Duration::from_secs(seconds))).map_err(|e| e.to_string())?;
+    readable(&[], Deadline::after(Duration::from_secs(seconds.into())))
+        .map_err(|e| e.to_string())?;
     for party in &mut parties {
         party
             .qmp

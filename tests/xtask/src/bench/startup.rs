@@ -20,38 +20,27 @@ const TAP: &str = "sv-bench0";
 /// What the outer jail may add to a start, in milliseconds.
 const MOST_BY_OZONE: f64 = 10.0;
 
-pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
-    let mut runs: usize = 21;
-    let mut only: Option<Vec<String>> = None;
-    let mut net = true;
-    let mut rest = arguments.iter();
-    while let Some(argument) = rest.next() {
-        match argument.as_str() {
-            "--runs" => {
-                let text = rest.next().ok_or("--runs needs a number behind it")?;
-                runs = text
-                    .parse()
-                    .ok()
-                    .filter(|n| (1..=1000).contains(n))
-                    .ok_or(format!("--runs {text}: a number from 1 to 1000 is wanted"))?;
-            }
-            "--only" => {
-                let text = rest.next().ok_or("--only needs names behind it")?;
-                only = Some(text.split(',').map(str::to_owned).collect());
-            }
-            "--no-net" => net = false,
-            other => {
-                return Err(format!(
-                    "{other}: the options are --runs, --only and --no-net"
-                ));
-            }
-        }
-    }
+/// From exec to a bare guest's first byte, beside firecracker, cloud-hypervisor and QEMU; ends with what `bench jail` shows.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// How often.
+    #[arg(long, value_name = "N", default_value_t = 21, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    runs: u32,
+    /// Only these VMMs.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Without the table with a network card, which takes root.
+    #[arg(long)]
+    no_net: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode, String> {
+    let runs = options.runs as usize;
     tests::host::require_kvm();
     let programs = tool::build_release()?;
     let mut candidates = all(programs.join("stratovirt"));
-    if let Some(only) = &only {
-        candidates.retain(|c| only.iter().any(|o| o == c.name));
+    if !options.only.is_empty() {
+        candidates.retain(|c| options.only.iter().any(|o| o == c.name));
     }
     if candidates.is_empty() {
         return Err("--only leaves no candidate".into());
@@ -72,7 +61,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode, String> {
         memory_mib: MEMORY_MIB,
     };
     let mut failed = table("one disk", &candidates, &block, runs, &group, work.path());
-    if net {
+    if !options.no_net {
         let tap = Tap::of_user(TAP, "10.0.3.1/24", JAIL_USER).map_err(|e| chain(&e))?;
         let both = Setting {
             tap: Some(tap.name.clone()),
