@@ -223,6 +223,11 @@ impl Budget {
     }
 }
 
+/// How a process ended that was about to be ended: an end by itself, unless it only left because this side had hung up.
+fn by_itself(how: Exit) -> Option<Exit> {
+    (how != Exit::Code(0)).then_some(how)
+}
+
 /// What the process of a device is that has just been put in.
 fn serving(grant: &DeviceGrant, pid: i32) -> Process {
     if grant.is_foreign() {
@@ -396,7 +401,9 @@ impl Supervisor {
                 );
                 match &mut device.process {
                     // The reply to the request follows.
-                    Process::Stopping { pid, how } if *pid == exit.pid => *how = Some(exit.how),
+                    Process::Stopping { pid, how } if *pid == exit.pid => {
+                        *how = by_itself(exit.how);
+                    }
                     process if process.pid() == Some(exit.pid) => {
                         return self.ended(index, Some(exit.how), cx);
                     }
@@ -1233,6 +1240,13 @@ impl Supervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_was_hung_up_on_did_not_end_by_itself() {
+        assert_eq!(by_itself(Exit::Code(0)), None);
+        assert_eq!(by_itself(Exit::Signal(9)), Some(Exit::Signal(9)));
+        assert_eq!(by_itself(Exit::Code(1)), Some(Exit::Code(1)));
+    }
 
     #[test]
     fn the_budget_comes_back_with_time() {
