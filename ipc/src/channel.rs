@@ -5,22 +5,19 @@
 //! descriptors than the cap is refused, and every descriptor it brought is closed.
 //! **Why this way.** A stream would need framing, and framing is one more parser.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
 use crate::codec::{self, CodecError};
 use crate::limits::{MAX_MESSAGE, MAX_MESSAGE_FDS};
-
-/// Most descriptors that one packet can carry (Linux, `include/net/scm.h`).
-const SCM_MAX_FD: usize = 253;
+use crate::rights::{self, Received};
 
 /// Why a message did not come or go.
 #[derive(Debug, Error)]
@@ -135,27 +132,9 @@ impl Channel {
             return Ok(None);
         };
         let mut buffer = vec![0u8; len.min(MAX_MESSAGE)];
-        // Room for all that the kernel ever passes: a cut list of descriptors would leave them open and unknown.
-        let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
-        let (len, fds, truncated) = loop {
-            let mut slices = [IoSliceMut::new(&mut buffer)];
-            match recvmsg::<()>(
-                self.socket.as_raw_fd(),
-                &mut slices,
-                Some(&mut control),
-                flags | MsgFlags::MSG_CMSG_CLOEXEC,
-            ) {
-                Ok(message) => {
-                    let fds =
-                        owned_fds(message.cmsgs().map_err(|source| ChannelError::Socket {
-                            call: "recvmsg",
-                            source,
-                        })?);
-                    let cut = message
-                        .flags
-                        .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                    break (message.bytes, fds, cut);
-                }
+        let Received { len, fds, cut } = loop {
+            match rights::receive(&self.socket, &mut buffer, flags) {
+                Ok(received) => break received,
                 // The kernel says once that the peer left with messages unread; what it had sent before is still there.
                 Err(Errno::EINTR | Errno::ECONNRESET) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
@@ -167,7 +146,7 @@ impl Channel {
                 }
             }
         };
-        if truncated || fds.len() > MAX_MESSAGE_FDS {
+        if cut || fds.len() > MAX_MESSAGE_FDS {
             return Err(ChannelError::Truncated);
         }
         if len == 0 {
@@ -205,21 +184,6 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
-}
-
-/// Owns every descriptor that came with a message, so that dropping the result closes them.
-#[allow(unsafe_code)] // the kernel hands descriptors over as numbers
-fn owned_fds<'a>(messages: impl Iterator<Item = ControlMessageOwned> + 'a) -> Vec<OwnedFd> {
-    let mut fds = Vec::new();
-    for message in messages {
-        if let ControlMessageOwned::ScmRights(received) = message {
-            for fd in received {
-                // SAFETY: the kernel made this descriptor for us with this message; nothing else knows its number.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-        }
-    }
-    fds
 }
 
 #[cfg(test)]

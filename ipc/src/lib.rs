@@ -22,6 +22,7 @@ pub mod keeper;
 pub mod limits;
 pub mod log;
 pub mod relay;
+pub mod rights;
 pub mod spec;
 pub mod start;
 pub mod tap;

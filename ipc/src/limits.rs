@@ -110,6 +110,9 @@ pub const MAX_QMP_CLIENTS: usize = 8;
 /// Descriptors that clients of QMP have passed and that have a name or are in a set, of all clients together: a card with the
 /// most queues takes two for each pair.
 pub const MAX_QMP_FDS: usize = 128;
+/// Descriptors that one client of QMP has passed ahead of the command that they are for; of more, the oldest are closed. Clients wait for
+/// an answer before they pass the next one. All clients of one socket together have as many as may have a name.
+pub const MAX_QMP_WAITING_FDS: usize = MAX_QMP_FDS / MAX_QMP_CLIENTS;
 /// Bytes that wait for a QMP client that does not read; beyond it the client is dropped.
 pub const MAX_QMP_BACKLOG: usize = 8 << 20;
 /// Bytes that wait for a QMP client, beyond which no further command of it is taken.

@@ -194,12 +194,6 @@ pub(crate) fn adopt(stored: u64) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// A descriptor that has just come with a message.
-pub(crate) fn received(number: RawFd) -> OwnedFd {
-    // SAFETY: the kernel made it for this process with a message that was just taken, and says its number once.
-    unsafe { OwnedFd::from_raw_fd(number) }
-}
-
 /// A look at the descriptor of an owner that gives its number only.
 pub(crate) fn look(owner: &impl AsRawFd) -> BorrowedFd<'_> {
     // SAFETY: the owner keeps it open as long as it is borrowed.

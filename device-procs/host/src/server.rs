@@ -15,17 +15,18 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use ipc::limits::{MAX_CONFIG_SPACE, MAX_MEMORY_REGIONS};
+use ipc::rights;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{MsgFlags, recvmsg, sendmsg};
 use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 use vhost::VhostUserMemoryRegionBase;
@@ -443,7 +444,7 @@ impl<D: Device> Connection<D> {
         {
             return None;
         }
-        let Some(channel) = take_descriptor(socket) else {
+        let Some(channel) = take_descriptor(record::look(&self.messages)) else {
             let what = "SET_BACKEND_REQ_FD without one descriptor".to_owned();
             let source = VhostError::InvalidMessage;
             return Some(Err(ServeError::Frontend { what, source }));
@@ -470,20 +471,10 @@ impl<D: Device> Connection<D> {
 }
 
 /// Takes a message without payload off `socket`, and the one descriptor that came with it.
-fn take_descriptor(socket: RawFd) -> Option<OwnedFd> {
-    let mut bytes = [0; HEADER];
-    let mut parts = [IoSliceMut::new(&mut bytes)];
-    let mut control = nix::cmsg_space!([RawFd; 8]);
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket, &mut parts, Some(&mut control), flags).ok()?;
-    let mut taken: Vec<OwnedFd> = Vec::new();
-    for message in message.cmsgs().ok()? {
-        if let ControlMessageOwned::ScmRights(fds) = message {
-            taken.extend(fds.into_iter().map(record::received));
-        }
-    }
-    match taken.len() {
-        1 => taken.pop(),
+fn take_descriptor(socket: impl AsFd) -> Option<OwnedFd> {
+    let mut got = rights::receive(socket, &mut [0; HEADER], MsgFlags::MSG_DONTWAIT).ok()?;
+    match got.fds.len() {
+        1 if !got.cut => got.fds.pop(),
         _ => None,
     }
 }

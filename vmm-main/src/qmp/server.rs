@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
-use std::io::IoSliceMut;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, channel, sync_channel};
 use std::time::{Duration, Instant};
@@ -11,11 +10,12 @@ use std::time::{Duration, Instant};
 use ipc::limits::{
     MAX_QMP_BACKLOG, MAX_QMP_CLIENTS, MAX_QMP_REQUEST, QMP_FLUSH_MS, QMP_PAUSE_BACKLOG,
 };
+use ipc::rights;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockFlag, accept4, recvmsg, send};
+use nix::sys::socket::{MsgFlags, SockFlag, accept4, send};
 use thiserror::Error;
 
 use super::command::{Inbox, Outbox, QmpError, VmCommand, answer, wake};
@@ -26,8 +26,6 @@ use super::session::{Info, Session, Step, greeting};
 
 /// Bytes read from a client at once.
 const CHUNK: usize = 16 * 1024;
-/// Most descriptors that one packet can carry (Linux, `include/net/scm.h`).
-const SCM_MAX_FD: usize = 253;
 /// Mark of the inbox in epoll. Sources follow it.
 const INBOX: u64 = 0;
 /// Mark of the first client in epoll; beyond any source's.
@@ -679,10 +677,12 @@ impl Client {
     /// Takes one chunk. Whether there may be more.
     fn read(&mut self) -> bool {
         let mut chunk = [0; CHUNK];
-        match receive(&self.fd, &mut chunk) {
-            Ok((0, _)) => self.eof = true,
-            Ok((count, fd)) => {
-                self.session.push(&chunk[..count], fd);
+        match rights::receive(&self.fd, &mut chunk, MsgFlags::MSG_DONTWAIT) {
+            Ok(got) if got.len == 0 => self.eof = true,
+            Ok(got) => {
+                // A command uses one; the others are closed, as QEMU does.
+                self.session
+                    .push(&chunk[..got.len], got.fds.into_iter().next());
                 return true;
             }
             Err(Errno::EINTR) => return true,
@@ -708,25 +708,4 @@ fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 has just made this descriptor, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// What has come from `socket`: how many bytes, and the first of the descriptors that came with them. A command uses one; the
-/// others are closed, as QEMU does.
-#[allow(unsafe_code)] // the kernel hands descriptors over as numbers
-fn receive(socket: &OwnedFd, chunk: &mut [u8]) -> Result<(usize, Option<OwnedFd>), Errno> {
-    // Room for all that the kernel ever passes: a cut list would leave them open and unknown.
-    let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
-    let mut slices = [IoSliceMut::new(chunk)];
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
-    let mut fds = Vec::new();
-    for one in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(received) = one {
-            for fd in received {
-                // SAFETY: the kernel made this descriptor for us with this message; nothing else knows its number.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-        }
-    }
-    Ok((message.bytes, fds.into_iter().next()))
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use ipc::limits::{MAX_QMP_FDS, MAX_QMP_REQUEST};
+use ipc::limits::{MAX_QMP_REQUEST, MAX_QMP_WAITING_FDS};
 use ipc::spec::vm::{CpuSpec, MachineKind, MemorySpec, VmSpec};
 
 use super::command::{Outbox, QmpError, Ticket, VmCommand, answer};
@@ -100,7 +100,7 @@ impl Session {
         if let Some(fd) = fd {
             self.arrived.push_back((self.input.received(), fd));
             // As the newest counts, nobody misses the oldest of so many.
-            if self.arrived.len() > MAX_QMP_FDS {
+            if self.arrived.len() > MAX_QMP_WAITING_FDS {
                 self.arrived.pop_front();
             }
         }

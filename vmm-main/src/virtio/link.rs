@@ -12,18 +12,17 @@
 //! reply before the next request, which costs two context switches a message; a queue takes seven messages, and
 //! start-up time is counted in fractions of a millisecond.
 
-#![allow(unsafe_code)] // the kernel hands received descriptors over as numbers
-
 use std::collections::VecDeque;
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use ipc::limits::DEVICE_REPLY_MS;
+use ipc::rights;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use thiserror::Error;
 use vhost::vhost_user::message::{
     FrontendReq, MAX_MSG_SIZE, VhostUserConfig, VhostUserHeaderFlag, VhostUserInflight,
@@ -35,9 +34,6 @@ pub(crate) const HEADER: usize = 12;
 /// Requests that wait for their reply at most. More would fill the socket buffers of both directions one day, with both
 /// sides waiting for the other to read.
 const WINDOW: usize = 64;
-/// Most descriptors that one message can carry (Linux, `include/net/scm.h`): with room for all of them the kernel never
-/// cuts a list, so none is left open and unknown.
-const SCM_MAX_FD: usize = 253;
 
 /// Why a device process could not be talked to.
 #[derive(Debug, Error)]
@@ -93,8 +89,6 @@ pub(crate) struct Link {
     outbox: Vec<u8>,
     /// Received bytes that are not yet a whole reply.
     inbox: Vec<u8>,
-    /// Where the kernel puts ancillary data; kept, since it is a kilobyte.
-    control: Vec<u8>,
     /// Descriptors that came and nobody has taken yet.
     received: Vec<OwnedFd>,
     /// Requests whose reply has not been read, oldest first.
@@ -117,7 +111,6 @@ impl Link {
             socket,
             outbox: Vec::new(),
             inbox: Vec::new(),
-            control: nix::cmsg_space!([RawFd; SCM_MAX_FD]),
             received: Vec::new(),
             pending: VecDeque::new(),
             values: Vec::new(),
@@ -330,29 +323,8 @@ impl Link {
     fn fill(&mut self, len: usize) -> Result<(), LinkError> {
         let mut buffer = [0u8; HEADER + MAX_MSG_SIZE];
         while self.inbox.len() < len {
-            let mut slices = [IoSliceMut::new(&mut buffer)];
-            let bytes = match recvmsg::<()>(
-                self.socket.as_raw_fd(),
-                &mut slices,
-                Some(&mut self.control),
-                MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC,
-            ) {
-                Ok(message) => {
-                    let messages = message.cmsgs().map_err(|source| LinkError::Socket {
-                        call: "recvmsg",
-                        source,
-                    })?;
-                    for message in messages {
-                        if let ControlMessageOwned::ScmRights(fds) = message {
-                            // SAFETY: the kernel made these descriptors for us with this message.
-                            let owned = fds
-                                .into_iter()
-                                .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-                            self.received.extend(owned);
-                        }
-                    }
-                    message.bytes
-                }
+            let got = match rights::receive(&self.socket, &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(received) => received,
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => {
                     self.wait(PollFlags::POLLIN)?;
@@ -366,9 +338,10 @@ impl Link {
                     });
                 }
             };
-            if bytes == 0 {
+            if got.len == 0 {
                 return Err(LinkError::Closed);
             }
+            self.received.extend(got.fds);
             if self.received.len() > 1 {
                 return Err(match self.pending.front() {
                     Some(&request) => LinkError::Malformed {
@@ -378,7 +351,13 @@ impl Link {
                     None => LinkError::Closed,
                 });
             }
-            self.inbox.extend_from_slice(&buffer[..bytes]);
+            if got.cut {
+                return Err(LinkError::Socket {
+                    call: "recvmsg",
+                    source: Errno::ENOBUFS,
+                });
+            }
+            self.inbox.extend_from_slice(&buffer[..got.len]);
         }
         Ok(())
     }

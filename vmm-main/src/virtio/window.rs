@@ -12,12 +12,12 @@
 //! never given back: there is no moment in which something else could be mapped behind the guest's window. Units of 2 MiB bound
 //! the number of mappings.
 
-#![allow(unsafe_code)] // mmap at fixed addresses, and descriptors that come as numbers
+#![allow(unsafe_code)] // mmap at fixed addresses
 
 use std::collections::BTreeMap;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,10 +25,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use ipc::guest_warn;
 use ipc::limits::{DAX_UNIT, RAM_GUARD};
+use ipc::rights::{self, Received};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{MsgFlags, sendmsg};
 use thiserror::Error;
 use vhost::vhost_user::message::BackendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -44,8 +45,6 @@ const REQUEST_FLAGS: u32 = 1 | 1 << 3;
 const REPLY_FLAGS: u32 = 1 | 1 << 2;
 /// In a mapping's flags: it can be written.
 const WRITABLE: u64 = 1;
-/// Most descriptors that one message can carry (Linux, `include/net/scm.h`): with room for all of them none is left open and unknown.
-const DESCRIPTORS: usize = 253;
 /// What the eventfd is known by; windows are known by their number.
 const WAKE: u64 = u64::MAX;
 
@@ -486,29 +485,20 @@ fn is_regular(file: &OwnedFd) -> bool {
 /// The next message; `None` if there is none yet.
 fn receive(channel: BorrowedFd<'_>) -> Result<Option<Message>, Misuse> {
     let mut bytes = [0; HEADER + BODY];
-    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS]);
-    let mut files = Vec::new();
-    let len = {
-        let mut parts = [IoSliceMut::new(&mut bytes)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let message =
-            match recvmsg::<()>(channel.as_raw_fd(), &mut parts, Some(&mut control), flags) {
-                Ok(message) => message,
-                Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
-                Err(Errno::ECONNRESET) => return Err(Misuse::Closed),
-                Err(errno) => return Err(Misuse::Receive(errno)),
-            };
-        for message in message.cmsgs().map_err(Misuse::Receive)? {
-            if let ControlMessageOwned::ScmRights(fds) = message {
-                // SAFETY: the kernel made these descriptors for us with this message.
-                files.extend(
-                    fds.into_iter()
-                        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-                );
-            }
-        }
-        message.bytes
+    let received = match rights::receive(channel, &mut bytes, MsgFlags::MSG_DONTWAIT) {
+        Ok(received) => received,
+        Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+        Err(Errno::ECONNRESET) => return Err(Misuse::Closed),
+        Err(errno) => return Err(Misuse::Receive(errno)),
     };
+    let Received {
+        len,
+        fds: mut files,
+        cut,
+    } = received;
+    if cut {
+        return Err(Misuse::Receive(Errno::ENOBUFS));
+    }
     if len == 0 {
         return Err(Misuse::Closed);
     }

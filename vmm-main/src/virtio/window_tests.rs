@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)] // test code
 
 use std::io::{Read, Write};
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};

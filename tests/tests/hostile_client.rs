@@ -1,0 +1,94 @@
+//! # A QMP client that wants more than its socket gives
+//!
+//! **Job.** A client floods the control process with descriptors, more than it has room for: all are
+//! closed, and others are served.
+//! **Who is not trusted.** The client. It holds a QMP socket and what any user can make; no root, no rights over files.
+//! **Why this way.** A pipe tells when the last copy of its end was closed, in any process, so nothing is counted or waited for.
+#![allow(clippy::unwrap_used)] // in a test, a panic is the report
+
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+use tests::host::require_kvm;
+use tests::payload::Payload;
+use tests::procfs;
+use tests::qmp::Qmp;
+use tests::vm::Vm;
+use tests::wait::{Deadline, readable};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn sleeping_guest() -> Vm {
+    require_kvm();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::Machine.path(), "end=halt")
+        .with_qmp()
+        .start()
+        .unwrap();
+    vm.wait_for("MACHINE OK", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    vm
+}
+
+/// Whether every copy of the end that writes is closed, in whatever process, within [`LIMIT`].
+fn all_closed(reader: &std::io::PipeReader) -> bool {
+    readable(&[reader.as_fd()], Deadline::after(LIMIT))
+        .unwrap()
+        .is_some()
+}
+
+#[test]
+fn a_flood_of_descriptors_is_closed_and_others_are_served() {
+    /// Most that one message can carry.
+    const AT_ONCE: usize = 253;
+    /// Clients at once on one socket, but for one.
+    const CLIENTS: usize = 7;
+    let mut vm = sleeping_guest();
+    let mut other = vm.qmp().unwrap();
+    let held = procfs::fds(vm.pid()).unwrap().len();
+    // Less room than one message can fill, more than what may wait and have a name.
+    let limit = Command::new("prlimit")
+        .arg(format!("--pid={}", vm.pid()))
+        .arg(format!("--nofile={}:", held + 300))
+        .output()
+        .unwrap();
+    assert!(limit.status.success(), "{limit:?}");
+
+    let (reader, writer) = std::io::pipe().unwrap();
+    let many = vec![writer.as_fd(); AT_ONCE];
+    let mut clients: Vec<Qmp> = (0..CLIENTS).map(|_| vm.qmp().unwrap()).collect();
+    for _ in 0..100 {
+        for client in &mut clients {
+            // White space before a command that never comes.
+            client.send_with(" ", &many).unwrap();
+        }
+    }
+    for client in &mut clients {
+        // All that came before was read when this is answered.
+        client.execute("query-status", json!({})).unwrap();
+        for number in 0..40 {
+            let name = json!({ "fdname": format!("n{number}") });
+            // Refused from the 129th on, of all clients together.
+            let _ = client.execute_with("getfd", name, &many);
+        }
+    }
+    other.execute("query-status", json!({})).unwrap();
+    let (_mine, file) = std::os::unix::net::UnixStream::pair().unwrap();
+    let refused = other.execute_with("getfd", json!({ "fdname": "n" }), &[file.as_fd()]);
+    assert!(
+        refused.unwrap_err().to_string().contains("128"),
+        "the names are all taken"
+    );
+    drop((clients, many));
+    drop(writer);
+    assert!(all_closed(&reader), "descriptors of the flood stay open");
+    other
+        .execute_with("getfd", json!({ "fdname": "n" }), &[file.as_fd()])
+        .unwrap();
+    // New clients find room.
+    vm.qmp().unwrap().execute("quit", json!({})).unwrap();
+    assert!(vm.wait(LIMIT).unwrap().success());
+}
