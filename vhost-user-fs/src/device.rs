@@ -683,6 +683,9 @@ impl Device for FsDevice {
                 break;
             }
         }
+        if !rings.iter().any(Ring::wants_turn) {
+            self.tree.read_on();
+        }
         if !self.waiters.is_empty() {
             self.answer_waiters(rings, |tree, waiter| {
                 if waiter.interrupted {

@@ -15,11 +15,17 @@ const FIRST: Duration = Duration::from_micros(4);
 /// A look that lasts so much longer than the limit was interrupted by somebody else's turn.
 const INTERRUPTED: Duration = Duration::from_micros(100);
 
-/// Sleeps without a look before them, after the first such interruption and after many in a row: some milliseconds, and about a
-/// second.
-const WARY: (u32, u32) = (64, 8192);
+/// Sleeps without a look before them after such an interruption, which happens on any host once in a while.
+const ONCE: u32 = 64;
 
-/// After so many looks without an interruption the next one counts half.
+/// The same after one that came soon after another: for a guest that is always busy about a hundred milliseconds, which is some turns
+/// of the scheduler, and after many in a row one or two seconds.
+const AGAIN: (u32, u32) = (4096, 65_536);
+
+/// What is multiplied with at each such interruption, and divided by after [`CALM`] looks without one.
+const STEP: u32 = 4;
+
+/// A turn of the scheduler has some hundred looks.
 const CALM: u32 = 1024;
 
 /// See the module's page.
@@ -29,7 +35,7 @@ pub(crate) struct Patience {
     /// Sleeps that are still to come without a look, and those after the last interruption.
     wary: u32,
     lesson: u32,
-    /// Looks since then, up to [`CALM`].
+    /// Looks without one, up to [`CALM`].
     calm: u32,
 }
 
@@ -43,14 +49,17 @@ impl Patience {
     pub(crate) fn looked(&mut self, time: Duration, limit: Duration) {
         if time > limit + INTERRUPTED {
             self.now = Duration::ZERO;
-            self.lesson = (self.lesson * 2).clamp(WARY.0, WARY.1);
+            self.lesson = match self.lesson {
+                0 => ONCE,
+                lesson => (lesson * STEP).clamp(AGAIN.0, AGAIN.1),
+            };
             self.wary = self.lesson;
             self.calm = 0;
         } else if self.calm < CALM {
             self.calm += 1;
         } else {
             self.calm = 0;
-            self.lesson /= 2;
+            self.lesson /= STEP;
         }
     }
 
@@ -114,14 +123,14 @@ mod tests {
             count
         };
         assert_eq!(sleeps(&mut patience), 1);
-        for expected in [64, 128, 256] {
+        for expected in [64, 4096, 16_384, 65_536] {
             patience.looked(long, limit);
             assert_eq!(sleeps(&mut patience), expected + 1);
         }
         for _ in 0..20 {
             patience.looked(long, limit);
         }
-        assert_eq!(sleeps(&mut patience), 8193, "it tries again in the end");
+        assert_eq!(sleeps(&mut patience), 65_537, "it tries again in the end");
         // Later, it happens once in a while only.
         for _ in 0..20 * CALM {
             patience.looked(limit, limit);

@@ -50,6 +50,13 @@ pub(crate) enum Small {
     Unlink,
 }
 
+impl Small {
+    /// Whether all files can be gone through again, since they are as they were.
+    pub(crate) fn is_repeatable(self) -> bool {
+        !matches!(self, Self::Create | Self::Unlink)
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Work {
     Data(Data),
@@ -183,7 +190,6 @@ pub(crate) struct Part {
     told: Vec<u64>,
     /// The next small file of the load at hand, or the blocks done of a file.
     next: usize,
-    listing: Option<(u64, u64)>,
 }
 
 impl Part {
@@ -206,7 +212,6 @@ impl Part {
             nodes: vec![0; files],
             told: vec![0; files],
             next: 0,
-            listing: None,
         }
     }
 
@@ -373,28 +378,24 @@ impl Part {
             .call(Request::new(opcode::RELEASE, node, body, 0, 16));
     }
 
-    /// One request for entries of the folder, after `OPENDIR` if it is the first.
+    /// The whole folder, since daemons read ahead; returns how many entries it has.
     fn list(&mut self, plus: bool) -> usize {
         let folder = self.folder;
-        let (fh, mut offset) = self.listing.take().unwrap_or_else(|| {
-            let flags = Body::default().u64(0);
-            let request = Request::new(opcode::OPENDIR, folder, flags, 0, 32);
-            (u64_at(&self.session.call(request), 0), 0)
-        });
-        let mut entries = 0;
-        // A few replies, so that a turn is not over before it has begun.
-        for _ in 0..4 {
+        let flags = Body::default().u64(0);
+        let request = Request::new(opcode::OPENDIR, folder, flags, 0, 32);
+        let fh = u64_at(&self.session.call(request), 0);
+        let (code, entry) = if plus {
+            (opcode::READDIRPLUS, 128)
+        } else {
+            (opcode::READDIR, 0)
+        };
+        let (mut offset, mut entries) = (0, 0);
+        loop {
             let body = Body::default().u64(fh).u64(offset).u32(32768);
             let body = body.u32(0).u64(0).u64(0);
-            let code = if plus {
-                opcode::READDIRPLUS
-            } else {
-                opcode::READDIR
-            };
             let reply = self
                 .session
                 .call(Request::new(code, folder, body, 0, 16 + 32768));
-            let entry = if plus { 128 } else { 0 };
             let mut at = 0;
             while at < reply.len() {
                 offset = u64_at(&reply, at + entry + 8);
@@ -408,14 +409,13 @@ impl Part {
                 entries += 1;
             }
             if reply.is_empty() {
-                let body = Body::default().u64(fh).u64(0).u64(0);
-                self.session
-                    .call(Request::new(opcode::RELEASEDIR, folder, body, 0, 16));
-                self.next = self.files;
-                return entries.max(1);
+                break;
             }
         }
-        self.listing = Some((fh, offset));
+        let body = Body::default().u64(fh).u64(0).u64(0);
+        self.session
+            .call(Request::new(opcode::RELEASEDIR, folder, body, 0, 16));
+        self.next = self.files;
         entries
     }
 }

@@ -161,11 +161,13 @@ pub fn dirent_len(name_len: usize) -> usize {
 
 /// `fuse_dirent` with its name and padding.
 pub fn dirent(out: &mut Vec<u8>, ino: u64, off: u64, kind: u8, name: &[u8]) {
+    let mut head = [0; DIRENT];
+    head[..8].copy_from_slice(&ino.to_ne_bytes());
+    head[8..16].copy_from_slice(&off.to_ne_bytes());
     // A name has at most 255 bytes.
-    out.u64(ino)
-        .u64(off)
-        .u32(name.len() as u32)
-        .u32(u32::from(kind));
+    head[16..20].copy_from_slice(&(name.len() as u32).to_ne_bytes());
+    head[20..].copy_from_slice(&u32::from(kind).to_ne_bytes());
+    out.extend_from_slice(&head);
     out.extend_from_slice(name);
     out.zeros(dirent_len(name.len()) - DIRENT - name.len());
 }

@@ -1,11 +1,12 @@
 //! Reading folders.
 //!
 //! A reply is filled from getdents64(2). What was read and did not fit is kept for the next request, but of one folder only,
-//! so that a guest with many open folders costs no memory; another folder then seeks back.
+//! so that a guest with many open folders costs no memory; another folder then seeks back. If it is less than the reply took,
+//! more is read while the guest looks at that reply: most of the time of listing a folder is the file system's.
 
 use nix::errno::Errno;
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use super::Cache;
 use super::handles::Handle;
@@ -24,9 +25,12 @@ pub(super) struct ReadAhead {
     fh: u64,
     /// The position of the first of them.
     offset: u64,
+    /// At most twice [`READ_AT_ONCE`].
     buffer: Vec<u8>,
     at: usize,
     end: usize,
+    /// What is left is less than the last reply took, and the folder has perhaps more.
+    short: bool,
 }
 
 /// One `struct linux_dirent64`.
@@ -84,23 +88,55 @@ impl ReadAhead {
         fh: u64,
         offset: u64,
     ) -> Result<bool, Errno> {
-        let (fd, position) = handles.folder(fh)?;
+        // A handle is forgotten here before it is closed.
         if self.fh == fh && self.offset == offset && self.at < self.end {
             return Ok(true);
         }
+        let (fd, position) = handles.folder(fh)?;
+        // Whatever goes wrong, nothing is kept.
+        self.fh = 0;
+        (self.at, self.end) = (0, 0);
         if position != offset {
             sys::seek(fd, offset, libc::SEEK_SET)?;
         }
-        self.fh = 0;
-        self.buffer.resize(READ_AT_ONCE, 0);
-        self.at = 0;
-        self.end = sys::read_entries(fd, &mut self.buffer)?;
+        let more = self.read_behind(fd)?;
         self.fh = fh;
         self.offset = offset;
         // The kernel stands after the last entry.
-        let last = end_of(&self.buffer[..self.end]);
-        handles.moved(fh, last.unwrap_or(offset));
-        Ok(self.end > 0)
+        handles.moved(fh, more.unwrap_or(offset));
+        Ok(more.is_some())
+    }
+
+    /// Reads entries behind those that are there; returns the position behind them, `None` if there are no more.
+    fn read_behind(&mut self, fd: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
+        self.buffer.copy_within(self.at..self.end, 0);
+        (self.at, self.end) = (0, self.end - self.at);
+        let room = self.end + READ_AT_ONCE;
+        if self.buffer.len() < room {
+            self.buffer.resize(room, 0);
+        }
+        let fresh = &mut self.buffer[self.end..room];
+        let len = sys::read_entries(fd, fresh)?;
+        self.end += len;
+        Ok(end_of(&fresh[..len]))
+    }
+
+    /// A reply took so many bytes of entries, and there was no room for more in it.
+    fn took(&mut self, bytes: usize) {
+        self.short = self.end - self.at < bytes.min(READ_AT_ONCE);
+    }
+
+    /// Reads on, if the next reply is likely to need it.
+    fn read_on(&mut self, handles: &mut super::handles::Handles) {
+        if !std::mem::take(&mut self.short) {
+            return;
+        }
+        // An error is for the request that gets there.
+        if let Ok((fd, _)) = handles.folder(self.fh)
+            && let Ok(Some(end)) = self.read_behind(fd)
+        {
+            handles.moved(self.fh, end);
+        }
     }
 }
 
@@ -131,6 +167,7 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         // Taken out while it is read from, since lookups need the rest of `self`.
         let mut ahead = std::mem::take(&mut self.ahead);
+        let mut took = 0;
         let result = loop {
             match ahead.fill(&mut self.handles, fh, offset) {
                 Ok(true) => {}
@@ -145,6 +182,7 @@ impl Passthrough {
             let name = entry.name.to_bytes();
             let needed = reply::dirent_len(name.len()) + if plus { ENTRY_OUT } else { 0 };
             if out.len() + needed > room || (plus && self.journal.room() == 0) {
+                ahead.took(took);
                 // A reply without any entry would mean the end.
                 break if out.is_empty() {
                     Err(Errno::EINVAL)
@@ -158,6 +196,7 @@ impl Passthrough {
             offset = entry.next;
             ahead.offset = offset;
             ahead.at += entry.len;
+            took += entry.len;
         };
         self.ahead = ahead;
         result
@@ -187,6 +226,11 @@ impl Passthrough {
             // The guest may look it up by itself and learn the error then.
             Err(_) => unknown(out),
         }
+    }
+
+    /// There is no other request: reads more of the folder that is being listed.
+    pub(crate) fn read_on(&mut self) {
+        self.ahead.read_on(&mut self.handles);
     }
 
     pub(super) fn release_folder(&mut self, fh: u64) -> Result<(), Errno> {
