@@ -390,7 +390,7 @@ fn headers_and_lengths_may_be_anything() {
 #[test]
 fn folders_are_read_whole_whatever_the_size_of_a_reply() {
     let place = Place::new();
-    for n in 0..300 {
+    for n in 0..600 {
         fs::write(
             place.tree.join(format!("{n:03}-{}", "n".repeat(n % 200))),
             b"",
@@ -406,29 +406,39 @@ fn folders_are_read_whole_whatever_the_size_of_a_reply() {
     let mut client = Client::start(&place.tree, &[]);
     for (opcode, head) in [(opcode::READDIR, 0), (opcode::READDIRPLUS, 128)] {
         for size in [512, 4096, 65536] {
-            let dir = client
-                .call(opcode::OPENDIR, 1, Body::new().zeros(8))
-                .unwrap();
-            let fh = u64_at(&dir, 0);
-            let (mut offset, mut names) = (0, Vec::new());
-            loop {
-                let body = Body::new().u64(fh).u64(offset).u32(size).zeros(20);
-                let reply = client.call(opcode, 1, body).unwrap();
-                assert!(reply.len() <= size as usize);
-                if reply.is_empty() {
-                    break;
-                }
-                let mut at = 0;
-                while at < reply.len() {
-                    offset = u64_at(&reply, at + head + 8);
-                    let len = u32_at(&reply, at + head + 16) as usize;
-                    let start = at + head + 24;
-                    names.push(String::from_utf8(reply[start..start + len].to_vec()).unwrap());
-                    at = (start + len).next_multiple_of(8);
+            // Two at a time, of which what is read ahead of one is not the other's.
+            let mut listings = [(); 2].map(|()| {
+                let dir = client
+                    .call(opcode::OPENDIR, 1, Body::new().zeros(8))
+                    .unwrap();
+                (u64_at(&dir, 0), 0, Vec::new())
+            });
+            let mut more = true;
+            while std::mem::take(&mut more) {
+                for (n, (fh, offset, names)) in listings.iter_mut().enumerate() {
+                    // Four replies of one, three of the other.
+                    for _ in n..4 {
+                        let body = Body::new().u64(*fh).u64(*offset).u32(size).zeros(20);
+                        let reply = client.call(opcode, 1, body).unwrap();
+                        assert!(reply.len() <= size as usize);
+                        more |= !reply.is_empty();
+                        let mut at = 0;
+                        while at < reply.len() {
+                            *offset = u64_at(&reply, at + head + 8);
+                            let len = u32_at(&reply, at + head + 16) as usize;
+                            let start = at + head + 24;
+                            let name = reply[start..start + len].to_vec();
+                            names.push(String::from_utf8(name).unwrap());
+                            at = (start + len).next_multiple_of(8);
+                        }
+                    }
                 }
             }
-            names.sort_unstable();
-            assert_eq!(names, want, "{opcode} with {size}");
+            for (_, _, names) in &mut listings {
+                names.sort_unstable();
+                assert_eq!(*names, want, "{opcode} with {size}");
+            }
+            let fh = listings[0].0;
             // Too small for any entry; from a place that never was.
             let body = Body::new().u64(fh).u64(0).u32(8).zeros(20);
             assert_eq!(client.call(opcode, 1, body), Err(EINVAL));

@@ -43,7 +43,8 @@ fn names(entries: &[u8]) -> (Vec<String>, u64) {
 #[test]
 fn open_files_folders_and_locks_go_on() {
     let dir = tempfile::tempdir().unwrap();
-    for n in 0..500 {
+    // More than is read of a folder at once, so that some deaths come while more of it is being read.
+    for n in 0..3000 {
         fs::write(dir.path().join(format!("file-{n}")), b"").unwrap();
     }
     let options = ["-log-level", "debug", "--flock", "--posix-lock", "--xattr"];
@@ -61,7 +62,7 @@ fn open_files_folders_and_locks_go_on() {
         .unwrap();
     let folder = u64_at(&opened, 0);
     let read = |client: &mut Client, offset| {
-        let body = Body::new().u64(folder).u64(offset).u32(1000).zeros(20);
+        let body = Body::new().u64(folder).u64(offset).u32(8000).zeros(20);
         names(&client.call(opcode::READDIR, 1, body).unwrap())
     };
     let (mut seen, mut offset) = read(&mut client, 0);
@@ -93,7 +94,7 @@ fn open_files_folders_and_locks_go_on() {
     seen.sort_unstable();
     let count = seen.len();
     seen.dedup();
-    assert_eq!((seen.len(), count), (503, 503), "each name once");
+    assert_eq!((seen.len(), count), (3003, 3003), "each name once");
     client.release(node, fh).unwrap();
     assert!(client.release(node, fh).is_err());
     assert!(client.finish().success());
