@@ -218,6 +218,19 @@ pub fn descendants(pid: i32) -> io::Result<Vec<i32>> {
     Ok(found)
 }
 
+/// The processes whose standard error is the file at `path`.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn complaining_to(path: &Path) -> io::Result<Vec<i32>> {
+    let mut pids = numbered(Path::new("/proc"))?;
+    // One that has ended meanwhile complains no more.
+    pids.retain(|pid| {
+        std::fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|file| file == path)
+    });
+    Ok(pids)
+}
+
 /// The parent's id.
 ///
 /// # Errors

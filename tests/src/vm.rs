@@ -348,11 +348,16 @@ impl Vm {
         self.child.kill().map_err(system("kill the VM"))
     }
 
-    /// Of the processes that were ever seen below the control process, those that still run at `deadline`.
+    /// Of the processes that were ever seen below the control process, and of those that have its standard error now, those that
+    /// still run at `deadline`. The control process has ended.
     #[must_use]
     pub fn survivors(&self, deadline: Deadline) -> Vec<i32> {
+        let others = procfs::complaining_to(&self.dir.path().join("stderr")).unwrap_or_default();
+        let others = others.into_iter().filter(|pid| *pid != self.pid());
+        let others: Vec<_> = others.filter_map(|pid| Watched::new(pid).ok()).collect();
         self.seen
             .iter()
+            .chain(&others)
             .filter(|w| !w.ended(deadline).unwrap_or(false))
             .map(|w| w.pid)
             .collect()

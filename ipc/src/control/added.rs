@@ -1,12 +1,13 @@
 //! What may be added to a VM that runs.
 //!
 //! **Job.** The rule, fixed by the command line before the guest runs ([`Additions`]), and what the control process may then
-//! ask for ([`Addition`]). Four ways lead to a back end:
+//! ask for ([`Addition`]). Five ways lead to a back end:
 //!
 //! * an image or folder **beneath** a folder that the operator granted (`-hotplug images=DIR`, `-hotplug folders=DIR`). The
 //!   broker holds these folders open from the start and resolves names below them without links;
 //! * a tap that the operator granted by its name (`-hotplug tap=NAME`);
 //! * a socket, where somebody else's daemon listens, **beneath** a folder that the operator granted (`-hotplug sockets=DIR`);
+//! * a socket that the command line names as a chardev and nothing there uses;
 //! * a descriptor that comes along, which a client of QMP has opened. Whoever can pass one has had it already.
 //!
 //! **Who is not trusted.** The control process, once the guest runs. What it can reach by asking is what the operator
@@ -52,6 +53,14 @@ pub enum AdditionGrant {
     Tap {
         /// Interface name, at most 15 bytes.
         ifname: String,
+    },
+    /// A `-chardev socket` that nothing of the command line uses: a daemon for a device to come. Their back ends are there from the
+    /// start, and numbered from 0 in the order of their grants.
+    Daemon {
+        /// Id of the chardev.
+        id: String,
+        /// Where it listens.
+        path: PathBuf,
     },
     /// `sockets=`: vhost-user daemons that listen anywhere beneath a folder.
     Sockets {

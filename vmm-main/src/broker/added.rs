@@ -65,6 +65,8 @@ pub(super) struct Added {
     folders: Vec<Root>,
     sockets: Vec<Root>,
     taps: Vec<String>,
+    /// Sockets that the command line names, in the order of their numbers.
+    named: Vec<PathBuf>,
     backends: BTreeMap<u32, Backend>,
 }
 
@@ -81,6 +83,16 @@ impl Added {
                     added.folders.push(Root::open("folders", path, *readonly)?);
                 }
                 AdditionGrant::Tap { ifname } => added.taps.push(ifname.clone()),
+                AdditionGrant::Daemon { id, path } => {
+                    let number = added.named.len() as u32;
+                    let mut backend = Backend::daemon(path.clone(), Vec::new());
+                    backend.grant = BackendGrant::Socket {
+                        option: format!("-chardev id={id}"),
+                        path: path.clone(),
+                    };
+                    added.backends.insert(number, backend);
+                    added.named.push(path.clone());
+                }
                 AdditionGrant::Sockets { path } => {
                     added.sockets.push(Root::open("sockets", path, false)?);
                 }
@@ -184,6 +196,9 @@ impl Added {
                 Err(format!(
                     "back end {number} is below an image of device {above}"
                 ))
+            }
+            Some(_) if (number as usize) < self.named.len() => {
+                Err(format!("back end {number} is of the command line"))
             }
             Some(_) => {
                 self.backends.remove(&number);
@@ -335,9 +350,12 @@ impl Added {
         let Some(backend) = users.into_iter().find(|one| one.user == Some(index)) else {
             return Err(format!("device {index} has no back end"));
         };
-        let BackendGrant::Socket { path, .. } = &backend.grant else {
+        let BackendGrant::Socket { option, path } = &backend.grant else {
             return Err(format!("device {index} is nobody else's"));
         };
+        if self.named.contains(path) {
+            return super::open::foreign(option, path);
+        }
         if path.as_os_str().is_empty() {
             return backend.given.pop().ok_or_else(|| {
                 "the socket came as a descriptor, which serves one device once".into()

@@ -365,6 +365,11 @@ impl Client {
         self.snapshots.pop_front()
     }
 
+    /// Whether something that a wait for another answer has met is still to be taken: no descriptor tells of that.
+    pub fn has_answers(&self) -> bool {
+        !self.snapshots.is_empty() || !self.inspections.is_empty()
+    }
+
     /// Takes what belongs to an inspection or a snapshot, and gives back everything else.
     fn keep_aside(&mut self, reply: Reply, mut fds: Vec<OwnedFd>) -> Option<(Reply, Vec<OwnedFd>)> {
         match reply {

@@ -320,7 +320,7 @@ pub(super) fn connect_at(path: &Path, at: &File) -> Result<OwnedFd, String> {
 }
 
 /// Connects to somebody else's device process.
-fn foreign(option: &str, path: &Path) -> Result<OwnedFd, String> {
+pub(super) fn foreign(option: &str, path: &Path) -> Result<OwnedFd, String> {
     connect_unix(path).map(OwnedFd::from).map_err(|e| {
         let hint = match e.kind() {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {

@@ -540,22 +540,9 @@ fn unused(draft: &mut Draft) {
             ));
         }
     }
-    let monitor = |backend: &ChardevBackend| {
-        let address = match backend {
-            ChardevBackend::Socket { path, .. } => MonitorAddress::Unix(path.clone()),
-            ChardevBackend::Inherited { fd, .. } => MonitorAddress::Inherited(*fd),
-            _ => return false,
-        };
-        spec.monitors
-            .iter()
-            .any(|monitor| monitor.address == address)
-    };
     for (chardev, arg) in spec.chardevs.iter().zip(&draft.chardev_args) {
-        let used = spec.serial.as_ref() == Some(&chardev.id)
-            || daemons(spec).any(|id| id == chardev.id)
-            || monitor(&chardev.backend);
-        if !used {
-            notes.push(format!("-chardev {arg}: nothing uses it"));
+        if !super::plan::chardev_is_used(spec, chardev) {
+            notes.push(format!("-chardev {arg}: nothing uses it yet"));
         }
     }
     spec.ignored.append(&mut notes);

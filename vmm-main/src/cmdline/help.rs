@@ -94,7 +94,7 @@ pub fn manual() -> String {
         "\n## Environment\n\n- `STRATOVIRT_LOG_LEVEL`: `error` (default), `warn`, `info`, `debug` or `trace`.\n\
          \n## Exit status\n\n0 after a power-off of the guest, `quit` or a terminating signal; 1 after an error.\n\
          \n## Notes\n\n\
-         - A `-drive`, `-netdev` or `-chardev` that nothing uses is accepted and noted in the log.\n\
+         - A `-drive`, `-netdev` or `-chardev` that nothing uses is accepted and noted in the log. A `-chardev socket` of those can be named by `device_add` or `netdev_add`.\n\
          - `-pidfile` works with and without `-daemonize`.\n\
          - `-daemonize` without `-D` logs nothing once the VM is in the background.\n\
          - A card without `mac=` gets the first address from 52:54:00:12:34:56 on that no other card of this VM has.\n\

@@ -5,7 +5,7 @@
 //! a command line grants can be tested without opening anything.
 
 use ipc::PROTOCOL_VERSION;
-use ipc::control::added::Additions;
+use ipc::control::added::{AdditionGrant, Additions};
 use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, SnapshotGrant};
 use ipc::limits;
 use ipc::spec::DeviceSpec;
@@ -14,7 +14,7 @@ use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::spec::net::NetSpec;
 use ipc::spec::vm::{
     ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, FsSource, FsdevSpec, MachineKind,
-    MonitorAddress, MonitorSpec, NetBackend, VmSpec,
+    MonitorAddress, MonitorSpec, NetBackend, NetdevSpec, VmSpec,
 };
 
 /// The broker's policy, with the numbers of its entries by their use. Numbers of files index [`Policy::files`], those of
@@ -180,10 +180,57 @@ fn additions(spec: &VmSpec, devices: usize) -> Additions {
     } else {
         0
     };
+    let mut grants = spec.hotplug.clone();
+    if room > 0 {
+        let most = limits::MAX_ADDED_BACKENDS as usize;
+        grants.extend(daemons_to_come(spec).take(most));
+    }
     Additions {
         devices: u32::try_from(room).unwrap_or(0),
-        grants: spec.hotplug.clone(),
+        grants,
     }
+}
+
+/// Sockets that nothing uses: `device_add` and `netdev_add` may name them.
+fn daemons_to_come(spec: &VmSpec) -> impl Iterator<Item = AdditionGrant> {
+    spec.chardevs
+        .iter()
+        .filter_map(|chardev| match &chardev.backend {
+            ChardevBackend::Socket { path, .. } if !chardev_is_used(spec, chardev) => {
+                Some(AdditionGrant::Daemon {
+                    id: chardev.id.clone(),
+                    path: path.clone(),
+                })
+            }
+            _ => None,
+        })
+}
+
+/// Whether anything of the command line uses `chardev`.
+pub(super) fn chardev_is_used(spec: &VmSpec, chardev: &ChardevSpec) -> bool {
+    let id = &chardev.id;
+    let netdev =
+        |one: &NetdevSpec| matches!(&one.backend, NetBackend::Daemon(chardev) if chardev == id);
+    let device = |one: &DeviceOption| match &one.kind {
+        DeviceKind::ForeignBlock { chardev, .. }
+        | DeviceKind::Fs {
+            source: FsSource::Chardev(chardev),
+            ..
+        } => chardev == id,
+        _ => false,
+    };
+    let address = match &chardev.backend {
+        ChardevBackend::Socket { path, .. } => Some(MonitorAddress::Unix(path.clone())),
+        ChardevBackend::Inherited { fd, .. } => Some(MonitorAddress::Inherited(*fd)),
+        _ => None,
+    };
+    spec.serial.as_ref() == Some(id)
+        || spec.netdevs.iter().any(netdev)
+        || spec.devices.iter().any(device)
+        || spec
+            .monitors
+            .iter()
+            .any(|monitor| Some(&monitor.address) == address.as_ref())
 }
 
 struct Files(Vec<FileGrant>);

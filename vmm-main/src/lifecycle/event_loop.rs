@@ -160,7 +160,7 @@ impl Vm {
             None => Migration::default(),
         };
         Ok(Self {
-            hotplug: Hotplug::new(&parts.spec),
+            hotplug: Hotplug::new(&parts.spec, &parts.plan.policy.additions.grants),
             pid: nix::unistd::getpid().as_raw(),
             parts,
             poller,
@@ -237,7 +237,7 @@ impl Vm {
             let deadline = deadline.into_iter().flatten().min();
             let wake = match &self.job {
                 Some(job) if job.has_work() => Some(Instant::now()),
-                _ if self.dump.is_some() => Some(Instant::now()),
+                _ if self.dump.is_some() || self.parts.broker.has_answers() => Some(Instant::now()),
                 _ => deadline,
             };
             let events = match self.poller.wait(wake) {

@@ -23,6 +23,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use ipc::control::added::AdditionGrant;
 use ipc::control::{BackendGrant, DeviceGrant, Request};
 use ipc::limits::{
     MAX_ADDED_BACKENDS, MAX_IOTHREADS, MAX_MICROVM_DISKS, MAX_MICROVM_NICS, MAX_MMIO_DEVICES,
@@ -165,8 +166,8 @@ struct Plugging {
 }
 
 impl Hotplug {
-    /// With the devices of the command line.
-    pub(super) fn new(spec: &VmSpec) -> Self {
+    /// With the devices of the command line, and the sockets there that a device to come may name, as `grants` has them.
+    pub(super) fn new(spec: &VmSpec, grants: &[AdditionGrant]) -> Self {
         let mut units: Vec<Unit> = Vec::new();
         for device in &spec.devices {
             let kind = match device.kind {
@@ -180,8 +181,28 @@ impl Hotplug {
                 device: Some(device.id.clone()),
             });
         }
+        let named = grants.iter().filter_map(|grant| match grant {
+            AdditionGrant::Daemon { id, path } => Some(ChardevSpec {
+                id: id.clone(),
+                backend: ChardevBackend::Socket {
+                    path: path.clone(),
+                    server: false,
+                    nowait: true,
+                },
+            }),
+            _ => None,
+        });
+        let backends = (0u32..).zip(named).map(|(number, chardev)| Backend {
+            what: NewBackend::Chardev(chardev),
+            number,
+            open: true,
+            user: None,
+            below: None,
+            goes_along: false,
+            left: false,
+        });
         Self {
-            backends: Vec::new(),
+            backends: backends.collect(),
             units,
             waiting: Vec::new(),
             plugging: Vec::new(),
@@ -507,11 +528,10 @@ impl Vm {
         }
         let cold = self.parts.spec.chardevs.iter().any(|one| one.id == id);
         let refused = match self.hotplug.backend(kind, id) {
-            None if kind == BackendKind::Chardev => Some(if cold {
-                format!("Chardev '{id}' is of the command line, and stays as long as the VM")
-            } else {
-                format!("Chardev '{id}' not found")
-            }),
+            _ if kind == BackendKind::Chardev && cold => Some(format!(
+                "Chardev '{id}' is of the command line, and stays as long as the VM"
+            )),
+            None if kind == BackendKind::Chardev => Some(format!("Chardev '{id}' not found")),
             Some(Backend { user: Some(_), .. }) if kind == BackendKind::Chardev => {
                 Some(format!("Chardev '{id}' is busy"))
             }
@@ -744,7 +764,18 @@ impl Vm {
                 NewBackend::Drive(drive, _) => spec.drives.push(drive.clone()),
                 NewBackend::Netdev(netdev) => spec.netdevs.push(netdev.clone()),
                 NewBackend::Fsdev(fsdev) => spec.fsdevs.push(fsdev.clone()),
-                NewBackend::Chardev(chardev) => spec.chardevs.push(chardev.clone()),
+                // One of the command line is there already.
+                NewBackend::Chardev(chardev) => {
+                    if self
+                        .parts
+                        .spec
+                        .chardevs
+                        .iter()
+                        .all(|one| one.id != chardev.id)
+                    {
+                        spec.chardevs.push(chardev.clone());
+                    }
+                }
             }
         }
         spec

@@ -46,6 +46,8 @@ pub(super) struct Job {
     reply: Reply<()>,
     /// The guest goes on by itself afterwards.
     resume: bool,
+    /// The device that was waited for is given up already: nothing else will happen that is worth waiting for.
+    again: bool,
     phase: Phase,
 }
 
@@ -81,7 +83,7 @@ impl Job {
 
     /// Whether there is work to do without waiting for anything.
     pub(super) const fn has_work(&self) -> bool {
-        matches!(self.phase, Phase::Writing(_))
+        self.again || matches!(self.phase, Phase::Writing(_))
     }
 
     /// When waiting is over.
@@ -185,6 +187,7 @@ impl Vm {
         self.job = Some(Job {
             reply,
             resume: false,
+            again: false,
             phase: Phase::Asked,
         });
         self.parts
@@ -241,18 +244,15 @@ impl Vm {
                 reply,
                 resume,
                 phase: Phase::Writing(writing),
+                ..
             }) => self.write(reply, resume, writing),
-            Some(Job {
-                reply,
-                resume,
-                phase: Phase::Waiting(files, deadline),
-            }) => {
-                let phase = Phase::Waiting(files, deadline);
-                let job = Job {
-                    reply,
-                    resume,
-                    phase,
-                };
+            Some(
+                mut job @ Job {
+                    phase: Phase::Waiting(..),
+                    ..
+                },
+            ) => {
+                job.again = false;
                 self.capture_when_devices_are_there(job)
             }
             job => {
@@ -267,13 +267,7 @@ impl Vm {
             self.job = Some(job);
             return Ok(());
         };
-        let missing = self.parts.transports.iter().find_map(|transport| {
-            let transport = lock(transport);
-            let core = transport.core();
-            core.is_between_processes()
-                .then(|| core.device().id().to_owned())
-        });
-        match missing {
+        match self.awaited() {
             None => self.capture(job),
             Some(_) if Instant::now() < deadline => {
                 self.job = Some(job);
@@ -286,6 +280,16 @@ impl Vm {
                 self.give_up(job, MigrationStatus::Failed, &why)
             }
         }
+    }
+
+    /// A device that has no process, and will get one.
+    fn awaited(&self) -> Option<String> {
+        self.parts.transports.iter().find_map(|transport| {
+            let transport = lock(transport);
+            let core = transport.core();
+            core.is_between_processes()
+                .then(|| core.device().id().to_owned())
+        })
     }
 
     /// Pauses the guest and reads the state of everything but RAM.
@@ -348,6 +352,7 @@ impl Vm {
         if std::mem::take(&mut job.resume) && self.state == RunState::Paused {
             self.resume()?;
         }
+        job.again = self.awaited().is_none();
         self.keep_job(job)
     }
 
@@ -403,6 +408,7 @@ impl Vm {
                 self.job = Some(Job {
                     reply,
                     resume,
+                    again: false,
                     phase: Phase::Writing(writing),
                 });
                 return Ok(());
@@ -413,6 +419,7 @@ impl Vm {
         let job = Job {
             reply,
             resume,
+            again: false,
             phase: Phase::Asked,
         };
         match done {

@@ -505,7 +505,12 @@ impl Core {
     /// The device in a snapshot; it is [held](Core::hold). What its process holds goes through `exchange`, an empty file.
     pub fn save(&mut self, exchange: Option<&File>) -> Result<DeviceState, RemoteError> {
         let held = if self.device.has_state() && self.is_running() && !self.has(NEEDS_RESET) {
-            Some(self.device.save_state(exchange)?)
+            let saved = self.device.save_state(exchange);
+            if saved.is_err() && self.device.is_away() {
+                // It cannot be understood any more; nobody else would notice.
+                self.attention.unwanted();
+            }
+            Some(saved?)
         } else {
             None
         };

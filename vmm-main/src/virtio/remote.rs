@@ -223,6 +223,18 @@ pub enum RemoteError {
         /// Why.
         source: WindowError,
     },
+    /// Where a queue goes on is nowhere.
+    #[error(
+        "device \"{id}\" was asked where queue {queue} goes on, and answered with index {} of queue {}; allowed: index 0 to 65535 of that queue", got >> 32, *got as u32
+    )]
+    Base {
+        /// Device id.
+        id: String,
+        /// Queue number.
+        queue: u16,
+        /// `struct vring_state` as it came: the queue's number in the lower half.
+        got: u64,
+    },
     /// Its in-flight region is not usable.
     #[error("device \"{id}\" gave an in-flight region without {what}")]
     Inflight {
@@ -1087,8 +1099,10 @@ impl RemoteDevice {
                 None => self.get_inflight()?,
             };
             region.process = self.processes;
-            if let Some(bytes) = self.restored.take() {
-                self.fill_inflight(&region, &bytes)?;
+            if let Some(bytes) = &self.restored {
+                // A process whose region cannot be filled is replaced, and the next one has to have what was in flight.
+                self.fill_inflight(&region, bytes)?;
+                self.restored = None;
             }
             let sent = self.talk(|link| {
                 link.post(
@@ -1183,13 +1197,23 @@ impl RemoteDevice {
         })?;
         self.active.clear();
         self.exposed = false;
-        // `struct vring_state`: the queue's number, then the index; of 32 bits each.
-        let bases = values.iter().map(|value| {
-            value
-                .last_chunk::<4>()
-                .map_or(0, |base| u32::from_le_bytes(*base) as u16)
-        });
-        Ok(active.into_iter().zip(bases).collect())
+        let mut bases = Vec::with_capacity(active.len());
+        for (queue, value) in active.into_iter().zip(&values) {
+            // `struct vring_state`: the queue's number, then the index, which goes around at 16 bits; of 32 bits each.
+            let state = number(std::slice::from_ref(value), 0);
+            match (state as u32, u16::try_from(state >> 32)) {
+                (told, Ok(base)) if told == u32::from(queue) => bases.push((queue, base)),
+                _ => {
+                    self.hang_up();
+                    return Err(RemoteError::Base {
+                        id: self.id.clone(),
+                        queue,
+                        got: state,
+                    });
+                }
+            }
+        }
+        Ok(bases)
     }
 
     /// What a disk of ours has counted since the VM began, or before that in the VM whose snapshot this is; zeros for any other

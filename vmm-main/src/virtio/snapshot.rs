@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::core::{CoreState, status};
-use super::remote::{NET_STATUS, RemoteDevice};
+use super::remote::{F_VERSION_1, NET_STATUS, RemoteDevice};
 
 /// All that goes on of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +93,17 @@ const BLOCK: u32 = 2;
 pub(super) const BLOCK_WRITEBACK: usize = 32;
 const FS: u32 = 26;
 
+/// Whether a driver can have brought a device to these status bits: each comes after others (virtio 1.3, 3.1.1).
+const fn can_have(bits: u8) -> bool {
+    const DRIVER: u8 = status::ACKNOWLEDGE | status::DRIVER;
+    const SETTLED: u8 = DRIVER | status::FEATURES_OK;
+    let steps = bits & (SETTLED | status::DRIVER_OK);
+    // The other two may come at any time.
+    let known = bits & !(status::NEEDS_RESET | status::FAILED) == steps;
+    const RUNNING: u8 = SETTLED | status::DRIVER_OK;
+    known && matches!(steps, 0 | status::ACKNOWLEDGE | DRIVER | SETTLED | RUNNING)
+}
+
 impl DeviceState {
     /// What the driver has written into configuration space, if another process is to be told: where, and what.
     pub(super) fn written(&self, device: &RemoteDevice) -> Option<(u32, u8)> {
@@ -131,14 +142,8 @@ impl DeviceState {
         if let Some(queue) = core.queues.iter().position(|queue| !can_be(queue)) {
             return Err(Misfit::Queue { id: id(), queue });
         }
-        let known = status::ACKNOWLEDGE
-            | status::DRIVER
-            | status::DRIVER_OK
-            | status::FEATURES_OK
-            | status::NEEDS_RESET
-            | status::FAILED;
         let inflight = self.inflight.as_ref().map_or(0, Vec::len);
-        if core.status & !known != 0
+        if !can_have(core.status)
             || self.bases.len() > core.queues.len()
             || inflight > MAX_INFLIGHT_REGION as usize
             || self.held.as_ref().map_or(0, Vec::len) > MAX_DEVICE_STATE
@@ -148,7 +153,8 @@ impl DeviceState {
         }
         let settled = core.status & status::FEATURES_OK != 0;
         match core.accepted_features() {
-            Some(used) if !settled || used & !device.features() == 0 => {}
+            Some(used) if used & !device.features() == 0 && used & F_VERSION_1 != 0 => {}
+            _ if !settled => {}
             used => {
                 return Err(Misfit::Features {
                     id: id(),
@@ -177,5 +183,21 @@ impl DeviceState {
                 },
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_bits_come_one_after_the_other() {
+        let possible = (0..=u8::MAX).filter(|bits| can_have(*bits));
+        let possible: Vec<u8> = possible.collect();
+        let steps = [0, 1, 3, 11, 15];
+        let with = |more: u8| steps.map(|bits| bits | more);
+        let mut expected = [with(0), with(64), with(128), with(192)].concat();
+        expected.sort_unstable();
+        assert_eq!(possible, expected);
     }
 }
