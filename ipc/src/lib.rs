@@ -16,6 +16,7 @@ pub mod channel;
 pub mod codec;
 pub mod control;
 pub mod counters;
+pub mod disk;
 pub mod guarded;
 pub mod image;
 pub mod keeper;

@@ -33,6 +33,21 @@ pub const MAX_NUMA_NODES: usize = 8;
 /// Images below a qcow2 image.
 pub const MAX_BACKING_IMAGES: usize = 8;
 
+/// Internal snapshots of a qcow2 image that QMP lists, and up to which it makes more. QEMU's limit is 65536; each is a copy of the
+/// image's first table.
+pub const MAX_INTERNAL_SNAPSHOTS: usize = 256;
+/// Bytes of an internal snapshot's name or id that QMP takes and shows.
+pub const MAX_SNAPSHOT_NAME: usize = 255;
+/// Bytes of an image's table of snapshots: as many as there may be, with the longest names and a kilobyte of what is not known here.
+pub const MAX_SNAPSHOT_TABLE: usize = MAX_INTERNAL_SNAPSHOTS * 2048;
+/// Bytes of an order to a disk's process.
+pub const MAX_DISK_ORDER: usize = 1024;
+/// Bytes of its answer: a list of the most snapshots with the longest names.
+pub const MAX_DISK_ANSWER: usize = MAX_INTERNAL_SNAPSHOTS * 640;
+/// Milliseconds that the control process waits for a disk's process that makes or takes away an internal snapshot: it waits until all
+/// that the guest has written is on the disk.
+pub const DISK_ORDER_MS: u64 = 60_000;
+
 /// `-hotplug` options of one VM.
 pub const MAX_HOTPLUG_GRANTS: usize = 32;
 /// Back ends that are added to a running VM and not removed: a device uses one, and there are no more devices.

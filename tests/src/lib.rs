@@ -23,6 +23,7 @@ pub mod lab;
 pub mod payload;
 pub mod plot;
 pub mod procfs;
+pub mod qcow2;
 pub mod qmp;
 #[cfg(target_arch = "x86_64")]
 pub mod trace;

@@ -8,19 +8,21 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Duration;
 
-use ipc::spec::block::{BlockIo, BlockSpec, ImageFormat};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use tests::chance::Chance;
 use tests::host::{require_kvm, require_root};
 use tests::jail::check::check;
 use tests::jail::expect::{BackEnd, Device, Setting};
-use tests::lab::ensure_packages;
 use tests::payload::Payload;
+use tests::qcow2::{
+    SPAN, busy, content, create, disturb, drive, opened, pattern, qemu_img, well, written,
+};
 use tests::qmp::{Qmp, QmpError};
 use tests::vm::{Vm, VmBuilder};
 
@@ -32,53 +34,11 @@ const KILLS: usize = 40;
 /// Times that one takes the place of another.
 const UPGRADES: usize = 20;
 
-fn qemu_img(words: &[&str], files: &[&Path]) -> Output {
-    ensure_packages(&["qemu-utils"]).unwrap();
-    let mut command = Command::new("qemu-img");
-    command.args(words).args(files).output().unwrap()
-}
-
-#[track_caller]
-fn well(words: &[&str], files: &[&Path]) {
-    let output = qemu_img(words, files);
-    assert!(output.status.success(), "{words:?} {output:?}");
-}
-
-/// An image of 4 MiB.
-fn create(dir: &Path, name: &str, options: &[&str]) -> PathBuf {
-    create_sized(dir, name, options, "4M")
-}
-
-fn create_sized(dir: &Path, name: &str, options: &[&str], size: &str) -> PathBuf {
-    let path = dir.join(name);
-    let words: Vec<&str> = ["create", "-q", "-f", "qcow2"]
-        .into_iter()
-        .chain(options.iter().copied())
-        .collect();
-    ensure_packages(&["qemu-utils"]).unwrap();
-    let output = Command::new("qemu-img")
-        .args(words)
-        .arg(&path)
-        .arg(size)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{output:?}");
-    path
-}
-
 /// A raw file, 4 MiB of zeroes.
 fn zeroes(dir: &Path) -> PathBuf {
     let path = dir.join("zeroes");
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(4 << 20).unwrap();
-    path
-}
-
-/// A raw file, 4 MiB of a pattern.
-fn pattern(dir: &Path, name: &str) -> PathBuf {
-    let path = dir.join(name);
-    let bytes: Vec<u8> = (0..4u32 << 20).map(|at| (at / 512 % 251) as u8).collect();
-    std::fs::write(&path, bytes).unwrap();
     path
 }
 
@@ -110,10 +70,6 @@ fn write(drives: &[String]) {
         .start()
         .unwrap();
     finds_what_it_wrote(&mut vm);
-}
-
-fn drive(id: &str, file: &Path, more: &str) -> String {
-    format!("id={id},file={}{more}", file.display())
 }
 
 #[test]
@@ -395,39 +351,6 @@ fn parts_of_clusters_that_are_zero_are_written_on_any_file_system() {
     }
 }
 
-/// Sectors that `blk-loop` goes round in: each burst takes clusters that nobody had, as long as the test runs.
-const SPAN: u64 = 120_000;
-
-/// What `blk-loop` writes: two times two sectors in each burst.
-fn written(burst: u64, place: u64) -> Vec<u8> {
-    let word =
-        |word: u64| ((burst + 1) << 40 ^ place << 20 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (0..128).flat_map(|n| word(n).to_le_bytes()).collect()
-}
-
-/// A guest that writes without a pause to a new image in small clusters, so that most bursts make a table of it.
-fn busy(dir: &Path) -> (Vm, Qmp, PathBuf) {
-    // Tables of 64 and 256 entries.
-    let image = create_sized(dir, "image", &["-o", "cluster_size=512"], "64M");
-    let device = drive("d", &image, ",format=qcow2,direct=off,max-size=1073741824");
-    require_kvm();
-    require_root();
-    let vm = Vm::builder()
-        .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::BlkLoop.path(), &format!("spin=1 span={SPAN}"))
-        .arg("-drive")
-        .arg(device)
-        .args([
-            "-device",
-            "virtio-blk-device,drive=d,id=disk,max-restarts=100",
-        ])
-        .with_qmp()
-        .start()
-        .unwrap();
-    let qmp = vm.qmp().unwrap();
-    (vm, qmp, image)
-}
-
 /// Kills the whole VM: nothing is left that could write anything. Then all that the guest was told of is there, and the image has no
 /// damage.
 #[track_caller]
@@ -666,78 +589,6 @@ fn a_disk_that_grows_shows_nothing_of_what_is_below_its_old_end() {
     );
 }
 
-/// What snapshot `name` of an image has, or without a name the disk.
-#[track_caller]
-fn content(image: &Path, name: Option<&str>) -> Vec<u8> {
-    let raw = image.with_extension("raw");
-    let snapshot = name.map(|name| format!("snapshot.name={name}"));
-    let mut words = vec!["convert", "-f", "qcow2", "-O", "raw"];
-    if let Some(snapshot) = &snapshot {
-        words.extend(["-l", snapshot]);
-    }
-    well(&words, &[image, &raw]);
-    std::fs::read(raw).unwrap()
-}
-
-/// Numbers that look like chance and are the same each time.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
-/// Writes, zeroes and discards at random places of the disk, as its process does when a guest asks for it.
-#[track_caller]
-fn disturb(image: &Path, disk: &mut [u8], chance: &mut Chance, times: usize) {
-    let file = std::fs::File::options().read(true).write(true).open(image);
-    let mut fds = vec![std::os::fd::OwnedFd::from(file.unwrap())];
-    let spec = BlockSpec {
-        id: "disk".into(),
-        readonly: false,
-        direct: false,
-        serial: String::new(),
-        num_queues: 1,
-        queue_size: 256,
-        io: BlockIo {
-            format: ImageFormat::Qcow2 {
-                below: 0,
-                raw_base: false,
-                most: u64::MAX,
-            },
-            ..BlockIo::default()
-        },
-    };
-    let mut open = qcow2_disk::open(&spec, false, || fds.pop()).unwrap();
-    // Its snapshots are of a disk of this size.
-    let longer = 2 * disk.len() as u64;
-    assert_eq!(open.grow(longer), Err(Errno::EOPNOTSUPP));
-    let sectors = disk.len() as u64 / 512;
-    for _ in 0..times {
-        let first = chance.below(sectors);
-        let count = (1 + chance.below(300)).min(sectors - first);
-        let (at, len) = (first * 512, count * 512);
-        let range = &mut disk[at as usize..(at + len) as usize];
-        match chance.below(4) {
-            kind @ 0..=1 => match open.zero(at, len, kind == 0) {
-                Ok(()) => range.fill(0),
-                // Version 2 has no clusters of zeroes: the device writes some.
-                Err(errno) => assert_eq!(errno, Errno::EOPNOTSUPP),
-            },
-            _ => {
-                range.fill(chance.below(255) as u8 + 1);
-                open.write(range, at).unwrap();
-            }
-        }
-        open.commit().unwrap();
-    }
-    open.flush().unwrap();
-}
-
 #[test]
 fn internal_snapshots_keep_what_they_have() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -745,7 +596,7 @@ fn internal_snapshots_keep_what_they_have() {
     let written = pattern(dir.path(), "written");
     write(&[drive("d", &written, ",direct=off")]);
     let written = std::fs::read(written).unwrap();
-    let mut chance = Chance(0x5eed);
+    let mut chance = Chance::new(0x5eed);
     for (name, options) in [
         ("plain", &[][..]),
         ("small", &["-o", "cluster_size=512"]),
@@ -765,11 +616,16 @@ fn internal_snapshots_keep_what_they_have() {
         check();
         snapshot("-c", "two");
         let mut disk = written.clone();
-        disturb(&image, &mut disk, &mut chance, 60);
+        let mut open = opened(&image);
+        // Its snapshots are of a disk of this size.
+        let longer = 2 * disk.len() as u64;
+        assert_eq!(open.grow(longer), Err(Errno::EOPNOTSUPP));
+        disturb(&mut *open, &mut disk, &mut chance, 60);
+        drop(open);
         check();
         snapshot("-c", "three");
         let third = disk.clone();
-        disturb(&image, &mut disk, &mut chance, 60);
+        disturb(&mut *opened(&image), &mut disk, &mut chance, 60);
         check();
         let first = std::fs::read(&base).unwrap();
         for (which, wanted) in [

@@ -13,11 +13,11 @@ use std::io;
 use imago::StorageExt;
 
 use crate::header::Header;
+use crate::refcounts::{Counts, be64};
 use crate::storage::Descriptor;
 
-/// Bits of an entry that are an offset: bits 9 to 55 of one of an L1 table, 9 to 63 of one of the refcount table.
+/// Bits of an entry of the L1 table that are an offset: 9 to 55.
 const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const BLOCK_OFFSET: u64 = !0x1ff;
 
 /// Entries of the L1 table that are read at a time.
 const ENTRIES: usize = 512;
@@ -28,15 +28,19 @@ const ENTRIES: usize = 512;
 /// The image cannot be read or written.
 pub(crate) fn complete(file: &Descriptor, header: &Header) -> io::Result<u64> {
     let tables = &header.tables;
-    let mut counts = Counts {
-        file,
-        header,
-        block: None,
-        added: 0,
+    let mut counts = Counts::new(file, header);
+    let mut added = 0;
+    let mut at_least_one = |offset: u64| -> io::Result<()> {
+        let cluster = offset / header.cluster;
+        if counts.get(cluster)? == Some(0) {
+            counts.add(cluster, 1)?;
+            added += 1;
+        }
+        Ok(())
     };
     let bytes = u64::from(tables.entries) * 8;
     for part in 0..bytes.div_ceil(header.cluster) {
-        counts.at_least_one(tables.l1.saturating_add(part * header.cluster))?;
+        at_least_one(tables.l1.saturating_add(part * header.cluster))?;
     }
     let mut some = [0; ENTRIES * 8];
     let mut at = 0;
@@ -49,90 +53,16 @@ pub(crate) fn complete(file: &Descriptor, header: &Header) -> io::Result<u64> {
         for entry in some[..length].chunks_exact(8) {
             let table = be64(entry) & L2_OFFSET;
             if table != 0 {
-                counts.at_least_one(table)?;
+                at_least_one(table)?;
             }
         }
         at += length as u64;
     }
-    if counts.added > 0 {
+    if added > 0 {
+        counts.write_back()?;
         imago::Storage::sync(file)?;
     }
-    Ok(counts.added)
-}
-
-fn be64(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0, |word, byte| word << 8 | u64::from(*byte))
-}
-
-struct Counts<'a> {
-    file: &'a Descriptor,
-    header: &'a Header,
-    /// Number and place of the refcount block that was asked for last; tables lie close together.
-    block: Option<(u64, u64)>,
-    added: u64,
-}
-
-impl Counts<'_> {
-    /// The cluster at `offset` gets one reference if it has none.
-    fn at_least_one(&mut self, offset: u64) -> io::Result<()> {
-        let (header, tables) = (self.header, &self.header.tables);
-        let cluster = offset / header.cluster;
-        let bits = 1u64 << tables.count_order;
-        let in_a_block = header.cluster * 8 / bits;
-        let Some(block) = self.block(cluster / in_a_block)? else {
-            return Ok(());
-        };
-        let bit = cluster % in_a_block * bits;
-        // A block that lies behind the end counts nothing, and the image must not grow up to it.
-        let place = block.checked_add(bit / 8);
-        let Some(place) = place.filter(|place| *place < self.file.end()) else {
-            return Ok(());
-        };
-        let mut count = [0; 8];
-        let count = &mut count[..bits.div_ceil(8) as usize];
-        self.file.read(&mut *count, place)?;
-        // Below a byte the first one has the lowest bits; above, the highest byte is first.
-        let shift = bit % 8;
-        let mask = if bits < 8 {
-            ((1u16 << bits) - 1) as u8
-        } else {
-            u8::MAX
-        };
-        if count.iter().any(|byte| byte & (mask << shift) != 0) {
-            return Ok(());
-        }
-        if let Some(lowest) = count.last_mut() {
-            *lowest |= 1 << shift;
-        }
-        self.file.write(&*count, place)?;
-        self.added += 1;
-        Ok(())
-    }
-
-    /// Where refcount block `number` is, if there is one.
-    fn block(&mut self, number: u64) -> io::Result<Option<u64>> {
-        let tables = &self.header.tables;
-        if let Some((known, place)) = self.block
-            && known == number
-        {
-            return Ok(Some(place));
-        }
-        let entries = u64::from(tables.count_clusters) * (self.header.cluster / 8);
-        let place = tables.counts.checked_add(number.saturating_mul(8));
-        let Some(place) = place.filter(|_| number < entries) else {
-            return Ok(None);
-        };
-        let mut entry = [0; 8];
-        self.file.read(&mut entry[..], place)?;
-        let block = be64(&entry) & BLOCK_OFFSET;
-        if block == 0 {
-            return Ok(None);
-        }
-        self.block = Some((number, block));
-        Ok(Some(block))
-    }
+    Ok(added)
 }
 
 #[cfg(test)]
@@ -156,7 +86,7 @@ mod tests {
             cost: crate::header::Cost::default(),
             size: 1 << 15,
             cluster: CLUSTER,
-            has_snapshots: false,
+            snapshots: crate::header::Snapshots::default(),
             names_backing: false,
             tables: Tables {
                 l1: 3 * CLUSTER,

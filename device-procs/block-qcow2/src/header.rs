@@ -70,8 +70,8 @@ pub(crate) struct Header {
     pub(crate) size: u64,
     /// Bytes of a cluster.
     pub(crate) cluster: u64,
-    /// There are snapshots inside of it, with tables for a disk of this size.
-    pub(crate) has_snapshots: bool,
+    /// Snapshots inside of it, with tables for a disk of this size.
+    pub(crate) snapshots: Snapshots,
     /// It names a file that is below it.
     pub(crate) names_backing: bool,
     /// Where its own tables are.
@@ -89,6 +89,15 @@ pub(crate) struct Tables {
     pub(crate) count_clusters: u32,
     /// A count has 2 to the power of this many bits: 0 to 6.
     pub(crate) count_order: u32,
+}
+
+/// The table of an image's snapshots, as the header gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Snapshots {
+    /// Its entries.
+    pub(crate) count: u32,
+    /// Where it is.
+    pub(crate) place: u64,
 }
 
 /// Bytes of memory that images take at most.
@@ -195,7 +204,10 @@ pub(crate) fn check(bytes: &[u8; BYTES], more: &[u8; MORE]) -> Result<Header, He
         cost: Cost::default().with(own)?,
         size,
         cluster,
-        has_snapshots: be32(bytes, 60) != 0,
+        snapshots: Snapshots {
+            count: be32(bytes, 60),
+            place: be64(bytes, 64),
+        },
         names_backing: be64(bytes, 8) != 0,
         tables: Tables {
             l1: be64(bytes, 40),
@@ -262,7 +274,10 @@ mod tests {
         refused(56, u32::MAX, |e| matches!(e, HeaderError::Memory(_)));
         let mut bytes = good();
         bytes[63] = 1;
-        assert!(check(&bytes, &more(0, 4)).unwrap().has_snapshots && !found.has_snapshots);
+        bytes[71] = 7;
+        let with = check(&bytes, &more(0, 4)).unwrap().snapshots;
+        assert_eq!((with.count, with.place), (1, 7));
+        assert_eq!(found.snapshots, Snapshots::default());
         assert_eq!(found.tables.count_order, 4);
         let error = check(&good(), &more(0, 7)).unwrap_err();
         assert_eq!(error, HeaderError::CountOrder(7));

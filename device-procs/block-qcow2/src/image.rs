@@ -15,12 +15,14 @@ use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use ipc::disk::{Answer, Order};
 use ipc::spec::block::{BlockSpec, ImageFormat};
 use nix::errno::Errno;
 use thiserror::Error;
 
 use crate::counts;
 use crate::header::{self, Cost, Header, HeaderError};
+use crate::snapshots::{self, When, Work};
 use crate::storage::Descriptor;
 
 /// Bytes of a sector.
@@ -76,6 +78,8 @@ pub(crate) struct Qcow2Image {
     /// The lowest is raw.
     raw_base: bool,
     readonly: bool,
+    /// Space that is not needed any more is given back to the host.
+    discard: bool,
     /// With their tables, once they are needed.
     top: Option<Layer>,
     /// Bytes that the guest can reach: a multiple of 512.
@@ -137,6 +141,7 @@ impl Qcow2Image {
             files,
             raw_base: raw_base && last > 0,
             readonly: spec.readonly,
+            discard: spec.io.discard,
             top: None,
             size: header.size - header.size % SECTOR,
             most,
@@ -247,7 +252,7 @@ impl Format for Qcow2Image {
         if size > self.most {
             return Err(Errno::EPERM);
         }
-        if self.header.has_snapshots {
+        if self.header.snapshots.count > 0 {
             ipc::guest_warn!("an image with internal snapshots keeps its size");
             return Err(Errno::EOPNOTSUPP);
         }
@@ -268,6 +273,55 @@ impl Format for Qcow2Image {
         grown.and(written).map_err(errno("growth"))?;
         self.size = size;
         Ok(())
+    }
+
+    fn order(&mut self, order: &Order) -> Result<Answer, Errno> {
+        let failed = errno("internal snapshots");
+        let broken = |error: ImageError| {
+            ipc::guest_warn!("{error}");
+            Errno::EIO
+        };
+        if let Order::List = order {
+            let file = self.files[0].again()?;
+            let header = look(&file, 0).map_err(broken)?;
+            let snapshots = snapshots::list(&file, &header).map_err(failed)?;
+            let cluster = header.cluster as u32; // at most 2 MiB
+            return Ok(Answer::Image { cluster, snapshots });
+        }
+        if self.readonly {
+            return Err(Errno::EROFS);
+        }
+        // All of it is in the file then, and nobody else knows what is where.
+        self.flush()?;
+        self.top = None;
+        let file = self.files[0].again()?;
+        self.header = look(&file, 0).map_err(broken)?;
+        let mut work = Work::new(&file, &self.header, self.discard);
+        let answer = match order {
+            Order::List => Ok(Answer::Unknown),
+            Order::Create {
+                name,
+                seconds,
+                nanoseconds,
+                clock,
+            } => {
+                let when = When {
+                    seconds: *seconds,
+                    nanoseconds: *nanoseconds,
+                    clock: *clock,
+                };
+                work.create(name, when).map(|made| match made {
+                    true => Answer::Created,
+                    false => Answer::Exists,
+                })
+            }
+            Order::Delete { id, name } => work
+                .delete(id.as_deref(), name.as_deref())
+                .map(|gone| gone.map_or(Answer::Unknown, Answer::Deleted)),
+        };
+        let answer = answer.map_err(failed);
+        self.header = look(&file, 0).map_err(broken)?;
+        answer
     }
 
     fn commit(&mut self) -> Result<(), Errno> {

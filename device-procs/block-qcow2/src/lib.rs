@@ -1,7 +1,8 @@
 //! What a qcow2 image is to the disk's process.
 //!
-//! **Job.** `header.rs` looks at the image before anything else does, `counts.rs` mends what a killed process left, `image.rs` reads and writes it, `storage.rs` moves bytes
-//! on its descriptors. **Who is not trusted.** The image and all that is below it: whoever made it may have made it to break this
+//! **Job.** `header.rs` looks at the image before anything else does, `counts.rs` mends what a killed process left, `image.rs` reads and writes it,
+//! `snapshots.rs` makes and takes away what is kept of it, by way of `mappings.rs` and `refcounts.rs`, `storage.rs` moves bytes on its
+//! descriptors. **Who is not trusted.** The image and all that is below it: whoever made it may have made it to break this
 //! process. What it says about sizes is checked before memory is taken for it. **Why this way.** A library beside the program, so that
 //! the fuzz target `qcow2` takes the process's own way in; that way is all that it shows.
 
@@ -10,11 +11,16 @@
 mod counts;
 mod header;
 mod image;
+mod mappings;
+mod refcounts;
+mod snapshots;
 mod storage;
 
 use std::os::fd::OwnedFd;
 
-use block_device::{BuildError, Format};
+pub use block_device::Format;
+
+use block_device::BuildError;
 use ipc::spec::block::BlockSpec;
 
 /// Opens the disk that `spec` describes; `next` gives the descriptors of its images, the disk's own first. `beside`: another process

@@ -31,6 +31,7 @@ use crate::config_space::{ConfigSpace, Geometry};
 use crate::engine::{RawEngine, Started};
 use crate::error::BuildError;
 use crate::formatted::{Engine, Format, Formatted};
+use crate::orders::Orders;
 use crate::request::{Extent, HEADER, RANGE, Request, Status, place};
 use crate::throttle::Throttle;
 
@@ -72,6 +73,8 @@ pub struct Block {
     switches_cache: bool,
     /// What is told of the requests, if there is somebody to tell.
     counters: Option<Counters>,
+    /// What the control process wants of the image.
+    orders: Orders,
     /// The time, as far as the counters need it: asked once for all that is taken, or done, at once.
     clock: Instant,
 }
@@ -218,6 +221,7 @@ impl Block {
             flushes: false,
             switches_cache: false,
             counters: None,
+            orders: Orders::default(),
             clock: Instant::now(),
         })
     }
@@ -667,11 +671,18 @@ impl Device for Block {
         }
     }
 
-    /// `block_resize`: the capacity, and nothing else.
+    /// `block_resize` sets the capacity; the rest are parts of orders.
     fn write_config_as_host(&mut self, offset: usize, data: &[u8]) {
+        if offset != 0 {
+            if let Some(order) = self.orders.write(offset, data) {
+                let answer = self.engine.order(&order);
+                self.orders.answer(answer);
+            }
+            return;
+        }
         let sectors = <[u8; 8]>::try_from(data).map(u64::from_le_bytes);
         let bytes = sectors.ok().and_then(|sectors| sectors.checked_mul(512));
-        let (0, Some(bytes)) = (offset, bytes) else {
+        let Some(bytes) = bytes else {
             ipc::guest_warn!("configuration bytes {data:?} at {offset} are not the host's to set");
             return;
         };
@@ -687,6 +698,10 @@ impl Device for Block {
             }
             self.config.set_capacity(self.engine.size());
         }
+    }
+
+    fn read_config_as_host(&self, offset: usize, out: &mut [u8]) {
+        self.orders.read(offset, out);
     }
 
     fn counts(&self) -> bool {

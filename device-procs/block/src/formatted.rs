@@ -8,6 +8,7 @@ use std::fmt::Debug;
 use std::os::fd::BorrowedFd;
 
 use device_host::{BounceBuffer, GuestBuffers};
+use ipc::disk::{Answer, Order};
 use nix::errno::Errno;
 
 use crate::engine::Started;
@@ -46,6 +47,12 @@ pub trait Format: Debug {
     /// # Errors
     /// `EPERM` if that is further than it may grow, `ENOMEM` if its tables would take more memory than the process may have; the file.
     fn grow(&mut self, size: u64) -> Result<(), Errno>;
+
+    /// Does what the control process wants of the image, between two requests.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` if the format has nothing like that; the file, or what is in it.
+    fn order(&mut self, order: &Order) -> Result<Answer, Errno>;
 
     /// Everything that was written is in the file, so that it outlives this process.
     ///
@@ -94,6 +101,11 @@ pub(crate) trait Engine<T>: Debug {
     /// Makes the disk longer. Who has a raw image longer starts another process.
     fn grow(&mut self, _size: u64) -> Result<(), Errno> {
         Err(Errno::EPERM)
+    }
+
+    /// Does what the control process wants of the image. A raw one has nothing to offer.
+    fn order(&mut self, _order: &Order) -> Result<Answer, Errno> {
+        Err(Errno::EOPNOTSUPP)
     }
 
     /// Readable when something is finished; none if everything is done at once.
@@ -178,6 +190,10 @@ impl<T> Engine<T> for Formatted {
 
     fn grow(&mut self, size: u64) -> Result<(), Errno> {
         self.format.grow(size)
+    }
+
+    fn order(&mut self, order: &Order) -> Result<Answer, Errno> {
+        self.format.order(order)
     }
 
     fn read(&mut self, buffers: GuestBuffers<'_>, offset: u64, then: T) -> Started<T> {

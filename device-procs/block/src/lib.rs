@@ -15,6 +15,7 @@ mod device;
 mod engine;
 mod error;
 mod formatted;
+mod orders;
 mod request;
 pub mod standalone;
 mod throttle;

@@ -96,6 +96,9 @@ pub trait Device {
     /// otherwise.
     fn write_config_as_host(&mut self, _offset: usize, _data: &[u8]) {}
 
+    /// Fills `out` with what the host, not the driver, reads. As for [`read_config`](Self::read_config) otherwise.
+    fn read_config_as_host(&self, _offset: usize, _out: &mut [u8]) {}
+
     /// Bytes that the device keeps at most for a process that comes after this one: what the driver told it beside its queues.
     /// Always the same number.
     fn kept_len(&self) -> usize {

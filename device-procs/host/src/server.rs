@@ -1295,7 +1295,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
         &mut self,
         offset: u32,
         size: u32,
-        _flags: VhostUserConfigFlags,
+        flags: VhostUserConfigFlags,
     ) -> VhostResult<Vec<u8>> {
         let (offset, size) = (offset as usize, size as usize);
         if offset > MAX_CONFIG_SPACE || size > MAX_CONFIG_SPACE - offset {
@@ -1306,7 +1306,12 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Server<D> {
             }));
         }
         let mut out = vec![0; size];
-        self.device.read_config(offset, &mut out);
+        // As for SET_CONFIG.
+        if flags.contains(VhostUserConfigFlags::LIVE_MIGRATION) {
+            self.device.read_config_as_host(offset, &mut out);
+        } else {
+            self.device.read_config(offset, &mut out);
+        }
         Ok(out)
     }
 

@@ -23,6 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::daemon::Ready;
+use super::disk::RunClock;
 use super::dump::Dump;
 use super::hotplug::Hotplug;
 use super::poller::Poller;
@@ -39,7 +40,7 @@ use crate::machine::microvm::Microvm;
 use crate::memory::pager::Progress;
 use crate::memory::sharing::Orders;
 use crate::qmp::{
-    Cause, Commands, Counted, CpuThread, DumpProgress, Event, IothreadInfo, Migration,
+    Cause, Commands, Counted, CpuThread, Disks, DumpProgress, Event, IothreadInfo, Migration,
     MigrationStatus, QmpError, Reply, RunState, SandboxReport, ServerHandle, VmCommand, VmFacts,
 };
 
@@ -74,6 +75,8 @@ pub(super) struct Vm {
     pub(super) supervisor: Supervisor,
     pub(super) hotplug: Hotplug,
     pub(super) state: RunState,
+    /// For how long the guest has been running.
+    pub(super) clock: RunClock,
     /// A snapshot that is being made.
     pub(super) job: Option<Job>,
     /// A core file that is being written.
@@ -167,6 +170,7 @@ impl Vm {
             events,
             supervisor,
             state: RunState::Prelaunch,
+            clock: RunClock::default(),
             job: None,
             dump: None,
             dump_to_come: None,
@@ -504,6 +508,19 @@ impl Vm {
             VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
             VmCommand::Chardevs(reply) => reply.send(Ok(self.chardevs())),
             VmCommand::Facts(reply) => reply.send(self.facts()),
+            VmCommand::Disks(reply) => reply.send(self.facts().map(|facts| Disks {
+                facts,
+                images: self.images(),
+            })),
+            VmCommand::DiskSnapshot(device, name, reply) => {
+                reply.send(self.snapshot_disk(&device, &name));
+            }
+            VmCommand::DiskSnapshotDelete {
+                device,
+                id,
+                name,
+                reply,
+            } => reply.send(self.forget_snapshot(&device, id.as_deref(), name.as_deref())),
             VmCommand::Blockstats(reply) => reply.send(self.counted()),
             VmCommand::Workloads(reply) => reply.send(Ok(self.supervisor.workloads())),
             VmCommand::Register(reply, vcpu, number) => reply.send(self.register(vcpu, &number)),
@@ -774,6 +791,7 @@ impl Vm {
         if let Some(machine) = &mut self.parts.machine {
             machine.resume().map_err(|e| host_error(&e))?;
         }
+        self.clock.goes();
         self.state = RunState::Running;
         Ok(())
     }
@@ -788,6 +806,7 @@ impl Vm {
         if let Some(machine) = &self.parts.machine {
             machine.pause().map_err(|e| host_error(&e))?;
         }
+        self.clock.stands();
         self.state = state;
         self.parts.qmp.emit(&Event::Stop);
         Ok(())

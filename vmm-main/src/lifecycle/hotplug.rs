@@ -407,7 +407,7 @@ type Prepared = (usize, u8, (u32, Vec<u32>), DeviceSpec);
 const SECTOR: u64 = 512;
 
 /// Why nothing may come or go now.
-const SNAPSHOT: &str = "A snapshot is being made: wait for its end";
+pub(super) const SNAPSHOT: &str = "A snapshot is being made: wait for its end";
 
 fn generic(text: impl Into<String>) -> QmpError {
     QmpError::generic(text)
@@ -1039,6 +1039,19 @@ impl Vm {
         )
     }
 
+    /// The disk with this id, or whose drive has it, and its place among the devices.
+    pub(super) fn disk(&self, name: &str) -> Option<(&DeviceOption, usize)> {
+        let disk = |device: &&DeviceOption| match &device.kind {
+            DeviceKind::Block { drive, .. } => drive == name || device.id == name,
+            DeviceKind::ForeignBlock { .. } => device.id == name,
+            _ => false,
+        };
+        let device = self.parts.spec.devices.iter().find(disk)?;
+        let mut units = self.hotplug.units.iter();
+        let unit = units.position(|unit| unit.device.as_ref() == Some(&device.id))?;
+        Some((device, unit))
+    }
+
     /// `block_resize`: the broker makes the image longer, and another process takes the place of the one that serves, which tells
     /// the guest.
     pub(super) fn resize_disk(
@@ -1047,19 +1060,7 @@ impl Vm {
         size: u64,
         reply: Reply<()>,
     ) -> Result<(), End> {
-        let disk = |device: &&DeviceOption| match &device.kind {
-            DeviceKind::Block { drive, .. } => drive == name || device.id == name,
-            DeviceKind::ForeignBlock { .. } => device.id == name,
-            _ => false,
-        };
-        let found = self.parts.spec.devices.iter().find(disk);
-        let unit = found.and_then(|device| {
-            let units = &self.hotplug.units;
-            units
-                .iter()
-                .position(|unit| unit.device.as_ref() == Some(&device.id))
-        });
-        let (Some(device), Some(unit)) = (found, unit) else {
+        let Some((device, unit)) = self.disk(name) else {
             reply.send(Err(generic(format!(
                 "Cannot find device='{name}' nor node-name='{name}' behind a disk"
             ))));

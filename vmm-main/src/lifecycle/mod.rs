@@ -27,6 +27,7 @@
 
 mod daemon;
 mod descriptors;
+mod disk;
 mod dump;
 mod event_loop;
 mod hotplug;

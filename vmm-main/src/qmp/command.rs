@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use ipc::counters::BlockCounters;
+use ipc::disk::Snapshot;
 use ipc::spec::block::IoStop;
 use ipc::spec::vm::VmSpec;
 use nix::sys::eventfd::EventFd;
@@ -433,6 +434,26 @@ pub struct Counted {
     pub disks: Vec<(String, BlockCounters)>,
 }
 
+/// What is known of a disk's image while the disk is there.
+#[derive(Debug, Clone, Default)]
+pub struct ImageFacts {
+    /// Bytes that the guest sees.
+    pub size: u64,
+    /// Bytes of a cluster, if its format has them.
+    pub cluster: Option<u32>,
+    /// What is in it beside the disk, in its order.
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// What the VM is made of, and what is in its disks' images.
+#[derive(Debug, Clone)]
+pub struct Disks {
+    /// The VM.
+    pub facts: VmFacts,
+    /// Ids of drives, with what is known of them.
+    pub images: Vec<(String, ImageFacts)>,
+}
+
 /// What one device's process does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
@@ -457,8 +478,23 @@ pub enum VmCommand {
     Iothreads(Reply<Vec<IothreadInfo>>),
     /// `query-chardev`
     Chardevs(Reply<Vec<ChardevInfo>>),
-    /// `query-block`, `qom-list` and others that tell what the VM is made of
+    /// `qom-list` and others that tell what the VM is made of
     Facts(Reply<VmFacts>),
+    /// `query-block`, `query-named-block-nodes`
+    Disks(Reply<Disks>),
+    /// `blockdev-snapshot-internal-sync`: of the disk with this drive or id, by this name
+    DiskSnapshot(String, String, Reply<()>),
+    /// `blockdev-snapshot-delete-internal-sync`
+    DiskSnapshotDelete {
+        /// The disk's drive or id.
+        device: String,
+        /// The snapshot's.
+        id: Option<String>,
+        /// The same.
+        name: Option<String>,
+        /// What it was.
+        reply: Reply<Snapshot>,
+    },
     /// `query-blockstats`
     Blockstats(Reply<Counted>),
     /// `query-workloads`

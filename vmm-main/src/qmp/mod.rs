@@ -36,8 +36,9 @@ mod server;
 mod session;
 
 pub use command::{
-    ChardevInfo, Counted, CpuThread, DumpOrder, DumpProgress, DumpStatus, ErrorClass, IothreadInfo,
-    Migration, MigrationStatus, QmpError, Reply, RunState, VmCommand, VmFacts, Workload,
+    ChardevInfo, Counted, CpuThread, Disks, DumpOrder, DumpProgress, DumpStatus, ErrorClass,
+    ImageFacts, IothreadInfo, Migration, MigrationStatus, QmpError, Reply, RunState, VmCommand,
+    VmFacts, Workload,
 };
 pub use event::{Cause, Event};
 pub(crate) use parse::json_object;

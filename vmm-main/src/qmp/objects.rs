@@ -8,10 +8,11 @@
 //! running VM, so nothing can be listed that this program does not take. Nothing can be set: there is no `qom-set`.
 
 use ipc::counters::{self, BlockCounters, Field};
-use ipc::spec::vm::{ChardevBackend, DeviceKind, FsSource, MachineKind, VmSpec};
+use ipc::disk::Snapshot;
+use ipc::spec::vm::{ChardevBackend, DeviceKind, FsSource, MachineKind};
 use serde_json::{Value, json};
 
-use super::command::{Counted, QmpError, VmFacts};
+use super::command::{Counted, Disks, ImageFacts, QmpError, VmFacts};
 use super::schema::check::shown;
 use super::session::Info;
 use crate::cmdline::props::{Key, Kind, Shape};
@@ -493,7 +494,8 @@ pub(super) fn get(
 }
 
 /// `query-block`: the disks that the guest has.
-pub(super) fn disks(facts: &VmFacts) -> Value {
+pub(super) fn disks(disks: &Disks) -> Value {
+    let facts = &disks.facts;
     let spec = &facts.spec;
     let status = |id: &str| {
         let stop = facts.stopped.iter().find(|(device, _)| device == id);
@@ -512,7 +514,7 @@ pub(super) fn disks(facts: &VmFacts) -> Value {
             "removable": false,
             "locked": false,
             "io-status": status(&device.id),
-            "inserted": inserted(drive),
+            "inserted": inserted(disks, drive),
         })
     };
     spec.devices
@@ -585,20 +587,60 @@ fn stats(numbers: &BlockCounters) -> Value {
 }
 
 /// `query-named-block-nodes`: all drives, with or without a device.
-pub(super) fn nodes(spec: &VmSpec) -> Value {
-    spec.drives.iter().map(inserted).collect()
+pub(super) fn nodes(disks: &Disks) -> Value {
+    let drives = disks.facts.spec.drives.iter();
+    drives.map(|drive| inserted(disks, drive)).collect()
 }
 
-fn inserted(drive: &ipc::spec::vm::DriveSpec) -> Value {
-    use ipc::spec::block::{DetectZeroes, ImageFormat};
-    json!({
+/// An internal snapshot of an image (QAPI `SnapshotInfo`).
+pub(super) fn snapshot(snapshot: &Snapshot) -> Value {
+    const SECOND: u64 = 1_000_000_000;
+    let mut shown = json!({
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state,
+        "date-sec": snapshot.seconds,
+        "date-nsec": snapshot.nanoseconds,
+        "vm-clock-sec": snapshot.clock / SECOND,
+        "vm-clock-nsec": snapshot.clock % SECOND,
+    });
+    if let Some(icount) = snapshot.icount {
+        shown["icount"] = icount.into();
+    }
+    shown
+}
+
+/// QAPI `ImageInfo`, as far as it is known.
+fn image(drive: &ipc::spec::vm::DriveSpec, facts: &ImageFacts) -> Value {
+    let mut shown = json!({
+        "filename": drive.file.to_string_lossy(),
+        "format": format_name(drive),
+        "virtual-size": facts.size,
+    });
+    if let Some(cluster) = facts.cluster {
+        shown["cluster-size"] = cluster.into();
+    }
+    if !facts.snapshots.is_empty() {
+        shown["snapshots"] = facts.snapshots.iter().map(snapshot).collect();
+    }
+    shown
+}
+
+fn format_name(drive: &ipc::spec::vm::DriveSpec) -> &'static str {
+    use ipc::spec::block::ImageFormat;
+    match drive.io.format {
+        ImageFormat::Raw => "raw",
+        ImageFormat::Qcow2 { .. } => "qcow2",
+    }
+}
+
+fn inserted(disks: &Disks, drive: &ipc::spec::vm::DriveSpec) -> Value {
+    use ipc::spec::block::DetectZeroes;
+    let mut shown = json!({
         "file": drive.file.to_string_lossy(),
         "node-name": drive.id,
         "ro": drive.readonly,
-        "drv": match drive.io.format {
-            ImageFormat::Raw => "raw",
-            ImageFormat::Qcow2 { .. } => "qcow2",
-        },
+        "drv": format_name(drive),
         "encrypted": false,
         "detect_zeroes": match drive.io.detect_zeroes {
             DetectZeroes::Off => "off",
@@ -610,5 +652,9 @@ fn inserted(drive: &ipc::spec::vm::DriveSpec) -> Value {
         "cache": { "writeback": true, "direct": drive.direct, "no-flush": false },
         "write_threshold": 0,
         "backing_file_depth": drive.backing.len(),
-    })
+    });
+    if let Some((_, facts)) = disks.images.iter().find(|(id, _)| *id == drive.id) {
+        shown["image"] = image(drive, facts);
+    }
+    shown
 }

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use ipc::disk::{Answer, Order};
 use ipc::guest_warn;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -598,6 +599,17 @@ impl Core {
             }
         }
         Ok(done)
+    }
+
+    /// Has a disk's process do something with its image, of which the driver sees nothing.
+    pub fn order(&mut self, order: &Order, lines: &impl Interrupts) -> Result<Answer, RemoteError> {
+        if self.device.is_away() || self.device.is_failed() {
+            return Err(RemoteError::Failed {
+                id: self.device.id().to_owned(),
+            });
+        }
+        let answer = self.device.order(order);
+        answer.inspect_err(|error| self.trouble(error, lines))
     }
 
     /// The device is taken out: the driver is told, then what is under way is ended in order; `false` if that failed. The

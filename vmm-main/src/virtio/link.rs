@@ -126,6 +126,11 @@ impl Link {
         self.deadline = Instant::now() + Duration::from_millis(DEVICE_REPLY_MS);
     }
 
+    /// The same for what takes a peer longer.
+    pub(crate) fn start_clock_of(&mut self, patience: Duration) {
+        self.deadline = Instant::now() + patience;
+    }
+
     /// From now on the peer acknowledges every request.
     pub(crate) fn enable_acks(&mut self) {
         self.acks = true;

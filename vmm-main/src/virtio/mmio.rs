@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use ipc::disk::{Answer, Order};
 use ipc::guest_warn;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -173,6 +174,11 @@ impl MmioTransport {
     /// See [`Core::set_capacity`].
     pub fn set_capacity(&mut self, sectors: u64) -> Result<bool, RemoteError> {
         self.core.set_capacity(sectors, &self.line)
+    }
+
+    /// See [`Core::order`].
+    pub fn order(&mut self, order: &Order) -> Result<Answer, RemoteError> {
+        self.core.order(order, &self.line)
     }
 
     /// See [`Core::announce`].

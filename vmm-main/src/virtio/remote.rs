@@ -19,12 +19,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use ipc::codec::{CodecError, decode_within, encode_within};
 use ipc::control::DeviceGrant;
 use ipc::counters::{self, BlockCounters};
+use ipc::disk::{self, Answer, Order};
 use ipc::limits::{
-    MAX_CONFIG_SPACE, MAX_DEVICE_STATE, MAX_FS_TAG, MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS,
+    DISK_ORDER_MS, MAX_CONFIG_SPACE, MAX_DEVICE_STATE, MAX_DISK_ANSWER, MAX_DISK_ORDER, MAX_FS_TAG,
+    MAX_INFLIGHT_REGION, MAX_MEMORY_REGIONS,
 };
 use ipc::spec::DeviceSpec;
 use ipc::spec::fs::FsSpec;
@@ -124,6 +127,14 @@ pub enum RemoteError {
         id: String,
         /// What went wrong.
         source: LinkError,
+    },
+    /// An order for its image has no bytes, or what it answers is none of its answers.
+    #[error("device \"{id}\": an order for its image")]
+    Order {
+        /// Device id.
+        id: String,
+        /// What is wrong.
+        source: CodecError,
     },
     /// Its features lack what every device here must have.
     #[error("device \"{id}\" offers {kind} features {got:#x}, but must offer {need:#x}")]
@@ -1022,6 +1033,54 @@ impl RemoteDevice {
         Ok(self.config.starts_with(&capacity))
     }
 
+    /// Has a disk's process do something with its image, and waits for that.
+    pub fn order(&mut self, order: &Order) -> Result<Answer, RemoteError> {
+        let patience = Duration::from_millis(DISK_ORDER_MS);
+        let id = self.id.clone();
+        let bytes = encode_within::<MAX_DISK_ORDER, _>(order);
+        let bytes = bytes.map_err(|source| RemoteError::Order {
+            id: id.clone(),
+            source,
+        })?;
+        let first = self.talk(|link| {
+            let mut place = disk::BEGIN;
+            for part in bytes.chunks(disk::PART) {
+                post_order(link, place, part)?;
+                place = disk::MORE;
+            }
+            link.start_clock_of(patience);
+            post_order(link, disk::RUN, &[0])?;
+            post_answer(link)?;
+            link.finish()
+        })?;
+        let mut answer = self.page(first.first())?;
+        let length = answer
+            .first_chunk()
+            .map_or(0, |word| u32::from_le_bytes(*word) as usize);
+        let whole = 4 + length.min(MAX_DISK_ANSWER);
+        if answer.len() < whole {
+            let pages = self.talk(|link| {
+                for at in (disk::PAGE..whole).step_by(disk::PAGE) {
+                    post_order(link, disk::SEEK, &(at as u32).to_le_bytes())?;
+                    post_answer(link)?;
+                }
+                link.finish()
+            })?;
+            for page in &pages {
+                answer.extend(self.page(Some(page))?);
+            }
+        }
+        answer.truncate(whole);
+        decode_within::<MAX_DISK_ANSWER, _>(&answer[4..]).map_err(|source| {
+            self.hang_up();
+            RemoteError::Order { id, source }
+        })
+    }
+
+    fn page(&mut self, reply: Option<&Vec<u8>>) -> Result<Vec<u8>, RemoteError> {
+        config_space(&self.id, reply, disk::PAGE).inspect_err(|_| self.hang_up())
+    }
+
     /// Goes on with another process, whose handshake gave `fresh`. The guest has negotiated with the one before, so this
     /// one must offer the same; only configuration space may differ, as it may at any time: then `true`.
     pub fn take_over(&mut self, fresh: Self) -> Result<bool, RemoteError> {
@@ -1644,6 +1703,24 @@ fn post_get_config(link: &mut Link, len: usize) -> Result<(), LinkError> {
     link.post(
         FrontendReq::GET_CONFIG,
         &[header.as_slice(), &[0; MAX_CONFIG_SPACE][..len]],
+        &[],
+    )
+}
+
+/// Writes where only the host does.
+fn post_order(link: &mut Link, place: usize, data: &[u8]) -> Result<(), LinkError> {
+    let flags = VhostUserConfigFlags::LIVE_MIGRATION;
+    let header = VhostUserConfig::new(place as u32, data.len() as u32, flags);
+    link.post(FrontendReq::SET_CONFIG, &[header.as_slice(), data], &[])
+}
+
+/// Reads where only the host does.
+fn post_answer(link: &mut Link) -> Result<(), LinkError> {
+    let flags = VhostUserConfigFlags::LIVE_MIGRATION;
+    let header = VhostUserConfig::new(0, disk::PAGE as u32, flags);
+    link.post(
+        FrontendReq::GET_CONFIG,
+        &[header.as_slice(), &[0; disk::PAGE]],
         &[],
     )
 }

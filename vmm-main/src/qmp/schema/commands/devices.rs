@@ -80,10 +80,30 @@ const INSERTED: Object = object(
         must("iops_wr", Type::UINT, "the same for writes"),
         must("cache", Type::Object(&CACHE), "caching"),
         must("write_threshold", Type::UINT, "always 0"),
-        must(
-            "backing_file_depth",
+        must("backing_file_depth", Type::UINT, "images below it"),
+        may(
+            "image",
+            Type::Object(&IMAGE),
+            "what its process knows of it, while there is a disk",
+        ),
+    ],
+);
+
+const IMAGE: Object = object(
+    "ImageInfo",
+    &[
+        must("filename", Type::TEXT, "its path"),
+        must("format", Type::TEXT, "its format"),
+        must("virtual-size", Type::UINT, "bytes that the guest sees"),
+        may(
+            "cluster-size",
             Type::UINT,
-            "always 0: no image has one behind it",
+            "bytes of a cluster, if it has them",
+        ),
+        may(
+            "snapshots",
+            Type::List(&Type::Object(&super::disks::SNAPSHOT)),
+            "those inside of it, if there are any",
         ),
     ],
 );
@@ -131,13 +151,13 @@ const NO_BALLOON: &str = "No balloon device has been activated";
 
 pub(super) static COMMANDS: &[Command] = &[
     main("query-block", "Lists the guest's disks", |ticket, _| {
-        VmCommand::Facts(Reply::new(ticket, |_, facts| objects::disks(&facts)))
+        VmCommand::Disks(Reply::new(ticket, |_, disks| objects::disks(&disks)))
     })
     .returns(Type::List(&Type::Object(&BLOCK))),
     main(
         "query-named-block-nodes",
         "Lists the drives, with or without a device",
-        |ticket, _| VmCommand::Facts(Reply::new(ticket, |_, facts| objects::nodes(&facts.spec))),
+        |ticket, _| VmCommand::Disks(Reply::new(ticket, |_, disks| objects::nodes(&disks))),
     )
     .takes(&[may(
         "flat",

@@ -2,6 +2,7 @@
 
 mod descriptors;
 mod devices;
+mod disks;
 mod dump;
 mod foreign;
 mod hotplug;
@@ -57,6 +58,10 @@ pub static GROUPS: &[Group] = &[
     Group {
         title: "Snapshots",
         commands: migration::COMMANDS,
+    },
+    Group {
+        title: "Snapshots inside of images",
+        commands: disks::COMMANDS,
     },
     Group {
         title: "Dumps",
