@@ -1,20 +1,24 @@
 //! # A QMP client that wants more than its socket gives
 //!
-//! **Job.** A client floods the control process with descriptors, more than it has room for: all are
-//! closed, and others are served.
+//! **Job.** A client floods the control process with descriptors, more than it has room for: all are closed, and others are
+//! served. It passes one that keeps for an hour whoever closes it: the VM ends when it is told to, and leaves nothing behind.
 //! **Who is not trusted.** The client. It holds a QMP socket and what any user can make; no root, no rights over files.
 //! **Why this way.** A pipe tells when the last copy of its end was closed, in any process, so nothing is counted or waited for.
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
-use std::os::fd::AsFd;
+use std::io::{ErrorKind, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use tests::host::require_kvm;
 use tests::payload::Payload;
 use tests::procfs;
-use tests::qmp::Qmp;
+use tests::qmp::{Qmp, QmpError};
 use tests::vm::Vm;
 use tests::wait::{Deadline, readable};
 
@@ -91,4 +95,67 @@ fn a_flood_of_descriptors_is_closed_and_others_are_served() {
     // New clients find room.
     vm.qmp().unwrap().execute("quit", json!({})).unwrap();
     assert!(vm.wait(LIMIT).unwrap().success());
+}
+
+/// A socket whose last closing takes an hour: its peer, which comes along, takes nothing, and what was sent is to arrive first.
+fn lingering() -> (OwnedFd, TcpStream) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    let linger = nix::libc::linger {
+        l_onoff: 1,
+        l_linger: 3600,
+    };
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    loop {
+        match socket.write(&[0; 1 << 16]) {
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+            Err(e) => panic!("{e}"),
+        }
+    }
+    (socket.into(), peer)
+}
+
+#[test]
+fn a_descriptor_that_takes_an_hour_to_close_keeps_no_vm_alive() {
+    let closed = ("closefd", json!({ "fdname": "slow" }));
+    let address = json!({ "type": "fd", "data": { "str": "slow" } });
+    let backend = json!({ "type": "socket", "data": { "addr": address } });
+    let daemon = ("chardev-add", json!({ "id": "d", "backend": backend }));
+    for (how, (command, arguments)) in [
+        (Signal::SIGTERM, &closed),
+        (Signal::SIGKILL, &closed),
+        (Signal::SIGTERM, &daemon),
+        (Signal::SIGKILL, &daemon),
+    ] {
+        let mut vm = sleeping_guest();
+        vm.processes().unwrap();
+        let mut client = vm.qmp().unwrap();
+        let (socket, _peer) = lingering();
+        client
+            .execute_with("getfd", json!({ "fdname": "slow" }), &[socket.as_fd()])
+            .unwrap();
+        drop(socket);
+        if *command == "closefd" {
+            client
+                .send_raw(&format!(
+                    "{{\"execute\":\"{command}\",\"arguments\":{arguments}}}"
+                ))
+                .unwrap();
+        } else {
+            let refused = client.execute(command, arguments.clone());
+            assert!(
+                matches!(&refused, Err(QmpError::Refused { description, .. })
+                    if description.contains("not a unix socket")),
+                "{refused:?}"
+            );
+        }
+        kill(Pid::from_raw(vm.pid()), how).unwrap();
+        vm.wait(LIMIT)
+            .unwrap_or_else(|e| panic!("{how} after {command}: {e}"));
+        let left = vm.survivors(Deadline::after(LIMIT));
+        assert!(left.is_empty(), "{how} after {command}: {left:?}");
+    }
 }

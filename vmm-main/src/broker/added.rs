@@ -22,6 +22,7 @@ use ipc::limits::{MAX_ADDED_BACKENDS, MAX_NET_QUEUE_PAIRS};
 use ipc::spec::DeviceSpec;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
 
 use super::open::Hold;
 
@@ -605,13 +606,12 @@ fn given_socket(fds: Vec<OwnedFd>) -> Result<Backend, String> {
     let Ok([fd]) = <[OwnedFd; 1]>::try_from(fds) else {
         return Err(told("exactly one is needed"));
     };
-    let file = File::from(fd);
-    match file.metadata() {
-        Ok(meta) if meta.file_type().is_socket() => {
-            Ok(Backend::daemon(PathBuf::new(), vec![file.into()]))
-        }
-        Ok(_) => Err(told("not a socket")),
-        Err(e) => Err(told(&e.to_string())),
+    // Others carry no descriptors, and may keep whoever closes them (SO_LINGER).
+    match getsockname::<SockaddrStorage>(fd.as_raw_fd()).map(|name| name.family()) {
+        Ok(Some(AddressFamily::Unix)) => Ok(Backend::daemon(PathBuf::new(), vec![fd])),
+        Ok(_) => Err(told("not a unix socket")),
+        Err(Errno::ENOTSOCK) => Err(told("not a socket")),
+        Err(e) => Err(told(e.desc())),
     }
 }
 
@@ -928,6 +928,9 @@ mod tests {
         let file = File::open(at("outside/d")).unwrap();
         let refused = added.add(2, &given, vec![file.into()]).unwrap_err();
         assert!(refused.contains("not a socket"), "{refused}");
+        let other = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let refused = added.add(2, &given, vec![other.into()]).unwrap_err();
+        assert!(refused.contains("not a unix socket"), "{refused}");
         assert!(added.add(2, &given, Vec::new()).is_err());
     }
 

@@ -180,6 +180,7 @@ impl Server {
             listeners,
             clients: HashMap::new(),
             descriptors: Descriptors::default(),
+            lent: Vec::new(),
             next_client: FIRST_CLIENT,
             info: Arc::new(info),
             inbox,
@@ -262,8 +263,12 @@ impl ServerHandle {
     fn end(&mut self) {
         if let Some(outbox) = self.outbox.take() {
             outbox.send(Inbox::Finish);
-            // It could only fail by a panic of the thread, and panics abort.
-            let _ = self.done.recv();
+            // A descriptor that a client has passed may keep whoever closes it. That is the thread, which the end of the process
+            // ends then.
+            let patience = Duration::from_millis(2 * QMP_FLUSH_MS);
+            if self.done.recv_timeout(patience).is_err() {
+                log::warn!("QMP is held up; its clients may not be told of the end");
+            }
         }
     }
 }
@@ -321,6 +326,9 @@ struct Worker {
     listeners: Vec<Listener>,
     clients: HashMap<u64, Client>,
     descriptors: Descriptors,
+    /// Those that went with commands to main and the broker, which have a copy each: whoever closes the last one may have to wait for
+    /// as long as its maker wants (`SO_LINGER`), and that is to be this thread. With the client whose command is not answered yet.
+    lent: Vec<(Option<u64>, Arc<OwnedFd>)>,
     next_client: u64,
     info: Arc<Info>,
     inbox: Receiver<Inbox>,
@@ -396,8 +404,10 @@ impl Worker {
                     if let Some(client) = self.clients.get_mut(&id) {
                         client.busy = false;
                         client.push(&message);
-                        self.service(id);
+                        client.flush();
                     }
+                    self.take_back(id);
+                    self.service(id);
                 }
                 Ok(Inbox::Event(message)) => {
                     let ids: Vec<u64> = self.clients.keys().copied().collect();
@@ -415,6 +425,17 @@ impl Worker {
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return false,
             }
         }
+    }
+
+    /// The command of client `answered` has an answer, so the broker has no copy that it does not need. One that main still has is
+    /// closed after the next answer.
+    fn take_back(&mut self, answered: u64) {
+        self.lent.retain_mut(|(client, fd)| {
+            if *client == Some(answered) {
+                *client = None;
+            }
+            client.is_some() || Arc::strong_count(fd) > 1
+        });
     }
 
     /// Takes what listens for new clients.
@@ -534,6 +555,8 @@ impl Worker {
                 }
                 Some(Step::Forward(forward)) => {
                     client.busy = true;
+                    let brings = forward.brings().into_iter();
+                    self.lent.extend(brings.map(|fd| (Some(id), fd)));
                     let command = forward.build(id, &self.info, &self.outbox);
                     match self.commands.try_send(command) {
                         Ok(()) => wake(&self.command_wake),

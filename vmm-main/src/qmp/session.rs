@@ -65,6 +65,11 @@ pub(super) struct Forward {
 }
 
 impl Forward {
+    /// Descriptors that go with it.
+    pub(super) fn brings(&self) -> Vec<Arc<OwnedFd>> {
+        self.arguments.brought()
+    }
+
     /// The command, with the way back.
     pub(super) fn build(self, client: u64, info: &Arc<Info>, outbox: &Outbox) -> VmCommand {
         let ticket = Ticket {

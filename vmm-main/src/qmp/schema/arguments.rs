@@ -99,6 +99,11 @@ impl Arguments {
         self.fds = fds;
     }
 
+    /// Those, to hold them as well.
+    pub(in crate::qmp) fn brought(&self) -> Vec<Arc<OwnedFd>> {
+        self.fds.clone()
+    }
+
     /// Descriptors that came along.
     pub fn descriptors(&mut self) -> Vec<Arc<OwnedFd>> {
         std::mem::take(&mut self.fds)
