@@ -52,13 +52,14 @@ pub(crate) fn policy(text: &mut String, policy: &Policy, programs: &Programs) {
     }
     let _ = writeln!(
         text,
-        "pub(crate) static {name}_INFO: PolicyInfo = PolicyInfo {{ name: {:?}, process: {:?}, thread: {:?}, about: {:?}, budget: {}, budget_why: {:?}, syscalls: {}, instructions: {}, rules: &[\n{rules}] }};",
+        "pub(crate) static {name}_INFO: PolicyInfo = PolicyInfo {{ name: {:?}, process: {:?}, thread: {:?}, about: {:?}, budget: {}, budget_why: {:?}, needs: {:?}, syscalls: {}, instructions: {}, rules: &[\n{rules}] }};",
         policy.file,
         policy.process,
         policy.thread,
         policy.about,
         policy.budget,
         policy.budget_why,
+        policy.needs,
         policy.allowed(),
         programs.kill.len(),
     );

@@ -27,6 +27,8 @@ pub(crate) struct PolicyFile {
     pub(crate) budget: usize,
     /// Why the budget is what it is, where that is not the figure that the kind of thread started with.
     pub(crate) budget_why: Option<String>,
+    /// A device file of the host, without which nothing is ever under this policy: an audit judges it where there is one.
+    pub(crate) needs: Option<PathBuf>,
     #[serde(default)]
     pub(crate) allow: Vec<Allow>,
     #[serde(default)]

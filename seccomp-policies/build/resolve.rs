@@ -8,6 +8,7 @@ use crate::{
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    path::PathBuf,
 };
 
 /// Architectures that the product is built for. A call must exist on at least one.
@@ -24,6 +25,7 @@ pub(crate) struct Policy {
     /// Most distinct calls that it may allow.
     pub(crate) budget: usize,
     pub(crate) budget_why: Option<String>,
+    pub(crate) needs: Option<PathBuf>,
     pub(crate) rules: Vec<Rule>,
     /// Calls that this architecture does not have, though the rule is for all.
     pub(crate) absent: Vec<String>,
@@ -217,6 +219,8 @@ pub(crate) enum PolicyError {
         "{file}: {call}: an answer depends on one argument at most, a dword compared with `eq`"
     )]
     AnswerArgs { file: String, call: String },
+    #[error("{file}: needs {}, which is not beneath /dev", .needs.display())]
+    Needs { file: String, needs: PathBuf },
     #[error("{file}: allows {found} distinct calls, its budget is {budget}")]
     OverBudget {
         file: String,
@@ -264,6 +268,7 @@ fn resolve_one(
         about: file.about.clone(),
         budget: file.budget,
         budget_why: file.budget_why.clone(),
+        needs: file.needs.clone(),
         rules: Vec::new(),
         absent: Vec::new(),
     };
@@ -274,6 +279,12 @@ fn resolve_one(
         policy: &mut policy,
     };
     check_reason(&own, "about", &file.about)?;
+    if let Some(needs) = file.needs.as_ref().filter(|at| !at.starts_with("/dev")) {
+        return Err(PolicyError::Needs {
+            file: own,
+            needs: needs.clone(),
+        });
+    }
     context.add(&own, &file.allow, &file.errno)?;
     for piece in &file.base {
         let base = files.base.get(piece).ok_or_else(|| PolicyError::NoBase {

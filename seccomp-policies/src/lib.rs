@@ -194,6 +194,8 @@ pub struct PolicyInfo {
     pub budget: usize,
     /// Why that many, where it is not the figure that the kind of thread started with.
     pub budget_why: Option<&'static str>,
+    /// A device file of the host, without which nothing is ever under this policy.
+    pub needs: Option<&'static str>,
     /// Length of the main filter in BPF instructions.
     pub instructions: usize,
     /// The rules, a policy's own first, then those of the shared pieces.

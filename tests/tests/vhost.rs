@@ -3,7 +3,7 @@
 //! **Job.** `-netdev tap,vhost=on` from a guest's first packet to the death of the card's process under load: that the kernel does the
 //! work, that nothing is lost but packets, that the process's jail is as small as it is said to be, and that what cannot be had with
 //! it is refused. **Who is not trusted.** The VMM.
-//! **Why this way.** Most machines that run tests have no `/dev/vhost-net`, so that all that needs it runs in a nested machine, whose
+//! **Why this way.** Most machines that run tests have no `/dev/vhost-net`, so that all that needs it runs in a nested machine there, whose
 //! stock kernel has it.
 #![cfg(target_arch = "x86_64")]
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
@@ -20,7 +20,7 @@ use serde_json::json;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::jail::check::check;
 use tests::jail::expect::{BackEnd, Device, Setting};
-use tests::lab::{Flavour, Guest, Nested, Script, in_a_nested_machine};
+use tests::lab::{Flavour, Guest, Script, where_vhost_net_is};
 use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::Qmp;
@@ -92,7 +92,7 @@ fn noise(len: usize) -> Vec<u8> {
 
 #[test]
 fn the_kernel_carries_packets_and_a_process_that_is_killed_is_replaced() {
-    in_a_nested_machine(&Nested::default(), test_path!(), || {
+    where_vhost_net_is(test_path!(), || {
         const SIZE: usize = 10_000_000;
         let guest = Guest::ready(Flavour::Cloud).unwrap();
         // The driver of a guest with one processor uses one of two pairs, and packets for the other one would be lost.
@@ -163,7 +163,7 @@ fn the_kernel_carries_packets_and_a_process_that_is_killed_is_replaced() {
 /// A bare guest asks for the host's hardware address again and again, and ends if a buffer is lost or comes twice.
 #[test]
 fn a_link_that_is_down_carries_nothing() {
-    in_a_nested_machine(&Nested::default(), test_path!(), || {
+    where_vhost_net_is(test_path!(), || {
         let tap = Tap::new("sv-vhost", "10.7.41.1/24").unwrap();
         let own = "host=10.7.41.1 own=10.7.41.2";
         let mut vm = vm(&Payload::NetLoop.path(), own, &tap.name, "")
@@ -215,7 +215,7 @@ fn a_link_that_is_down_carries_nothing() {
 /// Its queues come out of the kernel for the snapshot, with what it did; the driver says once that it uses both pairs.
 #[test]
 fn a_guest_goes_on_from_a_snapshot_with_both_pairs_in_the_kernel() {
-    in_a_nested_machine(&Nested::default(), test_path!(), || {
+    where_vhost_net_is(test_path!(), || {
         let guest = Guest::ready(Flavour::Cloud).unwrap();
         let tap = Tap::of_queues("sv-vhost", "10.0.9.1/24").unwrap();
         // Each processor sends by a pair of its own.
@@ -262,7 +262,7 @@ fn a_guest_goes_on_from_a_snapshot_with_both_pairs_in_the_kernel() {
 
 #[test]
 fn the_jail_is_a_cards_with_one_descriptor_more_and_its_own_filter() {
-    in_a_nested_machine(&Nested::default(), test_path!(), || {
+    where_vhost_net_is(test_path!(), || {
         let tap = Tap::new("sv-vhost", "10.7.42.1/24").unwrap();
         let mut vm = vm(&Payload::BlkRw.path(), "end=halt", &tap.name, "");
         let dir = tempfile::tempdir().unwrap();
@@ -310,7 +310,7 @@ fn the_jail_is_a_cards_with_one_descriptor_more_and_its_own_filter() {
 /// The kernel serves queues for whoever holds a descriptor, and only a process that gives them back can have a successor.
 #[test]
 fn a_card_with_descriptors_of_the_callers_is_given_up_when_its_process_dies() {
-    in_a_nested_machine(&Nested::default(), test_path!(), || {
+    where_vhost_net_is(test_path!(), || {
         let tap = Tap::new("sv-vhost", "10.7.44.1/24").unwrap();
         let own = "host=10.7.44.1 own=10.7.44.2";
         let dir = tempfile::tempdir().unwrap();
@@ -366,6 +366,85 @@ fn a_card_with_descriptors_of_the_callers_is_given_up_when_its_process_dies() {
             assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
         }
     });
+}
+
+/// A VM that waits with its guest, and may have the tap added.
+fn to_be_added(tap: &str, more: &[&str], address: &str) -> (Vm, Qmp) {
+    let vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128", "-S", "-hotplug"])
+        .arg(format!("tap={tap}"))
+        .args(more)
+        .kernel(
+            &Payload::NetLoop.path(),
+            &format!("host={address}.1 own={address}.2"),
+        )
+        .with_qmp()
+        .start()
+        .unwrap();
+    let qmp = vm.qmp().unwrap();
+    (vm, qmp)
+}
+
+#[test]
+fn a_card_that_is_added_is_the_kernels_too_where_that_is_granted() {
+    where_vhost_net_is(test_path!(), || {
+        let tap = Tap::new("sv-vhost", "10.7.45.1/24").unwrap();
+        let grant = ["-hotplug", "vhost=on"];
+        let (mut vm, mut qmp) = to_be_added(&tap.name, &grant, "10.7.45");
+        let netdev = json!({ "type": "tap", "id": "n", "ifname": tap.name, "vhost": true });
+        let card = json!({ "id": "card", "driver": "virtio-net-device", "netdev": "n", "mac": "52:54:00:aa:bb:cc" });
+        for (command, arguments) in [
+            ("netdev_add", netdev),
+            ("device_add", card),
+            ("cont", json!({})),
+        ] {
+            qmp.execute(command, arguments).unwrap();
+        }
+        expect(&mut vm, "LOOP 10\r");
+        let first = vm.process("net").unwrap().unwrap();
+        assert_eq!(workers(first), 1);
+        kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+        qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+        expect(&mut vm, "LOOP ");
+        let second = vm.process("net").unwrap().unwrap();
+        assert_ne!(first, second);
+        assert_eq!(workers(second), 1);
+        vm.console.send("x").unwrap();
+        expect(&mut vm, "NET-LOOP OK answers ");
+        let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(status.code(), Some(0), "{}", vm.messages());
+    });
+}
+
+/// On this machine's own, which need not have it.
+#[test]
+fn a_card_that_is_added_is_the_kernels_for_who_was_granted_that_only() {
+    require_kvm();
+    require_root();
+    let tap = Tap::new("sv-vhost1", "10.7.46.1/24").unwrap();
+    let (mut vm, mut qmp) = to_be_added(&tap.name, &[], "10.7.46");
+    let netdev = json!({ "type": "tap", "id": "n", "ifname": tap.name, "vhost": true });
+    let told = qmp.execute("netdev_add", netdev).unwrap_err().to_string();
+    let want = "Netdev 'n': vhost takes -hotplug vhost=on when the VM is started";
+    assert!(told.contains(want), "{told}");
+    let netdev = json!({ "type": "tap", "id": "n", "ifname": tap.name, "vhost": true, "throttling.rx-bytes": 9 });
+    let told = qmp.execute("netdev_add", netdev).unwrap_err().to_string();
+    let want = "Parameter 'throttling.rx-bytes' contradicts 'vhost'";
+    assert!(told.contains(want), "{told}");
+    qmp.execute("quit", json!({})).unwrap();
+    assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
+    if std::path::Path::new("/dev/vhost-net").exists() {
+        return;
+    }
+    // Granted, and not to be had.
+    let (mut vm, mut qmp) = to_be_added(&tap.name, &["-hotplug", "vhost=on"], "10.7.46");
+    let netdev = json!({ "type": "tap", "id": "n", "ifname": tap.name, "vhost": true });
+    qmp.execute("netdev_add", netdev).unwrap();
+    let card = json!({ "id": "card", "driver": "virtio-net-device", "netdev": "n" });
+    let told = qmp.execute("device_add", card).unwrap_err().to_string();
+    assert!(told.contains("/dev/vhost-net: cannot open: "), "{told}");
+    qmp.execute("quit", json!({})).unwrap();
+    assert!(vm.wait(LIMIT).unwrap().success(), "{}", vm.messages());
 }
 
 /// On this machine's own, which need not have it.

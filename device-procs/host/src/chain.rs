@@ -155,7 +155,12 @@ fn read(ram: &GuestRam, table: GuestAddress, index: u16) -> Result<Descriptor, F
         len: DESCRIPTOR_SIZE,
     };
     let address = table.checked_add(offset).ok_or(fault)?;
-    ram.map().read_obj(address).map_err(|_| fault)
+    match ram.piece(address, DESCRIPTOR_SIZE as usize) {
+        Some(piece) => piece.read_obj(0),
+        // Over the end of a region, or not in RAM.
+        None => return ram.map().read_obj(address).map_err(|_| fault),
+    }
+    .map_err(|_| fault)
 }
 
 #[cfg(test)]

@@ -233,6 +233,27 @@ impl GuestRam {
             .map(|r| GuestAddress(r.guest + (user - r.user)))
     }
 
+    /// Where this process has the `len` bytes at `guest`, if they are all in one region: as those of nearly every buffer are, and
+    /// without a walk over all regions that a guest's RAM can have.
+    fn contiguous(&self, guest: GuestAddress, len: usize) -> Option<*mut u8> {
+        // Sorted by address; the last one that begins at or before.
+        let after = self.regions.partition_point(|r| r.guest <= guest.0);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        let offset = guest.0 - region.guest;
+        if offset > region.size || region.size - offset < len as u64 {
+            return None;
+        }
+        // Inside of the mapping, or its end.
+        Some(region.mapping.address().wrapping_add(offset as usize))
+    }
+
+    /// The `len` bytes at `guest`, if they are all in one region.
+    pub(crate) fn piece(&self, guest: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
+        let first = self.contiguous(guest, len)?;
+        // SAFETY: that many bytes of a mapping from there on, which `self` keeps.
+        Some(unsafe { VolatileSlice::new(first, len) })
+    }
+
     /// Appends the host addresses of `len` bytes at `guest` to `list`. Fails without touching memory when a byte is outside
     /// of RAM or the list would get more than [`MAX_CHAIN_SEGMENTS`] entries.
     pub(crate) fn resolve(
@@ -241,6 +262,20 @@ impl GuestRam {
         len: u32,
         list: &mut SegmentList,
     ) -> Result<(), ResolveError> {
+        if let Some(first) = self.contiguous(guest, len as usize) {
+            if len == 0 {
+                return Ok(());
+            }
+            if list.0.len() >= MAX_CHAIN_SEGMENTS {
+                return Err(ResolveError::TooMany);
+            }
+            list.0.push(libc::iovec {
+                iov_base: first.cast(),
+                iov_len: len as usize,
+            });
+            return Ok(());
+        }
+        // Over the end of a region into the next one, or not in RAM.
         for slice in self.map.get_slices(guest, len as usize) {
             let slice = slice.map_err(|_| ResolveError::OutsideRam)?;
             if list.0.len() >= MAX_CHAIN_SEGMENTS {
@@ -252,6 +287,31 @@ impl GuestRam {
             });
         }
         Ok(())
+    }
+}
+
+/// A part of guest RAM that is looked at again and again: where it lies was found out once. It keeps its RAM mapped.
+#[derive(Debug)]
+pub(crate) struct Span {
+    first: *mut u8,
+    len: usize,
+    _ram: Rc<GuestRam>,
+}
+
+impl Span {
+    /// The `len` bytes at `guest`; `None` if they are not all in one region.
+    pub(crate) fn new(ram: &Rc<GuestRam>, guest: GuestAddress, len: usize) -> Option<Self> {
+        Some(Self {
+            first: ram.contiguous(guest, len)?,
+            len,
+            _ram: ram.clone(),
+        })
+    }
+
+    /// Its bytes, which the guest writes to meanwhile.
+    pub(crate) fn bytes(&self) -> VolatileSlice<'_> {
+        // SAFETY: `contiguous` found that many bytes in one region, which `_ram` keeps mapped.
+        unsafe { VolatileSlice::new(self.first, self.len) }
     }
 }
 
@@ -700,7 +760,8 @@ impl<'m> GuestBuffers<'m> {
             iov_base: rest.as_mut_ptr().cast(),
             iov_len: rest.len(),
         };
-        with_one_more(self.segments, None, Some(last), |all| {
+        let last = (!rest.is_empty()).then_some(last);
+        with_one_more(self.segments, None, last, |all| {
             let count = all.len() as libc::c_int; // at most PACKET_SEGMENTS + 1
             // SAFETY: the pieces are in mapped RAM that the lifetime keeps, and `rest` is borrowed mutably for the call.
             retry(|| unsafe { libc::readv(stream.as_raw_fd(), all.as_ptr(), count) })
@@ -838,6 +899,7 @@ mod tests {
     use super::*;
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::os::fd::AsFd;
+    use std::sync::atomic::Ordering;
     use vm_memory::Bytes;
 
     fn memfd(size: u64) -> File {
@@ -917,6 +979,30 @@ mod tests {
             .read_slice(&mut all, GuestAddress(0x1ffd))
             .unwrap();
         assert_eq!(&all, b"abC1EF");
+    }
+
+    #[test]
+    fn a_span_is_in_one_region_or_there_is_none() {
+        let ram = ram();
+        for (at, len, found) in [
+            (0, 0x2000, true),
+            (0x1ffe, 2, true),
+            (0x1ffe, 3, false),
+            (0x2000, 0x2000, true),
+            (0x3fff, 2, false),
+            (0x4000, 1, false),
+            (u64::MAX, 1, false),
+            (1, usize::MAX, false),
+        ] {
+            let span = Span::new(&ram, GuestAddress(at), len);
+            assert_eq!(span.is_some(), found, "{len} bytes at {at:#x}");
+            assert_eq!(ram.piece(GuestAddress(at), len).is_some(), found);
+        }
+        let span = Span::new(&ram, GuestAddress(0x2000), 4).unwrap();
+        span.bytes().store(7u16, 2, Ordering::Release).unwrap();
+        assert_eq!(ram.map().read_obj::<u16>(GuestAddress(0x2002)).unwrap(), 7);
+        assert!(span.bytes().load::<u16>(3, Ordering::Relaxed).is_err());
+        assert!(span.bytes().load::<u16>(4, Ordering::Relaxed).is_err());
     }
 
     #[test]

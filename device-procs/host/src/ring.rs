@@ -12,7 +12,6 @@
 //! and looks at the clock now and then: after one queue's worth, or [`DEVICE_TURN_MS`], the other queues and the front end get
 //! their turn, however fast a guest refills it and however long its requests take.
 
-use std::num::Wrapping;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::atomic::{Ordering, fence};
@@ -22,12 +21,12 @@ use ipc::limits::DEVICE_TURN_MS;
 use nix::errno::Errno;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::chain::{Chain, Table, Token, walk, walk_on};
 use crate::fault::{FaultKind, GuestFault, HostFault};
 use crate::inflight::InflightQueue;
-use crate::memory::{GuestBuffers, GuestRam, PACKET_SEGMENTS, SegmentList};
+use crate::memory::{GuestBuffers, GuestRam, PACKET_SEGMENTS, SegmentList, Span};
 use crate::vhost_net::{Described, KernelQueue, Refused};
 
 /// Requests between two looks at the clock.
@@ -45,12 +44,71 @@ pub(crate) struct UserAddresses {
     pub(crate) used: u64,
 }
 
+/// The two rings of a queue (virtio 1.3, 2.7.6 and 2.7.8), which are looked at for each request. Each is in one region of guest RAM: no
+/// front end has a way to say that it is not.
+#[derive(Debug)]
+struct Rings {
+    available: Span,
+    used: Span,
+}
+
+impl Rings {
+    /// le16 flags and le16 idx are in front of both.
+    const INDEX: usize = 2;
+    const FIRST: usize = 4;
+    const USED_ELEMENT: usize = 8;
+
+    /// `None` if one is not in one region.
+    fn find(ram: &Rc<GuestRam>, queue: &Queue) -> Option<Self> {
+        let size = usize::from(queue.size());
+        // With the event index behind the last entry.
+        let span = |at, entry| {
+            Span::new(
+                ram,
+                GuestAddress(at),
+                Self::FIRST + entry * size + size_of::<u16>(),
+            )
+        };
+        Some(Self {
+            available: span(queue.avail_ring(), size_of::<u16>())?,
+            used: span(queue.used_ring(), Self::USED_ELEMENT)?,
+        })
+    }
+
+    /// le16 at `at` of the available ring.
+    fn available(&self, at: usize, order: Ordering) -> Result<u16, FaultKind> {
+        let bytes = self.available.bytes();
+        let value: u16 = bytes.load(at, order).map_err(|_| FaultKind::QueueMemory)?;
+        Ok(u16::from_le(value))
+    }
+
+    /// Writes le32 id and le32 len of the used ring's entry `slot`.
+    fn put(&self, slot: u16, head: u16, written: u32) -> Result<(), FaultKind> {
+        let at = Self::FIRST + Self::USED_ELEMENT * usize::from(slot);
+        let bytes = self.used.bytes();
+        bytes
+            .store(u32::from(head).to_le(), at, Ordering::Relaxed)
+            .and_then(|()| bytes.store(written.to_le(), at + 4, Ordering::Relaxed))
+            .map_err(|_| FaultKind::QueueMemory)
+    }
+
+    /// Shows the driver all that was [`put`](Self::put) before.
+    fn show(&self, index: u16) -> Result<(), FaultKind> {
+        self.used
+            .bytes()
+            .store(index.to_le(), Self::INDEX, Ordering::Release)
+            .map_err(|_| FaultKind::QueueMemory)
+    }
+}
+
 /// A virtqueue.
 #[derive(Debug)]
 pub struct Ring {
     index: u16,
     queue: Queue,
     ram: Option<Rc<GuestRam>>,
+    /// Where they are in `ram`; together with it or not at all.
+    rings: Option<Rings>,
     pub(crate) addresses: Option<UserAddresses>,
     pub(crate) base: u16,
     pub(crate) kick: Option<OwnedFd>,
@@ -99,6 +157,7 @@ impl Ring {
             index,
             queue: Queue::new(max_size).ok()?,
             ram: None,
+            rings: None,
             addresses: None,
             base: 0,
             kick: None,
@@ -251,24 +310,18 @@ impl Ring {
             self.budget -= 1;
             return Ok(Some((head, true)));
         }
-        let Some(ram) = &self.ram else {
+        let Some(rings) = &self.rings else {
             return Ok(None);
         };
-        let memory = ram.map();
         if self.known == self.queue.next_avail() {
-            self.known = self.available_index(ram)?;
+            self.known = self.available_index(rings)?;
         }
         if self.known == self.queue.next_avail() {
             self.drained = Some(self.queue.next_avail());
             return Ok(None);
         }
-        // Two bytes of flags, two of the index, then two per entry (virtio 1.3, 2.7.6).
-        let entry = u64::from(self.queue.next_avail() % self.queue.size()) * 2 + 4;
-        let head = GuestAddress(self.queue.avail_ring())
-            .checked_add(entry)
-            .and_then(|at| memory.load::<u16>(at, Ordering::Relaxed).ok())
-            .map(u16::from_le)
-            .ok_or(FaultKind::QueueMemory)?;
+        let entry = usize::from(self.queue.next_avail() % self.queue.size());
+        let head = rings.available(Rings::FIRST + entry * size_of::<u16>(), Ordering::Relaxed)?;
         if head >= self.queue.size() {
             return Err(FaultKind::DescriptorIndex {
                 index: head,
@@ -285,19 +338,16 @@ impl Ring {
     }
 
     /// The available index, which is ahead of what was taken by no more than there are entries.
-    fn available_index(&self, ram: &GuestRam) -> Result<u16, FaultKind> {
-        let index = self
-            .queue
-            .avail_idx(ram.map(), Ordering::Acquire)
-            .map_err(|_| FaultKind::QueueMemory)?;
-        let ahead = (index - Wrapping(self.queue.next_avail())).0;
+    fn available_index(&self, rings: &Rings) -> Result<u16, FaultKind> {
+        let index = rings.available(Rings::INDEX, Ordering::Acquire)?;
+        let ahead = index.wrapping_sub(self.queue.next_avail());
         if ahead > self.queue.size() {
             return Err(FaultKind::AvailIndex {
-                index: index.0,
+                index,
                 size: self.queue.size(),
             });
         }
-        Ok(index.0)
+        Ok(index)
     }
 
     /// Takes requests until their writable buffers have room for `want` bytes, as one run of bytes, or until there are no more
@@ -395,30 +445,19 @@ impl Ring {
     }
 
     fn publish(&mut self, done: impl Iterator<Item = (u16, u32)>) -> Result<(), FaultKind> {
-        let Some(ram) = &self.ram else {
+        let Some(rings) = &self.rings else {
             return Err(FaultKind::QueueMemory);
         };
-        let used_ring = GuestAddress(self.queue.used_ring());
-        let place = |offset: u64| used_ring.checked_add(offset).ok_or(FaultKind::QueueMemory);
         let first = self.queue.next_used();
         let mut next = first;
         for (head, written) in done {
             if let Some(inflight) = &mut self.inflight {
                 inflight.will_be_used(head)?;
             }
-            // le32 id, le32 len, after le16 flags and le16 idx (virtio 1.3, 2.7.8).
-            let mut element = [0; 8];
-            element[..2].copy_from_slice(&head.to_le_bytes());
-            element[4..].copy_from_slice(&written.to_le_bytes());
-            let slot = u64::from(next % self.queue.size());
-            ram.map()
-                .write_slice(&element, place(4 + slot * 8)?)
-                .map_err(|_| FaultKind::QueueMemory)?;
+            rings.put(next % self.queue.size(), head, written)?;
             next = next.wrapping_add(1);
         }
-        ram.map()
-            .store(next.to_le(), place(2)?, Ordering::Release)
-            .map_err(|_| FaultKind::QueueMemory)?;
+        rings.show(next)?;
         self.queue.set_next_used(next);
         if let Some(inflight) = &mut self.inflight {
             inflight.were_used(next.wrapping_sub(first), next)?;
@@ -530,6 +569,7 @@ impl Ring {
         if !self.queue.is_valid(ram.map()) {
             return Err(FaultKind::QueueAddress);
         }
+        self.rings = Some(Rings::find(ram, &self.queue).ok_or(FaultKind::QueueAddress)?);
         self.ram = Some(ram.clone());
         Ok(())
     }
@@ -641,6 +681,7 @@ impl Ring {
         self.owes_interrupt = false;
         self.due = false;
         self.ram = None;
+        self.rings = None;
         self.replay.clear();
         self.kick = None;
         self.base
@@ -710,14 +751,13 @@ impl Ring {
 
     /// Whether the driver has made more available since the device found nothing more: for someone who looks again and again.
     pub(crate) fn has_more(&self) -> bool {
-        let (Some(ram), Some(end)) = (&self.ram, self.drained) else {
+        let (Some(rings), Some(end)) = (&self.rings, self.drained) else {
             return false;
         };
         self.is_running()
-            && self
-                .queue
-                .avail_idx(ram.map(), Ordering::Acquire)
-                .is_ok_and(|index| index.0 != end)
+            && rings
+                .available(Rings::INDEX, Ordering::Acquire)
+                .is_ok_and(|index| index != end)
     }
 
     /// From here on a kick wakes the device, and nothing else. A turn is due if the driver was faster.
@@ -740,7 +780,7 @@ impl Ring {
 
     fn signal_driver(&mut self) -> Result<(), FaultKind> {
         let (old, new) = (self.signalled, self.queue.next_used());
-        let Some(ram) = self.ram.as_ref().filter(|_| old != new) else {
+        let Some(rings) = self.rings.as_ref().filter(|_| old != new) else {
             return Ok(());
         };
         self.signalled = new;
@@ -749,15 +789,11 @@ impl Ring {
         let event_idx = self.queue.event_idx_enabled();
         // `used_event` is behind the last entry of the available ring, `flags` is in front of all (virtio 1.3, 2.7.6).
         let offset = if event_idx {
-            4 + u64::from(self.queue.size()) * 2
+            Rings::FIRST + usize::from(self.queue.size()) * size_of::<u16>()
         } else {
             0
         };
-        let wish = GuestAddress(self.queue.avail_ring())
-            .checked_add(offset)
-            .and_then(|at| ram.map().load::<u16>(at, Ordering::Relaxed).ok())
-            .map(u16::from_le)
-            .ok_or(FaultKind::QueueMemory)?;
+        let wish = rings.available(offset, Ordering::Relaxed)?;
         let wanted = if event_idx {
             // virtio 1.3, 2.7.10: the index that the driver waits for is among those just published.
             new.wrapping_sub(wish).wrapping_sub(1) < new.wrapping_sub(old)

@@ -2,7 +2,8 @@
 //!
 //! **Job.** A packet is read straight into the driver's next buffers: one, or with mergeable buffers (virtio 1.3, 5.1.6.4) as many
 //! as lately were enough. One that is larger all the same is read partly behind them, put together here, and copied into as
-//! many buffers as it needs; if there are not enough, it waits here until the driver adds more.
+//! many buffers as it needs; if there are not enough, it waits here until the driver adds more. While packets are small they are read
+//! here first, and copied.
 //! **Who is not trusted.** The driver, for the number and size of its buffers; the packet is not looked at.
 //! **Why this way.** A tap does not tell how long its next packet is. Packets of one kind come in rows, so that the last ones are a good
 //! guess; a wrong one costs a look at buffers in vain, or a copy.
@@ -16,7 +17,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 use crate::backend::tap::TapQueue;
 use crate::features::Features;
 use crate::filter::{Filter, LOOKED_AT};
-use crate::header::{HEADER, MAX_PACKET, NUM_BUFFERS};
+use crate::header::{HEADER, MAX_PACKET, NUM_BUFFERS, SMALL};
 use crate::limit::Limiter;
 
 /// Why receiving stopped.
@@ -95,12 +96,17 @@ impl Receiver {
                     ))
                     .into());
             }
+            let here = self.expected <= SMALL;
             // A packet is at most this long, so that nothing of it is cut off.
             buffers.truncate(self.buffer.len());
             buffers.keep_segments(device_host::PACKET_SEGMENTS);
             let room = buffers.len();
-            let behind = self.buffer.get_mut(room..).unwrap_or(&mut []);
-            let read = buffers.fill_from_stream(tap.fd(), behind);
+            let read = if here {
+                tap.read(&mut self.buffer)
+            } else {
+                let behind = self.buffer.get_mut(room..).unwrap_or(&mut []);
+                buffers.fill_from_stream(tap.fd(), behind)
+            };
             if let (Ok(len), Some(now)) = (read, now) {
                 limit.take(len.saturating_sub(HEADER), now);
             }
@@ -108,7 +114,11 @@ impl Receiver {
                 && !filter.is_open()
             {
                 let mut start = [0; HEADER + LOOKED_AT];
-                let seen = buffers.read_at(0, &mut start);
+                let seen = if here {
+                    0
+                } else {
+                    buffers.read_at(0, &mut start)
+                };
                 // What is not in the driver's buffers is in this one, at its place in the packet.
                 for (to, from) in start.iter_mut().zip(&self.buffer).skip(seen) {
                     *to = *from;
@@ -129,6 +139,9 @@ impl Receiver {
                         more
                     });
                     let count = used.count();
+                    if here {
+                        buffers.write_at(0, &self.buffer[..len]);
+                    }
                     // 5.1.6.4.1: 1 even without mergeable buffers. At most one for each entry of the queue.
                     buffers.write_at(NUM_BUFFERS, &(count as u16).to_le_bytes());
                     if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
@@ -148,7 +161,9 @@ impl Receiver {
                 }
                 Ok(len) => {
                     // The buffers are still the device's; what the guest makes of its own packet meanwhile harms no one.
-                    buffers.read_at(0, &mut self.buffer[..room]);
+                    if !here {
+                        buffers.read_at(0, &mut self.buffer[..room]);
+                    }
                     self.put_back(ring)?;
                     if features.mergeable() {
                         self.expected = self.buffer.len();

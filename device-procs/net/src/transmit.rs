@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use crate::backend::tap::TapQueue;
 use crate::features::Features;
-use crate::header::{HEADER, MAX_PACKET, checked};
+use crate::header::{HEADER, MAX_PACKET, SMALL, checked};
 use crate::limit::Limiter;
 
 /// What became of a packet.
@@ -85,11 +85,14 @@ fn send(
         ipc::guest_warn!("packet of {len} bytes with a malformed header dropped");
         return Fate::Dropped;
     };
-    let sent = if packet.segments() <= PACKET_SEGMENTS {
+    let sent = if HEADER + len > SMALL && packet.segments() <= PACKET_SEGMENTS {
         packet.send_to_stream_after(&header, tap.fd())
     } else {
-        // No driver in use sends so many pieces; one that does pays for a copy. Allocated once.
-        copy.resize(HEADER + MAX_PACKET, 0);
+        // Small, or in so many pieces as no driver in use makes.
+        if copy.is_empty() {
+            // Once; pages that no such packet uses stay untouched.
+            *copy = vec![0; HEADER + MAX_PACKET];
+        }
         copy[..HEADER].copy_from_slice(&header);
         let end = HEADER + packet.read(&mut copy[HEADER..]);
         nix::unistd::write(tap.fd(), &copy[..end])

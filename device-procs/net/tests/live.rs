@@ -235,6 +235,44 @@ fn frames_go_both_ways() {
     card.finish();
 }
 
+/// Small ones are copied, others are not, and which one the next one is cannot be known.
+#[test]
+fn frames_of_all_sizes_follow_each_other() {
+    // A large one takes two.
+    const ROOM: u32 = 800;
+    let Some(mut card) = card(1, MRG_RXBUF) else {
+        return;
+    };
+    // With their headers, around what is small; and so many small ones that the next one is expected to be so.
+    let sizes = [60, 244, 245, 1514, 60, 14, 1514, 243]
+        .into_iter()
+        .chain(std::iter::repeat_n(60, 20))
+        .chain([1514, 300, 900]);
+    for (mark, len) in (1..).zip(sizes) {
+        card.transmit([0; 12], &frame(len, mark));
+        assert_eq!(card.host_receives(), frame(len, mark), "{len} bytes");
+        card.offer(0, &[ROOM, ROOM]);
+        card.host.write_all(&frame(len, !mark)).unwrap();
+        let want = frame(len, !mark);
+        let count = (12 + len).div_ceil(ROOM as usize);
+        let mut got = Vec::new();
+        for slot in 0..count as u64 {
+            let (_, used) = card.queues[0].wait_used(&card.front.memory);
+            let at = RX + slot * u64::from(ROOM);
+            got.extend(card.front.memory.read(at, used as usize));
+        }
+        let header = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, count as u8, 0];
+        assert_eq!(got[..12], header, "{len} bytes");
+        assert_eq!(got[12..], want, "{len} bytes");
+        // The next one begins with fresh buffers.
+        for _ in count..2 {
+            card.host.write_all(&frame(60, mark)).unwrap();
+            card.queues[0].wait_used(&card.front.memory);
+        }
+    }
+    card.finish();
+}
+
 #[test]
 fn frames_wait_for_buffers() {
     let Some(mut card) = card(1, MRG_RXBUF | EVENT_IDX) else {

@@ -1,13 +1,14 @@
 //! What may be added to a VM that runs.
 //!
 //! **Job.** The rule, fixed by the command line before the guest runs ([`Additions`]), and what the control process may then
-//! ask for ([`Addition`]). Five ways lead to a back end:
+//! ask for ([`Addition`]). Six ways lead to a back end:
 //!
 //! * an image or folder **beneath** a folder that the operator granted (`-hotplug images=DIR`, `-hotplug folders=DIR`). The
 //!   broker holds these folders open from the start and resolves names below them without links;
 //! * a tap that the operator granted by its name (`-hotplug tap=NAME`);
 //! * a socket, where somebody else's daemon listens, **beneath** a folder that the operator granted (`-hotplug sockets=DIR`);
 //! * a socket that the command line names as a chardev and nothing there uses;
+//! * the kernel's vhost-net for the packets of such a tap, if the operator granted that (`-hotplug vhost=on`);
 //! * a descriptor that comes along, which a client of QMP has opened. Whoever can pass one has had it already.
 //!
 //! **Who is not trusted.** The control process, once the guest runs. What it can reach by asking is what the operator
@@ -67,6 +68,8 @@ pub enum AdditionGrant {
         /// The folder, absolute.
         path: PathBuf,
     },
+    /// `vhost=on`: cards may have their packets passed by the host's kernel (vhost-net), whose device is opened for them.
+    Vhost,
 }
 
 /// A back end that the control process asks for.

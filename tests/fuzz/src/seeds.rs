@@ -666,6 +666,7 @@ fn control() -> Inputs {
                 AdditionGrant::Sockets {
                     path: "/sockets".into(),
                 },
+                AdditionGrant::Vhost,
             ],
         },
         files: vec![

@@ -71,6 +71,20 @@ pub fn in_a_nested_machine(nested: &Nested, test: &str, body: impl FnOnce()) {
     }
 }
 
+/// Runs the body where Linux boots and the kernel has vhost-net: here, or in a nested machine. `test` is [`test_path!`].
+///
+/// # Panics
+/// As [`where_linux_boots`].
+pub fn where_vhost_net_is(test: &str, body: impl FnOnce()) {
+    let here = std::path::Path::new("/dev/vhost-net").exists()
+        && matches!(place(Flavour::Cloud), Ok(Place::Here { .. }));
+    if here {
+        body();
+    } else {
+        in_a_nested_machine(&Nested::default(), test, body);
+    }
+}
+
 /// Runs the test again in a nested machine with these settings, where it ends in [`cut_the_power`]. `test` is [`test_path!`].
 ///
 /// # Panics

@@ -19,13 +19,17 @@ pub fn command(at: &str, name: &str) -> String {
     format!("{at}/loader --library-path {at}/lib {at}/{name}")
 }
 
-/// The image with the program `name`, which Debian's package of the same name has in `/usr/bin`.
+/// The image with the program `name`, which Debian's package of the same name has in `/usr/bin` or `/usr/sbin`.
 ///
 /// # Errors
 /// When the package cannot be installed, or the image cannot be made.
 pub fn image(name: &str) -> Result<PathBuf, LabError> {
     packages::ensure(&[name])?;
-    let program = Path::new("/usr/bin").join(name);
+    let folders = ["/usr/bin", "/usr/sbin"].map(Path::new);
+    let program = folders.map(|folder| folder.join(name));
+    let program = program.into_iter().find(|program| program.exists());
+    let program = program
+        .ok_or_else(|| LabError::Host(format!("Debian's package {name} has no program {name}")))?;
     let made = |path: &Path| fs::metadata(path).and_then(|one| one.modified());
     let image = cache_dir().join(format!("program-{name}.ext4"));
     let _lock = lock_cache()?;

@@ -93,6 +93,9 @@ fn rules(policy: &PolicyInfo) -> String {
     if let Some(why) = policy.budget_why {
         let _ = writeln!(text, "  at most {}: {why}", policy.budget);
     }
+    if let Some(needs) = policy.needs {
+        let _ = writeln!(text, "  only where the host has {needs}");
+    }
     for rule in policy.rules {
         let _ = writeln!(text, "  {:<18} {}", rule.call, what(rule));
         let _ = writeln!(text, "  {:<18}   {} [{}]", "", rule.why, rule.from);

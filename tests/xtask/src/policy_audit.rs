@@ -2,7 +2,8 @@
 //!
 //! **Job.** Run suites under the kernel's tracer, note which rule of which policy each filtered thread really used, and fail on
 //! rules, and on values of argument checks, that nothing used. A rule that takes another host or a coincidence may say so in its
-//! file, with the test that makes the call all the same; it is then named only. A trace with gaps proves nothing: a lost event can
+//! file, with the test that makes the call all the same; it is then named only. A policy for what this host does not have is not judged,
+//! and that is said; what runs in the nested machine, which may have it, is not traced. A trace with gaps proves nothing: a lost event can
 //! be the one that says which policy a thread is under. It is taken once more with larger buffers, and fails the audit then.
 //! **Who is not trusted.** The memory of whoever wrote a rule.
 //! **Why this way.** The tracepoint `raw_syscalls/sys_enter` sees every call of every process with its arguments, jailed and not
@@ -29,6 +30,10 @@ const SUITES: &str = "(package(tests) & binary(/^(affinity|bare|dax|qcow2|proces
      | (package(tests) & binary(jail) & test(every_process)) | (package(ozone) & binary(outer)) \
      | (package(vmm-main) & binary(chardev_filter))";
 
+/// What is run as well where the host has the device.
+const SUITES_OF_DEVICES: &[(&str, &str)] =
+    &[("/dev/vhost-net", "(package(tests) & binary(vhost))")];
+
 /// Where they are.
 const PACKAGES: &[&str] = &[
     "tests",
@@ -52,8 +57,8 @@ pub(crate) struct Audit {
     #[arg(long, group = "what")]
     audit: bool,
     /// The suites to run, as a filter of cargo-nextest.
-    #[arg(long, value_name = "FILTER", default_value = SUITES, hide_default_value = true, requires = "audit")]
-    run: String,
+    #[arg(long, value_name = "FILTER", requires = "audit")]
+    run: Option<String>,
     /// Write what was used to a file, for --with.
     #[arg(long, value_name = "FILE", requires = "audit")]
     keep: Option<PathBuf>,
@@ -82,13 +87,13 @@ pub(crate) fn run(options: &Audit) -> Result<ExitCode, String> {
     let command = if options.no_run || !options.command.is_empty() {
         options.command.clone()
     } else {
-        suites(&options.run)?
+        suites(options.run.as_deref().unwrap_or(&usual()))?
     };
     let passed = command.is_empty() || trace_without_gaps(&command, &mut used)?;
     if let Some(file) = &options.keep {
         used.write(file)?;
     }
-    let verdict = judge(&used);
+    let verdict = judge(&used, is_here);
     print!("{}", verdict.text);
     if verdict.unused > 0 {
         return Err(format!(
@@ -234,11 +239,31 @@ struct Traced {
 const UNUSED: &str = "NOT USED";
 const RARE: &str = "rare, not used";
 
+/// The suites that are run if nothing else is asked for, on this host.
+fn usual() -> String {
+    let mut filter = SUITES.to_owned();
+    let of_devices = SUITES_OF_DEVICES.iter();
+    for (_, suites) in of_devices.filter(|(device, _)| is_here(device)) {
+        filter.push_str(&format!(" | {suites}"));
+    }
+    filter
+}
+
+fn is_here(device: &str) -> bool {
+    Path::new(device).exists()
+}
+
 /// A piece that several policies share is judged for each of them: a rule that one needs may be one too many in another.
-fn judge(used: &Used) -> Verdict {
+fn judge(used: &Used, has: impl Fn(&str) -> bool) -> Verdict {
     let mut text = String::new();
     let mut unused = 0;
     for policy in Policy::ALL {
+        if let Some(needs) = policy.info().needs.filter(|needs| !has(needs)) {
+            text.push_str(&format!(
+                "{policy}: not judged here: this host has no {needs}\n"
+            ));
+            continue;
+        }
         let mut lines: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         for rule in policy.info().rules {
             // What a child needs is judged in the child's own policy. A call that is answered is not made, so the tracer does
@@ -593,18 +618,36 @@ mod tests {
     #[test]
     fn what_was_used_is_not_reported_and_what_was_not_is() {
         let mut used = Used::default();
-        let before = judge(&used);
+        let before = judge(&used, |_| true);
         assert!(before.text.contains("block: NOT USED: fdatasync"));
         used.note(Policy::Block, nix::libc::SYS_fdatasync, &[0; 6]);
-        let after = judge(&used);
+        let after = judge(&used, |_| true);
         assert!(!after.text.contains("block: NOT USED: fdatasync"));
         assert_eq!(after.unused + 1, before.unused);
         // One of several values.
         let run = [3, 0xae80, 0, 0, 0, 0];
         used.note(Policy::ControlVcpu, nix::libc::SYS_ioctl, &run);
-        let text = judge(&used).text;
+        let text = judge(&used, |_| true).text;
         assert!(text.contains("control-vcpu: NOT USED: ioctl (arg1 == KVM_GET_REGS"));
         assert!(!text.contains("KVM_RUN,"));
+    }
+
+    #[test]
+    fn a_policy_is_judged_where_there_is_what_it_needs() {
+        let used = Used::default();
+        let with = judge(&used, |_| true);
+        assert!(with.text.contains("net-vhost: NOT USED: ioctl"));
+        assert!(!with.text.contains("not judged here"));
+        let without = judge(&used, |device| device != "/dev/vhost-net");
+        let lines = without.text.lines();
+        let lines: Vec<_> = lines
+            .filter(|line| line.starts_with("net-vhost: "))
+            .collect();
+        assert_eq!(
+            lines,
+            ["net-vhost: not judged here: this host has no /dev/vhost-net"]
+        );
+        assert!(without.unused < with.unused);
     }
 
     #[test]

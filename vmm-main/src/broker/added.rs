@@ -26,6 +26,9 @@ use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname
 
 use super::open::Hold;
 
+/// What the kernel does with packets is outside of every jail, so that it takes a grant.
+pub(crate) const NO_VHOST: &str = "vhost takes -hotplug vhost=on when the VM is started";
+
 /// A granted folder.
 #[derive(Debug)]
 struct Root {
@@ -68,6 +71,7 @@ pub(super) struct Added {
     taps: Vec<String>,
     /// Sockets that the command line names, in the order of their numbers.
     named: Vec<PathBuf>,
+    vhost: bool,
     backends: BTreeMap<u32, Backend>,
 }
 
@@ -94,6 +98,7 @@ impl Added {
                     added.backends.insert(number, backend);
                     added.named.push(path.clone());
                 }
+                AdditionGrant::Vhost => added.vhost = true,
                 AdditionGrant::Sockets { path } => {
                     added.sockets.push(Root::open("sockets", path, false)?);
                 }
@@ -225,6 +230,9 @@ impl Added {
                 "back end {number} is below an image of device {above}"
             ));
         }
+        if matches!(spec, DeviceSpec::Net(card) if card.vhost) && !self.vhost {
+            return Err(format!("device {:?}: {NO_VHOST}", spec.id()));
+        }
         let images = match spec {
             DeviceSpec::Block(spec) => spec.io.format.images(),
             _ => 1,
@@ -238,10 +246,10 @@ impl Added {
                     },
                 ) => spec.direct == *direct && (spec.readonly || !*readonly),
                 (DeviceSpec::Net(spec), BackendGrant::Tap { .. }) => {
-                    spec.queue_pairs == backend.queues && !spec.vhost
+                    spec.queue_pairs == backend.queues
                 }
                 (DeviceSpec::Net(spec), BackendGrant::Given) => {
-                    spec.queue_pairs == backend.queues && backend.hold.is_none() && !spec.vhost
+                    spec.queue_pairs == backend.queues && backend.hold.is_none()
                 }
                 (DeviceSpec::Block(spec), BackendGrant::Given) => {
                     backend.image_mode() == Some((spec.readonly, spec.direct))

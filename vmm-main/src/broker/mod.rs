@@ -39,6 +39,7 @@ mod resize;
 mod rights;
 mod snapshot;
 
+pub(crate) use added::NO_VHOST;
 pub use client::{
     Client, ClientError, DeviceExit, Inspection, Notice, SnapshotAnswer, SnapshotFiles,
 };

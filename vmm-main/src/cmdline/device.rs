@@ -590,10 +590,15 @@ impl super::Draft {
                 _ => AdditionGrant::Folders { path, readonly },
             });
         }
-        if grants.len() != 1 {
-            return Err(props.error("exactly one of images, folders, sockets and tap is needed"));
+        if props.has("vhost") {
+            grants.push(AdditionGrant::Vhost);
         }
-        for key in ["tap", "sockets"] {
+        if grants.len() != 1 {
+            return Err(
+                props.error("exactly one of images, folders, sockets, tap and vhost is needed")
+            );
+        }
+        for key in ["tap", "sockets", "vhost"] {
             if props.has("readonly") && props.has(key) {
                 return Err(props.error(format!("readonly says nothing about {key}")));
             }

@@ -329,6 +329,12 @@ const HOTPLUG: &[Shape] = &[one(
             "a folder: a vhost-user daemon that listens at a socket anywhere beneath it may serve a device; it gets all of the guest's memory",
         ),
         key(
+            "vhost",
+            Kind::Fixed(&["on"]),
+            "",
+            "taps that are added may be served by the host's kernel, with `netdev_add` of `vhost`: as -netdev vhost=on, that is outside of every jail",
+        ),
+        key(
             "readonly",
             Kind::Bool,
             "off",

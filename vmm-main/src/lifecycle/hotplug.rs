@@ -41,7 +41,7 @@ use super::event_loop::{DEVICES, End, PLUGS, Parts, Vm, borrow, lock};
 use super::start::SharedTransport;
 use super::supervise::Told;
 use super::with_causes;
-use crate::broker::{DeviceExit, Notice};
+use crate::broker::{DeviceExit, NO_VHOST, Notice};
 use crate::machine::microvm::{self, Microvm};
 use crate::qmp::{
     BackendKind, ChardevInfo, Event, NewBackend, NewDevice, NodeOver, QmpError, Reply,
@@ -466,6 +466,12 @@ impl Vm {
         {
             let chardev = chardev.clone();
             reply.send(self.put_card_behind(&chardev, what));
+            return Ok(());
+        }
+        if matches!(&what, NewBackend::Netdev(netdev) if netdev.vhost)
+            && !spec.hotplug.contains(&AdditionGrant::Vhost)
+        {
+            reply.send(Err(generic(format!("Netdev '{id}': {NO_VHOST}"))));
             return Ok(());
         }
         if let NewBackend::Drive(drive, Some(lower)) = &mut what

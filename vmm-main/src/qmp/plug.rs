@@ -204,7 +204,8 @@ impl NewBackend {
                 (None, None) => NetBackend::TapFds(Vec::new()),
             },
             queues: queues.unwrap_or(1),
-            vhost: false,
+            vhost: arguments.flag("vhost").unwrap_or(false),
+            // The broker opens its own.
             vhost_fds: Vec::new(),
             limits: net_limits(&arguments),
         })

@@ -15,6 +15,8 @@ pub(crate) struct Options {
     pub(crate) rounds: usize,
     pub(crate) slice: Duration,
     pub(crate) peers: bool,
+    /// Another build of the device process, as one more party.
+    pub(crate) beside: Option<PathBuf>,
     pub(crate) list: bool,
     pub(crate) help: bool,
     /// Where the picture goes.
@@ -27,6 +29,7 @@ options of bench net:
   --only TEXT[,TEXT]    loads whose name has one of the texts
   --list                names of the loads
   --no-peers            without dpdk-testpmd
+  --beside FILE         another build of net takes part, too: what a change is worth
   --rounds N            turns of each back end with each load (default 11)
   --slice-ms N          length of a turn (default 200)
   --plot FILE           the ratios as a picture (SVG)";
@@ -38,6 +41,7 @@ impl Options {
             rounds: 11,
             slice: Duration::from_millis(200),
             peers: true,
+            beside: None,
             list: false,
             help: false,
             plot: None,
@@ -52,6 +56,7 @@ impl Options {
                 "--only" => options.only.extend(words.texts()),
                 "--list" => options.list = true,
                 "--no-peers" => options.peers = false,
+                "--beside" => options.beside = Some(words.value().into()),
                 "--rounds" => options.rounds = words.number(1),
                 "--slice-ms" => options.slice = Duration::from_millis(words.number(1)),
                 "--plot" => options.plot = Some(words.value().into()),

@@ -16,7 +16,6 @@ use device_host::test_frontend::tap::Tap;
 use ipc::spec::DeviceSpec;
 use ipc::spec::net::NetSpec;
 use nix::sys::signal::{Signal, kill};
-use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use tests::procfs::processor_time;
 
@@ -64,13 +63,32 @@ impl Party {
         }
     }
 
-    fn cpu(&self) -> Duration {
-        match self.pid() {
-            Some(pid) => processor_time(pid).unwrap_or_default(),
-            None => clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
-                .unwrap()
-                .into(),
-        }
+    /// What `work` took, and the processor time of the party's process meanwhile.
+    fn measured<T>(pid: u32, work: impl FnOnce() -> T) -> (T, Duration) {
+        let used = || processor_time(pid.cast_signed()).unwrap_or_default();
+        let before = used();
+        let result = work();
+        (result, used() - before)
+    }
+
+    fn send(&mut self, load: &Load, slice: Duration) -> (usize, Duration, Duration) {
+        let (card, pid) = match &mut self.kind {
+            Kind::Ours(card, process) => (card, process.id()),
+            Kind::Peer(card, child) => (card, child.id()),
+            Kind::Floor(floor) => return floor.send(load, slice),
+        };
+        let ((packets, time), cpu) = Self::measured(pid, || card.send(load, slice));
+        (packets, time, cpu)
+    }
+
+    /// `frames` from each queue.
+    fn receive(&mut self, load: &Load, frames: usize) -> (Duration, Duration) {
+        let (card, pid) = match &mut self.kind {
+            Kind::Ours(card, process) => (card, process.id()),
+            Kind::Peer(card, child) => (card, child.id()),
+            Kind::Floor(floor) => return floor.receive(load, frames),
+        };
+        Self::measured(pid, || card.receive(load, frames))
     }
 
     /// One turn; `None` where it has no part in such a load. Who never sleeps would take the others' time, so it is held
@@ -91,24 +109,16 @@ impl Party {
     fn awake(&mut self, load: &Load, slice: Duration) -> Option<Sample> {
         let (mut packets, mut time, mut cpu) = (0, Duration::ZERO, Duration::ZERO);
         if load.send {
-            let before = self.cpu();
-            (packets, time) = match &mut self.kind {
-                Kind::Ours(card, _) | Kind::Peer(card, _) => card.send(load, slice),
-                Kind::Floor(floor) => floor.send(load, slice),
-            };
-            cpu = self.cpu() - before;
+            (packets, time, cpu) = self.send(load, slice);
         } else {
-            let host = self.host.as_ref()?;
+            let host = self.host.as_ref()?.try_clone().unwrap();
             let each = load.burst() / load.queues;
             let start = Instant::now();
             while start.elapsed() < slice {
-                fill(host, load, &self.flows, each);
-                let before = self.cpu();
-                time += match &mut self.kind {
-                    Kind::Ours(card, _) | Kind::Peer(card, _) => card.receive(load, each),
-                    Kind::Floor(floor) => floor.receive(load, each),
-                };
-                cpu += self.cpu() - before;
+                fill(&host, load, &self.flows, each);
+                let (took, used) = self.receive(load, each);
+                time += took;
+                cpu += used;
                 packets += load.burst();
             }
         }
@@ -162,7 +172,8 @@ fn flows(floor: &mut Floor, host: &File, queues: usize) -> Vec<usize> {
     flows.into_iter().flatten().collect()
 }
 
-fn ours(queues: usize, flows: Vec<usize>) -> Option<Party> {
+/// This crate's process, or that of another build.
+fn ours(name: &'static str, program: &str, queues: usize, flows: Vec<usize>) -> Option<Party> {
     let tap = tap(queues)?;
     let spec = DeviceSpec::Net(NetSpec {
         id: "bench".into(),
@@ -173,10 +184,10 @@ fn ours(queues: usize, flows: Vec<usize>) -> Option<Party> {
         vhost: false,
         limits: Default::default(),
     });
-    let mut process = DeviceProcess::start(env!("CARGO_BIN_EXE_net"), spec, tap.queues);
+    let mut process = DeviceProcess::start(program, spec, tap.queues);
     let card = Card::connect(process.socket(), queues, true);
     Some(Party {
-        name: "net",
+        name,
         kind: Kind::Ours(card, process),
         host: Some(tap.host),
         flows,
@@ -256,7 +267,12 @@ pub(crate) fn all(options: &Options, queues: usize) -> Option<Vec<Party>> {
         host: Some(tap.host),
         flows: flows.clone(),
     };
-    let mut all = vec![ours(queues, flows)?, floor];
+    let program = env!("CARGO_BIN_EXE_net");
+    let mut all = vec![ours("net", program, queues, flows.clone())?, floor];
+    if let Some(other) = &options.beside {
+        let other = other.to_str().expect("a path of text");
+        all.push(ours("net, other build", other, queues, flows)?);
+    }
     if options.peers {
         all.push(testpmd(queues));
     }

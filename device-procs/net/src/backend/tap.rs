@@ -44,11 +44,21 @@ impl TapQueue {
             && tap::set_offloads(self.fd(), 0).is_ok()
     }
 
+    /// Reads a packet with its header, as much of it as there is room for; its length.
+    pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        loop {
+            match readv(&self.0, &mut [IoSliceMut::new(into)]) {
+                Err(Errno::EINTR) => {}
+                other => return other,
+            }
+        }
+    }
+
     /// Reads a packet that nobody wants.
     pub(crate) fn discard(&self) -> Result<(), Errno> {
         // The kernel drops what does not fit.
         let mut start = [0; HEADER + 64];
-        readv(&self.0, &mut [IoSliceMut::new(&mut start)]).map(drop)
+        self.read(&mut start).map(drop)
     }
 
     /// Sends a frame that nobody has to complete anything of.

@@ -259,10 +259,18 @@ const NETDEV: &[Member] = &[
     may(
         "vhost",
         Type::Bool,
-        "accepted: packets never go through the host kernel's vhost",
+        "the host's kernel passes the packets (vhost-net), as `-netdev vhost=on`; takes `-hotplug vhost=on`",
     ),
-    may("vhostfd", Type::ID, "accepted: this descriptor is closed"),
-    may("vhostfds", Type::TEXT, "accepted: these are closed"),
+    may(
+        "vhostfd",
+        Type::ID,
+        "accepted: this descriptor is closed, for each process of the card has one that was opened for it",
+    ),
+    may(
+        "vhostfds",
+        Type::TEXT,
+        "accepted: these are closed, as `vhostfd` is",
+    ),
     may("throttling.rx-packets", RATE, LIMIT),
     may("throttling.rx-packets-burst", BURST, LIMIT),
     may("throttling.rx-bytes", RATE, LIMIT),
@@ -462,6 +470,16 @@ fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(),
             }
         ));
     };
+    if arguments.at(&["vhost"]) == Some(&Value::Bool(true))
+        && let Some(rate) = DIRECTIONS
+            .map(|name| format!("throttling.{name}"))
+            .iter()
+            .find(|rate| arguments.uint(rate).unwrap_or(0) > 0)
+    {
+        return wrong(format!(
+            "Parameter '{rate}' contradicts 'vhost', with which packets do not pass this program"
+        ));
+    }
     // Those of vhost are taken and closed, whatever follows.
     for argument in ["vhostfd", "vhostfds"] {
         if let Some(text) = arguments.text(argument) {
