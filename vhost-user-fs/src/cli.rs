@@ -419,69 +419,144 @@ fn capabilities(list: &str) -> Result<(u64, u64), UsageError> {
     Ok((added, taken))
 }
 
-/// Understands the arguments after the program's name.
-pub(crate) fn parse(
-    arguments: impl Iterator<Item = String>,
-) -> Result<Command<Box<Options>>, UsageError> {
-    let given = collect(arguments)?;
-    let has = |option| given.contains_key(option);
-    let text = |option| given.get(option).cloned().flatten();
-    if has("help") {
-        return Ok(Command::Help);
+fn has(given: &Given, option: &str) -> bool {
+    given.contains_key(option)
+}
+
+fn text(given: &Given, option: &str) -> Option<String> {
+    given.get(option).cloned().flatten()
+}
+
+fn source(given: &Given) -> Result<PathBuf, UsageError> {
+    match (text(given, "source"), text(given, "shared-dir")) {
+        (Some(_), Some(_)) => Err(UsageError::Conflict("source", "shared-dir")),
+        (one, other) => one.or(other).map(PathBuf::from).ok_or(UsageError::NoSource),
     }
-    if has("version") {
-        return Ok(Command::Version);
-    }
-    if has("print-capabilities") {
-        return Ok(Command::Capabilities);
-    }
-    let source = match (text("source"), text("shared-dir")) {
-        (Some(_), Some(_)) => return Err(UsageError::Conflict("source", "shared-dir")),
-        (one, other) => one.or(other).ok_or(UsageError::NoSource)?,
-    };
-    let fd = number(&given, "fd", 3..=i32::MAX as u64, "a descriptor from 3 on")?;
-    let socket = match (text("socket-path"), fd) {
-        (Some(_), Some(_)) => return Err(UsageError::Conflict("socket-path", "fd")),
-        (Some(path), None) => Socket::Path(path.into()),
+}
+
+fn socket(given: &Given) -> Result<Socket, UsageError> {
+    let fd = number(given, "fd", 3..=i32::MAX as u64, "a descriptor from 3 on")?;
+    match (text(given, "socket-path"), fd) {
+        (Some(_), Some(_)) => Err(UsageError::Conflict("socket-path", "fd")),
+        (Some(path), None) => Ok(Socket::Path(path.into())),
         // In the range of descriptors, as was checked.
-        (None, Some(fd)) => Socket::Fd(fd as RawFd),
-        (None, None) => return Err(UsageError::NoSocket),
-    };
-    let threads = number(
-        &given,
-        "thread-pool-size",
-        0..=64,
-        "0 to 64 threads are possible",
-    )?;
+        (None, Some(fd)) => Ok(Socket::Fd(fd as RawFd)),
+        (None, None) => Err(UsageError::NoSocket),
+    }
+}
+
+fn log_level(given: &Given) -> Result<Level, UsageError> {
     choice(
-        &given,
+        given,
+        "log-level",
+        &[
+            ("error", Level::Error),
+            ("warn", Level::Warn),
+            ("info", Level::Info),
+            ("debug", Level::Debug),
+            ("trace", Level::Trace),
+        ],
+        Level::Warn,
+        "one of error, warn, info, debug, trace",
+    )
+}
+
+fn seccomp(given: &Given) -> Result<Seccomp, UsageError> {
+    choice(
+        given,
+        "seccomp",
+        &[
+            ("allow", Seccomp::Allow),
+            ("kill", Seccomp::Kill),
+            ("log", Seccomp::Log),
+            ("trap", Seccomp::Trap),
+        ],
+        Seccomp::Kill,
+        "one of allow, kill, log, trap",
+    )
+}
+
+fn sandbox(given: &Given) -> Result<Kind, UsageError> {
+    choice(
+        given,
+        "sandbox",
+        &[("namespace", Kind::Namespace), ("chroot", Kind::Chroot)],
+        Kind::Namespace,
+        "one of namespace, chroot",
+    )
+}
+
+fn cache(given: &Given) -> Result<Cache, UsageError> {
+    choice(
+        given,
+        "cache",
+        &[
+            ("never", Cache::Never),
+            ("none", Cache::Never),
+            ("metadata", Cache::Metadata),
+            ("auto", Cache::Auto),
+            ("always", Cache::Always),
+        ],
+        Cache::Auto,
+        "one of never, metadata, auto, always",
+    )
+}
+
+/// What is the same here, and what no sandbox allows.
+fn inode_file_handles(given: &Given) -> Result<(), UsageError> {
+    choice(
+        given,
         "inode-file-handles",
         &[("never", ()), ("prefer", ())],
         (),
         "never or prefer. mandatory would take CAP_DAC_READ_SEARCH in the host's user namespace, with which every file of the host's file \
          systems can be opened by its handle, in the shared folder or not, and past Landlock: no -sandbox keeps that right. Inodes are \
          descriptors, and beyond -rlimit-nofile they are found again by folder and name",
-    )?;
-    let xattrmap = match text("xattrmap") {
-        Some(rules) => {
-            let map = XattrMap::parse(&rules);
-            Some(map.map_err(|allowed| UsageError::Wrong {
-                option: "xattrmap",
-                value: rules,
-                allowed,
-            })?)
-        }
-        None => None,
+    )
+}
+
+fn xattr_map(given: &Given) -> Result<Option<XattrMap>, UsageError> {
+    let Some(rules) = text(given, "xattrmap") else {
+        return Ok(None);
     };
-    let users = translation(&given, "translate-uid")?;
-    let groups = translation(&given, "translate-gid")?;
-    let (add_caps, drop_caps) = match text("modcaps") {
-        Some(list) => capabilities(&list)?,
-        None => (0, 0),
+    match XattrMap::parse(&rules) {
+        Ok(map) => Ok(Some(map)),
+        Err(allowed) => Err(UsageError::Wrong {
+            option: "xattrmap",
+            value: rules,
+            allowed,
+        }),
+    }
+}
+
+fn tag(given: &Given) -> Result<String, UsageError> {
+    let tag = text(given, "tag").unwrap_or_else(|| "myfs".to_owned());
+    if tag.is_empty() || tag.len() > TAG_BYTES {
+        return Err(UsageError::Wrong {
+            option: "tag",
+            value: tag,
+            allowed: "1 to 36 bytes are possible",
+        });
+    }
+    Ok(tag)
+}
+
+fn dax_window(given: &Given) -> Result<u64, UsageError> {
+    let Some(size) = text(given, "dax-window") else {
+        return Ok(0);
     };
-    let (uid_map, gid_map) = (id_map(&given, "uid-map")?, id_map(&given, "gid-map")?);
-    for option in ["uid-map", "gid-map"].into_iter().filter(|map| has(map)) {
-        if text("sandbox").as_deref() == Some("chroot") {
+    window(&size).ok_or(UsageError::Wrong {
+        option: "dax-window",
+        value: size,
+        allowed: "a multiple of 2M, up to 8G",
+    })
+}
+
+/// Whether options go together that are right by themselves.
+fn check_together(given: &Given, add_caps: u64) -> Result<(), UsageError> {
+    let maps = ["uid-map", "gid-map"];
+    for option in maps.into_iter().filter(|map| has(given, map)) {
+        if text(given, "sandbox").as_deref() == Some("chroot") {
             return Err(UsageError::Conflict(option, "sandbox chroot"));
         }
         if add_caps & OF_THE_HOST != 0 {
@@ -491,20 +566,12 @@ pub(crate) fn parse(
             ));
         }
     }
-    let tag = text("tag").unwrap_or_else(|| "myfs".to_owned());
-    if tag.is_empty() || tag.len() > TAG_BYTES {
-        return Err(UsageError::Wrong {
-            option: "tag",
-            value: tag,
-            allowed: "1 to 36 bytes are possible",
-        });
-    }
     for (option, needed) in [
         ("posix-acl", "xattr"),
         ("xattrmap", "xattr"),
         ("socket-group", "socket-path"),
     ] {
-        if has(option) && !has(needed) {
+        if has(given, option) && !has(given, needed) {
             return Err(UsageError::Needs(option, needed));
         }
     }
@@ -514,95 +581,71 @@ pub(crate) fn parse(
         ("translate-uid", "posix-acl"),
         ("translate-gid", "posix-acl"),
     ] {
-        if has(option) && has(other) {
+        if has(given, option) && has(given, other) {
             return Err(UsageError::Conflict(option, other));
         }
     }
-    Ok(Command::Serve(Box::new(Options {
-        source: source.into(),
-        socket,
-        log: text("D").map_or(LogTo::Stderr, |file| LogTo::File(file.into())),
-        log_level: choice(
-            &given,
-            "log-level",
-            &[
-                ("error", Level::Error),
-                ("warn", Level::Warn),
-                ("info", Level::Info),
-                ("debug", Level::Debug),
-                ("trace", Level::Trace),
-            ],
-            Level::Warn,
-            "one of error, warn, info, debug, trace",
-        )?,
-        seccomp: choice(
-            &given,
-            "seccomp",
-            &[
-                ("allow", Seccomp::Allow),
-                ("kill", Seccomp::Kill),
-                ("log", Seccomp::Log),
-                ("trap", Seccomp::Trap),
-            ],
-            Seccomp::Kill,
-            "one of allow, kill, log, trap",
-        )?,
-        sandbox: choice(
-            &given,
-            "sandbox",
-            &[("namespace", Kind::Namespace), ("chroot", Kind::Chroot)],
-            Kind::Namespace,
-            "one of namespace, chroot",
-        )?,
+    Ok(())
+}
+
+/// Understands the arguments after the program's name.
+pub(crate) fn parse(
+    arguments: impl Iterator<Item = String>,
+) -> Result<Command<Box<Options>>, UsageError> {
+    let given = &collect(arguments)?;
+    if has(given, "help") {
+        return Ok(Command::Help);
+    }
+    if has(given, "version") {
+        return Ok(Command::Version);
+    }
+    if has(given, "print-capabilities") {
+        return Ok(Command::Capabilities);
+    }
+    options(given).map(|options| Command::Serve(Box::new(options)))
+}
+
+fn options(given: &Given) -> Result<Options, UsageError> {
+    inode_file_handles(given)?;
+    let (add_caps, drop_caps) = match text(given, "modcaps") {
+        Some(list) => capabilities(&list)?,
+        None => (0, 0),
+    };
+    check_together(given, add_caps)?;
+    let descriptors = "a number from 256 to 1073741824";
+    let threads = "0 to 64 threads are possible";
+    Ok(Options {
+        source: source(given)?,
+        socket: socket(given)?,
+        log: text(given, "D").map_or(LogTo::Stderr, |file| LogTo::File(file.into())),
+        log_level: log_level(given)?,
+        seccomp: seccomp(given)?,
+        sandbox: sandbox(given)?,
         add_caps,
         drop_caps,
-        rlimit_nofile: number(
-            &given,
-            "rlimit-nofile",
-            256..=1 << 30,
-            "a number from 256 to 1073741824",
-        )?,
-        cache: choice(
-            &given,
-            "cache",
-            &[
-                ("never", Cache::Never),
-                ("none", Cache::Never),
-                ("metadata", Cache::Metadata),
-                ("auto", Cache::Auto),
-                ("always", Cache::Always),
-            ],
-            Cache::Auto,
-            "one of never, metadata, auto, always",
-        )?,
-        writeback: has("writeback"),
-        readonly: has("readonly"),
-        xattr: has("xattr"),
-        posix_acl: has("posix-acl"),
-        announce_submounts: has("announce-submounts"),
-        allow_mmap: has("allow-mmap"),
-        readdirplus: !has("no-readdirplus"),
-        posix_lock: has("posix-lock"),
-        flock: has("flock"),
-        xattrmap,
-        users,
-        groups,
-        uid_map,
-        gid_map,
-        noatime: has("preserve-noatime"),
-        dax_window: match text("dax-window") {
-            Some(size) => window(&size).ok_or(UsageError::Wrong {
-                option: "dax-window",
-                value: size,
-                allowed: "a multiple of 2M, up to 8G",
-            })?,
-            None => 0,
-        },
-        socket_group: text("socket-group"),
+        rlimit_nofile: number(given, "rlimit-nofile", 256..=1 << 30, descriptors)?,
+        cache: cache(given)?,
+        writeback: has(given, "writeback"),
+        readonly: has(given, "readonly"),
+        xattr: has(given, "xattr"),
+        xattrmap: xattr_map(given)?,
+        posix_acl: has(given, "posix-acl"),
+        announce_submounts: has(given, "announce-submounts"),
+        allow_mmap: has(given, "allow-mmap"),
+        readdirplus: !has(given, "no-readdirplus"),
+        posix_lock: has(given, "posix-lock"),
+        flock: has(given, "flock"),
+        tag: tag(given)?,
+        users: translation(given, "translate-uid")?,
+        groups: translation(given, "translate-gid")?,
+        uid_map: id_map(given, "uid-map")?,
+        gid_map: id_map(given, "gid-map")?,
+        noatime: has(given, "preserve-noatime"),
+        dax_window: dax_window(given)?,
+        socket_group: text(given, "socket-group"),
         // At most 64.
-        threads: threads.map(|count| count as usize),
-        tag,
-    })))
+        threads: number(given, "thread-pool-size", 0..=64, threads)?.map(|count| count as usize),
+    })
 }
 
 #[cfg(test)]

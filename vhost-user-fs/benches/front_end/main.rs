@@ -98,11 +98,9 @@ fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) -> 
         .map(|(n, daemon)| {
             let folder = format!("small-of-{n}");
             fs::create_dir(source.join(&folder)).unwrap();
-            Part::new(
-                Session::start(daemon, source, cache),
-                &folder,
-                options.files,
-            )
+            let mut session = Session::start(daemon, source, cache);
+            session.awake = options.awake;
+            Part::new(session, &folder, options.files)
         })
         .collect();
     let mut rows = Vec::new();

@@ -24,6 +24,8 @@ pub(crate) struct Options {
     pub(crate) inodes: usize,
     pub(crate) idle: bool,
     pub(crate) guest: bool,
+    /// The front end does not sleep.
+    pub(crate) awake: bool,
     pub(crate) list: bool,
     pub(crate) help: bool,
     pub(crate) virtiofsd: Option<PathBuf>,
@@ -46,6 +48,8 @@ options of bench fs:
   --idle                memory at rest, and nothing else
   --guest               from one Linux guest under QEMU with fio, and nothing else
                         (3 rounds, 300 files if not given; minutes)
+  --awake               the front end looks for replies all the time and needs no interrupt:
+                        what is left are the daemons and the copying
   --dir FOLDER          where the shared folder is made
   --plot FILE           the ratios as a picture (SVG)";
 
@@ -62,6 +66,7 @@ impl Options {
             inodes: 0,
             idle: false,
             guest: false,
+            awake: false,
             list: false,
             help: false,
             virtiofsd: None,
@@ -85,6 +90,7 @@ impl Options {
                 "--inodes" => options.inodes = words.number(0),
                 "--idle" => options.idle = true,
                 "--guest" => options.guest = true,
+                "--awake" => options.awake = true,
                 "--list" => options.list = true,
                 "--virtiofsd" => options.virtiofsd = Some(words.value().into()),
                 "--cache" => {

@@ -38,6 +38,8 @@ pub(crate) struct Session {
     /// Requests offered and replies seen, as the ring counts them.
     offered: u16,
     seen: u16,
+    /// Looks for replies instead of sleeping until there is one.
+    pub(crate) awake: bool,
 }
 
 /// Bytes after a request's header, in place: the generator must not be what is measured.
@@ -114,6 +116,7 @@ impl Session {
             unique: 0,
             offered: 0,
             seen: 0,
+            awake: false,
         };
         // Daemons of virtiofsd's kind want to know the first queue as well.
         session.front.start(&DriverQueue::new(0, 128, 0x6_0000));
@@ -183,6 +186,10 @@ impl Session {
         let used = loop {
             if let Some(used) = self.queue.try_used(&self.front.memory) {
                 break used;
+            }
+            if self.awake {
+                std::hint::spin_loop();
+                continue;
             }
             self.queue.set_used_event(&self.front.memory, self.seen);
             fence(Ordering::SeqCst);

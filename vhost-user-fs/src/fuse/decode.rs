@@ -391,35 +391,62 @@ pub struct Layout {
 /// # Errors
 /// `ENOSYS` for an opcode that is not served, else what is wrong with the request.
 pub fn decode(header: InHeader, body: &[u8], layout: Layout) -> Result<Request<'_>, Errno> {
-    let mut f = Fields(body);
-    let body = match header.opcode {
-        opcode::LOOKUP | opcode::UNLINK | opcode::RMDIR => {
-            let name = f.name()?;
-            match header.opcode {
-                opcode::LOOKUP => Body::Lookup { name },
-                opcode::UNLINK => Body::Unlink { name },
-                _ => Body::Rmdir { name },
-            }
+    let f = &mut Fields(body);
+    let opcode = header.opcode;
+    let body = match opcode {
+        opcode::LOOKUP
+        | opcode::UNLINK
+        | opcode::RMDIR
+        | opcode::READLINK
+        | opcode::SYMLINK
+        | opcode::MKNOD
+        | opcode::MKDIR
+        | opcode::RENAME
+        | opcode::RENAME2
+        | opcode::LINK => of_names(opcode, f)?,
+        opcode::GETATTR | opcode::STATX | opcode::SETATTR | opcode::ACCESS => {
+            of_attributes(opcode, f)?
         }
-        opcode::FORGET => Body::Forget { nlookup: f.u64()? },
-        opcode::BATCH_FORGET => {
-            let count = f.u32()? as usize;
-            f.skip(4)?;
-            let length = count.checked_mul(16).ok_or(Errno::EINVAL)?;
-            Body::BatchForget(Forgets(f.bytes(length)?))
+        opcode::OPEN
+        | opcode::CREATE
+        | opcode::TMPFILE
+        | opcode::READ
+        | opcode::WRITE
+        | opcode::FLUSH
+        | opcode::FSYNC
+        | opcode::RELEASE
+        | opcode::LSEEK
+        | opcode::FALLOCATE
+        | opcode::COPY_FILE_RANGE => of_files(opcode, f)?,
+        opcode::OPENDIR
+        | opcode::READDIR
+        | opcode::READDIRPLUS
+        | opcode::RELEASEDIR
+        | opcode::FSYNCDIR => of_folders(opcode, f)?,
+        opcode::SETXATTR | opcode::GETXATTR | opcode::LISTXATTR | opcode::REMOVEXATTR => {
+            of_xattrs(opcode, f, layout)?
         }
-        opcode::GETATTR | opcode::STATX => {
-            let flags = f.u32()?;
-            f.skip(4)?;
-            let fh = f.u64()?;
-            let fh = (flags & super::wire::flag::GETATTR_FH != 0).then_some(fh);
-            if header.opcode == opcode::STATX {
-                Body::Statx { fh }
-            } else {
-                Body::GetAttr { fh }
-            }
-        }
-        opcode::SETATTR => Body::SetAttr(set_attr(&mut f)?),
+        opcode::GETLK | opcode::SETLK | opcode::SETLKW => of_locks(opcode, f)?,
+        opcode::FORGET
+        | opcode::BATCH_FORGET
+        | opcode::STATFS
+        | opcode::SYNCFS
+        | opcode::SETUPMAPPING
+        | opcode::REMOVEMAPPING
+        | opcode::INTERRUPT
+        | opcode::INIT
+        | opcode::DESTROY => of_the_session(opcode, f)?,
+        _ => return Err(Errno::ENOSYS),
+    };
+    Ok(Request { header, body })
+}
+
+/// Finding, making, moving and removing what names stand for.
+fn of_names<'a>(opcode: u32, f: &mut Fields<'a>) -> Result<Body<'a>, Errno> {
+    Ok(match opcode {
+        opcode::LOOKUP => Body::Lookup { name: f.name()? },
+        opcode::UNLINK => Body::Unlink { name: f.name()? },
+        opcode::RMDIR => Body::Rmdir { name: f.name()? },
         opcode::READLINK => Body::ReadLink,
         opcode::SYMLINK => {
             let name = f.name()?;
@@ -470,33 +497,46 @@ pub fn decode(header: InHeader, body: &[u8], layout: Layout) -> Result<Request<'
             oldnodeid: f.u64()?,
             name: f.name()?,
         },
+        _ => return Err(Errno::ENOSYS),
+    })
+}
+
+/// What is told of a file, and changed.
+fn of_attributes<'a>(opcode: u32, f: &mut Fields<'a>) -> Result<Body<'a>, Errno> {
+    Ok(match opcode {
+        opcode::GETATTR => Body::GetAttr { fh: getattr_in(f)? },
+        opcode::STATX => Body::Statx { fh: getattr_in(f)? },
+        opcode::SETATTR => Body::SetAttr(set_attr(f)?),
+        opcode::ACCESS => Body::Access { mask: f.u32()? },
+        _ => return Err(Errno::ENOSYS),
+    })
+}
+
+/// Open files: opening them, their data, closing them.
+fn of_files<'a>(opcode: u32, f: &mut Fields<'a>) -> Result<Body<'a>, Errno> {
+    Ok(match opcode {
         opcode::OPEN => Body::Open {
             flags: f.u32()?,
             open_flags: f.u32()?,
         },
-        opcode::OPENDIR => Body::OpenDir { flags: f.u32()? },
-        opcode::CREATE | opcode::TMPFILE => {
-            let (flags, mode, umask, open_flags) = (f.u32()?, f.u32()?, f.u32()?, f.u32()?);
-            if header.opcode == opcode::CREATE {
-                Body::Create {
-                    flags,
-                    mode,
-                    umask,
-                    open_flags,
-                    name: f.name()?,
-                }
-            } else {
-                // The name in the request is the kernel's own invention and means nothing.
-                Body::TmpFile { flags, mode, umask }
+        opcode::CREATE => {
+            let (flags, mode, umask, open_flags) = create_in(f)?;
+            Body::Create {
+                flags,
+                mode,
+                umask,
+                open_flags,
+                name: f.name()?,
             }
         }
-        opcode::READ | opcode::READDIR | opcode::READDIRPLUS => {
-            let (fh, offset, size) = (f.u64()?, f.u64()?, f.u32()?);
-            match header.opcode {
-                opcode::READ => Body::Read { fh, offset, size },
-                opcode::READDIR => Body::ReadDir { fh, offset, size },
-                _ => Body::ReadDirPlus { fh, offset, size },
-            }
+        opcode::TMPFILE => {
+            // The name in the request is the kernel's own invention and means nothing.
+            let (flags, mode, umask, _) = create_in(f)?;
+            Body::TmpFile { flags, mode, umask }
+        }
+        opcode::READ => {
+            let (fh, offset, size) = read_in(f)?;
+            Body::Read { fh, offset, size }
         }
         opcode::WRITE => {
             let (fh, offset, size, write_flags) = (f.u64()?, f.u64()?, f.u32()?, f.u32()?);
@@ -515,31 +555,71 @@ pub fn decode(header: InHeader, body: &[u8], layout: Layout) -> Result<Request<'
                 lock_owner: f.u64()?,
             }
         }
-        opcode::FSYNC | opcode::FSYNCDIR => {
-            let fh = f.u64()?;
-            let datasync = f.u32()? & super::wire::flag::FSYNC_FDATASYNC != 0;
-            if header.opcode == opcode::FSYNC {
-                Body::Fsync { fh, datasync }
-            } else {
-                Body::FsyncDir { fh, datasync }
+        opcode::FSYNC => {
+            let (fh, datasync) = fsync_in(f)?;
+            Body::Fsync { fh, datasync }
+        }
+        opcode::RELEASE => {
+            let (fh, release_flags, lock_owner) = release_in(f)?;
+            Body::Release {
+                fh,
+                release_flags,
+                lock_owner,
             }
         }
-        opcode::RELEASE | opcode::RELEASEDIR => {
-            let fh = f.u64()?;
-            f.skip(4)?;
-            let (release_flags, lock_owner) = (f.u32()?, f.u64()?);
-            if header.opcode == opcode::RELEASE {
-                Body::Release {
-                    fh,
-                    release_flags,
-                    lock_owner,
-                }
-            } else {
-                Body::ReleaseDir { fh }
+        opcode::LSEEK => Body::Lseek {
+            fh: f.u64()?,
+            offset: f.u64()?,
+            whence: f.u32()?,
+        },
+        opcode::FALLOCATE => {
+            let (fh, offset, length, mode) = (f.u64()?, f.u64()?, f.u64()?, f.u32()?);
+            Body::Fallocate {
+                fh,
+                offset,
+                length,
+                mode,
             }
         }
-        opcode::STATFS => Body::StatFs,
-        opcode::ACCESS => Body::Access { mask: f.u32()? },
+        opcode::COPY_FILE_RANGE => Body::CopyFileRange {
+            fh_in: f.u64()?,
+            off_in: f.u64()?,
+            nodeid_out: f.u64()?,
+            fh_out: f.u64()?,
+            off_out: f.u64()?,
+            len: f.u64()?,
+            flags: f.u64()?,
+        },
+        _ => return Err(Errno::ENOSYS),
+    })
+}
+
+/// Open folders.
+fn of_folders<'a>(opcode: u32, f: &mut Fields<'a>) -> Result<Body<'a>, Errno> {
+    Ok(match opcode {
+        opcode::OPENDIR => Body::OpenDir { flags: f.u32()? },
+        opcode::READDIR => {
+            let (fh, offset, size) = read_in(f)?;
+            Body::ReadDir { fh, offset, size }
+        }
+        opcode::READDIRPLUS => {
+            let (fh, offset, size) = read_in(f)?;
+            Body::ReadDirPlus { fh, offset, size }
+        }
+        opcode::RELEASEDIR => Body::ReleaseDir {
+            fh: release_in(f)?.0,
+        },
+        opcode::FSYNCDIR => {
+            let (fh, datasync) = fsync_in(f)?;
+            Body::FsyncDir { fh, datasync }
+        }
+        _ => return Err(Errno::ENOSYS),
+    })
+}
+
+/// Extended attributes.
+fn of_xattrs<'a>(opcode: u32, f: &mut Fields<'a>, layout: Layout) -> Result<Body<'a>, Errno> {
+    Ok(match opcode {
         opcode::SETXATTR => {
             let (size, flags) = (f.u32()? as usize, f.u32()?);
             let mut setxattr_flags = 0;
@@ -570,38 +650,38 @@ pub fn decode(header: InHeader, body: &[u8], layout: Layout) -> Result<Request<'
         opcode::REMOVEXATTR => Body::RemoveXattr {
             name: f.xattr_name()?,
         },
-        opcode::LSEEK => Body::Lseek {
-            fh: f.u64()?,
-            offset: f.u64()?,
-            whence: f.u32()?,
-        },
-        opcode::FALLOCATE => {
-            let (fh, offset, length, mode) = (f.u64()?, f.u64()?, f.u64()?, f.u32()?);
-            Body::Fallocate {
-                fh,
-                offset,
-                length,
-                mode,
-            }
-        }
-        opcode::COPY_FILE_RANGE => Body::CopyFileRange {
-            fh_in: f.u64()?,
-            off_in: f.u64()?,
-            nodeid_out: f.u64()?,
-            fh_out: f.u64()?,
-            off_out: f.u64()?,
-            len: f.u64()?,
-            flags: f.u64()?,
-        },
-        opcode::GETLK => Body::GetLk(lock(&mut f)?),
+        _ => return Err(Errno::ENOSYS),
+    })
+}
+
+/// Locks.
+fn of_locks<'a>(opcode: u32, f: &mut Fields<'a>) -> Result<Body<'a>, Errno> {
+    Ok(match opcode {
+        opcode::GETLK => Body::GetLk(lock(f)?),
         opcode::SETLK => Body::SetLk {
-            lock: lock(&mut f)?,
+            lock: lock(f)?,
             wait: false,
         },
         opcode::SETLKW => Body::SetLk {
-            lock: lock(&mut f)?,
+            lock: lock(f)?,
             wait: true,
         },
+        _ => return Err(Errno::ENOSYS),
+    })
+}
+
+/// What is about no single file.
+fn of_the_session<'a>(opcode: u32, f: &mut Fields<'a>) -> Result<Body<'a>, Errno> {
+    Ok(match opcode {
+        opcode::FORGET => Body::Forget { nlookup: f.u64()? },
+        opcode::BATCH_FORGET => {
+            let count = f.u32()? as usize;
+            f.skip(4)?;
+            let length = count.checked_mul(16).ok_or(Errno::EINVAL)?;
+            Body::BatchForget(Forgets(f.bytes(length)?))
+        }
+        opcode::STATFS => Body::StatFs,
+        opcode::SYNCFS => Body::SyncFs,
         opcode::SETUPMAPPING => {
             let fh = f.u64()?;
             Body::SetupMapping {
@@ -618,13 +698,41 @@ pub fn decode(header: InHeader, body: &[u8], layout: Layout) -> Result<Request<'
             let length = count.checked_mul(16).ok_or(Errno::EINVAL)?;
             Body::RemoveMapping(Ranges(f.bytes(length)?))
         }
-        opcode::SYNCFS => Body::SyncFs,
         opcode::INTERRUPT => Body::Interrupt { unique: f.u64()? },
-        opcode::INIT => init(&mut f)?,
+        opcode::INIT => init(f)?,
         opcode::DESTROY => Body::Destroy,
         _ => return Err(Errno::ENOSYS),
-    };
-    Ok(Request { header, body })
+    })
+}
+
+/// `fuse_read_in`, up to what is looked at: handle, position, room.
+fn read_in(f: &mut Fields<'_>) -> Result<(u64, u64, u32), Errno> {
+    Ok((f.u64()?, f.u64()?, f.u32()?))
+}
+
+/// `fuse_fsync_in`: the handle, and whether the data alone is meant.
+fn fsync_in(f: &mut Fields<'_>) -> Result<(u64, bool), Errno> {
+    Ok((f.u64()?, f.u32()? & super::wire::flag::FSYNC_FDATASYNC != 0))
+}
+
+/// `fuse_release_in`: handle, its flags, whose locks go with it.
+fn release_in(f: &mut Fields<'_>) -> Result<(u64, u32, u64), Errno> {
+    let fh = f.u64()?;
+    f.skip(4)?;
+    Ok((fh, f.u32()?, f.u64()?))
+}
+
+/// `fuse_getattr_in` and the beginning of `fuse_statx_in`: an open file, if one is meant.
+fn getattr_in(f: &mut Fields<'_>) -> Result<Option<u64>, Errno> {
+    let flags = f.u32()?;
+    f.skip(4)?;
+    let fh = f.u64()?;
+    Ok((flags & super::wire::flag::GETATTR_FH != 0).then_some(fh))
+}
+
+/// `fuse_create_in`: flags, mode, mask, further flags.
+fn create_in(f: &mut Fields<'_>) -> Result<(u32, u32, u32, u32), Errno> {
+    Ok((f.u32()?, f.u32()?, f.u32()?, f.u32()?))
 }
 
 fn init<'a>(f: &mut Fields<'_>) -> Result<Body<'a>, Errno> {
