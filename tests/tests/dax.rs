@@ -21,7 +21,7 @@ use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
 use tests::procfs;
 use tests::test_path;
-use tests::vm::Vm;
+use tests::vm::{Vm, VmBuilder};
 use tests::wait::{Deadline, Watched, readable};
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
@@ -189,20 +189,82 @@ fn a_guest_outlives_that_the_host_makes_a_mapped_file_shorter() {
 
 /// Without Linux in between, on this machine's own KVM.
 fn bare(folder: &Path) -> Vm {
+    fs::write(folder.join("from-host"), "from the host\r\n").unwrap();
+    bare_with(folder, "16M").start().unwrap()
+}
+
+fn bare_with(folder: &Path, window: &str) -> VmBuilder {
     require_kvm();
     require_root();
-    fs::write(folder.join("from-host"), "from the host\r\n").unwrap();
     Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
         .kernel(&Payload::Dax.path(), "")
         .arg("-fsdev")
         .arg(format!("local,id=f,path={}", folder.display()))
         .arg("-device")
-        .arg("virtio-fs-device,fsdev=f,tag=share,id=fs0,cache-size=16M")
+        .arg(format!(
+            "virtio-fs-device,fsdev=f,tag=share,id=fs0,cache-size={window}"
+        ))
         .env("STRATOVIRT_LOG_LEVEL", "warn")
         .with_qmp()
-        .start()
-        .unwrap()
+}
+
+/// What is mapped is no part of a snapshot, which is told; a guest that has nothing mapped goes on elsewhere, and maps again there.
+#[test]
+fn a_guest_without_mappings_goes_on_with_its_window() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = tempfile::tempdir().unwrap();
+    let template = snapshots.path().join("template");
+    fs::write(dir.path().join("from-host"), "from the host\r\n").unwrap();
+    let build = |window: &str| {
+        bare_with(dir.path(), window)
+            .arg("-snapshot-dir")
+            .arg(snapshots.path())
+    };
+    let file = dir.path().join("from-host");
+    let migrate = json!({ "uri": format!("file:{}", template.display()) });
+    let mut vm = build("16M").start().unwrap();
+    expect(&mut vm, "SAW from the host\r\n");
+    let mut qmp = vm.qmp().unwrap();
+    let refused = qmp.execute("migrate", migrate.clone()).unwrap_err();
+    let refused = refused.to_string();
+    assert!(
+        refused.contains("has 1 ranges of files mapped"),
+        "{refused}"
+    );
+    assert!(!template.exists());
+    assert_eq!(mapped(&vm, &file), ["r--s"], "what the guest has stays");
+    vm.console.send("x").unwrap();
+    expect(&mut vm, "REMOVED");
+    qmp.execute("stop", json!({})).unwrap();
+    qmp.execute("migrate", migrate).unwrap();
+    vm.kill().unwrap();
+    let goes_on = |window: &str| {
+        build(window)
+            .arg("-incoming")
+            .arg(format!("file:{}", template.display()))
+            .start()
+            .unwrap()
+    };
+    let mut other = goes_on("32M");
+    assert_eq!(other.wait(LIMIT).unwrap().code(), Some(1));
+    let messages = other.messages();
+    assert!(
+        messages.contains("a window of 16777216 bytes (cache-size=)"),
+        "{messages}"
+    );
+    let mut vm = goes_on("16M");
+    let mut qmp = vm.qmp().unwrap();
+    for rights in ["rw-s", "r--s"] {
+        assert_eq!(mapped(&vm, &file), [""; 0]);
+        vm.console.send("x").unwrap();
+        expect(&mut vm, "SAW From the host\r\n");
+        assert_eq!(mapped(&vm, &file), [rights]);
+        vm.console.send("x").unwrap();
+        expect(&mut vm, "REMOVED");
+    }
+    qmp.execute("quit", json!({})).unwrap();
+    assert_eq!(vm.wait(LIMIT).unwrap().code(), Some(0));
 }
 
 /// The folder's process's end of the channel on which it asks for mappings: the one socket that the control process made.

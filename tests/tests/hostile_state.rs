@@ -400,6 +400,49 @@ fn a_process_that_lies_when_it_is_to_go_on_costs_the_device_and_not_the_vm() {
     }
 }
 
+/// Where clones share memory, a process that does not let its page faults be watched, as it says that it does, gets no memory.
+#[test]
+fn a_process_whose_faults_cannot_be_watched_costs_the_device_and_not_the_vm() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (mut vm, mut qmp) = started(with_disk(dir.path(), "truth"));
+    migrate(&mut qmp, dir.path()).unwrap();
+    vm.kill().unwrap();
+    drop(vm);
+    for (how, words) in [
+        ("faults-are-a-file", "cannot be watched"),
+        ("faults-are-a-pipe", "cannot be watched"),
+        ("faults-are-nothing", "cannot be watched"),
+        ("faults-are-nobodys", "refused POSTCOPY_LISTEN"),
+        (
+            "faults-have-no-table",
+            "malformed answer to SET_MEM_TABLE: it is too short",
+        ),
+        ("faults-leave", "closed its vhost-user socket"),
+    ] {
+        let lazily = format!("file:{},lazy=on", dir.path().join("template").display());
+        let vm = with_disk(dir.path(), how)
+            .arg("-incoming")
+            .arg(lazily)
+            .env("STRATOVIRT_LOG_LEVEL", "info");
+        let vm = vm.start().unwrap();
+        let mut qmp = vm.qmp().unwrap();
+        if vm.messages().contains("not shared") {
+            eprintln!(
+                "this kernel cannot share memory of clones: {}",
+                vm.messages()
+            );
+            return;
+        }
+        let failed = qmp
+            .wait_event("DEVICE_FAILED", LIMIT)
+            .unwrap_or_else(|e| panic!("{how}: {e}: {}", vm.messages()));
+        assert_eq!(failed["data"]["device"], how);
+        let messages = vm.messages();
+        assert!(messages.contains(words), "{how}: {messages}");
+        goes_on(how, vm, qmp);
+    }
+}
+
 /// An index that no driver wrote is its device's own matter: the guest goes on here and in another VM.
 #[test]
 fn an_index_that_no_driver_wrote_ends_no_vm() {

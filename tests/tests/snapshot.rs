@@ -301,6 +301,110 @@ fn clones_share_what_they_only_look_at() {
     );
 }
 
+/// Twenty clones at once take little more than one: what they only look at is there once.
+#[test]
+fn twenty_clones_share_their_clean_memory() {
+    const CLONES: u64 = 20;
+    /// KiB that the guest has written before the snapshot, and looks at afterwards.
+    const CONTENT: u64 = 16 << 10;
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let template = dir.path().join("template");
+    let guest = || {
+        Vm::builder()
+            .args(["-machine", "microvm", "-m", "128"])
+            .kernel(&Payload::Restored.path(), "touch=16")
+            .arg("-snapshot-dir")
+            .arg(dir.path())
+            .env("STRATOVIRT_LOG_LEVEL", "info")
+            .with_qmp()
+    };
+    let incoming = |how: &str| {
+        guest()
+            .arg("-incoming")
+            .arg(format!("file:{}{how}", template.display()))
+            .start()
+            .unwrap()
+    };
+    let round = ".".repeat(CONTENT as usize / 4);
+    let mut vm = guest().start().unwrap();
+    expect(&mut vm, "....");
+    migrate(&vm, &template).unwrap();
+    vm.kill().unwrap();
+    drop(vm);
+    // What one takes that shares nothing.
+    let mut alone = incoming("");
+    expect(&mut alone, &round);
+    let unshared = tests::procfs::pss(alone.pid()).unwrap();
+    drop(alone);
+    let mut clones: Vec<Vm> = (0..CLONES).map(|_| incoming(",lazy=on")).collect();
+    for vm in &mut clones {
+        expect(vm, &round);
+    }
+    if clones[0].messages().contains("not shared") {
+        eprintln!("this kernel cannot share memory of clones");
+        return;
+    }
+    let sum: u64 = clones
+        .iter()
+        .map(|vm| tests::procfs::pss(vm.pid()).unwrap())
+        .sum();
+    // The content once, and beside it not half of what each would take that does not share it.
+    let bound = CONTENT + CLONES * CONTENT / 2;
+    eprintln!("{CLONES} clones: {sum} KiB, one alone: {unshared} KiB, bound: {bound} KiB");
+    assert!(sum < bound, "{sum} KiB");
+    assert!(CLONES * unshared > bound, "{unshared} KiB prove nothing");
+}
+
+/// What a card receives goes into memory that is the template's still, and the guest sees it: each answer is compared byte by byte,
+/// and each buffer comes back once.
+#[test]
+fn packets_reach_clean_memory() {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let template = dir.path().join("template");
+    let taps = [
+        Tap::new("sv-cl0", "10.7.44.1/24").unwrap(),
+        Tap::new("sv-cl1", "10.7.45.1/24").unwrap(),
+    ];
+    let guest = |tap: &Tap| {
+        Vm::builder()
+            .args(["-machine", "microvm", "-m", "128"])
+            .kernel(&Payload::NetLoop.path(), "host=10.7.44.1 own=10.7.44.2")
+            .tap("n0", &tap.name, "52:54:00:00:00:44")
+            .arg("-snapshot-dir")
+            .arg(dir.path())
+            .env("STRATOVIRT_LOG_LEVEL", "info")
+            .with_qmp()
+    };
+    let mut vm = guest(&taps[0]).start().unwrap();
+    expect(&mut vm, "LOOP ");
+    migrate(&vm, &template).unwrap();
+    vm.kill().unwrap();
+    drop(vm);
+    for _ in 0..2 {
+        let mut vm = guest(&taps[0])
+            .arg("-incoming")
+            .arg(format!("file:{},lazy=on", template.display()))
+            .start()
+            .unwrap();
+        expect(&mut vm, "LOOP ");
+        expect(&mut vm, "LOOP ");
+        let messages = vm.messages();
+        if messages.contains("not shared") || messages.contains("cannot be watched") {
+            eprintln!("this kernel cannot share memory of clones: {messages}");
+            return;
+        }
+        let (_, own) = tests::procfs::pages_of(vm.pid(), &template.join("memory")).unwrap();
+        assert_eq!(own, 0, "a private copy of the template's page is nobody's");
+        vm.console.send("x").unwrap();
+        expect(&mut vm, "NET-LOOP OK");
+        ends_well(&mut vm);
+    }
+}
+
 /// A disk's process gets to see no page that is the template's still, and what it writes its guest sees; so it is for the process
 /// that comes after one that was killed.
 #[test]

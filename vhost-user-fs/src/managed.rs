@@ -179,10 +179,12 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
 }
 
 fn device(
-    tree: Passthrough,
+    mut tree: Passthrough,
     spec: &FsSpec,
     movers: Option<Movers<Moved>>,
 ) -> Result<FsDevice, BuildError> {
+    // This VM's control process does.
+    tree.leave_mappings_to_front_end();
     FsDevice::new(tree, &spec.tag)
         .map(|device| {
             let device = device.with_queues(spec.request_queues, spec.queue_size);

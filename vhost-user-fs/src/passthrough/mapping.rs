@@ -48,6 +48,12 @@ impl Passthrough {
         self.window = true;
     }
 
+    /// The front end keeps account of what is mapped, and asks for the state of a session only while nothing is. No other front end
+    /// is known to, and this process could not tell: one that comes after a killed one does not know what was mapped before.
+    pub fn leave_mappings_to_front_end(&mut self) {
+        self.window_is_watched = true;
+    }
+
     /// Whether this guest's session has mappings.
     pub fn has_mappings(&self) -> bool {
         self.agreed(init::MAP_ALIGNMENT)

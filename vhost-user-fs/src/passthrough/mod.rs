@@ -171,6 +171,8 @@ pub struct Passthrough {
     waiting: bool,
     /// Files can appear in a shared memory region of the device.
     window: bool,
+    /// The front end knows what is there, and asks for no state while anything is.
+    window_is_watched: bool,
     /// The host's name of `security.capability`, if it is another.
     mapped_capability: Option<CString>,
 }
@@ -201,6 +203,7 @@ impl Passthrough {
             ahead: ReadAhead::default(),
             waiting: false,
             window: false,
+            window_is_watched: false,
         })
     }
 
@@ -250,6 +253,7 @@ impl Passthrough {
             ahead: ReadAhead::default(),
             waiting: true,
             window: false,
+            window_is_watched: false,
         })
     }
 

@@ -205,7 +205,7 @@ impl Passthrough {
         if !self.can_be_saved() {
             return Err(StateError::Locks);
         }
-        if self.has_mappings() {
+        if self.has_mappings() && !self.window_is_watched {
             return Err(StateError::Mappings);
         }
         if self.waiting {

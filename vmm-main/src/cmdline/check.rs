@@ -223,11 +223,6 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
                 queue_size,
                 window,
             } => {
-                if window != 0 && spec.incoming.is_some() {
-                    return Err(fail(
-                        "cache-size contradicts -incoming: what a guest has mapped is not in a snapshot; allowed with it: 0".to_owned(),
-                    ));
-                }
                 fs_source(spec, &device.arg, &source, &done)?;
                 let same_tag = |other: &&DeviceOption| matches!(&other.kind, DeviceKind::Fs { tag: theirs, .. } if *theirs == tag);
                 if let Some(other) = done.iter().find(same_tag) {

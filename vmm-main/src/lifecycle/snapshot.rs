@@ -39,6 +39,7 @@ use crate::snapshot::memory::Writer;
 use crate::snapshot::shape::Shape;
 use crate::snapshot::{Snapshot, format};
 use crate::virtio::snapshot::DeviceState;
+use crate::virtio::window::Window;
 
 /// A snapshot that is being made.
 #[derive(Debug)]
@@ -154,9 +155,6 @@ impl Vm {
                 "Guest memory is still coming in; query-migrate tells how far it is".to_owned(),
             ),
             (None, _) => Some("Machine 'none' has no guest".to_owned()),
-            _ if self.parts.has_windows => Some(
-                "A shared folder of this VM has a window (cache-size=), and what a guest has mapped there is not in a snapshot: start the VM without it".to_owned(),
-            ),
             _ if self.hotplug.unsettled().is_some() => self.hotplug.unsettled(),
             (_, RunState::Running | RunState::Paused | RunState::Prelaunch) => None,
             (_, state) => Some(format!(
@@ -374,6 +372,17 @@ impl Vm {
         let mut devices = Vec::with_capacity(self.parts.transports.len());
         for transport in &self.parts.transports {
             let mut transport = lock(transport);
+            let device = transport.core().device();
+            if let Some(ranges) = device
+                .window()
+                .map(Window::ranges)
+                .filter(|count| *count > 0)
+            {
+                return Err(format!(
+                    "device \"{}\": the guest has {ranges} ranges of files mapped in its window (cache-size=), which are not in a snapshot: have it unmount the folder, or drop its caches (2 to /proc/sys/vm/drop_caches), until none is",
+                    device.id()
+                ));
+            }
             let exchange = if transport.core().device().has_state() {
                 exchanges.next()
             } else {

@@ -551,3 +551,44 @@ fn not_taken(offset: u64, why: &std::io::Error) -> ! {
     // SAFETY: as above.
     unsafe { libc::_exit(1) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where a process has its memory is what it says; whatever that is, it leads to no offset outside of the regions.
+    #[test]
+    fn addresses_that_nobody_has_lead_nowhere() {
+        const SIZE: u64 = 1 << 20;
+        let null = File::open("/dev/null").unwrap();
+        let region = |host, offset| Window {
+            host,
+            offset,
+            size: SIZE,
+        };
+        for (first, second) in [
+            (0, 0),
+            (u64::MAX, 0),
+            (u64::MAX - SIZE / 2, 4096),
+            (4096, 4096 + SIZE / 2),
+            (1, u64::MAX - SIZE),
+        ] {
+            let watched = Watched {
+                uffd: DeviceFaults::new(null.try_clone().unwrap().into()).0,
+                regions: vec![region(first, 0), region(second, 4 * SIZE)],
+            };
+            for address in [0, 1, 4096, SIZE, u64::MAX / 2, u64::MAX - SIZE, u64::MAX] {
+                let lies_in = |offset: u64| offset < SIZE || (4 * SIZE..5 * SIZE).contains(&offset);
+                assert!(watched.offset(address).is_none_or(lies_in), "{address:#x}");
+            }
+            assert_eq!(watched.address(SIZE, 1), None);
+            assert_eq!(watched.address(SIZE - 1, 2), None);
+            assert_eq!(watched.address(4 * SIZE, u64::MAX), None);
+            assert_eq!(watched.address(0, SIZE), Some(first));
+            assert_eq!(
+                watched.address(5 * SIZE - 1, 1),
+                Some(second.wrapping_add(SIZE - 1))
+            );
+        }
+    }
+}

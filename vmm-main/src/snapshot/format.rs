@@ -22,7 +22,7 @@ use super::Snapshot;
 
 const MAGIC: [u8; 8] = *b"SVSNAP\r\n";
 /// Version of the body that this program writes, and the only one that it reads.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Bytes before the body.
 pub const HEADER: usize = 32;
 

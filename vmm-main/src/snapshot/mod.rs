@@ -67,6 +67,7 @@ impl Snapshot {
                     kind: 2,
                     queues: 1,
                     queue_size: 256,
+                    window: 0,
                 }],
             },
             machine: MachineState::example(),

@@ -62,6 +62,8 @@ pub struct DeviceShape {
     pub queues: u16,
     /// Entries of each at most.
     pub queue_size: u16,
+    /// Bytes of its window in guest memory; 0 for none.
+    pub window: u64,
 }
 
 impl From<&DeviceSpec> for DeviceShape {
@@ -70,6 +72,10 @@ impl From<&DeviceSpec> for DeviceShape {
             kind: spec.virtio_id(),
             queues: spec.num_queues(),
             queue_size: spec.queue_size(),
+            window: match spec {
+                DeviceSpec::Fs(folder) => folder.window,
+                _ => 0,
+            },
         }
     }
 }
@@ -87,7 +93,11 @@ impl std::fmt::Display for DeviceShape {
             f,
             " with {} queues of {} entries",
             self.queues, self.queue_size
-        )
+        )?;
+        match self.window {
+            0 => Ok(()),
+            bytes => write!(f, " and a window of {bytes} bytes (cache-size=)"),
+        }
     }
 }
 

@@ -264,6 +264,12 @@ impl Window {
         self.len
     }
 
+    /// How many ranges of it have a file behind them.
+    #[must_use]
+    pub fn ranges(&self) -> usize {
+        self.lock().mapped.len()
+    }
+
     /// Where this process has it.
     #[must_use]
     pub fn host_address(&self) -> u64 {

@@ -102,6 +102,12 @@ fn at_work(how: &str) -> Option<(u32, Lie)> {
             req::GET_VRING_BASE,
             Lie::Body(vec![0, 0, 0, 0, 0x39, 0x30, 0, 0]),
         ),
+        // Of memory that is a template's.
+        "faults-are-a-pipe" => (req::POSTCOPY_ADVISE, Lie::Descriptors(1)),
+        "faults-are-nothing" => (req::POSTCOPY_ADVISE, Lie::Descriptors(0)),
+        "faults-are-nobodys" => (req::POSTCOPY_LISTEN, Lie::Body(words(&[1]))),
+        "faults-have-no-table" => (req::SET_MEM_TABLE, Lie::Body(words(&[0]))),
+        "faults-leave" => (req::POSTCOPY_ADVISE, Lie::Close),
         "base-is-short" => (req::GET_VRING_BASE, Lie::Body(vec![0; 4])),
         "base-is-long" => (req::GET_VRING_BASE, Lie::Body(vec![0; 12])),
         "base-is-silence" => (req::GET_VRING_BASE, Lie::Silence),

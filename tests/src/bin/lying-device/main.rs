@@ -74,7 +74,12 @@ fn managed(how: &str) -> ExitCode {
     // SAFETY: nobody else uses the number, and it is never closed.
     let socket = ManuallyDrop::new(UnixStream::from(unsafe { OwnedFd::from_raw_fd(SOCKET) }));
     // MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE.
-    serve(how, &socket, 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13, 1)
+    let mut offers = 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13;
+    if how.starts_with("faults-") {
+        // PAGEFAULT
+        offers |= 1 << 8;
+    }
+    serve(how, &socket, offers, 1)
 }
 
 /// As the user starts a daemon.
@@ -110,7 +115,7 @@ fn serve(how: &str, socket: &UnixStream, offers: u64, queues: u64) -> ExitCode {
 fn talk(how: &str, socket: &UnixStream, offers: u64, queues: u64) -> io::Result<ExitCode> {
     let pipe = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let mut direction = None;
-    let mut loaded = true;
+    let (mut loaded, mut listens) = (true, false);
     while let Some(message) = receive(socket, Deadline::after(LONG))? {
         let mut file = None;
         let truth = match message.request {
@@ -128,7 +133,17 @@ fn talk(how: &str, socket: &UnixStream, offers: u64, queues: u64) -> io::Result<
                 words(&[NO_DESCRIPTOR])
             }
             req::CHECK_DEVICE_STATE => words(&[u64::from(!loaded)]),
-            _ if message.flags & NEED_REPLY != 0 => words(&[0]),
+            req::POSTCOPY_ADVISE => {
+                // No such descriptor is its own to give, so a regular file has to do.
+                file = Some(memory(1)?);
+                Vec::new()
+            }
+            // The table as it came: its own addresses are anybody's guess.
+            req::SET_MEM_TABLE if listens && message.body.len() > 8 => message.body.clone(),
+            _ if message.flags & NEED_REPLY != 0 => {
+                listens |= message.request == req::POSTCOPY_LISTEN;
+                words(&[0])
+            }
             _ => continue,
         };
         let mut again = 1;
