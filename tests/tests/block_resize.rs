@@ -17,6 +17,7 @@ use tests::host::{require_kvm, require_root};
 use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
 use tests::procfs;
+use tests::qcow2::{create, qemu_img};
 use tests::qmp::Qmp;
 use tests::test_path;
 use tests::vm::Vm;
@@ -72,7 +73,7 @@ fn an_image_grows_as_far_as_the_command_line_says_and_no_further() {
         ),
         (
             json!({ "device": "grows", "size": 65 * MIB }),
-            "device g: size 68157440 is out of range; allowed: 8388608 to 67108864 (max-size= of its -drive)",
+            "device g: size 68157440 is out of range; allowed: 8388608 to 67108864 (max-size= of its -drive or -blockdev)",
         ),
         (
             json!({ "device": "grows", "size": 9_000_000 }),
@@ -80,7 +81,7 @@ fn an_image_grows_as_far_as_the_command_line_says_and_no_further() {
         ),
         (
             json!({ "device": "stays", "size": 9 * MIB }),
-            "device s: its -drive has no max-size=, so the image keeps its 8388608 bytes",
+            "device s: its -drive or -blockdev has no max-size=, so the image keeps its 8388608 bytes",
         ),
         (
             json!({ "device": "read", "size": 9 * MIB }),
@@ -127,6 +128,59 @@ fn an_image_grows_as_far_as_the_command_line_says_and_no_further() {
     }
     // The same size again is no fault.
     resize(&mut qmp, json!({ "device": "grows", "size": 64 * MIB })).unwrap();
+}
+
+/// What `qemu-img` says is the size of the disk in an image.
+fn virtual_size(image: &Path) -> u64 {
+    let output = qemu_img(&["info", "-U", "--output=json", "-f", "qcow2"], &[image]);
+    let info: Value = serde_json::from_slice(&output.stdout).unwrap();
+    info["virtual-size"].as_u64().unwrap()
+}
+
+#[test]
+fn nodes_say_how_far_their_images_grow() {
+    require_kvm();
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let (below, own) = (image(&path("below"), 8 * MIB), image(&path("own"), 8 * MIB));
+    let packed = create(dir.path(), "packed", &[]);
+    let file = |name: &str, more: &str| {
+        format!(
+            "file,node-name={name}-file,filename={}{more}",
+            path(name).display()
+        )
+    };
+    let mut vm = Vm::builder().args(["-machine", "microvm", "-m", "128", "-S"]);
+    for node in [
+        file("below", ",max-size=16777216"),
+        "raw,node-name=below,file=below-file".into(),
+        file("own", ",max-size=9437184"),
+        "raw,node-name=own,file=own-file,max-size=16777216".into(),
+        file("packed", ""),
+        "qcow2,node-name=packed,file=packed-file,max-size=16777216".into(),
+    ] {
+        vm = vm.args(["-blockdev", &node]);
+    }
+    for node in ["below", "own", "packed"] {
+        let device = format!("virtio-blk-device,drive={node},id=disk-{node}");
+        vm = vm.args(["-device", &device]);
+    }
+    let vm = vm.kernel(&Payload::FirstByte.path(), "").with_qmp();
+    let mut vm = vm.start().unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    for node in ["below", "own", "packed"] {
+        refused(
+            &mut qmp,
+            &json!({ "node-name": node, "size": 17 * MIB }),
+            "to 16777216 (max-size= of its -drive or -blockdev)",
+        );
+        let sized = json!({ "node-name": node, "size": 16 * MIB });
+        assert_eq!(resize(&mut qmp, sized).unwrap(), json!({}), "{node}");
+    }
+    assert_eq!(below.metadata().unwrap().len(), 16 * MIB);
+    assert_eq!(own.metadata().unwrap().len(), 16 * MIB);
+    assert_eq!(virtual_size(&packed), 16 * MIB);
 }
 
 /// A loop device, which goes with this.

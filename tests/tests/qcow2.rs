@@ -485,7 +485,7 @@ fn a_disk_grows_under_a_guest_that_writes() {
     for (size, words) in [
         (
             1025 * MIB,
-            "allowed: 1073741824 to 1073741824 (max-size= of its -drive)",
+            "allowed: 1073741824 to 1073741824 (max-size= of its -drive or -blockdev)",
         ),
         (64 * MIB, "is less than the 1073741824 bytes of the image"),
         (1024 * MIB + 1, "is no multiple of 512"),
@@ -584,7 +584,9 @@ fn a_disk_that_grows_shows_nothing_of_what_is_below_its_old_end() {
     let top = drive("d", &image, ",format=qcow2,direct=off");
     let said = grown(&[top], 20_000).unwrap_err();
     assert!(
-        said.contains("its -drive has no max-size=, so the image keeps its 4194304 bytes"),
+        said.contains(
+            "its -drive or -blockdev has no max-size=, so the image keeps its 4194304 bytes"
+        ),
         "{said}"
     );
 }

@@ -5,7 +5,9 @@
 //! be read is not created, a socket is not replaced while somebody listens, and every error names the option, the value
 //! and the reason.
 
+use std::collections::hash_map::RandomState;
 use std::fs::{File, Metadata};
+use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -250,17 +252,26 @@ fn unshared(path: &Path, found: Option<&Metadata>) -> Result<(File, bool), Strin
 
 /// A new file in `folder` that has no name any more.
 fn unlinked(folder: &Path) -> Result<File, String> {
-    // hugetlbfs has O_TMPFILE since Linux 5.18 only through a fallback: make and unlink works on every version.
-    let name = folder.join(format!(".stratovirt-ram-{}", std::process::id()));
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&name)
-        .map_err(|e| format!("cannot create a file in it: {e}"))?;
-    std::fs::remove_file(&name).map_err(|e| format!("cannot unlink the file in it: {e}"))?;
-    Ok(file)
+    // hugetlbfs has O_TMPFILE since Linux 5.18 only through a fallback: make and unlink works on every version. The name is by chance,
+    // since processes of several namespaces have the same ids.
+    let state = RandomState::new();
+    for attempt in 0..u32::MAX {
+        let chance = state.hash_one(attempt);
+        let name = folder.join(format!(".stratovirt-ram-{chance:016x}"));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&name);
+        let file = match file {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => continue,
+            other => other.map_err(|e| format!("cannot create a file in it: {e}"))?,
+        };
+        std::fs::remove_file(&name).map_err(|e| format!("cannot unlink the file in it: {e}"))?;
+        return Ok(file);
+    }
+    Err("cannot find a name for a file in it".into())
 }
 
 /// Opens the back end of one device; `inherited` are descriptors that came with the start of the VM.

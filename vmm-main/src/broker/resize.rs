@@ -28,9 +28,11 @@ pub(crate) enum ResizeError {
         "size {size} is less than the {now} bytes of the image, whose end the guest would lose; allowed: {now} and more"
     )]
     Shorter { size: u64, now: u64 },
-    #[error("size {size} is out of range; allowed: {now} to {most} (max-size= of its -drive)")]
+    #[error(
+        "size {size} is out of range; allowed: {now} to {most} (max-size= of its -drive or -blockdev)"
+    )]
     TooLong { size: u64, now: u64, most: u64 },
-    #[error("its -drive has no max-size=, so the image keeps its {now} bytes")]
+    #[error("its -drive or -blockdev has no max-size=, so the image keeps its {now} bytes")]
     NotGranted { now: u64 },
     #[error("size {size} is not that of the host's block device, {now}")]
     BlockDevice { size: u64, now: u64 },
@@ -118,13 +120,13 @@ mod tests {
                 false,
                 None,
                 16384,
-                "its -drive has no max-size=, so the image keeps its 8192 bytes",
+                "its -drive or -blockdev has no max-size=, so the image keeps its 8192 bytes",
             ),
             (
                 false,
                 Some(12288),
                 16384,
-                "size 16384 is out of range; allowed: 8192 to 12288 (max-size= of its -drive)",
+                "size 16384 is out of range; allowed: 8192 to 12288 (max-size= of its -drive or -blockdev)",
             ),
             (
                 false,

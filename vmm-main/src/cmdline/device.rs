@@ -218,11 +218,14 @@ impl super::Draft {
                     backing: Vec::new(),
                     readonly: props.bool("read-only").unwrap_or(false),
                     direct: props.bool("cache.direct").unwrap_or(false),
-                    max_size: None,
+                    max_size: props.int("max-size"),
                     io: block_io(props),
                 }
             }
         };
+        if drive.readonly && props.has("max-size") {
+            return Err(props.error("max-size contradicts read-only=on; allowed with it: none"));
+        }
         let native = [props.text("aio"), props.text("file.aio")].contains(&Some("native"));
         if native && !drive.direct {
             return Err(props.error("aio=native needs cache.direct=on"));
@@ -233,7 +236,11 @@ impl super::Draft {
                     "file is a node of driver qcow2 itself; allowed: one of driver file, host_device or raw",
                 ));
             }
-            drive.io.format = QCOW2;
+            drive.io.format = ImageFormat::Qcow2 {
+                below: 0,
+                raw_base: false,
+                most: drive.max_size.unwrap_or(0),
+            };
             if let Some(id) = props.text("backing") {
                 let Some(at) = self.node(id) else {
                     return Err(props.error(format!(
@@ -277,6 +284,7 @@ impl super::Draft {
             id,
             readonly,
             direct: props.bool("cache.direct").unwrap_or(below.direct),
+            max_size: props.int("max-size").or(below.max_size),
             io: BlockIo {
                 discard: own.discard || below.io.discard && !props.has("discard"),
                 detect_zeroes: if props.has("detect-zeroes") {

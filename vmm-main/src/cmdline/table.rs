@@ -386,6 +386,13 @@ const NODE_ZEROES: Key = key(
     "as -drive detect-zeroes=",
 );
 
+const NODE_MAX_SIZE: Key = key(
+    "max-size",
+    Kind::Int(0, limits::MAX_IMAGE_SIZE),
+    "",
+    "as -drive max-size=; without it, that of the node below, if there is one",
+);
+
 const FILE_NODE: &[Key] = &[
     NODE_NAME,
     must("filename", Kind::Path, "image or block device of the host"),
@@ -395,6 +402,7 @@ const FILE_NODE: &[Key] = &[
     NODE_AUTO,
     NODE_DISCARD,
     NODE_ZEROES,
+    NODE_MAX_SIZE,
     key(
         "aio",
         Kind::Choice(&["native", "io_uring", "threads"]),
@@ -460,6 +468,7 @@ const BLOCKDEV: &[Shape] = &[
             NODE_AUTO,
             NODE_DISCARD,
             NODE_ZEROES,
+            NODE_MAX_SIZE,
         ],
     ),
     form(
@@ -485,6 +494,7 @@ const BLOCKDEV: &[Shape] = &[
             NODE_AUTO,
             NODE_DISCARD,
             NODE_ZEROES,
+            NODE_MAX_SIZE,
         ],
     ),
 ];
