@@ -7,6 +7,7 @@
 //! **Why this way.** Tests say what the user would type, so a test is also an example of the manual.
 
 use crate::console::{Console, ConsoleError};
+use crate::payload::Payload;
 use crate::procfs;
 use crate::qmp::{Qmp, QmpError};
 use crate::wait::{Deadline, Watched};
@@ -197,6 +198,57 @@ impl VmBuilder {
             seen: Vec::new(),
         })
     }
+}
+
+/// For what a guest says and for a VM's end: two emulations deep a boot takes five seconds; this is for a machine that is busy as well,
+/// and for nested machines that let their guests stand still.
+pub const PATIENCE: Duration = Duration::from_secs(200);
+
+/// Waits for `text` on the console; see [`Vm::wait_for`].
+///
+/// # Panics
+/// When it does not come within [`PATIENCE`], with everything that helps.
+#[track_caller]
+pub fn expect(vm: &mut Vm, text: &str) -> String {
+    vm.wait_for(text, PATIENCE)
+        .unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Waits for the VM's end, which is one without an error.
+///
+/// # Panics
+/// When it is not, or does not come within [`PATIENCE`].
+#[track_caller]
+pub fn ends_well(vm: &mut Vm) {
+    let status = vm.wait(PATIENCE).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(status.code(), Some(0), "{}", vm.messages());
+}
+
+/// A Linux guest's script has ended without an error, and then the VM.
+///
+/// # Panics
+/// As [`expect`] and [`ends_well`].
+#[track_caller]
+pub fn script_ends_well(vm: &mut Vm) {
+    expect(vm, "GUEST-END status=0");
+    ends_well(vm);
+}
+
+/// A VM with a QMP socket whose bare guest has done its work and sleeps.
+///
+/// # Panics
+/// When there is no KVM, or the guest does not come that far.
+#[must_use]
+pub fn sleeping_guest() -> Vm {
+    crate::host::require_kvm();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128"])
+        .kernel(&Payload::Machine.path(), "end=halt")
+        .with_qmp()
+        .start()
+        .unwrap_or_else(|e| panic!("{e}"));
+    expect(&mut vm, "MACHINE OK");
+    vm
 }
 
 /// A VM that was started. Its end ends all its processes.

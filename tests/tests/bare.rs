@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::payload::Payload;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, ends_well, expect};
 
 /// A bare guest needs milliseconds; this is for a busy machine.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -19,18 +19,6 @@ fn vm(payload: Payload, append: &str) -> VmBuilder {
     Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
         .kernel(&payload.path(), append)
-}
-
-/// Waits for `text` and fails with everything that helps.
-#[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
 }
 
 fn image(dir: &Path, sectors: u64) -> std::path::PathBuf {

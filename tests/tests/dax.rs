@@ -21,7 +21,7 @@ use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
 use tests::procfs;
 use tests::test_path;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, expect, script_ends_well};
 use tests::wait::{Deadline, Watched, readable};
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
@@ -56,18 +56,6 @@ fn start(script: &str, fsdev: &str, device: &str) -> (Kept, PathBuf, Vm) {
         .start()
         .unwrap();
     ((dir, initrd), tree, vm)
-}
-
-#[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    expect(vm, "GUEST-END status=0");
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
 }
 
 /// The rights with which the control process has `file` mapped; empty if it has not.
@@ -120,7 +108,7 @@ fn both_sides_work_in_the_same_pages() {
             "{refused:?}"
         );
         vm.console.send("next\n").unwrap();
-        ends_well(&mut vm);
+        script_ends_well(&mut vm);
     });
 }
 
@@ -148,7 +136,7 @@ fn a_small_window_and_a_process_that_is_killed_lose_no_byte() {
         }
         fs::write(tree.join("stop"), "").unwrap();
         expect(&mut vm, "SUM=");
-        ends_well(&mut vm);
+        script_ends_well(&mut vm);
         assert_eq!(fs::metadata(tree.join("random")).unwrap().len(), 16 << 20);
     });
 }
@@ -183,7 +171,7 @@ fn a_guest_outlives_that_the_host_makes_a_mapped_file_shorter() {
             }
         }
         assert!(rounds > 0, "the guest has read what was not there");
-        ends_well(&mut vm);
+        script_ends_well(&mut vm);
     });
 }
 

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tests::host::{Tap, require_kvm, require_root};
 use tests::payload::Payload;
 use tests::qmp::Qmp;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, ends_well};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const IMAGE: u64 = 4 << 20;
@@ -101,12 +101,6 @@ fn event(vm: &Vm, qmp: &mut Qmp, name: &str) -> Value {
         Ok(event) => event["data"].clone(),
         Err(e) => panic!("{e}\n{}", vm.messages()),
     }
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
 }
 
 #[test]

@@ -17,7 +17,7 @@ use tests::console::Console;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::lab::ensure_packages;
 use tests::payload::Payload;
-use tests::vm::{Vm, VmBuilder, binary};
+use tests::vm::{Vm, VmBuilder, binary, ends_well};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -138,12 +138,6 @@ fn goes_on(vm: &mut Vm) {
         vm.wait_for("LOOP ", LIMIT)
             .unwrap_or_else(|e| panic!("{e}"));
     }
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
 }
 
 #[test]

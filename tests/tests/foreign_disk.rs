@@ -20,7 +20,7 @@ use tests::host::{require_kvm, require_root};
 use tests::lab::ensure_packages;
 use tests::payload::Payload;
 use tests::qmp::Qmp;
-use tests::vm::{Vm, VmBuilder, binary};
+use tests::vm::{Vm, VmBuilder, binary, ends_well};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -111,12 +111,6 @@ impl Place {
             .arg(format!("vhost-user-blk-device,chardev=c,id=x{more}"))
             .with_qmp()
     }
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
 }
 
 #[test]

@@ -15,27 +15,12 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
-use tests::host::require_kvm;
-use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::{Qmp, QmpError};
-use tests::vm::Vm;
+use tests::vm::sleeping_guest;
 use tests::wait::{Deadline, readable};
 
 const LIMIT: Duration = Duration::from_secs(30);
-
-fn sleeping_guest() -> Vm {
-    require_kvm();
-    let mut vm = Vm::builder()
-        .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::Machine.path(), "end=halt")
-        .with_qmp()
-        .start()
-        .unwrap();
-    vm.wait_for("MACHINE OK", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    vm
-}
 
 /// Whether every copy of the end that writes is closed, in whatever process, within [`LIMIT`].
 fn all_closed(reader: &std::io::PipeReader) -> bool {

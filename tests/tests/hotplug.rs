@@ -24,17 +24,12 @@ use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::{Qmp, QmpError};
 use tests::test_path;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, expect};
 use tests::wait::Deadline;
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
 const LIMIT: Duration = Duration::from_secs(90);
 const IMAGE: u64 = 8 << 20;
-
-#[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
-}
 
 #[track_caller]
 fn run(qmp: &mut Qmp, command: &str, arguments: Value) {

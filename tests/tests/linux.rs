@@ -15,7 +15,7 @@ use std::time::Duration;
 use tests::host::{Tap, check_ext4, ext4_image, read_from_ext4};
 use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::test_path;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, ends_well, expect};
 use tests::wait::accept;
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
@@ -39,20 +39,9 @@ fn vm_of(mebibytes: u32, kernel: &Path, initrd: &Path, append: &str) -> VmBuilde
 }
 
 #[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
-}
-
-#[track_caller]
 fn line_after(vm: &mut Vm, text: &str) -> String {
     expect(vm, text);
     vm.console.rest_of_line(LIMIT).unwrap()
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
 }
 
 #[test]

@@ -16,14 +16,9 @@ use tests::jail::check::guest_ram_of;
 use tests::lab::{Flavour, Guest, Nested, Script, in_a_nested_machine};
 use tests::payload::Payload;
 use tests::test_path;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, expect};
 
 const LIMIT: Duration = Duration::from_secs(90);
-
-#[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
-}
 
 /// What the kernel tells of the mappings of a file whose name contains `name`: the policy, and pages by node (proc(5),
 /// numa_maps).

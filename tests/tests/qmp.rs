@@ -14,23 +14,10 @@ use tests::host::{Tap, require_kvm};
 use tests::lab::cache_dir;
 use tests::payload::Payload;
 use tests::qmp::{Qmp, QmpError};
-use tests::vm::Vm;
+use tests::vm::{Vm, sleeping_guest};
 use tests::wait::Watched;
 
 const LIMIT: Duration = Duration::from_secs(30);
-
-fn sleeping_guest() -> Vm {
-    require_kvm();
-    let mut vm = Vm::builder()
-        .args(["-machine", "microvm", "-m", "128"])
-        .kernel(&Payload::Machine.path(), "end=halt")
-        .with_qmp()
-        .start()
-        .unwrap();
-    vm.wait_for("MACHINE OK", LIMIT)
-        .unwrap_or_else(|e| panic!("{e}"));
-    vm
-}
 
 /// A Python with the client, in a virtual environment in the cache.
 fn python_with_client() -> PathBuf {

@@ -24,7 +24,7 @@ use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::{Qmp, QmpError};
 use tests::test_path;
-use tests::vm::{Vm, VmBuilder, binary};
+use tests::vm::{Vm, VmBuilder, binary, expect, script_ends_well};
 use tests::wait::Deadline;
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy.
@@ -279,18 +279,6 @@ fn linux(script: &str, options: &[String]) -> (VmBuilder, tempfile::NamedTempFil
     (builder, initrd)
 }
 
-#[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    expect(vm, "GUEST-END status=0");
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
-}
-
 fn managed(tree: &Path, fsdev: &str, device: &str) -> Vec<String> {
     vec![
         "-fsdev".into(),
@@ -352,7 +340,7 @@ fn a_linux_guest_works_in_a_folder_that_the_vm_shares() {
         let options = managed(&tree, ",xattr=on", ",num-request-queues=2");
         let (builder, _initrd) = linux(WORK, &options);
         let mut vm = builder.args(["-smp", "2"]).start().unwrap();
-        ends_well(&mut vm);
+        script_ends_well(&mut vm);
         check_work(&tree);
     });
 }
@@ -372,7 +360,7 @@ fn a_linux_guest_cannot_change_a_readonly_folder() {
         for _ in 0..5 {
             expect(&mut vm, "Read-only file system");
         }
-        ends_well(&mut vm);
+        script_ends_well(&mut vm);
         assert_eq!(fs::read_dir(&tree).unwrap().count(), 1);
         assert_eq!(
             fs::read_to_string(tree.join("from-host")).unwrap(),
@@ -402,7 +390,7 @@ fn users_of_a_guest_are_others_on_the_host_whichever_process_serves() {
         kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
         vm.console.send("go on\n").unwrap();
-        ends_well(&mut vm);
+        script_ends_well(&mut vm);
         let owner = |name: &str| {
             let file = fs::metadata(tree.join(name)).unwrap();
             (file.uid(), file.gid())
@@ -431,7 +419,7 @@ fn a_reboot_mounts_the_folder_again() {
         }
         expect(&mut vm, "BOOTS=3");
         vm.console.send("off\n").unwrap();
-        ends_well(&mut vm);
+        script_ends_well(&mut vm);
     });
 }
 
@@ -451,7 +439,7 @@ fn external(daemon: impl FnOnce(&Path, &Path) -> Daemon) {
     ];
     let (builder, _initrd) = linux(WORK, &options);
     let mut vm = builder.start().unwrap();
-    ends_well(&mut vm);
+    script_ends_well(&mut vm);
     check_work(&tree);
     let ended = daemon.wait(LIMIT);
     assert!(
@@ -612,7 +600,7 @@ fn all_is_written(vm: &mut Vm, tree: &Path) {
     let count: usize = expect(vm, " HIDDEN=").trim().parse().unwrap();
     let hidden = expect(vm, "\n");
     assert_eq!(hidden.trim(), format!("{count}/{count}"));
-    ends_well(vm);
+    script_ends_well(vm);
     let lines: String = (1..=count).map(|n| format!("line {n}\n")).collect();
     for name in ["kept", "log"] {
         let written = fs::read_to_string(tree.join(name)).unwrap();

@@ -16,21 +16,10 @@ use tests::lab::{Flavour, Guest, Script, where_linux_boots};
 use tests::payload::Payload;
 use tests::qmp::QmpError;
 use tests::test_path;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, ends_well, expect};
 
 /// A bare guest needs milliseconds; this is for a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
-
-#[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT).unwrap_or_else(|e| panic!("{e}"))
-}
-
-#[track_caller]
-fn ends_well(vm: &mut Vm) {
-    let status = vm.wait(LIMIT).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(status.code(), Some(0), "{}", vm.messages());
-}
 
 /// A guest that writes to and reads from a disk until a key is pressed, and checks every byte.
 struct Bench {

@@ -25,17 +25,11 @@ use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::Qmp;
 use tests::test_path;
-use tests::vm::{Vm, VmBuilder};
+use tests::vm::{Vm, VmBuilder, expect};
 use tests::wait::accept;
 
 /// Two emulations deep, a boot takes five seconds; this is for a machine that is also busy, and for guests that it lets stand still.
 const LIMIT: Duration = Duration::from_secs(200);
-
-#[track_caller]
-fn expect(vm: &mut Vm, text: &str) -> String {
-    vm.wait_for(text, LIMIT)
-        .unwrap_or_else(|e| panic!("{e}\n{}", vm.messages()))
-}
 
 fn vm(kernel: &std::path::Path, append: &str, tap: &str, more: &str) -> VmBuilder {
     Vm::builder()

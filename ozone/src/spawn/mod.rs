@@ -223,8 +223,18 @@ pub struct Child {
 /// behind after an error.
 pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
     let start = sys::now();
+    let name = launch.name;
+    check_threads(name)?;
+    // A privileged caller maps the child to another user; others can only let it map itself.
+    let privileged = Uid::effective().is_root();
+    check_identity(&launch, privileged)?;
+    let (placements, tree_plan) = place(&launch)?;
+    let kind = SockType::SeqPacket;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(parents(name, "making a socket pair"))?;
+    let own_pidfd = sys::own_pidfd().map_err(parents(name, "opening a pidfd of the caller"))?;
+
     let DeviceLaunch {
-        name,
         binary,
         argv,
         fds,
@@ -234,68 +244,8 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         cpus,
         mode,
         trace,
+        ..
     } = launch;
-    let parent_error = |what| {
-        move |source| SpawnError::Parent {
-            name: name.to_owned(),
-            what,
-            source,
-        }
-    };
-    match threads::count().map_err(parent_error("counting the caller's threads"))? {
-        1 => {}
-        threads => {
-            return Err(SpawnError::Threads {
-                name: name.to_owned(),
-                threads,
-            });
-        }
-    }
-    // A privileged caller maps the child to another user; others can only let it map itself.
-    let privileged = Uid::effective().is_root();
-    let Identity { uid, gid } = identity;
-    let wrong = match (uid, gid) {
-        _ if tree.is_some() => None,
-        (0, _) | (_, 0) => Some("a device process must not be user 0 or group 0 of the host"),
-        _ if !privileged && !identity.is_own() => Some("without privilege only the caller's own"),
-        _ => None,
-    };
-    if let Some(rule) = wrong {
-        return Err(SpawnError::Identity {
-            name: name.to_owned(),
-            uid,
-            gid,
-            rule,
-        });
-    }
-    let mut placements = placements(name, &fds, &limits)?;
-    let tree_plan = match &tree {
-        Some(tree) => {
-            let made = [tree.root, tree.processes];
-            if made
-                .iter()
-                .any(|t| placements.iter().any(|p| p.target == *t))
-                || made[0] == made[1]
-            {
-                return Err(SpawnError::Target {
-                    name: name.to_owned(),
-                    target: tree.root,
-                    last: limits.descriptors.saturating_sub(1),
-                });
-            }
-            let plan = child::TreePlan::new(tree, placements.len())
-                .map_err(parent_error("finding the folder's path"))?;
-            // The child fills the sources in: they exist in its namespaces only.
-            placements.extend(made.map(|target| Placement { source: -1, target }));
-            Some(plan)
-        }
-        None => None,
-    };
-    let kind = SockType::SeqPacket;
-    let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(parent_error("making a socket pair"))?;
-    let own_pidfd = sys::own_pidfd().map_err(parent_error("opening a pidfd of the caller"))?;
-
     let mut plan = child::Plan {
         binary: binary.as_raw_fd(),
         argv: Argv::new(argv),
@@ -312,7 +262,7 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         parent: own_pidfd.as_raw_fd(),
         namespaces: 0,
     };
-    let (pid, pidfd, refusal) = fork(&mut plan).map_err(parent_error("clone3"))?;
+    let (pid, pidfd, refusal) = fork(&mut plan).map_err(parents(name, "clone3"))?;
     drop((theirs, own_pidfd, fds));
 
     let mut started = Started {
@@ -322,28 +272,12 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
         pid: Pid::from_raw(pid),
         pidfd,
         socket: ours,
-        layers: Vec::new(),
+        layers: layers_of_clone(plan.namespaces, refusal),
         phases: Vec::new(),
     };
     if trace {
-        started.phases.push(Phase {
-            step: Step::Begin,
-            at: start,
-        });
-        started.phases.push(Phase {
-            step: Step::Clone,
-            at: sys::now(),
-        });
-    }
-    for (flag, layer) in [
-        (libc::CLONE_NEWUSER, Layer::UserNamespace),
-        (libc::CLONE_NEWPID, Layer::PidNamespace),
-    ] {
-        let state = match refusal {
-            Some(errno) if plan.namespaces & flag == 0 => State::Off(errno),
-            _ => State::On,
-        };
-        started.layers.push(LayerReport { layer, state });
+        started.note(Step::Begin, start);
+        started.note(Step::Clone, sys::now());
     }
     // From here on, dropping `pending` ends the child.
     let mut pending = Pending {
@@ -361,19 +295,100 @@ pub fn spawn(launch: DeviceLaunch<'_>) -> Result<Pending, SpawnError> {
             Some(_) => idmap::map_child_to(pid, &[], &[]),
             None => idmap::map_child(pid, identity),
         }
-        .map_err(parent_error("writing the child's user map"))?;
+        .map_err(parents(name, "writing the child's user map"))?;
     }
     if let Some(started) = &mut pending.inner {
         send(started.socket.as_raw_fd(), &[1], MsgFlags::MSG_NOSIGNAL)
-            .map_err(parent_error("releasing the child"))?;
+            .map_err(parents(name, "releasing the child"))?;
         if trace {
-            started.phases.push(Phase {
-                step: Step::Released,
-                at: sys::now(),
-            });
+            started.note(Step::Released, sys::now());
         }
     }
     Ok(pending)
+}
+
+/// What it tells when the parent could not do its part: what was tried, and what the kernel said.
+fn parents(name: &str, what: &'static str) -> impl FnOnce(Errno) -> SpawnError {
+    move |source| SpawnError::Parent {
+        name: name.to_owned(),
+        what,
+        source,
+    }
+}
+
+/// This process has no other thread, so that a fork copies no lock that is held.
+fn check_threads(name: &str) -> Result<(), SpawnError> {
+    match threads::count().map_err(parents(name, "counting the caller's threads"))? {
+        1 => Ok(()),
+        threads => Err(SpawnError::Threads {
+            name: name.to_owned(),
+            threads,
+        }),
+    }
+}
+
+/// The process runs as somebody whom this one may choose.
+fn check_identity(launch: &DeviceLaunch<'_>, privileged: bool) -> Result<(), SpawnError> {
+    let Identity { uid, gid } = launch.identity;
+    let rule = match (uid, gid) {
+        _ if launch.tree.is_some() => return Ok(()),
+        (0, _) | (_, 0) => "a device process must not be user 0 or group 0 of the host",
+        _ if !privileged && !launch.identity.is_own() => "without privilege only the caller's own",
+        _ => return Ok(()),
+    };
+    Err(SpawnError::Identity {
+        name: launch.name.to_owned(),
+        uid,
+        gid,
+        rule,
+    })
+}
+
+/// Where each descriptor goes, those that come with a tree last, and the tree.
+fn place(
+    launch: &DeviceLaunch<'_>,
+) -> Result<(Vec<Placement>, Option<child::TreePlan>), SpawnError> {
+    let DeviceLaunch { name, limits, .. } = launch;
+    let mut placements = placements(name, &launch.fds, limits)?;
+    let Some(tree) = &launch.tree else {
+        return Ok((placements, None));
+    };
+    let made = [tree.root, tree.processes];
+    let taken = |target: &RawFd| placements.iter().any(|p| p.target == *target);
+    if made.iter().any(taken) || made[0] == made[1] {
+        return Err(SpawnError::Target {
+            name: (*name).to_owned(),
+            target: tree.root,
+            last: limits.descriptors.saturating_sub(1),
+        });
+    }
+    let plan = child::TreePlan::new(tree, placements.len())
+        .map_err(parents(name, "finding the folder's path"))?;
+    // The child fills the sources in: they exist in its namespaces only.
+    placements.extend(made.map(|target| Placement { source: -1, target }));
+    Ok((placements, Some(plan)))
+}
+
+/// The layers that clone3 makes, of which it made those in `made`.
+fn layers_of_clone(made: libc::c_int, refusal: Option<Errno>) -> Vec<LayerReport> {
+    [
+        (libc::CLONE_NEWUSER, Layer::UserNamespace),
+        (libc::CLONE_NEWPID, Layer::PidNamespace),
+    ]
+    .map(|(flag, layer)| {
+        let state = match refusal {
+            Some(errno) if made & flag == 0 => State::Off(errno),
+            _ => State::On,
+        };
+        LayerReport { layer, state }
+    })
+    .into()
+}
+
+impl Started {
+    fn note(&mut self, step: Step, at: u64) {
+        self.phases.push(Phase { step, at });
+    }
 }
 
 /// Kills a child, collects it, and gives the layers that are missing.

@@ -10,7 +10,7 @@ use ipc::spec::vm::{
 };
 
 use super::Draft;
-use super::device::DraftKind;
+use super::device::{Draft as DraftDevice, DraftKind};
 use super::error::{CmdlineError, list};
 use super::nearest::nearest;
 
@@ -100,73 +100,103 @@ fn affinity(draft: &Draft) -> Result<(), CmdlineError> {
 }
 
 fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
-    let mut done: Vec<DeviceOption> = Vec::new();
-    let named: Vec<String> = draft
-        .devices
-        .iter()
-        .filter_map(|device| device.id.clone())
-        .collect();
-    let mut macs: Vec<[u8; 6]> = draft
-        .devices
-        .iter()
-        .filter_map(|device| match device.kind {
+    let all = std::mem::take(&mut draft.devices);
+    let mut placed = Placed::new(&draft.spec, &all);
+    for device in all {
+        placed.add(device)?;
+    }
+    draft.spec.devices = placed.done;
+    Ok(())
+}
+
+/// The devices that fit to all else, and to those before them.
+struct Placed<'a> {
+    spec: &'a VmSpec,
+    /// Ids that the command line gives, of devices that are not looked at yet, too.
+    named: Vec<String>,
+    /// Addresses of cards, likewise, and those that were chosen here.
+    macs: Vec<[u8; 6]>,
+    disks: usize,
+    nics: usize,
+    folders: usize,
+    done: Vec<DeviceOption>,
+}
+
+impl<'a> Placed<'a> {
+    fn new(spec: &'a VmSpec, all: &[DraftDevice]) -> Self {
+        let mac = |device: &DraftDevice| match device.kind {
             DraftKind::Net { mac, .. } => mac,
             DraftKind::Block { .. } | DraftKind::ForeignBlock { .. } | DraftKind::Fs { .. } => None,
-        })
-        .collect();
-    let (mut disks, mut nics, mut folders) = (0, 0, 0);
-    for device in std::mem::take(&mut draft.devices) {
-        let spec = &draft.spec;
-        let fail = |text: String| CmdlineError::new("-device", &device.arg, text);
-        let queues = u16::from(spec.cpus.cpus).min(limits::MAX_BLOCK_QUEUES);
-        if let Some(iothread) = &device.iothread {
-            let ids = spec.iothreads.iter().map(|one| one.id.as_str());
-            lookup(("-device", &device.arg), ("iothread", iothread), ids)?;
+        };
+        Self {
+            spec,
+            named: all.iter().filter_map(|device| device.id.clone()).collect(),
+            macs: all.iter().filter_map(mac).collect(),
+            disks: 0,
+            nics: 0,
+            folders: 0,
+            done: Vec::new(),
         }
-        let (prefix, number, kind) = match device.kind {
+    }
+
+    fn add(&mut self, device: DraftDevice) -> Result<(), CmdlineError> {
+        let arg = &device.arg;
+        if let Some(iothread) = &device.iothread {
+            let ids = self.spec.iothreads.iter().map(|one| one.id.as_str());
+            lookup(("-device", arg), ("iothread", iothread), ids)?;
+        }
+        let kind = self.kind(arg, device.kind)?;
+        if self.done.len() == limits::MAX_MMIO_DEVICES {
+            return Err(wrong(
+                arg,
+                format!(
+                    "one device too many; allowed: 0 to {}",
+                    limits::MAX_MMIO_DEVICES
+                ),
+            ));
+        }
+        let id = device.id.unwrap_or_else(|| self.free_id(&kind));
+        self.done.push(DeviceOption {
+            id,
+            kind,
+            iothread: device.iothread,
+            restart: device.restart,
+            bootindex: device.bootindex,
+        });
+        Ok(())
+    }
+
+    /// What the device is, if what it names is there and free.
+    fn kind(&mut self, arg: &str, kind: DraftKind) -> Result<DeviceKind, CmdlineError> {
+        let queues = u16::from(self.spec.cpus.cpus).min(limits::MAX_BLOCK_QUEUES);
+        Ok(match kind {
             DraftKind::Block {
                 drive,
                 serial,
                 num_queues,
                 queue_size,
             } => {
-                let ids = spec.drives.iter().map(|drive| drive.id.as_str());
-                lookup(("-device", &device.arg), ("drive", &drive), ids)?;
-                let user = done.iter().find(
-                    |other| matches!(&other.kind, DeviceKind::Block { drive: theirs, .. } if *theirs == drive),
-                );
-                if let Some(user) = user {
-                    return Err(fail(format!("drive {drive} is used by device {}", user.id)));
+                self.drive(arg, &drive)?;
+                self.one_more_disk(arg)?;
+                DeviceKind::Block {
+                    drive,
+                    serial,
+                    num_queues: num_queues.unwrap_or(queues),
+                    queue_size,
                 }
-                count_disk(&mut disks, fail)?;
-                let num_queues = num_queues.unwrap_or(queues);
-                (
-                    "virtio-blk",
-                    disks,
-                    DeviceKind::Block {
-                        drive,
-                        serial,
-                        num_queues,
-                        queue_size,
-                    },
-                )
             }
             DraftKind::ForeignBlock {
                 chardev,
                 num_queues,
                 queue_size,
             } => {
-                daemon_socket(spec, &device.arg, &chardev, &done)?;
-                count_disk(&mut disks, fail)?;
-                (
-                    "virtio-blk",
-                    disks,
-                    DeviceKind::ForeignBlock {
-                        chardev,
-                        num_queues: num_queues.unwrap_or(queues),
-                        queue_size,
-                    },
-                )
+                daemon_socket(self.spec, arg, &chardev, &self.done)?;
+                self.one_more_disk(arg)?;
+                DeviceKind::ForeignBlock {
+                    chardev,
+                    num_queues: num_queues.unwrap_or(queues),
+                    queue_size,
+                }
             }
             DraftKind::Net {
                 netdev,
@@ -174,47 +204,12 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
                 mq,
                 queue_size,
             } => {
-                let ids = spec.netdevs.iter().map(|netdev| netdev.id.as_str());
-                let at = lookup(("-device", &device.arg), ("netdev", &netdev), ids)?;
-                let user = done.iter().find(
-                    |other| matches!(&other.kind, DeviceKind::Net { netdev: theirs, .. } if *theirs == netdev),
-                );
-                if let Some(user) = user {
-                    return Err(fail(format!(
-                        "netdev {netdev} is used by device {}",
-                        user.id
-                    )));
+                self.netdev(arg, &netdev, mq)?;
+                DeviceKind::Net {
+                    netdev,
+                    mac: mac.unwrap_or_else(|| self.free_mac()),
+                    queue_size,
                 }
-                nics += 1;
-                if nics > limits::MAX_MICROVM_NICS {
-                    return Err(fail(format!(
-                        "one network card too many; allowed: 0 to {}",
-                        limits::MAX_MICROVM_NICS
-                    )));
-                }
-                if let NetBackend::Daemon(chardev) = &spec.netdevs[at].backend {
-                    daemon_socket(spec, &device.arg, chardev, &done)?;
-                }
-                let queues = spec.netdevs[at].queues;
-                if mq == Some(false) && queues > 1 {
-                    return Err(fail(format!(
-                        "mq=off contradicts the {queues} queues of netdev {netdev}"
-                    )));
-                }
-                let mac = mac.unwrap_or_else(|| {
-                    let mac = free_mac(&macs);
-                    macs.push(mac);
-                    mac
-                });
-                (
-                    "virtio-net",
-                    nics,
-                    DeviceKind::Net {
-                        netdev,
-                        mac,
-                        queue_size,
-                    },
-                )
             }
             DraftKind::Fs {
                 source,
@@ -223,59 +218,127 @@ fn devices(draft: &mut Draft) -> Result<(), CmdlineError> {
                 queue_size,
                 window,
             } => {
-                fs_source(spec, &device.arg, &source, &done)?;
-                let same_tag = |other: &&DeviceOption| matches!(&other.kind, DeviceKind::Fs { tag: theirs, .. } if *theirs == tag);
-                if let Some(other) = done.iter().find(same_tag) {
-                    return Err(fail(format!("tag {tag} is used by device {}", other.id)));
+                self.folder(arg, &source, &tag)?;
+                DeviceKind::Fs {
+                    source,
+                    tag,
+                    request_queues,
+                    queue_size,
+                    window,
                 }
-                folders += 1;
-                (
-                    "virtio-fs",
-                    folders,
-                    DeviceKind::Fs {
-                        source,
-                        tag,
-                        request_queues,
-                        queue_size,
-                        window,
-                    },
-                )
             }
-        };
-        if done.len() == limits::MAX_MMIO_DEVICES {
-            return Err(fail(format!(
-                "one device too many; allowed: 0 to {}",
-                limits::MAX_MMIO_DEVICES
-            )));
-        }
-        let id = match device.id {
-            Some(id) => id,
-            None => free_id(prefix, number - 1, &named),
-        };
-        done.push(DeviceOption {
-            id,
-            kind,
-            iothread: device.iothread,
-            restart: device.restart,
-            bootindex: device.bootindex,
-        });
+        })
     }
-    draft.spec.devices = done;
-    Ok(())
+
+    fn drive(&self, arg: &str, drive: &str) -> Result<(), CmdlineError> {
+        let ids = self.spec.drives.iter().map(|drive| drive.id.as_str());
+        lookup(("-device", arg), ("drive", drive), ids)?;
+        match self
+            .user(|kind| matches!(kind, DeviceKind::Block { drive: theirs, .. } if theirs == drive))
+        {
+            Some(user) => Err(wrong(
+                arg,
+                format!("drive {drive} is used by device {user}"),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn one_more_disk(&mut self, arg: &str) -> Result<(), CmdlineError> {
+        self.disks += 1;
+        if self.disks > limits::MAX_MICROVM_DISKS {
+            return Err(wrong(
+                arg,
+                format!(
+                    "one disk too many; allowed: 0 to {}",
+                    limits::MAX_MICROVM_DISKS
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    fn netdev(&mut self, arg: &str, netdev: &str, mq: Option<bool>) -> Result<(), CmdlineError> {
+        let ids = self.spec.netdevs.iter().map(|netdev| netdev.id.as_str());
+        let at = lookup(("-device", arg), ("netdev", netdev), ids)?;
+        if let Some(user) = self
+            .user(|kind| matches!(kind, DeviceKind::Net { netdev: theirs, .. } if theirs == netdev))
+        {
+            return Err(wrong(
+                arg,
+                format!("netdev {netdev} is used by device {user}"),
+            ));
+        }
+        self.nics += 1;
+        if self.nics > limits::MAX_MICROVM_NICS {
+            return Err(wrong(
+                arg,
+                format!(
+                    "one network card too many; allowed: 0 to {}",
+                    limits::MAX_MICROVM_NICS
+                ),
+            ));
+        }
+        let netdev = &self.spec.netdevs[at];
+        if let NetBackend::Daemon(chardev) = &netdev.backend {
+            daemon_socket(self.spec, arg, chardev, &self.done)?;
+        }
+        let (id, queues) = (&netdev.id, netdev.queues);
+        if mq == Some(false) && queues > 1 {
+            return Err(wrong(
+                arg,
+                format!("mq=off contradicts the {queues} queues of netdev {id}"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn folder(&mut self, arg: &str, source: &FsSource, tag: &str) -> Result<(), CmdlineError> {
+        fs_source(self.spec, arg, source, &self.done)?;
+        if let Some(user) =
+            self.user(|kind| matches!(kind, DeviceKind::Fs { tag: theirs, .. } if theirs == tag))
+        {
+            return Err(wrong(arg, format!("tag {tag} is used by device {user}")));
+        }
+        self.folders += 1;
+        Ok(())
+    }
+
+    /// The id of the device before of which this is so.
+    fn user(&self, is: impl Fn(&DeviceKind) -> bool) -> Option<&str> {
+        let user = self.done.iter().find(|other| is(&other.kind))?;
+        Some(&user.id)
+    }
+
+    /// The first address from [`FIRST_MAC`] on that no card has. There are fewer cards than addresses.
+    fn free_mac(&mut self) -> [u8; 6] {
+        let mut mac = FIRST_MAC;
+        while self.macs.contains(&mac) {
+            mac[5] = mac[5].wrapping_add(1);
+        }
+        self.macs.push(mac);
+        mac
+    }
+
+    /// An id made from kind and position, which nobody has chosen.
+    fn free_id(&self, kind: &DeviceKind) -> String {
+        let (prefix, count) = match kind {
+            DeviceKind::Block { .. } | DeviceKind::ForeignBlock { .. } => {
+                ("virtio-blk", self.disks)
+            }
+            DeviceKind::Net { .. } => ("virtio-net", self.nics),
+            DeviceKind::Fs { .. } => ("virtio-fs", self.folders),
+        };
+        let mut id = format!("{prefix}{}", count - 1);
+        while self.named.contains(&id) {
+            id.push('\'');
+        }
+        id
+    }
 }
 
-fn count_disk(
-    disks: &mut usize,
-    fail: impl FnOnce(String) -> CmdlineError,
-) -> Result<(), CmdlineError> {
-    *disks += 1;
-    if *disks > limits::MAX_MICROVM_DISKS {
-        return Err(fail(format!(
-            "one disk too many; allowed: 0 to {}",
-            limits::MAX_MICROVM_DISKS
-        )));
-    }
-    Ok(())
+fn wrong(arg: &str, text: String) -> CmdlineError {
+    CmdlineError::new("-device", arg, text)
 }
 
 /// The socket of a vhost-user daemon is there, and nobody else's.
@@ -285,7 +348,7 @@ fn daemon_socket(
     id: &str,
     done: &[DeviceOption],
 ) -> Result<(), CmdlineError> {
-    let fail = |text: String| CmdlineError::new("-device", arg, text);
+    let fail = |text: String| wrong(arg, text);
     let ids = spec.chardevs.iter().map(|chardev| chardev.id.as_str());
     let at = lookup(("-device", arg), ("chardev", id), ids)?;
     if !matches!(spec.chardevs[at].backend, ChardevBackend::Socket { .. }) {
@@ -309,7 +372,7 @@ fn fs_source(
     source: &FsSource,
     done: &[DeviceOption],
 ) -> Result<(), CmdlineError> {
-    let fail = |text: String| CmdlineError::new("-device", arg, text);
+    let fail = |text: String| wrong(arg, text);
     let id = match source {
         FsSource::Fsdev(id) => {
             let ids = spec.fsdevs.iter().map(|fsdev| fsdev.id.as_str());
@@ -325,24 +388,6 @@ fn fs_source(
         Some(user) => Err(fail(format!("fsdev {id} is used by device {}", user.id))),
         None => Ok(()),
     }
-}
-
-/// The first address from [`FIRST_MAC`] on that no card has. There are fewer cards than addresses.
-fn free_mac(taken: &[[u8; 6]]) -> [u8; 6] {
-    let mut mac = FIRST_MAC;
-    while taken.contains(&mac) {
-        mac[5] = mac[5].wrapping_add(1);
-    }
-    mac
-}
-
-/// An id made from kind and position, which nobody has chosen.
-fn free_id(prefix: &str, number: usize, named: &[String]) -> String {
-    let mut id = format!("{prefix}{number}");
-    while named.contains(&id) {
-        id.push('\'');
-    }
-    id
 }
 
 fn character_devices(draft: &mut Draft) -> Result<(), CmdlineError> {
