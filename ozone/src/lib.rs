@@ -34,3 +34,4 @@ pub use spawn::{Child, DeviceLaunch, Pending, SharedTree, SpawnError, spawn};
 pub use steps::idmap::Identity;
 pub use steps::landlock::{LandlockReport, abi as landlock_abi};
 pub use steps::rlimits::Limits;
+pub use sys::code::give_code_back;

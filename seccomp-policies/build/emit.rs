@@ -19,7 +19,8 @@ pub(crate) fn policy(text: &mut String, policy: &Policy, programs: &Programs) {
     };
     let _ = writeln!(
         text,
-        "pub(crate) static {name}: Compiled = Compiled {{ kill: {}, log: {}, trap: {} }};",
+        "pub(crate) static {name}: Compiled = Compiled {{ name: {:?}, kill: {}, log: {}, trap: {} }};",
+        policy.file,
         bpf(&programs.kill),
         bpf(&programs.log),
         bpf(&programs.trap),

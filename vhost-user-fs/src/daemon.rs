@@ -35,7 +35,7 @@ use thiserror::Error;
 
 use crate::cli::{LogTo, Options, Seccomp, Socket};
 use crate::upgrade::{self, Estate, Handed, Previous, UpgradeError};
-use crate::{inherited, movers, resident};
+use crate::{inherited, movers};
 
 /// Descriptors that are not for the guest's files: the socket, queues, memory while it is mapped, the log.
 const RESERVED: u64 = 128;
@@ -396,7 +396,7 @@ impl Post<'_> {
                 let version = env!("CARGO_PKG_VERSION");
                 ipc::log::warn!("upgrade: version {version} goes on for version {from}");
             }
-            resident::give_code_back();
+            ozone::give_code_back();
             let ended = loop {
                 match outside.wait()? {
                     Woken::Ended(ended) => break Ok(ended),
@@ -591,7 +591,7 @@ fn serve(
         .with_window(options.dax_window)
         .with_movers(movers)
         .with_lifeline(inside.lifeline)
-        .with_rest(resident::give_code_back);
+        .with_rest(ozone::give_code_back);
     let prepared = Standalone::new(device)?;
     let jailed = prepared.locked(&locked);
     let serving = if record.is_connected() {
@@ -617,7 +617,7 @@ fn serve(
         ipc::log::warn!("-seccomp: unexpected system calls do not end this process");
     }
     // What follows needs none of it until the front end speaks.
-    resident::give_code_back();
+    ozone::give_code_back();
     if let Some(action) = action {
         seccomp_policies::install(Policy::VhostUserFs, action)?;
     }

@@ -5,7 +5,6 @@ mod daemon;
 mod inherited;
 mod managed;
 mod movers;
-mod resident;
 mod upgrade;
 
 use std::process::ExitCode;

@@ -99,6 +99,8 @@ fn lock_as(start: &StartMessage, policy: Policy) -> Result<ozone::inner::Jailed,
     // After the lock, which gives signals their default action, and before the filter.
     signals::prepare()?;
     ipc::log::trace!("locked");
+    // The way here ran through code that is never needed again. Not later: the filter knows no such call.
+    ozone::give_code_back();
     let Some(action) = action(start) else {
         ipc::log::warn!("runs without a seccomp filter, as was asked for");
         return Ok(jailed);

@@ -8,6 +8,7 @@
 
 #![allow(unsafe_code)] // raw system calls
 
+pub(crate) mod code;
 pub(crate) mod process;
 pub(crate) mod root;
 pub(crate) mod tree;

@@ -6,10 +6,11 @@
 //! control process does its own work.
 
 use std::collections::VecDeque;
-use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Arc;
 
 use ipc::channel::{Channel, ChannelError};
@@ -18,7 +19,7 @@ use ipc::control::{Exit, Reply, Request};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::Pid;
 use thiserror::Error;
 
 /// Why the broker did not do what it was asked.
@@ -165,44 +166,32 @@ pub struct Client {
 const LAST_WORDS_MS: u16 = 1000;
 
 impl Client {
-    /// Starts the broker. Must be called while this process has one thread and has opened nothing.
-    #[allow(unsafe_code)] // fork
+    /// Starts the broker. Must be called while this process has one thread: its end of the channel is open to whatever is
+    /// executed meanwhile.
     pub fn spawn() -> Result<Self, ClientError> {
         let failed = |step| move |source| ClientError::Spawn { step, source };
         let (ours, theirs) = Channel::pair()?;
-        let exe = c"/proc/self/exe";
-        let role = CString::new(super::process::ROLE).unwrap_or_default();
-        let number = CString::new(theirs.as_fd().as_raw_fd().to_string()).unwrap_or_default();
-        // SAFETY: this process has one thread (nothing has been started yet), so the child may call anything; it calls
-        // only fcntl, execve, write and _exit.
-        match unsafe { nix::unistd::fork() }.map_err(failed("fork"))? {
-            ForkResult::Parent { child } => Ok(Self {
-                channel: ours,
-                pid: child,
-                exits: VecDeque::new(),
-                pids: Vec::new(),
-                served: VecDeque::new(),
-                inspected: Vec::new(),
-                inspections: VecDeque::new(),
-                snapshots: VecDeque::new(),
-            }),
-            ForkResult::Child => {
-                let kept = fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()));
-                if kept.is_ok() {
-                    // Environment variables are nobody's business there.
-                    let empty: [CString; 0] = [];
-                    let Err(why) = nix::unistd::execve(exe, &[role, number], &empty);
-                    // The parent only sees that nobody is there.
-                    let line = format!(
-                        "stratovirt: cannot execute /proc/self/exe as broker (is /proc mounted?): {}\n",
-                        why.desc()
-                    );
-                    let _ = nix::unistd::write(std::io::stderr(), line.as_bytes());
-                }
-                // SAFETY: ends this process without running anything that belongs to the parent.
-                unsafe { libc::_exit(127) }
-            }
-        }
+        fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty())).map_err(failed("fcntl"))?;
+        // Std does this with posix_spawn, whose child borrows this process's memory until it executes. A fork would copy all
+        // page tables for that moment, and both sides would pay for each page that they write to afterwards.
+        let child = Command::new("/proc/self/exe")
+            .arg0(super::process::ROLE)
+            .arg(theirs.as_fd().as_raw_fd().to_string())
+            // Environment variables are nobody's business there.
+            .env_clear()
+            .spawn()
+            .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or_default()))
+            .map_err(failed("executing /proc/self/exe (is /proc mounted?)"))?;
+        Ok(Self {
+            channel: ours,
+            pid: Pid::from_raw(child.id().cast_signed()),
+            exits: VecDeque::new(),
+            pids: Vec::new(),
+            served: VecDeque::new(),
+            inspected: Vec::new(),
+            inspections: VecDeque::new(),
+            snapshots: VecDeque::new(),
+        })
     }
 
     /// The broker's process id.

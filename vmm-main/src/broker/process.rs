@@ -370,6 +370,10 @@ impl Broker {
         }
         if request_waits && let Some((request, fds)) = self.channel.try_receive::<Request>()? {
             self.answer(&request, fds)?;
+            if matches!(request, Request::Ready) {
+                // The way here ran through most of the program; a broker that waits needs little of it.
+                ozone::give_code_back();
+            }
         }
         Ok(())
     }

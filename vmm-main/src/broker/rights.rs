@@ -36,9 +36,7 @@ pub(super) fn narrow(policy: &Policy) -> Result<(), CapsError> {
         .collect();
     // Nothing that this process starts may have more. A caller without the right to say so has to do without.
     for other in caps::all().difference(&keep) {
-        if caps::has_cap(None, CapSet::Bounding, *other)? {
-            let _ = caps::drop(None, CapSet::Bounding, *other);
-        }
+        let _ = caps::drop(None, CapSet::Bounding, *other);
     }
     caps::clear(None, CapSet::Ambient)?;
     caps::set(None, CapSet::Effective, &keep)?;

@@ -212,6 +212,8 @@ impl Vm {
         if let Some(ready) = ready {
             ready.tell(self.parts.spec.log.file.is_none())?;
         }
+        // The start ran through most of the program; from here on a few pages of it do.
+        ozone::give_code_back();
         lockdown::filter(Policy::ControlMain, self.parts.spec.seccomp)?;
         Ok(self)
     }

@@ -303,7 +303,10 @@ impl GuestRam {
                 begin::copy(source, file, *start, *size).map_err(Error::Copy)?;
             }
         }
-        ram.populate(populate_threads(ram.preallocated()))?;
+        // Not to be asked in vain: how many processors there are takes a dozen calls, on files of control groups.
+        if !ram.prealloc.is_empty() {
+            ram.populate(populate_threads(ram.preallocated()))?;
+        }
         Ok(ram)
     }
 

@@ -2,10 +2,8 @@
 //!
 //! **Job.** Gives back the pages of code that only the start needed, or the work before a rest.
 //! **Who is not trusted.** Nobody. **Why this way.** The kernel maps code by 16 pages around each one that is run, and a start runs
-//! through most of the program; a daemon that then waits for months needs a few of them. What is still needed comes back from
+//! through most of the program; a process that then waits for months needs a few of them. What is still needed comes back from
 //! the page cache by itself.
-
-#![allow(unsafe_code)] // madvise on this program's own code
 
 unsafe extern "C" {
     // Made by the linker: the first byte of the program, and the first one behind its code.
@@ -16,7 +14,7 @@ unsafe extern "C" {
 const PAGE: usize = 4096;
 
 /// Gives the pages back. Failing changes nothing but the amount of memory.
-pub(crate) fn give_code_back() {
+pub fn give_code_back() {
     let start = (&raw const __executable_start)
         .addr()
         .next_multiple_of(PAGE);
