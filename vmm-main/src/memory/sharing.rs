@@ -116,7 +116,7 @@ impl Watched {
     fn offset(&self, address: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let within = address.checked_sub(region.host)?;
-            (within < region.size).then_some(region.offset + within)
+            (within < region.size).then(|| region.offset + within)
         })
     }
 
