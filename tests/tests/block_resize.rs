@@ -167,7 +167,7 @@ fn nodes_say_how_far_their_images_grow() {
         vm = vm.args(["-device", &device]);
     }
     let vm = vm.kernel(&Payload::FirstByte.path(), "").with_qmp();
-    let mut vm = vm.start().unwrap();
+    let vm = vm.start().unwrap();
     let mut qmp = vm.qmp().unwrap();
     for node in ["below", "own", "packed"] {
         refused(
