@@ -69,7 +69,7 @@ fn drive(mut transport: MmioTransport, mut input: Input<'_>) {
     }
 }
 
-fn lies_in_ram(core: &Core) {
+pub(crate) fn lies_in_ram(core: &Core) {
     let state = core.state();
     assert_ne!(state.status & status::FEATURES_OK, 0);
     let [low, high, beyond @ ..] = state.driver_features;

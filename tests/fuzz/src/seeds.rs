@@ -889,6 +889,10 @@ fn snapshot() -> Inputs {
         [&[0], &whole[..]].concat(),
         [&[1], &body(&Snapshot::example())[..]].concat(),
         [&[1], &short[..]].concat(),
+        // Nothing, an index, and a queue that is elsewhere.
+        vec![2],
+        vec![2, 11, 0, 9, 0, 14, 1, 64, 0],
+        vec![2, 6, 64, 0x40, 0, 3, 0, 64, 0, 10, 0, 1, 0],
     ]
 }
 
