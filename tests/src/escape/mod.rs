@@ -85,6 +85,8 @@ pub enum Jail {
     Vcpu,
     /// The control process's thread that maps files of shared folders for the guest.
     Window,
+    /// The control process's thread that brings in the memory of a snapshot.
+    Pager,
     /// A thread of the file-sharing daemon that moves data.
     Mover,
 }
@@ -108,6 +110,7 @@ impl fmt::Display for Jail {
             Self::Qmp => "control qmp",
             Self::Vcpu => "control vcpu",
             Self::Window => "control window",
+            Self::Pager => "control pager",
             Self::Mover => "fs mover",
         })
     }

@@ -4,20 +4,25 @@
 //! A tracer takes the thread over and makes its calls. Without the filter nothing is tried: a control process that root started
 //! has root's name on the host, and what an attempt then did would be done to this machine.
 
+use serde_json::json;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use tests::escape::remote::Remote;
 use tests::escape::{Held, Jail, Outcome, attempts};
 use tests::host::{require_kvm, require_root};
 use tests::payload::Payload;
 use tests::procfs::{self, Fd, Status};
-use tests::vm::Vm;
+use tests::vm::{Vm, expect};
 use tests::wait::{Deadline, Watched};
 
 use super::LIMIT;
 
-/// A VM whose guest sleeps, with a disk, or with a folder where `jail` is one's.
-fn asleep(dir: &std::path::Path, jail: Jail) -> Vm {
+/// A VM whose guest sleeps, with a disk, or with a folder where `jail` is one's; it goes on from a snapshot where that has to come in.
+fn asleep(dir: &Path, jail: Jail) -> Vm {
+    if jail == Jail::Pager {
+        return gone_on(dir);
+    }
     let builder = Vm::builder()
         .args(["-machine", "microvm", "-m", "128"])
         .with_qmp();
@@ -50,12 +55,47 @@ fn asleep(dir: &std::path::Path, jail: Jail) -> Vm {
     vm
 }
 
+/// A VM that goes on from a snapshot, which is made in `dir` unless it is there, and whose memory comes in when it is touched.
+fn gone_on(dir: &Path) -> Vm {
+    let template = dir.join("template");
+    let disk = dir.join("disk.img");
+    let builder = || {
+        Vm::builder()
+            .args(["-machine", "microvm", "-m", "128"])
+            .kernel(&Payload::BlkLoop.path(), "spin=1")
+            .disk("d0", &disk, "")
+            .arg("-snapshot-dir")
+            .arg(dir)
+            .with_qmp()
+    };
+    if !template.exists() {
+        std::fs::File::create(&disk)
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        let mut vm = builder().start().unwrap();
+        expect(&mut vm, "LOOP ");
+        let mut qmp = vm.qmp().unwrap();
+        qmp.execute("stop", json!({})).unwrap();
+        let uri = format!("file:{}", template.display());
+        qmp.execute("migrate", json!({ "uri": uri })).unwrap();
+        vm.kill().unwrap();
+    }
+    let incoming = format!("file:{},lazy=on", template.display());
+    let mut vm = builder().args(["-incoming", &incoming]).start().unwrap();
+    // A guest that runs finds everything locked down.
+    expect(&mut vm, "LOOP ");
+    vm.processes().unwrap();
+    vm
+}
+
 /// The process and the thread of it that `jail` is about.
 fn place(vm: &mut Vm, jail: Jail) -> (i32, i32) {
     let (pid, name) = match jail {
         Jail::Qmp => (vm.pid(), "qmp"),
         Jail::Vcpu => (vm.pid(), "vcpu0"),
         Jail::Window => (vm.pid(), "window"),
+        Jail::Pager => (vm.pid(), "pager"),
         // There is one for each processor but the first.
         Jail::Mover => (vm.process("fs").unwrap().unwrap(), "mover1"),
         _ => return (vm.pid(), vm.pid()),
@@ -168,6 +208,11 @@ fn nothing_gets_out_of_the_control_processs_main_thread() {
 #[test]
 fn nothing_gets_out_of_the_thread_of_windows() {
     all_attempts(Jail::Window);
+}
+
+#[test]
+fn nothing_gets_out_of_the_thread_that_brings_memory_in() {
+    all_attempts(Jail::Pager);
 }
 
 #[test]
