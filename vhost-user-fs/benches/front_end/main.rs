@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use daemons::{Cache, Daemon};
 use loads::{Load, Part, Work};
+use nix::sys::resource::{Resource, getrlimit};
 use options::Options;
 use report::{Round, Row, Sample};
 use session::{SLOTS, Session};
@@ -138,8 +139,24 @@ fn table(options: &Options, daemons: &[Daemon], source: &Path, cache: Cache) -> 
     rows
 }
 
+/// How many files a load may have, of those that are wanted: virtiofsd holds a descriptor for each, and ends its session without one.
+fn files_within_limits(wanted: usize, daemons: &[Daemon]) -> usize {
+    /// What a daemon has open beside the files.
+    const OTHERS: usize = 500;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let most = usize::try_from(most).unwrap_or(usize::MAX);
+    let held = most.saturating_sub(OTHERS);
+    if daemons.len() < 2 || wanted <= held {
+        return wanted;
+    }
+    println!(
+        "{held} small files instead of {wanted}: a daemon may have {most} descriptors here (RLIMIT_NOFILE)"
+    );
+    held
+}
+
 fn main() {
-    let options = Options::read();
+    let mut options = Options::read();
     if options.help {
         println!("{}", options::USAGE);
         return;
@@ -155,6 +172,7 @@ fn main() {
         None => tempfile::tempdir().unwrap(),
     };
     let daemons = daemons::all(options.virtiofsd.as_deref(), &options.peers);
+    options.files = files_within_limits(options.files, &daemons);
     let source = place.path();
     println!("load average before: {}", load_average());
     if options.guest {
