@@ -26,12 +26,19 @@
 //! What a shared folder's process has open cannot be had by two: there the broker answers when a new keeper has taken it over
 //! and the old process is gone, and the queues are handed over as after a crash.
 
-use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod budget;
+mod notice;
+mod upgrade;
 
+use crate::broker::{Client, ClientError, DeviceExit, Notice};
+use crate::lifecycle::event_loop::{borrow, lock};
+use crate::lifecycle::poller::Poller;
+use crate::lifecycle::start::SharedTransport;
+use crate::lifecycle::with_causes;
+use crate::qmp::{Event, QmpError, Reply, ServerHandle, Workload};
+use crate::virtio::attention::Attention;
+use crate::virtio::remote::{Handshake, RemoteError};
+use budget::Budget;
 use ipc::control::{DeviceGrant, Exit, Request};
 use ipc::limits::RESTART_WINDOW_MS;
 use ipc::log::{debug, error, info, warn};
@@ -39,15 +46,12 @@ use ipc::spec::DeviceSpec;
 use ipc::spec::block::IoStop;
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-
-use super::event_loop::{borrow, lock};
-use super::poller::Poller;
-use super::start::SharedTransport;
-use super::with_causes;
-use crate::broker::{Client, ClientError, DeviceExit, Notice};
-use crate::qmp::{Event, QmpError, Reply, ServerHandle, Workload};
-use crate::virtio::attention::Attention;
-use crate::virtio::remote::{Handshake, RemoteError};
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use upgrade::Upgrade;
 
 /// Milliseconds between two tries to reach somebody else's daemon.
 const RECONNECT_MS: u64 = 500;
@@ -123,26 +127,6 @@ struct Device {
     back: Option<Instant>,
 }
 
-/// A process on its way in, while another one serves.
-#[derive(Debug)]
-struct Upgrade {
-    reply: Reply<()>,
-    /// Once it has a socket.
-    coming: Option<Coming>,
-    /// The old one asks for attention, and the broker has not answered yet.
-    unwell: bool,
-    /// When it was asked for.
-    asked: Instant,
-}
-
-#[derive(Debug)]
-struct Coming {
-    pid: i32,
-    handshake: Handshake,
-    /// It hung up; its end, with its last words, is about to be told.
-    deaf: bool,
-}
-
 /// A device's process.
 #[derive(Debug)]
 enum Process {
@@ -187,45 +171,6 @@ impl Process {
             | Self::Unplugged => None,
         }
     }
-}
-
-/// Restarts that are left.
-#[derive(Debug)]
-struct Budget {
-    most: usize,
-    /// When the latest ones were, the oldest first.
-    spent: VecDeque<Instant>,
-}
-
-impl Budget {
-    const fn new(most: u16) -> Self {
-        Self {
-            most: most as usize,
-            spent: VecDeque::new(),
-        }
-    }
-
-    /// Takes one, unless too many were taken in the last while.
-    fn take(&mut self, now: Instant) -> bool {
-        let window = Duration::from_millis(RESTART_WINDOW_MS);
-        while self
-            .spent
-            .front()
-            .is_some_and(|&then| now.saturating_duration_since(then) >= window)
-        {
-            self.spent.pop_front();
-        }
-        let left = self.spent.len() < self.most;
-        if left {
-            self.spent.push_back(now);
-        }
-        left
-    }
-}
-
-/// How a process ended that was about to be ended: an end by itself, unless it only left because this side had hung up.
-fn by_itself(how: Exit) -> Option<Exit> {
-    (how != Exit::Code(0)).then_some(how)
 }
 
 /// What the process of a device is that has just been put in.
@@ -362,179 +307,6 @@ impl Supervisor {
         if wanted { self.stop(index, cx) } else { Ok(()) }
     }
 
-    /// What the broker says.
-    pub(super) fn notice(
-        &mut self,
-        notice: Notice,
-        cx: &mut Context<'_>,
-    ) -> Result<(), ClientError> {
-        match notice {
-            Notice::Exited(exit) => {
-                let index = exit.index as usize;
-                let Some(device) = self.devices.get_mut(index) else {
-                    self.others.push_back(Told::Exited(exit));
-                    return Ok(());
-                };
-                if matches!(device.process, Process::Unplugged) {
-                    self.others.push_back(Told::Exited(exit));
-                    return Ok(());
-                }
-                if device.retired == Some(exit.pid) {
-                    device.retired = None;
-                    return Ok(());
-                }
-                let coming = device.upgrade.as_ref();
-                let coming = coming.and_then(|upgrade| upgrade.coming.as_ref());
-                if coming.is_some_and(|coming| coming.pid == exit.pid) {
-                    let why = format!(
-                        "process {} ended ({:?}): {}",
-                        exit.pid, exit.how, exit.last_words
-                    );
-                    return self.give_up(index, &why, cx);
-                }
-                error!(
-                    "device {}: process {} ended ({:?}): {}",
-                    device.spec.id(),
-                    exit.pid,
-                    exit.how,
-                    exit.last_words
-                );
-                match &mut device.process {
-                    // The reply to the request follows.
-                    Process::Stopping { pid, how } if *pid == exit.pid => {
-                        *how = by_itself(exit.how);
-                    }
-                    process if process.pid() == Some(exit.pid) => {
-                        return self.ended(index, Some(exit.how), cx);
-                    }
-                    _ => {}
-                }
-                Ok(())
-            }
-            Notice::Serves { index, pid } => {
-                if let Some(
-                    Process::Serving { pid: known }
-                    | Process::Stopping { pid: known, .. }
-                    | Process::Handshaking { pid: known, .. },
-                ) = self
-                    .devices
-                    .get_mut(index as usize)
-                    .map(|device| &mut device.process)
-                {
-                    *known = pid;
-                } else {
-                    self.others.push_back(Told::Serves { index, pid });
-                }
-                Ok(())
-            }
-            Notice::Stopped { index } => {
-                let index = index as usize;
-                match self.devices.get(index).map(|device| &device.process) {
-                    Some(Process::Stopping { how, .. }) => self.ended(index, *how, cx),
-                    _ => Ok(()),
-                }
-            }
-            Notice::Started { index, pid, socket } => match self.take_asked(Some(index)) {
-                Some(Asked::Upgrade(at)) => self.coming(at, pid, socket, cx),
-                Some(Asked::Other(number)) => {
-                    let notice = Notice::Started { index, pid, socket };
-                    self.others.push_back(Told::Answer(number, Ok(notice)));
-                    Ok(())
-                }
-                _ => self.started(index as usize, pid, socket, cx),
-            },
-            Notice::GoesOn { index, message } => match self.take_asked(Some(index)) {
-                Some(Asked::Upgrade(index)) => self.upgrade_refused(index, message, cx),
-                _ => Ok(()),
-            },
-            Notice::Added
-            | Notice::DumpFile(_)
-            | Notice::Removed
-            | Notice::Resized
-            | Notice::Unplugged { .. } => {
-                if let Some(Asked::Other(number)) = self.take_asked(None) {
-                    self.others.push_back(Told::Answer(number, Ok(notice)));
-                }
-                Ok(())
-            }
-            Notice::Settled { index } => {
-                if let Some(device) = self.devices.get_mut(index as usize) {
-                    device.retired = None;
-                }
-                if let Some(Asked::Settle(_, Some((reply, outcome)))) = self.take_asked(None) {
-                    reply.send(outcome);
-                }
-                Ok(())
-            }
-            Notice::Refused { message } => match self.take_asked(None) {
-                Some(Asked::Upgrade(index)) => self.upgrade_refused(index, message, cx),
-                Some(Asked::Settle(..)) => {
-                    error!("{message}");
-                    Ok(())
-                }
-                // It was taken out meanwhile.
-                Some(Asked::Start(index)) if self.is_unplugged(index) => Ok(()),
-                Some(Asked::Start(index)) if self.devices[index].foreign.is_some() => {
-                    debug!("{message}");
-                    self.try_later(index);
-                    Ok(())
-                }
-                Some(Asked::Start(index)) => {
-                    error!("{message}");
-                    self.start(index, cx)
-                }
-                Some(Asked::Other(number)) => {
-                    self.others.push_back(Told::Answer(number, Err(message)));
-                    Ok(())
-                }
-                None => {
-                    warn!("broker: {message}");
-                    Ok(())
-                }
-            },
-        }
-    }
-
-    /// Takes what the broker has answered: its answers come in the order of the requests, but for the one to the upgrade of a shared
-    /// folder, which it gives when it knows, and which names the folder as `index`.
-    fn take_asked(&mut self, index: Option<u32>) -> Option<Asked> {
-        let folder = |asked: &Asked| match asked {
-            Asked::Upgrade(at) => {
-                let device = self.devices.get(*at);
-                device
-                    .is_some_and(|device| matches!(device.spec, DeviceSpec::Fs(_)))
-                    .then_some(*at as u32)
-            }
-            _ => None,
-        };
-        let own = |asked: &Asked| index.is_some() && folder(asked) == index;
-        let at = self.asked.iter().position(own);
-        let at = at.or_else(|| self.asked.iter().position(|asked| folder(asked).is_none()))?;
-        self.asked.remove(at)
-    }
-
-    /// No other process takes the place of the one that serves, or served.
-    fn upgrade_refused(
-        &mut self,
-        index: usize,
-        message: String,
-        cx: &mut Context<'_>,
-    ) -> Result<(), ClientError> {
-        let device = &mut self.devices[index];
-        let Some(upgrade) = device.upgrade.take() else {
-            return Ok(());
-        };
-        warn!("{message}");
-        upgrade.reply.send(Err(QmpError::generic(message)));
-        if matches!(device.process, Process::Starting) {
-            self.start(index, cx)
-        } else if upgrade.unwell {
-            self.stop(index, cx)
-        } else {
-            Ok(())
-        }
-    }
-
     /// Sends somebody else's request to the broker; the answer comes as [`Told::Answer`] with `number`.
     pub(super) fn request(
         &mut self,
@@ -650,233 +422,6 @@ impl Supervisor {
     fn is_unplugged(&self, index: usize) -> bool {
         let device = self.devices.get(index);
         device.is_some_and(|device| matches!(device.process, Process::Unplugged))
-    }
-
-    /// Whether one of two processes of device `index` is about to end.
-    fn is_settling(&self, index: usize) -> bool {
-        self.asked.iter().any(|asked| match asked {
-            Asked::Upgrade(at) | Asked::Settle(at, _) => *at == index,
-            _ => false,
-        })
-    }
-
-    /// Whether any device is about to get another process while one serves.
-    pub(super) fn is_upgrading(&self) -> bool {
-        self.devices.iter().any(|device| device.upgrade.is_some())
-    }
-
-    /// `device-upgrade`: another process, of the program that is at its place now, is to take the place of the one that
-    /// serves.
-    pub(super) fn upgrade(
-        &mut self,
-        index: usize,
-        reply: Reply<()>,
-        cx: &Context<'_>,
-    ) -> Result<(), ClientError> {
-        let id = self.devices.get(index).map_or("", |one| one.spec.id());
-        let refused = match self.devices.get(index) {
-            Some(Device {
-                process: Process::Serving { .. },
-                ..
-            }) if self.is_settled(index) => None,
-            _ => Some(format!(
-                "Device '{id}' has no process that serves, or is about to get another one"
-            )),
-        };
-        if let Some(refused) = refused {
-            reply.send(Err(QmpError::generic(refused)));
-            return Ok(());
-        }
-        self.devices[index].upgrade = Some(Upgrade {
-            reply,
-            coming: None,
-            unwell: false,
-            asked: Instant::now(),
-        });
-        self.asked.push_back(Asked::Upgrade(index));
-        cx.broker.send(&Request::Upgrade {
-            index: index as u32,
-        })
-    }
-
-    /// The new process has a socket.
-    fn coming(
-        &mut self,
-        index: usize,
-        pid: i32,
-        socket: UnixStream,
-        cx: &mut Context<'_>,
-    ) -> Result<(), ClientError> {
-        let device = &mut self.devices[index];
-        if matches!(device.spec, DeviceSpec::Fs(_)) {
-            // The old one is gone, and is not missed. Since when, the broker knows; it was not before this.
-            let asked = device.upgrade.as_ref().map(|upgrade| upgrade.asked);
-            let asked = asked.unwrap_or_else(Instant::now);
-            device.since.get_or_insert(asked);
-            device.attention.ended();
-            lock(&device.transport).device_gone();
-            device.process = Process::Starting;
-            return self.started(index, pid, socket, cx);
-        }
-        let Some(upgrade) = &mut device.upgrade else {
-            // Given up meanwhile, and so is it.
-            return Ok(());
-        };
-        let watched = Handshake::begin(socket, &device.spec)
-            .map_err(|e| with_causes(&e))
-            .and_then(|handshake| {
-                cx.poller
-                    .add(&handshake, self.sockets + index as u64, EpollFlags::EPOLLIN)
-                    .map_err(|e| format!("epoll_ctl: {}", e.desc()))?;
-                upgrade.coming = Some(Coming {
-                    pid,
-                    handshake,
-                    deaf: false,
-                });
-                Ok(())
-            });
-        match watched {
-            Ok(()) => Ok(()),
-            Err(why) => self.give_up(index, &why, cx),
-        }
-    }
-
-    /// The handshake of a new process goes on, or its time is over.
-    fn coming_answered(&mut self, index: usize, cx: &mut Context<'_>) -> Result<(), ClientError> {
-        let device = &mut self.devices[index];
-        let Some(Upgrade {
-            coming: Some(coming),
-            ..
-        }) = &mut device.upgrade
-        else {
-            return Ok(());
-        };
-        match coming.handshake.advance() {
-            Ok(false) => return Ok(()),
-            Ok(true) => {}
-            Err(e) => {
-                let late = coming.handshake.deadline() <= Instant::now();
-                if e.is_hang_up() && !late && !coming.deaf {
-                    // Its last words say more.
-                    coming.deaf = true;
-                    if cx.poller.remove(&coming.handshake).is_ok() {
-                        return Ok(());
-                    }
-                }
-                return self.give_up(index, &with_causes(&e), cx);
-            }
-        }
-        let Some(Upgrade {
-            reply,
-            coming: Some(coming),
-            asked,
-            ..
-        }) = device.upgrade.take()
-        else {
-            return Ok(());
-        };
-        let (Process::Serving { pid: old }, Ok(())) =
-            (&device.process, cx.poller.remove(&coming.handshake))
-        else {
-            device.upgrade = Some(Upgrade {
-                reply,
-                coming: None,
-                unwell: false,
-                asked,
-            });
-            return self.give_up(index, "the process that serves is not there any more", cx);
-        };
-        let old = *old;
-        let mut stall = Duration::ZERO;
-        let done = coming.handshake.finish().and_then(|fresh| {
-            let mut transport = lock(&device.transport);
-            let since = Instant::now();
-            let done = transport.upgrade(fresh);
-            stall = since.elapsed();
-            done
-        });
-        let id = device.spec.id().to_owned();
-        let done = match done {
-            Ok(done) => done,
-            Err(e) => {
-                device.upgrade = Some(Upgrade {
-                    reply,
-                    coming: None,
-                    unwell: false,
-                    asked,
-                });
-                return self.give_up(index, &with_causes(&e), cx);
-            }
-        };
-        device.process = Process::Serving { pid: coming.pid };
-        device.retired = Some(old);
-        let reply = if done {
-            info!(
-                "device {id}: process {} has taken the place of {old} within {:.3} ms",
-                coming.pid,
-                stall.as_secs_f64() * 1000.0
-            );
-            cx.qmp.emit(&Event::DeviceUpgraded {
-                device: id,
-                pid: coming.pid,
-                stall,
-            });
-            Some((reply, Ok(())))
-        } else {
-            // It asks for attention, and yet another one follows.
-            reply.send(Err(QmpError::generic(format!(
-                "Device '{id}': the new process failed when it got its queues; it is replaced as after a crash"
-            ))));
-            None
-        };
-        self.settle_on(index, true, reply, cx)
-    }
-
-    fn settle_on(
-        &mut self,
-        index: usize,
-        newer: bool,
-        reply: Option<(Reply<()>, Result<(), QmpError>)>,
-        cx: &Context<'_>,
-    ) -> Result<(), ClientError> {
-        self.asked.push_back(Asked::Settle(index, reply));
-        cx.broker.send(&Request::Settle {
-            index: index as u32,
-            newer,
-        })
-    }
-
-    /// Whether the broker has yet to say what became of the upgrade of a shared folder.
-    fn is_taking_over(&self, index: usize) -> bool {
-        let device = &self.devices[index];
-        let asked = |asked: &Asked| matches!(asked, Asked::Upgrade(at) if *at == index);
-        matches!(device.spec, DeviceSpec::Fs(_)) && self.asked.iter().any(asked)
-    }
-
-    /// The new process, if there is to be one, does not take the place of the old one.
-    fn give_up(&mut self, index: usize, why: &str, cx: &Context<'_>) -> Result<(), ClientError> {
-        let device = &mut self.devices[index];
-        let Some(upgrade) = device.upgrade.take() else {
-            return Ok(());
-        };
-        if matches!(device.spec, DeviceSpec::Fs(_)) {
-            // There is no other any more.
-            upgrade.reply.send(Err(QmpError::generic(format!(
-                "Device '{}': the new process failed when it got its queues; it is replaced as after a crash",
-                device.spec.id()
-            ))));
-            return Ok(());
-        }
-        let text = format!(
-            "Device '{}' goes on with the process that it has: {why}",
-            device.spec.id()
-        );
-        warn!("{text}");
-        // Answered when the new one is gone, so that whoever reads it may try again. A handshake's socket leaves the poller by being closed. The broker may not have started it yet: requests are
-        // obeyed one after the other.
-        drop(upgrade.coming);
-        let answer = (upgrade.reply, Err(QmpError::generic(text)));
-        self.settle_on(index, false, Some(answer), cx)
     }
 
     /// Device `index` is taken out: its process is not missed any more.
@@ -1234,37 +779,5 @@ impl Supervisor {
     ) -> Result<(), ClientError> {
         error!("{}", with_causes(error));
         self.stop(index, cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_that_was_hung_up_on_did_not_end_by_itself() {
-        assert_eq!(by_itself(Exit::Code(0)), None);
-        assert_eq!(by_itself(Exit::Signal(9)), Some(Exit::Signal(9)));
-        assert_eq!(by_itself(Exit::Code(1)), Some(Exit::Code(1)));
-    }
-
-    #[test]
-    fn the_budget_comes_back_with_time() {
-        let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        let mut budget = Budget {
-            most: 2,
-            spent: VecDeque::new(),
-        };
-        assert!(budget.take(at(0)));
-        assert!(budget.take(at(5_000)));
-        assert!(!budget.take(at(9_999)));
-        assert!(budget.take(at(10_000)), "the first one is forgotten");
-        assert!(!budget.take(at(14_999)));
-        let mut none = Budget {
-            most: 0,
-            spent: VecDeque::new(),
-        };
-        assert!(!none.take(start));
     }
 }
