@@ -63,6 +63,12 @@ pub enum LabError {
     /// The emulator stands still: nothing was found out about what ran in it.
     #[error("the nested machine says nothing, and its kernel does not answer an NMI:\n{0}")]
     Frozen(String),
+    /// The emulator gave the nested machine's kernel an interrupt that KVM had held off, and that kernel crashed: nothing was found
+    /// out about what ran in it.
+    #[error(
+        "the emulator interrupted KVM between a guest's exit and STGI, of which the nested machine's kernel died:\n{0}"
+    )]
+    Interrupted(String),
     /// The nested machine ended before the command did.
     #[error("the nested machine ended before the command did; its last output:\n{0}")]
     Ended(String),
