@@ -431,6 +431,10 @@ impl Block {
                 if result == Err(Errno::EOPNOTSUPP) {
                     result = self.engine.zero_otherwise(extent);
                 }
+                if result == Err(Errno::EOPNOTSUPP) && pending.what == WRITE {
+                    // Zeroes that the guest wrote as data: how they get there is not its business.
+                    result = self.engine.write_zeroes(extent);
+                }
                 if result == Err(Errno::EOPNOTSUPP) && pending.what == DISCARD {
                     // A hint that cannot be followed.
                     result = Ok(());

@@ -30,6 +30,8 @@ const BOUNCE: usize = 64 * 1024;
 const SLOW: Duration = Duration::from_micros(500);
 /// Writes after a slow one that are left to the kernel's workers.
 const CAREFUL: u32 = 64;
+/// What is written where zeroes have to be written.
+static ZEROES: [u8; 4096] = [0; 4096];
 
 /// A raw image with its way of I/O. A request that cannot be finished at once has a `T` to remember.
 #[derive(Debug)]
@@ -218,6 +220,16 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
     }
 
     fn zero(&mut self, extent: Extent, then: T) -> Started<T> {
+        // A block device takes whole blocks of its own only.
+        let (blocks, ends) = extent.split(self.image.zero_unit);
+        for end in ends.into_iter().flatten() {
+            if let Err(errno) = self.write_zeroes(end) {
+                return Started::Done(then, Err(errno));
+            }
+        }
+        let Some(extent) = blocks else {
+            return Started::Done(then, Ok(()));
+        };
         let kind = if extent.unmap {
             Range::Punch
         } else {
@@ -236,7 +248,40 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
         } else {
             Range::Punch
         };
-        self.zero_now(extent, other)
+        // The ends are written already.
+        let (blocks, _) = extent.split(self.image.zero_unit);
+        blocks.map_or(Ok(()), |blocks| self.zero_now(blocks, other))
+    }
+
+    fn write_zeroes(&mut self, extent: Extent) -> Result<(), Errno> {
+        if self.bounce.is_some() {
+            // As for any write that may read a block to write it back.
+            self.settle()?;
+        }
+        let (mut at, end) = (extent.at, extent.at + extent.len);
+        while at < end {
+            let left = usize::try_from(end - at).map_err(|_| Errno::EINVAL)?;
+            let done = match &mut self.bounce {
+                Some((alignment, bounce)) => {
+                    let window = Window::new(at, left, bounce.bytes().len(), *alignment);
+                    if window.is_partial() {
+                        window.load(&self.image, bounce.bytes())?;
+                    }
+                    window.wanted(bounce.bytes()).fill(0);
+                    window.store(&self.image, bounce.bytes())?;
+                    window.wanted
+                }
+                None => {
+                    let piece = IoSlice::new(&ZEROES[..left.min(ZEROES.len())]);
+                    match pwritev(&self.image.fd, &[piece], place(at)?) {
+                        Err(Errno::EINTR) => continue,
+                        other => other?,
+                    }
+                }
+            };
+            at = advance(at, done)?;
+        }
+        Ok(())
     }
 
     fn flush_now(&mut self) -> Result<(), Errno> {

@@ -98,6 +98,9 @@ pub(crate) trait Engine<T>: Debug {
     /// What the image does not have, it may have in another way: the range reads as zeroes all the same.
     fn zero_otherwise(&mut self, extent: Extent) -> Result<(), Errno>;
 
+    /// Writes zeroes, which every image can take. The caller has checked the range.
+    fn write_zeroes(&mut self, extent: Extent) -> Result<(), Errno>;
+
     /// Makes the disk longer. Who has a raw image longer starts another process.
     fn grow(&mut self, _size: u64) -> Result<(), Errno> {
         Err(Errno::EPERM)
@@ -228,5 +231,18 @@ impl<T> Engine<T> for Formatted {
 
     fn zero_otherwise(&mut self, extent: Extent) -> Result<(), Errno> {
         self.clear(extent, !extent.unmap)
+    }
+
+    fn write_zeroes(&mut self, extent: Extent) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < extent.len {
+            // At most a piece.
+            let len = (extent.len - done).min(PIECE as u64) as usize;
+            let piece = &mut self.buffer.bytes()[..len];
+            piece.fill(0);
+            self.format.write(piece, extent.at + done)?;
+            done += len as u64;
+        }
+        self.format.commit()
     }
 }

@@ -118,6 +118,23 @@ impl Extent {
             unmap: unmap || request == Request::Discard,
         }))
     }
+
+    /// Its part of whole units, if it has any, and what is before and behind that. `unit` is a power of two.
+    pub(crate) fn split(self, unit: u64) -> (Option<Self>, [Option<Self>; 2]) {
+        let end = self.at + self.len;
+        let (first, last) = (self.at.next_multiple_of(unit), end - end % unit);
+        let part = |at: u64, end: u64| {
+            (at < end).then(|| Self {
+                at,
+                len: end - at,
+                ..self
+            })
+        };
+        if first >= last {
+            return (None, [Some(self), None]);
+        }
+        (part(first, last), [part(self.at, first), part(last, end)])
+    }
 }
 
 #[cfg(test)]
@@ -161,6 +178,41 @@ mod tests {
             place(u64::MAX / 512, 512, u64::MAX),
             None,
             "start + len wraps"
+        );
+    }
+
+    #[test]
+    fn ranges_are_split_into_units_and_ends() {
+        let extent = |at, end| Extent {
+            at,
+            len: end - at,
+            unmap: true,
+        };
+        for (at, end, middle, ends) in [
+            (512, 1024, Some((512, 1024)), [None, None]),
+            (4096, 8192, Some((4096, 8192)), [None, None]),
+            (512, 4096, None, [Some((512, 4096)), None]),
+            (3584, 4608, None, [Some((3584, 4608)), None]),
+            (512, 8192, Some((4096, 8192)), [Some((512, 4096)), None]),
+            (4096, 8704, Some((4096, 8192)), [None, Some((8192, 8704))]),
+            (
+                3584,
+                8704,
+                Some((4096, 8192)),
+                [Some((3584, 4096)), Some((8192, 8704))],
+            ),
+        ] {
+            let unit = if end == 1024 { 512 } else { 4096 };
+            let of = |range: Option<(u64, u64)>| range.map(|(at, end)| extent(at, end));
+            assert_eq!(
+                extent(at, end).split(unit),
+                (of(middle), ends.map(of)),
+                "{at} {end}"
+            );
+        }
+        assert_eq!(
+            extent(513, 514).split(1),
+            (Some(extent(513, 514)), [None, None])
         );
     }
 

@@ -42,6 +42,8 @@ pub(crate) struct RawImage {
     pub(crate) direct: Option<Alignment>,
     /// Bytes that the host reads and writes at once: a page, if it goes through the page cache.
     pub(crate) physical_block: u32,
+    /// The multiple that a range must be to be zeroed or freed as such: 1 for a file, a logical block of a block device.
+    pub(crate) zero_unit: u64,
 }
 
 impl RawImage {
@@ -75,6 +77,11 @@ impl RawImage {
                 wanted: if direct { "direct=on" } else { "direct=off" },
             });
         }
+        let zero_unit = if kind == SFlag::S_IFBLK {
+            direct_alignment(&fd).offset as u64
+        } else {
+            1
+        };
         let direct = if direct {
             choose_direct(&fd, flags, size)?
         } else {
@@ -87,6 +94,7 @@ impl RawImage {
             direct,
             // A power of two far below 4 GiB.
             physical_block: physical_block as u32,
+            zero_unit,
         })
     }
 }
@@ -110,8 +118,8 @@ fn check_access(flags: OFlag, readonly: bool) -> Result<(), BuildError> {
     }
 }
 
-fn choose_direct(fd: &OwnedFd, flags: OFlag, size: u64) -> Result<Option<Alignment>, BuildError> {
-    let alignment = direct_io_alignment(fd.as_fd())
+fn direct_alignment(fd: &OwnedFd) -> Alignment {
+    direct_io_alignment(fd.as_fd())
         .filter(|(memory, offset)| memory.is_power_of_two() && offset.is_power_of_two())
         .map_or(
             Alignment {
@@ -119,7 +127,11 @@ fn choose_direct(fd: &OwnedFd, flags: OFlag, size: u64) -> Result<Option<Alignme
                 offset: CAREFUL_ALIGNMENT,
             },
             |(memory, offset)| Alignment { memory, offset },
-        );
+        )
+}
+
+fn choose_direct(fd: &OwnedFd, flags: OFlag, size: u64) -> Result<Option<Alignment>, BuildError> {
+    let alignment = direct_alignment(fd);
     if size.is_multiple_of(alignment.offset as u64) {
         return Ok(Some(alignment));
     }
