@@ -169,7 +169,7 @@ const OPTIONS: &[(&str, Takes, &str)] = &[
     ("dax-window", Takes::Value("SIZE"), "files can be mapped into a window of that size, 2M to 8G, if the front end knows how (default: none)"),
     ("tag", Takes::Value("NAME"), "the name to mount by, for front ends that ask for it (default: myfs)"),
     ("thread-pool-size", Takes::Value("NUMBER"), "threads that copy large reads and writes beside the one that serves, 0 to 64 (default: one for each further processor, at most 3)"),
-    ("inode-file-handles", Takes::Value("WHEN"), "never, or prefer, which is the same here: inodes are kept as descriptors"),
+    ("inode-file-handles", Takes::Value("WHEN"), "never, or prefer, which is the same here: no file is opened by its handle"),
     ("print-capabilities", Takes::Nothing, "what management tools ask for, as JSON"),
     ("help", Takes::Nothing, "this text"),
     ("version", Takes::Nothing, "the version"),
@@ -510,8 +510,8 @@ fn inode_file_handles(given: &Given) -> Result<(), UsageError> {
         &[("never", ()), ("prefer", ())],
         (),
         "never or prefer. mandatory would take CAP_DAC_READ_SEARCH in the host's user namespace, with which every file of the host's file \
-         systems can be opened by its handle, in the shared folder or not, and past Landlock: no -sandbox keeps that right. Inodes are \
-         descriptors, and beyond -rlimit-nofile they are found again by folder and name",
+         systems can be opened by its handle, in the shared folder or not, and past Landlock: no -sandbox keeps that right. To hold few \
+         descriptors, give a low -rlimit-nofile: inodes beyond that have none, and are found again by folder and name",
     )
 }
 

@@ -320,6 +320,19 @@ impl Passthrough {
             // It was moved, and then the process that moved it died.
             Err(Errno::ENOENT) if again.is_some() => sys::stat_at(target, to.1).map(drop),
             other => other,
+        }?;
+        self.is_now_at(to);
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            self.is_now_at(from);
+        }
+        Ok(())
+    }
+
+    /// The guest has moved a file there, and need not look it up again to know that; it can be opened from there.
+    fn is_now_at(&mut self, (parent, name): (u64, Name<'_>)) {
+        let folder = self.inodes.folder(parent);
+        if let Ok(stat) = folder.and_then(|folder| sys::stat_at(folder.fd(), name)) {
+            self.inodes.seen_at(&stat, (parent, name));
         }
     }
 

@@ -69,6 +69,15 @@ impl<'a> Entry<'a> {
     }
 }
 
+/// Inode numbers and names of the entries in `bytes`, which the kernel wrote.
+pub(super) fn names_of(mut bytes: &[u8]) -> impl Iterator<Item = (u64, &CStr)> {
+    std::iter::from_fn(move || {
+        let entry = Entry::parse(bytes)?;
+        bytes = bytes.get(entry.len..)?;
+        Some((entry.ino, entry.name))
+    })
+}
+
 /// The position behind all entries in `bytes`; `None` without any.
 fn end_of(mut bytes: &[u8]) -> Option<u64> {
     let mut end = None;

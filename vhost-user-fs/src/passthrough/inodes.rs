@@ -7,7 +7,7 @@
 //! **Why this way.** A descriptor pins its inode and its mount, so while an entry has one no other file can have its identity,
 //! and a rename by anyone moves nothing under our feet. When there are no more descriptors, the entry that has had its for the
 //! longest gives it up, if its file is still where it was last looked up; with the next request for it the file is opened anew from
-//! there, and must be the same one by identity and time of birth. What someone else has moved meanwhile is stale then. An
+//! there, and must be the same one by identity and time of birth. What someone else has moved meanwhile is the caller's to look for. An
 //! entry has 40 bytes and its name in the [`Store`], and 4 to 9 bytes in the index that finds it again: a guest's cache decides how
 //! many there are.
 
@@ -453,7 +453,19 @@ impl Inodes {
                 .is_some_and(|entry| self.word(entry, WHERE) == 0)
     }
 
-    /// Gives a lost inode a descriptor, which the caller has opened and looked at.
+    /// The number that an inode has on its file system.
+    pub(crate) fn number_on_host(&self, id: u64) -> Option<u64> {
+        self.number(id).map(|entry| self.word(entry, INO))
+    }
+
+    /// Where a file is now, if it is known: a folder that is known, and a name.
+    pub(crate) fn seen_at(&mut self, stat: &libc::statx, at: (u64, Name<'_>)) {
+        if let Some(entry) = self.search(stat) {
+            self.found_at(entry, Some(at));
+        }
+    }
+
+    /// Gives an inode a descriptor that has none, which the caller has opened and looked at.
     pub(crate) fn recover(
         &mut self,
         id: u64,

@@ -17,6 +17,7 @@ mod inodes;
 mod journal;
 mod locks;
 mod mapping;
+mod moved;
 mod names;
 mod saved;
 mod store;
@@ -328,7 +329,10 @@ impl Passthrough {
     fn need_open(&mut self, node: u64) -> Result<(), Errno> {
         if self.inodes.is_closed(node) {
             self.room()?;
-            self.inodes.reopen(node)?;
+            return match self.inodes.reopen(node) {
+                Err(Errno::ESTALE) => self.find_moved(node),
+                other => other,
+            };
         }
         Ok(())
     }
