@@ -519,6 +519,28 @@ fn messages_go_where_they_are_sent() {
 }
 
 #[test]
+fn each_level_of_messages_tells_more_than_the_one_before() {
+    let said = ["do not end this process", "the front end left", "accepted"];
+    for (level, expected) in [
+        ("error", 0),
+        ("warn", 1),
+        ("info", 2),
+        ("debug", 3),
+        ("trace", 3),
+    ] {
+        let dir = tree();
+        let log = dir.path().join("log");
+        let to = ["-D", log.to_str().unwrap(), "-seccomp", "log"];
+        let options = [&to[..], &["-log-level", level]].concat();
+        assert!(Client::start(dir.path(), &options).finish().success());
+        let log = fs::read_to_string(&log).unwrap();
+        for (n, words) in said.iter().enumerate() {
+            assert_eq!(log.contains(words), n < expected, "{level}: {log}");
+        }
+    }
+}
+
+#[test]
 fn the_filter_is_there_and_its_weakening_is_told() {
     for (action, mode, told) in [
         ("kill", "2", false),
@@ -686,7 +708,11 @@ const SHOWN_BY: &[(&str, &str, &str)] = &[
     ),
     ("fd", "raw/mod.rs", "spawn"),
     ("D", "options.rs", "messages_go_where_they_are_sent"),
-    ("log-level", "options.rs", "messages_go_where_they_are_sent"),
+    (
+        "log-level",
+        "options.rs",
+        "each_level_of_messages_tells_more_than_the_one_before",
+    ),
     (
         "seccomp",
         "options.rs",
