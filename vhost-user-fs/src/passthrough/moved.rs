@@ -48,7 +48,10 @@ impl Passthrough {
     fn find_among_open(&mut self, node: u64) -> Result<bool, Errno> {
         let mut found = None;
         for handle in self.handles.all().filter_map(|kept| kept.handle) {
-            let stat = sys::stat(handle.as_fd())?;
+            // A file that its server has forgotten is none that could be meant.
+            let Ok(stat) = sys::stat(handle.as_fd()) else {
+                continue;
+            };
             if self.inodes.closed(&stat) == Some(node) {
                 found = Some((self.own.reopen(handle.as_fd(), libc::O_PATH)?, stat));
                 break;
