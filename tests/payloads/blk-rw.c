@@ -1,5 +1,6 @@
 /* Writes sectors of the first disk, flushes, reads them back and compares (virtio 1.3, section 5.2).
  * Words: sector=FIRST (default 8), count=SECTORS (default 8), rounds=NUMBER (default 4), seed=NUMBER of the pattern,
+ * zero=1 (every second round writes zeroes),
  * readonly=1 (expect the write to be refused, read and print the first bytes instead). */
 #include "virtio.h"
 
@@ -72,7 +73,7 @@ int payload_main(const struct boot *boot)
     u64 rounds = number(boot, "rounds", 4), seed = number(boot, "seed", 1);
     if (count > MOST)
         count = MOST;
-    u64 words = count * SECTOR / 8;
+    u64 words = count * SECTOR / 8, zero = number(boot, "zero", 0);
     if (number(boot, "readonly", 0)) {
         result = request(BLK_WRITE, first, data, (u32)(count * SECTOR));
         put("BLK write status ");
@@ -89,7 +90,7 @@ int payload_main(const struct boot *boot)
     for (u64 round = 0; round < rounds; round++) {
         u64 sector = first + round * count;
         for (u64 i = 0; i < words; i++)
-            data[i] = pattern(seed, sector * SECTOR / 8 + i);
+            data[i] = zero && round % 2 ? 0 : pattern(seed, sector * SECTOR / 8 + i);
         result = request(BLK_WRITE, sector, data, (u32)(count * SECTOR));
         if (result == 0 && (offered & FEATURE_FLUSH))
             result = request(BLK_FLUSH, 0, 0, 0);
@@ -104,7 +105,7 @@ int payload_main(const struct boot *boot)
             return 1;
         }
         for (u64 i = 0; i < words; i++)
-            if (data[i] != pattern(seed, sector * SECTOR / 8 + i)) {
+            if (data[i] != (zero && round % 2 ? 0 : pattern(seed, sector * SECTOR / 8 + i))) {
                 put("differs in sector ");
                 put_dec(sector + i * 8 / SECTOR);
                 put("\r\n");
