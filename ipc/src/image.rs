@@ -29,6 +29,9 @@ pub enum ImageError {
     /// A folder, a pipe, ….
     #[error("neither a regular file nor a block device")]
     Kind,
+    /// A hugetlbfs, whose files are written through mappings only.
+    #[error("its file system has no write(2); use readonly=on if the guest only reads")]
+    NoWrites,
     /// Another process uses it in a way that excludes this one.
     #[error("another process holds a lock on this image{}", if *.readonly { " for writing" } else { "" })]
     Locked {
@@ -61,6 +64,10 @@ pub fn open(path: &Path, readonly: bool, direct: bool) -> Result<File, ImageErro
     let kind = file.metadata()?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(ImageError::Kind);
+    }
+    // No bytes: a file system that takes none says so all the same.
+    if !readonly && nix::unistd::write(&file, &[]) == Err(Errno::EINVAL) {
+        return Err(ImageError::NoWrites);
     }
     lock(&file, readonly)?;
     // O_NONBLOCK was only for opening.

@@ -256,3 +256,28 @@ fn block_devices_of_both_sector_sizes_keep_what_was_written() {
         }
     }
 }
+
+#[test]
+fn an_image_of_huge_pages_can_be_read_and_is_refused_where_it_would_be_written() {
+    own_mounts();
+    let place = Place::mounted("hugetlbfs", 512, &[]);
+    // All of it is a hole, which takes no page.
+    let file = NamedTempFile::new_in(&place.folder).unwrap();
+    file.as_file().set_len(4 << 20).unwrap();
+    let refused = ipc::image::open(file.path(), false, false).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "its file system has no write(2); use readonly=on if the guest only reads"
+    );
+    ipc::image::open(file.path(), true, false).unwrap();
+    let mut disk = disk_on(
+        file,
+        Options {
+            readonly: true,
+            ..PLAIN
+        },
+    );
+    let read = read_back(&mut disk, 1001, 40 * 512, "hugetlbfs");
+    assert!(read == vec![0; 40 * 512]);
+    disk.finish();
+}
