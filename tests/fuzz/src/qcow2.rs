@@ -1,8 +1,9 @@
 //! # `qcow2`: an image, what is below it, and a guest that uses the disk
 //!
 //! The images are memory files, opened as the process `block-qcow2` opens its own; then ranges inside of the disk are read,
-//! written, zeroed, discarded, committed and flushed. The disk is no longer than its header says and is made of whole sectors; what
-//! is below it, and a read-only image, keep their bytes. An image is written in pieces, with zeroes between them: most of one is
+//! written, zeroed, discarded, committed and flushed, and snapshots inside of the image are listed, made and taken away. The disk is
+//! no longer than its header says and is made of whole sectors; what is below it, and a read-only image, keep their bytes; what is told
+//! of snapshots fits into an answer to the control process. An image is written in pieces, with zeroes between them: most of one is
 //! zeroes, and mutations of those would reach nothing.
 
 pub mod seeds;
@@ -10,7 +11,10 @@ pub mod seeds;
 use crate::bytes::Input;
 use crate::planted;
 use block_device::Format;
+use ipc::disk::{Answer, Order};
+use ipc::limits::MAX_DISK_ANSWER;
 use ipc::spec::block::{BlockIo, BlockSpec, ImageFormat};
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -40,8 +44,19 @@ pub const DISCARD: u8 = 3;
 pub const COMMIT: u8 = 4;
 /// See [`READ`].
 pub const FLUSH: u8 = 5;
+/// Tells what snapshots there are.
+pub const LIST: u8 = 6;
+/// Makes a snapshot; half of its sector's number chooses one of [`NAMES`].
+pub const SNAPSHOT: u8 = 7;
+/// Takes the snapshot of that name away; if the number is odd, the one that has it as its id.
+pub const DELETE: u8 = 8;
+/// How many kinds there are.
+const KINDS: u8 = 9;
 /// Flag of an operation: its place is counted from the end of the disk.
 pub const FROM_END: u8 = 0x80;
+
+/// Of snapshots, and their ids: images number them from 1.
+pub const NAMES: [&str; 4] = ["1", "2", "one", "two"];
 
 /// Bytes of an image: a place is two bytes.
 const LONGEST: usize = 1 << 16;
@@ -80,6 +95,40 @@ fn is_unchanged(file: &File, bytes: &[u8]) -> bool {
         && now == bytes
 }
 
+/// What the control process orders: the library answers, or says why not.
+fn order(disk: &mut dyn Format, kind: u8, choice: u16) -> Result<(), Errno> {
+    let name = NAMES[usize::from(choice / 2) % NAMES.len()].to_owned();
+    let by_id = choice % 2 == 1;
+    let answer = disk.order(&match kind {
+        LIST => Order::List,
+        SNAPSHOT => Order::Create {
+            name,
+            seconds: 1,
+            nanoseconds: 2,
+            clock: 3,
+        },
+        _ if by_id => Order::Delete {
+            id: Some(name),
+            name: None,
+        },
+        _ => Order::Delete {
+            id: None,
+            name: Some(name),
+        },
+    })?;
+    assert!(
+        ipc::codec::encode_within::<MAX_DISK_ANSWER, _>(&answer).is_ok(),
+        "an answer that cannot be given"
+    );
+    let fits = match kind {
+        LIST => matches!(answer, Answer::Image { .. }),
+        SNAPSHOT => matches!(answer, Answer::Created | Answer::Exists),
+        _ => matches!(answer, Answer::Deleted(_) | Answer::Unknown),
+    };
+    assert!(fits, "{answer:?} to an order of kind {kind}");
+    Ok(())
+}
+
 /// Whether the disk's last sector was written and then discarded.
 fn work(disk: &mut dyn Format, mut operations: Input<'_>) -> bool {
     let sectors = disk.size() / SECTOR;
@@ -87,7 +136,8 @@ fn work(disk: &mut dyn Format, mut operations: Input<'_>) -> bool {
     let mut buffer = Vec::new();
     while !operations.is_empty() && sectors > 0 {
         let kind = operations.byte();
-        let place = u64::from(operations.u16()) % sectors;
+        let chosen = operations.u16();
+        let place = u64::from(chosen) % sectors;
         let sector = if kind & FROM_END == 0 {
             place
         } else {
@@ -97,7 +147,7 @@ fn work(disk: &mut dyn Format, mut operations: Input<'_>) -> bool {
             .min(MOST)
             .min(sectors - sector);
         let (at, len) = (sector * SECTOR, count * SECTOR);
-        let kind = (kind & !FROM_END) % 6;
+        let kind = (kind & !FROM_END) % KINDS;
         // A write is committed before its guest is told, as `Formatted` does it.
         let result = match kind {
             READ => {
@@ -112,7 +162,8 @@ fn work(disk: &mut dyn Format, mut operations: Input<'_>) -> bool {
             ZERO => disk.zero(at, len, false).and_then(|()| disk.commit()),
             DISCARD => disk.zero(at, len, true).and_then(|()| disk.commit()),
             COMMIT => disk.commit(),
-            _ => disk.flush(),
+            FLUSH => disk.flush(),
+            _ => order(disk, kind, chosen),
         };
         if result.is_ok() && sector + count == sectors {
             written |= kind == WRITE;

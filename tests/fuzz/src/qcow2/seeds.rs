@@ -1,9 +1,11 @@
 //! # First inputs of `qcow2`
 //!
 //! Images of 64 KiB in clusters of 512 bytes, laid out by hand (qcow2's specification): a header, both tables, one cluster of
-//! data and one of every other kind that a version has.
+//! data and one of every other kind that a version has. Some have a snapshot, whose first table is a copy of the disk's.
 
-use super::{COMMIT, DISCARD, FLUSH, FROM_END, RAW_BASE, READ, READONLY, WRITE, ZERO};
+use super::{
+    COMMIT, DELETE, DISCARD, FLUSH, FROM_END, LIST, RAW_BASE, READ, READONLY, SNAPSHOT, WRITE, ZERO,
+};
 
 const CLUSTER: usize = 512;
 /// Bytes of the disk: two tables of 64 clusters each.
@@ -74,6 +76,49 @@ fn image(version: u32, order: u32, compatible: u64, backed: bool) -> Vec<u8> {
     }
     bytes[6 * CLUSTER - 16..6 * CLUSTER].fill(0x11);
     bytes[6 * CLUSTER..][..DEFLATED.len()].copy_from_slice(&DEFLATED);
+    bytes
+}
+
+/// The snapshots that [`with_snapshots`] adds: their ids and names.
+const SNAPSHOTS: [(&str, &str); 2] = [("1", "one"), ("2", "two")];
+
+/// An image of version 3 and 16-bit counts with two snapshots of the disk as it is: behind what it had come the table of snapshots and
+/// a copy of the first table for each, and what they share is counted once more for each.
+fn with_snapshots() -> Vec<u8> {
+    let mut bytes = image(3, 4, 0, false);
+    let (table, copies) = (USED, USED + 1);
+    bytes.resize((copies + SNAPSHOTS.len()) * CLUSTER, 0);
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(60, &(SNAPSHOTS.len() as u32).to_be_bytes());
+    put(64, &((table * CLUSTER) as u64).to_be_bytes());
+    let mut at = table * CLUSTER;
+    for (number, (id, name)) in SNAPSHOTS.into_iter().enumerate() {
+        put(at, &(((copies + number) * CLUSTER) as u64).to_be_bytes());
+        put(at + 8, &2u32.to_be_bytes());
+        put(at + 12, &(id.len() as u16).to_be_bytes());
+        put(at + 14, &(name.len() as u16).to_be_bytes());
+        // When; no state of a VM; 16 bytes more: its size in 64 bits, and that of the disk.
+        put(at + 16, &[1; 16]);
+        put(at + 36, &16u32.to_be_bytes());
+        put(at + 48, &SIZE.to_be_bytes());
+        put(at + 56, id.as_bytes());
+        put(at + 56 + id.len(), name.as_bytes());
+        at += (56 + id.len() + name.len()).next_multiple_of(8);
+        put(
+            (copies + number) * CLUSTER,
+            &(4 * CLUSTER as u64).to_be_bytes(),
+        );
+    }
+    // Counts: the second table and what it maps, which are nobody's alone any more, then what is new.
+    for cluster in 4..USED {
+        put(2 * CLUSTER + 2 * cluster, &3u16.to_be_bytes());
+    }
+    for cluster in USED..copies + SNAPSHOTS.len() {
+        put(2 * CLUSTER + 2 * cluster, &1u16.to_be_bytes());
+    }
+    for shared in [3 * CLUSTER, 4 * CLUSTER, 4 * CLUSTER + 24] {
+        bytes[shared] &= 0x7f;
+    }
     bytes
 }
 
@@ -155,6 +200,29 @@ pub fn all() -> Vec<Vec<u8>> {
         // Without a name for what it is given.
         input(1, &guest, std::slice::from_ref(&base), &base),
         input(2, &few, &[middle, base], &top),
+    ]);
+    let name = |number: u16| 2 * number;
+    let id = |number: u16| 2 * number + 1;
+    let orders = [
+        operation(LIST, 0, 0),
+        operation(SNAPSHOT, name(0), 0),
+        operation(WRITE, 0, 7),
+        operation(DELETE, name(2), 0),
+        operation(SNAPSHOT, name(2), 0),
+        operation(DISCARD, 0, 3),
+        operation(DELETE, id(1), 0),
+        operation(LIST, 0, 0),
+        operation(READ, 0, 127),
+        operation(FLUSH, 0, 0),
+    ];
+    let snapshots = with_snapshots();
+    inputs.extend([
+        input(0, &orders, &[], &snapshots),
+        input(READONLY, &orders, &[], &snapshots),
+        input(0, &orders, &[], &image(2, 4, 0, false)),
+        // Counts of one bit have no room for a second reference.
+        input(0, &orders, &[], &image(3, 0, 0, false)),
+        input(1 | RAW_BASE, &orders, std::slice::from_ref(&raw), &top),
     ]);
     inputs
 }
