@@ -20,6 +20,7 @@ pub mod escape;
 pub mod host;
 pub mod jail;
 pub mod lab;
+pub mod lying;
 pub mod payload;
 pub mod plot;
 pub mod procfs;

@@ -59,6 +59,29 @@ pub fn create_sized(dir: &Path, name: &str, options: &[&str], size: &str) -> Pat
     path
 }
 
+/// Kinds of images that differ in how they are laid out, each with what `qemu-img convert` makes one of. Every one counts several
+/// references to a cluster.
+pub const KINDS: [(&str, &[&str]); 7] = [
+    ("plain", &[]),
+    ("small", &["-o", "cluster_size=512"]),
+    ("large", &["-o", "cluster_size=256k"]),
+    ("old", &["-o", "compat=0.10"]),
+    ("packed", &["-c"]),
+    ("narrow", &["-o", "refcount_bits=4"]),
+    ("wide", &["-o", "refcount_bits=64,cluster_size=1k"]),
+];
+
+/// An image of what a raw file has.
+#[track_caller]
+#[must_use]
+pub fn converted(raw: &Path, name: &str, options: &[&str]) -> PathBuf {
+    let image = raw.with_file_name(name);
+    let convert = ["convert", "-q", "-f", "raw", "-O", "qcow2"];
+    let words: Vec<&str> = convert.iter().chain(options).copied().collect();
+    well(&words, &[raw, &image]);
+    image
+}
+
 /// A raw file, 4 MiB of a pattern.
 #[must_use]
 pub fn pattern(dir: &Path, name: &str) -> PathBuf {

@@ -14,11 +14,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use tests::host::{require_kvm, require_root};
+use tests::lying;
 use tests::payload::Payload;
 use tests::vm::{Vm, VmBuilder, binary};
 use tests::wait::{Deadline, Watched, readable};
 
 const LIMIT: Duration = Duration::from_secs(30);
+/// Serves in place of `block`.
+const LIAR: &str = env!("CARGO_BIN_EXE_lying-device");
 /// Less than any time limit that the VMM has for a device.
 const AT_ONCE: Duration = Duration::from_secs(3);
 
@@ -40,23 +43,8 @@ fn with_device(dir: &Path, how: &str, log: &Path) -> Vm {
 }
 
 fn builder(dir: &Path, how: &str, log: &Path, payload: Payload) -> VmBuilder {
-    require_kvm();
-    require_root();
-    let program = dir.join("stratovirt");
-    std::fs::copy(binary("stratovirt").unwrap(), &program).unwrap();
-    std::fs::copy(env!("CARGO_BIN_EXE_lying-device"), dir.join("block")).unwrap();
-    let disk = dir.join("disk.img");
-    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
-    Vm::builder()
-        .program(program)
-        .args(["-machine", "microvm", "-m", "128"])
+    lying::disk(LIAR, dir, how)
         .kernel(&payload.path(), "end=halt")
-        .arg("-drive")
-        .arg(format!("id=d0,file={},direct=off", disk.display()))
-        .arg("-device")
-        .arg(format!(
-            "virtio-blk-device,drive=d0,id={how},max-restarts=1"
-        ))
         .arg("-D")
         .arg(log)
 }

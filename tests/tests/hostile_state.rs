@@ -8,24 +8,26 @@
 
 use ipc::limits::SNAPSHOT_WAIT_MS;
 use serde_json::json;
-use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tests::daemon::Daemon;
 use tests::host::{require_kvm, require_root};
+use tests::lying;
 use tests::payload::Payload;
 use tests::qmp::{Qmp, QmpError};
 use tests::vm::{Vm, VmBuilder, binary};
 use tests::wait::Deadline;
 
+/// Serves in place of `block`, or as a daemon for a folder.
+const LIAR: &str = env!("CARGO_BIN_EXE_lying-device");
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A daemon for a folder, which lies as `how` says.
 fn daemon(dir: &Path, how: &str) -> Daemon {
     let socket = dir.join("socket");
     let _ = std::fs::remove_file(&socket);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lying-device"));
+    let mut command = Command::new(LIAR);
     Daemon::start(command.arg(how).arg(socket), "listening").unwrap()
 }
 
@@ -46,25 +48,8 @@ fn with_folder(dir: &Path) -> VmBuilder {
 
 /// A VM whose disk is served by a process that lies as `how` says.
 fn with_disk(dir: &Path, how: &str) -> VmBuilder {
-    require_kvm();
-    require_root();
-    let program = dir.join("stratovirt");
-    if !program.exists() {
-        std::fs::copy(binary("stratovirt").unwrap(), &program).unwrap();
-        std::fs::copy(env!("CARGO_BIN_EXE_lying-device"), dir.join("block")).unwrap();
-    }
-    let disk = dir.join("disk.img");
-    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
-    Vm::builder()
-        .program(program)
-        .args(["-machine", "microvm", "-m", "128"])
+    lying::disk(LIAR, dir, how)
         .kernel(&Payload::StartDevice.path(), "device=2")
-        .arg("-drive")
-        .arg(format!("id=d0,file={},direct=off", disk.display()))
-        .arg("-device")
-        .arg(format!(
-            "virtio-blk-device,drive=d0,id={how},max-restarts=1"
-        ))
         .arg("-snapshot-dir")
         .arg(dir)
         .with_qmp()

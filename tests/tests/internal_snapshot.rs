@@ -23,8 +23,8 @@ use tests::host::{require_kvm, require_root};
 use tests::lab::ensure_packages;
 use tests::payload::Payload;
 use tests::qcow2::{
-    SPAN, busy, content, create, create_sized, disturb, drive, opened, pattern, qemu_img, well,
-    written,
+    KINDS, SPAN, busy, content, converted, create, create_sized, disturb, drive, opened, pattern,
+    qemu_img, well, written,
 };
 use tests::qmp::{Qmp, QmpError};
 use tests::vm::Vm;
@@ -72,19 +72,8 @@ fn what_a_snapshot_has_is_what_the_disk_had() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let base = pattern(dir.path(), "base");
     let mut chance = Chance::new(0x5a9_5407);
-    for (name, options) in [
-        ("plain", &[][..]),
-        ("small", &["-o", "cluster_size=512"]),
-        ("large", &["-o", "cluster_size=256k"]),
-        ("old", &["-o", "compat=0.10"]),
-        ("packed", &["-c"]),
-        ("narrow", &["-o", "refcount_bits=4"]),
-        ("wide", &["-o", "refcount_bits=64,cluster_size=1k"]),
-    ] {
-        let image = dir.path().join(name);
-        let convert = ["convert", "-q", "-f", "raw", "-O", "qcow2"];
-        let words: Vec<&str> = convert.iter().chain(options).copied().collect();
-        well(&words, &[&base, &image]);
+    for (name, options) in KINDS {
+        let image = converted(&base, name, options);
         let check = || well(&["check", "-q", "-f", "qcow2"], &[&image]);
         let mut disk = std::fs::read(&base).unwrap();
         let mut had = Vec::new();

@@ -21,7 +21,8 @@ use tests::jail::check::check;
 use tests::jail::expect::{BackEnd, Device, Setting};
 use tests::payload::Payload;
 use tests::qcow2::{
-    SPAN, busy, content, create, disturb, drive, opened, pattern, qemu_img, well, written,
+    KINDS, SPAN, busy, content, converted, create, disturb, drive, opened, pattern, qemu_img, well,
+    written,
 };
 use tests::qmp::{Qmp, QmpError};
 use tests::vm::{Vm, VmBuilder};
@@ -133,11 +134,7 @@ fn images_below_are_read_and_never_written() {
     let copy = pattern(dir.path(), "copy");
     write(&[drive("d", &copy, ",direct=off")]);
     // Compressed clusters over nothing, and a chain of three over the raw base.
-    let packed = dir.path().join("packed");
-    well(
-        &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2"],
-        &[&base, &packed],
-    );
+    let packed = converted(&base, "packed", &["-c"]);
     let middle = create(dir.path(), "middle", &["-b", "base", "-F", "raw"]);
     let top = create(dir.path(), "top", &["-b", "middle", "-F", "qcow2"]);
     let before = [&base, &middle].map(|path| std::fs::read(path).unwrap());
@@ -452,17 +449,13 @@ fn tables_that_a_killed_process_did_not_count_are_counted() {
         }
         let broken = qemu_img(&["check", "-q", "-f", "qcow2"], &[&image]);
         assert!(!broken.status.success(), "{name} {broken:?}");
-        let before = dir.path().join("before");
-        well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &before]);
-        let mut wanted = std::fs::read(&before).unwrap();
+        let mut wanted = content(&image, None);
         let mut vm = vm(Payload::BlkRw, "sector=5000 count=40", &drives)
             .start()
             .unwrap();
         finds_what_it_wrote(&mut vm);
         well(&["check", "-q", "-f", "qcow2"], &[&image]);
-        let after = dir.path().join("after");
-        well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &after]);
-        let after = std::fs::read(&after).unwrap();
+        let after = content(&image, None);
         let new = 5000 * 512..5160 * 512;
         wanted[new.clone()].copy_from_slice(&after[new]);
         assert!(wanted == after, "{name}: something else has changed");
@@ -580,9 +573,7 @@ fn a_disk_that_grows_shows_nothing_of_what_is_below_its_old_end() {
         );
         grown(&[under.clone(), top], sector).unwrap();
         well(&["check", "-q", "-f", "qcow2"], &[&image]);
-        let raw = dir.path().join("raw");
-        well(&["convert", "-f", "qcow2", "-O", "raw"], &[&image, &raw]);
-        let raw = std::fs::read(raw).unwrap();
+        let raw = content(&image, None);
         assert_eq!(raw.len() as u64, 16 * MIB);
         let (written, end) = (sector * 512, (sector + 160) * 512);
         for (at, byte) in raw.iter().enumerate() {
@@ -628,18 +619,8 @@ fn internal_snapshots_keep_what_they_have() {
     write(&[drive("d", &written, ",direct=off")]);
     let written = std::fs::read(written).unwrap();
     let mut chance = Chance::new(0x5eed);
-    for (name, options) in [
-        ("plain", &[][..]),
-        ("small", &["-o", "cluster_size=512"]),
-        ("large", &["-o", "cluster_size=256k"]),
-        ("old", &["-o", "compat=0.10"]),
-        ("packed", &["-c"]),
-        ("narrow", &["-o", "refcount_bits=4"]),
-    ] {
-        let image = dir.path().join(name);
-        let convert = ["convert", "-q", "-f", "raw", "-O", "qcow2"];
-        let words: Vec<&str> = convert.iter().chain(options).copied().collect();
-        well(&words, &[&base, &image]);
+    for (name, options) in KINDS {
+        let image = converted(&base, name, options);
         let snapshot = |what, which| well(&["snapshot", what, which], &[&image]);
         let check = || well(&["check", "-q", "-f", "qcow2"], &[&image]);
         snapshot("-c", "one");
@@ -721,11 +702,7 @@ fn broken_tables_end_in_an_error_and_not_in_a_hang() {
     let data = pattern(dir.path(), "data");
     for cluster in 1..5u64 {
         for value in [0xff, 0x80, 0x40, 0x01, 0x00, 0x7f] {
-            let image = dir.path().join("image");
-            well(
-                &["convert", "-q", "-f", "raw", "-O", "qcow2"],
-                &[&data, &image],
-            );
+            let image = converted(&data, "image", &[]);
             let file = std::fs::File::options().write(true).open(&image).unwrap();
             let entry = [value; 8];
             for word in 0..64 {
