@@ -434,81 +434,50 @@ fn launch(order: Order<'_>, comes: Comes) -> Result<(OwnedFd, Process), String> 
         mut backend,
         policy,
     } = order;
-    let beside = matches!(comes, Comes::Beside);
-    let heritage = match comes {
-        Comes::Heir(line) => Some(line),
-        _ => None,
-    };
     let id = grant.spec.id();
     let told = |what: &str, e: &dyn std::fmt::Display| format!("device {id}: {what}: {e}");
+    let limits = limits(&grant.spec, &backend).map_err(|e| told("image", &e))?;
     let (ours, theirs) = UnixStream::pair().map_err(|e| told("socket pair", &e))?;
     let (log_reader, log_writer) =
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)
             .map_err(|e| told("log pipe", &e))?;
-    let userfault = match &grant.spec {
-        // Its processes come and go without the broker; memory is brought in as a whole for them.
-        DeviceSpec::Fs(_) => None,
-        _ if policy.userfault => userfault(),
-        _ => None,
-    };
-    let start = ipc::start::to_memfd(&StartMessage {
-        version: PROTOCOL_VERSION,
-        device: grant.spec.clone(),
-        backend_fds: match &grant.spec {
-            // Two of them are made by the jail.
-            DeviceSpec::Fs(_) => BACKEND_FDS + u32::from(heritage.is_some()),
-            _ => backend.len() as u32,
-        },
-        userfault: userfault.is_some(),
-        beside,
-        seccomp: policy.seccomp,
-        sandbox: policy.sandbox,
-        log_level: policy.log_level,
-    })
-    .map_err(|e| told("start message", &e))?;
-
-    let limits = limits(&grant.spec, &backend).map_err(|e| told("image", &e))?;
     let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| told("log pipe", &e));
-    let folder = match &grant.spec {
-        DeviceSpec::Fs(_) => Some(
-            backend
-                .pop()
-                .ok_or_else(|| told("shared folder", &"no descriptor"))?,
-        ),
-        _ => None,
-    };
     let mut fds = vec![
         (duplicate(&log_writer)?, 0),
         (duplicate(&log_writer)?, 1),
         (log_writer, FD_LOG),
         (OwnedFd::from(theirs), FD_VHOST_USER),
-        (start, FD_START),
     ];
-    fds.extend(backend.into_iter().chain(userfault).zip(FD_BACKEND..));
-    let keeper = match &grant.spec {
-        DeviceSpec::Fs(_) => {
-            let (ours, theirs) = Channel::pair().map_err(|e| told("keeper", &e))?;
-            fds.push((theirs.into_fd(), FD_KEEPER));
-            fds.extend(heritage.map(|line| (line, FD_HERITAGE)));
-            Some(Keeper::new(ours))
-        }
-        _ => None,
-    };
 
-    let name = grant.spec.binary();
-    let binary = find_binary(name)?;
-    // By a first dash the program would know a person's options.
-    let shown = if id.starts_with('-') {
-        format!("id={id}")
-    } else {
-        id.to_owned()
-    };
-    let argv = [grant.spec.process(), &shown]
-        .map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default());
+    let beside = matches!(comes, Comes::Beside);
+    let (mut folder, mut keeper, mut watched) = (None, None, None);
+    let mut backend_fds = backend.len() as u32;
+    if let DeviceSpec::Fs(_) = &grant.spec {
+        // Its processes come and go without the broker: a keeper has what they need.
+        let shared = backend.pop();
+        folder = Some(shared.ok_or_else(|| told("shared folder", &"no descriptor"))?);
+        let (ours, theirs) = Channel::pair().map_err(|e| told("keeper", &e))?;
+        keeper = Some(Keeper::new(ours));
+        fds.push((theirs.into_fd(), FD_KEEPER));
+        // Two of them are made by the jail.
+        backend_fds = BACKEND_FDS;
+        if let Comes::Heir(line) = comes {
+            fds.push((line, FD_HERITAGE));
+            backend_fds += 1;
+        }
+    } else if policy.userfault {
+        // Nobody would watch those of a keeper: memory is brought in as a whole for them.
+        watched = userfault();
+    }
+    let start = start_message(grant, policy, beside, backend_fds, watched.is_some());
+    fds.push((start.map_err(|e| told("start message", &e))?, FD_START));
+    fds.extend(backend.into_iter().chain(watched).zip(FD_BACKEND..));
+
+    let binary = find_binary(grant.spec.binary())?;
     let pending = ozone::spawn(DeviceLaunch {
         name: id,
         binary: binary.as_fd(),
-        argv: argv.into(),
+        argv: argv(&grant.spec),
         fds,
         identity: Identity::least(),
         tree: match (&grant.spec, &folder) {
@@ -540,6 +509,40 @@ fn launch(order: Order<'_>, comes: Comes) -> Result<(OwnedFd, Process), String> 
         keeper,
     };
     Ok((ours.into(), process))
+}
+
+/// What the process is told before anything else, in a sealed file.
+fn start_message(
+    grant: &DeviceGrant,
+    policy: &Policy,
+    beside: bool,
+    backend_fds: u32,
+    userfault: bool,
+) -> Result<OwnedFd, ipc::start::StartError> {
+    ipc::start::to_memfd(&StartMessage {
+        version: PROTOCOL_VERSION,
+        device: grant.spec.clone(),
+        backend_fds,
+        userfault,
+        beside,
+        seccomp: policy.seccomp,
+        sandbox: policy.sandbox,
+        log_level: policy.log_level,
+    })
+}
+
+/// The command line that the process has, for whoever looks at it.
+fn argv(spec: &DeviceSpec) -> Vec<CString> {
+    let id = spec.id();
+    // By a first dash the program would know a person's options.
+    let shown = if id.starts_with('-') {
+        format!("id={id}")
+    } else {
+        id.to_owned()
+    };
+    [spec.process(), &shown]
+        .map(|text| CString::new(text.replace('\0', " ")).unwrap_or_default())
+        .into()
 }
 
 /// Where the process of `grant` is to run.

@@ -321,19 +321,7 @@ impl Draft {
             // Their tables allow one value only.
             "accel" | "cpu" => drop(given.props()?),
             "smp" => spec.cpus = machine::smp(&given.props()?)?,
-            "vcpu-affinity" => {
-                let props = given.props()?;
-                let vcpu = props.small("vcpu");
-                if spec.vcpu_affinity.iter().any(|one| one.vcpu == vcpu) {
-                    return Err(props.error(match vcpu {
-                        Some(vcpu) => format!("vCPU {vcpu} has processors already"),
-                        None => "the other vCPUs have processors already".into(),
-                    }));
-                }
-                self.affinity_args.push(given.value.clone());
-                spec.vcpu_affinity
-                    .extend(props.cpus("cpus").map(|cpus| VcpuAffinity { vcpu, cpus }));
-            }
+            "vcpu-affinity" => self.vcpu_affinity(given)?,
             "m" => {
                 self.memory.sized = true;
                 self.memory.whole.size =
@@ -358,14 +346,7 @@ impl Draft {
             "kernel" => spec.boot.kernel = Some(given.path()?),
             "initrd" => spec.boot.initrd = Some(given.path()?),
             "append" => {
-                // The last byte is the terminating NUL's.
-                let max = limits::MAX_CMDLINE - 1;
-                if given.value.len() > max {
-                    return Err(given.error(format!(
-                        "is {} bytes long; allowed: 0 to {max}",
-                        given.value.len()
-                    )));
-                }
+                fits(given, limits::MAX_CMDLINE - 1)?; // The last byte is the terminating NUL's.
                 given.value.clone_into(&mut spec.boot.cmdline);
             }
             "drive" => self.drive(&given.props()?)?,
@@ -379,34 +360,8 @@ impl Draft {
             "chardev" => self.chardev(&given.props()?)?,
             "qmp" => self.qmp(&given.props()?)?,
             "mon" => self.mon(&given.props()?)?,
-            "incoming" => {
-                let value = given.value.as_str();
-                let (value, lazy) = match value.strip_suffix(",lazy=on") {
-                    Some(value) => (value, true),
-                    None => (value.strip_suffix(",lazy=off").unwrap_or(value), false),
-                };
-                let path = value.strip_prefix("file:").filter(|path| !path.is_empty());
-                let path = path.ok_or_else(|| {
-                    given.error(
-                        "not valid; allowed: file:PATH or file:PATH,lazy=on, where PATH is a folder that migrate made",
-                    )
-                })?;
-                spec.incoming_lazy = lazy;
-                spec.incoming = Some(PathBuf::from(path));
-            }
-            "snapshot-dir" => {
-                let path = given.path()?;
-                if path.file_name().is_none() {
-                    return Err(given.error("not a folder's name; allowed: a path that does not end in '..' or '/' alone"));
-                }
-                if spec.snapshot_dirs.len() == limits::MAX_SNAPSHOT_GRANTS {
-                    return Err(given.error(format!(
-                        "one too many; allowed: 0 to {}",
-                        limits::MAX_SNAPSHOT_GRANTS
-                    )));
-                }
-                spec.snapshot_dirs.push(path);
-            }
+            "incoming" => (spec.incoming, spec.incoming_lazy) = incoming(given)?,
+            "snapshot-dir" => self.snapshot_dir(given)?,
             "S" => spec.start_paused = true,
             "no-reboot" => spec.no_reboot = true,
             "no-shutdown" => spec.no_shutdown = true,
@@ -425,27 +380,64 @@ impl Draft {
                     _ => SandboxMode::BestEffort,
                 };
             }
-            "seccomp" => {
-                let props = given.props()?;
-                if spec.seccomp == SeccompMode::Disabled {
-                    return Err(given.error("contradicts -disable-seccomp"));
-                }
-                self.seccomp_option = true;
-                spec.seccomp = match props.text("action") {
-                    Some("log") => SeccompMode::Log,
-                    Some("trap") => SeccompMode::Trap,
-                    _ => SeccompMode::Kill,
-                };
-            }
-            "disable-seccomp" => {
-                if self.seccomp_option {
-                    return Err(given.error("contradicts -seccomp"));
-                }
-                spec.seccomp = SeccompMode::Disabled;
-            }
+            "seccomp" | "disable-seccomp" => self.seccomp(given)?,
             // A test feeds every option of the table through here.
             _ => return Err(given.error("this option is not supported yet")),
         }
+        Ok(())
+    }
+
+    fn vcpu_affinity(&mut self, given: &Given<'_>) -> Result<(), CmdlineError> {
+        let props = given.props()?;
+        let vcpu = props.small("vcpu");
+        let pinned = &mut self.spec.vcpu_affinity;
+        if pinned.iter().any(|one| one.vcpu == vcpu) {
+            return Err(props.error(match vcpu {
+                Some(vcpu) => format!("vCPU {vcpu} has processors already"),
+                None => "the other vCPUs have processors already".into(),
+            }));
+        }
+        self.affinity_args.push(given.value.clone());
+        pinned.extend(props.cpus("cpus").map(|cpus| VcpuAffinity { vcpu, cpus }));
+        Ok(())
+    }
+
+    fn snapshot_dir(&mut self, given: &Given<'_>) -> Result<(), CmdlineError> {
+        let path = given.path()?;
+        if path.file_name().is_none() {
+            return Err(given.error(
+                "not a folder's name; allowed: a path that does not end in '..' or '/' alone",
+            ));
+        }
+        if self.spec.snapshot_dirs.len() == limits::MAX_SNAPSHOT_GRANTS {
+            return Err(given.error(format!(
+                "one too many; allowed: 0 to {}",
+                limits::MAX_SNAPSHOT_GRANTS
+            )));
+        }
+        self.spec.snapshot_dirs.push(path);
+        Ok(())
+    }
+
+    /// `-seccomp` and `-disable-seccomp`, of which there is one at most.
+    fn seccomp(&mut self, given: &Given<'_>) -> Result<(), CmdlineError> {
+        if given.option.name == "disable-seccomp" {
+            if self.seccomp_option {
+                return Err(given.error("contradicts -seccomp"));
+            }
+            self.spec.seccomp = SeccompMode::Disabled;
+            return Ok(());
+        }
+        let props = given.props()?;
+        if self.spec.seccomp == SeccompMode::Disabled {
+            return Err(given.error("contradicts -disable-seccomp"));
+        }
+        self.seccomp_option = true;
+        self.spec.seccomp = match props.text("action") {
+            Some("log") => SeccompMode::Log,
+            Some("trap") => SeccompMode::Trap,
+            _ => SeccompMode::Kill,
+        };
         Ok(())
     }
 
@@ -466,6 +458,31 @@ impl Draft {
         self.spec.ignored.push(note);
         Ok(())
     }
+}
+
+/// Whether the value has at most `max` bytes.
+fn fits(given: &Given<'_>, max: usize) -> Result<(), CmdlineError> {
+    let len = given.value.len();
+    if len > max {
+        return Err(given.error(format!("is {len} bytes long; allowed: 0 to {max}")));
+    }
+    Ok(())
+}
+
+/// The folder of a snapshot, and whether its memory is to come later.
+fn incoming(given: &Given<'_>) -> Result<(Option<PathBuf>, bool), CmdlineError> {
+    let value = given.value.as_str();
+    let (value, lazy) = match value.strip_suffix(",lazy=on") {
+        Some(value) => (value, true),
+        None => (value.strip_suffix(",lazy=off").unwrap_or(value), false),
+    };
+    let path = value.strip_prefix("file:").filter(|path| !path.is_empty());
+    let path = path.ok_or_else(|| {
+        given.error(
+            "not valid; allowed: file:PATH or file:PATH,lazy=on, where PATH is a folder that migrate made",
+        )
+    })?;
+    Ok((Some(PathBuf::from(path)), lazy))
 }
 
 #[cfg(test)]

@@ -448,21 +448,29 @@ fn thread_main(
     }
 }
 
+/// What an exit leaves to do once the borrow of the run page has ended.
+enum After {
+    /// Another round.
+    Round,
+    /// The access was served, which KVM has yet to hear.
+    Served,
+    Port(PortAccess),
+    Stop(VcpuStop),
+    TripleFault,
+    InternalError,
+    FailEntry(u64),
+}
+
+/// Accesses to one port, and where their data are in the run page. Only [`enter`] makes one.
+struct PortAccess {
+    port: u16,
+    data: *mut u8,
+    length: usize,
+    write: bool,
+}
+
 /// Runs the guest until the gate closes (`None`) or it cannot go on.
 fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option<VcpuStop> {
-    /// What is left to do once the borrow of the run page has ended.
-    enum After {
-        Nothing,
-        Port {
-            port: u16,
-            data: *mut u8,
-            length: usize,
-            write: bool,
-        },
-        TripleFault,
-        InternalError,
-        FailEntry(u64),
-    }
     // Whether KVM has yet to hear what became of the last access: it completes the instruction at the next KVM_RUN.
     let mut unfinished = false;
     loop {
@@ -474,97 +482,100 @@ fn run(vcpu: &mut VcpuFd, index: u32, gate: &Gate, io: &dyn IoHandler) -> Option
             vcpu.set_kvm_immediate_exit(1);
         }
         unfinished = false;
-        let after = match vcpu.run() {
-            Ok(VcpuExit::IoOut(port, data)) => After::Port {
-                port,
-                data: data.as_ptr().cast_mut(),
-                length: data.len(),
-                write: true,
-            },
-            Ok(VcpuExit::IoIn(port, data)) => After::Port {
-                port,
-                data: data.as_mut_ptr(),
-                length: data.len(),
-                write: false,
-            },
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                io.mmio_read(address, data);
+        match enter(vcpu, io) {
+            After::Round => {}
+            After::Served => unfinished = true,
+            After::Port(access) => {
+                serve_port(vcpu, &access, io);
                 unfinished = true;
-                After::Nothing
             }
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                io.mmio_write(address, data);
-                unfinished = true;
-                After::Nothing
-            }
-            // A halt exits only without in-kernel LAPIC; these ask for nothing but another round.
-            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => After::Nothing,
-            Ok(VcpuExit::Shutdown) => After::TripleFault,
-            Ok(VcpuExit::InternalError) => After::InternalError,
-            Ok(VcpuExit::FailEntry(reason, _)) => After::FailEntry(reason),
-            Ok(VcpuExit::SystemEvent(kind, _)) => return Some(VcpuStop::SystemEvent(kind)),
-            Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
-                return Some(VcpuStop::Fault(format!(
-                    "access to guest address {gpa:#x} ({size} bytes, flags {flags:#x}) failed on the host"
-                )));
-            }
-            Ok(other) => return Some(VcpuStop::Error(format!("unexpected exit {other:?}"))),
-            Err(error) => match error.errno() {
-                // Interrupted: the gate tells whether that was meant. The flag is cleared first, see the module page.
-                libc::EINTR => {
-                    vcpu.set_kvm_immediate_exit(0);
-                    After::Nothing
-                }
-                libc::EAGAIN => After::Nothing,
-                libc::EFAULT => return Some(VcpuStop::Fault(format!("KVM_RUN: {error}"))),
-                _ => return Some(VcpuStop::Error(format!("KVM_RUN: {error}"))),
-            },
-        };
-        match after {
-            After::Nothing => {}
-            After::Port {
-                port,
-                data,
-                length,
-                write,
-            } => {
-                unfinished = true;
-                // SAFETY: the last exit was KVM_EXIT_IO, so this is the union's valid member; `size` is 1, 2 or 4.
-                let size = usize::from(unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size });
-                // SAFETY: kvm-ioctls gave this range of the run page for this exit; nothing else refers to it until
-                // the next KVM_RUN, which this thread makes.
-                let data = unsafe { std::slice::from_raw_parts_mut(data, length) };
-                // String instructions bring several accesses to one port at once.
-                for access in data.chunks_exact_mut(size.max(1)) {
-                    if write {
-                        io.pio_write(port, access);
-                    } else {
-                        io.pio_read(port, access);
-                    }
-                }
-            }
+            After::Stop(stop) => return Some(stop),
             After::TripleFault => return Some(with_registers(vcpu, index, VcpuStop::TripleFault)),
             After::FailEntry(reason) => {
                 return Some(with_registers(vcpu, index, |registers| {
                     VcpuStop::FailEntry { reason, registers }
                 }));
             }
-            After::InternalError => {
-                // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so this is the union's valid member.
-                let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
-                let count = internal.data.len().min(internal.ndata as usize);
-                let data = internal.data[..count].to_vec();
-                let suberror = internal.suberror;
-                return Some(with_registers(vcpu, index, |registers| {
-                    VcpuStop::InternalError {
-                        suberror,
-                        data,
-                        registers,
-                    }
-                }));
-            }
+            After::InternalError => return Some(internal_error(vcpu, index)),
         }
     }
+}
+
+/// Runs the guest up to its next exit, and serves an access to memory, whose data the exit has with it.
+fn enter(vcpu: &mut VcpuFd, io: &dyn IoHandler) -> After {
+    match vcpu.run() {
+        Ok(VcpuExit::IoOut(port, data)) => After::Port(PortAccess {
+            port,
+            data: data.as_ptr().cast_mut(),
+            length: data.len(),
+            write: true,
+        }),
+        Ok(VcpuExit::IoIn(port, data)) => After::Port(PortAccess {
+            port,
+            data: data.as_mut_ptr(),
+            length: data.len(),
+            write: false,
+        }),
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            io.mmio_read(address, data);
+            After::Served
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            io.mmio_write(address, data);
+            After::Served
+        }
+        // A halt exits only without in-kernel LAPIC; these ask for nothing but another round.
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => After::Round,
+        Ok(VcpuExit::Shutdown) => After::TripleFault,
+        Ok(VcpuExit::InternalError) => After::InternalError,
+        Ok(VcpuExit::FailEntry(reason, _)) => After::FailEntry(reason),
+        Ok(VcpuExit::SystemEvent(kind, _)) => After::Stop(VcpuStop::SystemEvent(kind)),
+        Ok(VcpuExit::MemoryFault { flags, gpa, size }) => After::Stop(VcpuStop::Fault(format!(
+            "access to guest address {gpa:#x} ({size} bytes, flags {flags:#x}) failed on the host"
+        ))),
+        Ok(other) => After::Stop(VcpuStop::Error(format!("unexpected exit {other:?}"))),
+        Err(error) => match error.errno() {
+            // Interrupted: the gate tells whether that was meant. The flag is cleared first, see the module page.
+            libc::EINTR => {
+                vcpu.set_kvm_immediate_exit(0);
+                After::Round
+            }
+            libc::EAGAIN => After::Round,
+            libc::EFAULT => After::Stop(VcpuStop::Fault(format!("KVM_RUN: {error}"))),
+            _ => After::Stop(VcpuStop::Error(format!("KVM_RUN: {error}"))),
+        },
+    }
+}
+
+/// Serves the accesses to a port for which the last [`enter`] came back.
+fn serve_port(vcpu: &mut VcpuFd, access: &PortAccess, io: &dyn IoHandler) {
+    // SAFETY: the last exit was KVM_EXIT_IO, so this is the union's valid member; `size` is 1, 2 or 4.
+    let size = usize::from(unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size });
+    // SAFETY: kvm-ioctls gave this range of the run page for this exit; nothing else refers to it until
+    // the next KVM_RUN, which this thread makes.
+    let data = unsafe { std::slice::from_raw_parts_mut(access.data, access.length) };
+    // String instructions bring several accesses to one port at once.
+    for one in data.chunks_exact_mut(size.max(1)) {
+        if access.write {
+            io.pio_write(access.port, one);
+        } else {
+            io.pio_read(access.port, one);
+        }
+    }
+}
+
+/// What KVM says of itself where it could not go on.
+fn internal_error(vcpu: &mut VcpuFd, index: u32) -> VcpuStop {
+    // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so this is the union's valid member.
+    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let count = internal.data.len().min(internal.ndata as usize);
+    let data = internal.data[..count].to_vec();
+    let suberror = internal.suberror;
+    with_registers(vcpu, index, |registers| VcpuStop::InternalError {
+        suberror,
+        data,
+        registers,
+    })
 }
 
 fn with_registers(

@@ -245,6 +245,119 @@ fn descriptor(fd: &ipc::control::sandbox::FdFacts) -> Value {
     })
 }
 
+/// Layers that a process should have and has not.
+#[derive(Default)]
+struct Missing(Vec<&'static str>);
+
+impl Missing {
+    fn need(&mut self, layer: &'static str, there: bool) {
+        if !there {
+            self.0.push(layer);
+        }
+    }
+
+    /// What every process has.
+    fn of_all(&mut self, facts: &ProcessFacts) {
+        let threads = facts.threads.as_deref().unwrap_or_default();
+        self.need("seccomp", threads.iter().all(|thread| thread.seccomp == 2));
+        self.need(
+            "no-new-privs",
+            threads.iter().all(|thread| thread.no_new_privs),
+        );
+        self.need("not-dumpable", facts.dumpable != Ok(true));
+        let memory = facts.memory.as_ref().ok();
+        self.need(
+            "no-writable-code",
+            memory.is_none_or(|memory| memory.writable_executable == 0),
+        );
+        self.need(
+            "no-foreign-files",
+            memory.is_none_or(|memory| memory.foreign.is_empty()),
+        );
+    }
+
+    /// What the control process and devices have: nothing but `allowed` in their sets, and Landlock.
+    fn of_locked(&mut self, facts: &ProcessFacts, allowed: u64, landlock_abi: u32) {
+        let threads = facts.threads.as_deref().unwrap_or_default();
+        self.need(
+            "no-capabilities",
+            threads.iter().all(|thread| {
+                let [inheritable, permitted, effective, _, ambient] = thread.capabilities;
+                inheritable | ambient | ((permitted | effective) & !allowed) == 0
+            }),
+        );
+        self.need(
+            "empty-bounding-set",
+            threads
+                .iter()
+                .all(|thread| thread.capabilities[3] & !allowed == 0),
+        );
+        self.need("landlock", landlock_abi > 0);
+        self.need("landlock-tcp", landlock_abi >= LANDLOCK_TCP);
+        self.need("landlock-scopes", landlock_abi >= LANDLOCK_SCOPES);
+    }
+
+    /// What only a device's process has: a root, users and namespaces of its own, and limits.
+    fn of_device(
+        &mut self,
+        facts: &ProcessFacts,
+        tree: Option<SandboxTree>,
+        hosts: Option<&[u64; 7]>,
+    ) {
+        const OWN: [&str; 7] = [
+            "user-namespace",
+            "mount-namespace",
+            "pid-namespace",
+            "network-namespace",
+            "ipc-namespace",
+            "uts-namespace",
+            "cgroup-namespace",
+        ];
+        if let (Ok(own), Some(hosts)) = (&facts.namespaces, hosts) {
+            for ((layer, own), host) in OWN.into_iter().zip(own).zip(hosts) {
+                self.need(layer, own != host);
+            }
+        }
+        if let Ok(root) = &facts.root {
+            let has = |wanted: &str| root.options.iter().any(|option| option == wanted);
+            self.need(
+                "restricted-root",
+                ["nosuid", "nodev", "noexec"].into_iter().all(has),
+            );
+            self.need(
+                "read-only-root",
+                tree.is_some_and(|tree| !tree.readonly) || has("ro"),
+            );
+            self.need(
+                "empty-root",
+                tree.is_some()
+                    || root.file_system == "tmpfs" && root.mounts == 1 && root.entries == Some(0),
+            );
+        }
+        // One that serves a folder gives its files to any user. Its user namespace is what makes that harmless.
+        if let (Ok(uids), Ok(gids), None) = (&facts.uids, &facts.gids, tree) {
+            self.need(
+                "unprivileged-user",
+                !uids.contains(&0) && !gids.contains(&0),
+            );
+        }
+        self.need(
+            "no-supplementary-groups",
+            facts.groups.as_ref().is_ok_and(Vec::is_empty) || facts.groups.is_err(),
+        );
+        if let Ok(limits) = &facts.limits {
+            let limited = |name: &str| {
+                limits
+                    .iter()
+                    .any(|limit| limit.name == name && limit.hard.is_some())
+            };
+            self.need("no-core-file", limited("Max core file size"));
+            self.need("process-limit", limited("Max processes"));
+            self.need("descriptor-limit", limited("Max open files"));
+        }
+    }
+}
+
 /// The layers that this process should have and, by what was read, has not. A fact that could not be read is in
 /// `unreadable` and not here.
 fn missing(
@@ -252,112 +365,22 @@ fn missing(
     report: &SandboxReport,
     hosts: Option<&[u64; 7]>,
 ) -> Vec<&'static str> {
-    let mut missing = Vec::new();
-    let mut need = |layer: &'static str, there: bool| {
-        if !there {
-            missing.push(layer);
-        }
-    };
-    let threads = facts.threads.as_deref().unwrap_or_default();
-    need("seccomp", threads.iter().all(|thread| thread.seccomp == 2));
-    need(
-        "no-new-privs",
-        threads.iter().all(|thread| thread.no_new_privs),
-    );
-    need("not-dumpable", facts.dumpable != Ok(true));
-    let memory = facts.memory.as_ref().ok();
-    need(
-        "no-writable-code",
-        memory.is_none_or(|memory| memory.writable_executable == 0),
-    );
-    need(
-        "no-foreign-files",
-        memory.is_none_or(|memory| memory.foreign.is_empty()),
-    );
-    if facts.role == Role::Broker {
-        // It opens files and starts processes: Landlock and empty sets are not for it.
-        return missing;
-    }
+    let mut missing = Missing::default();
+    missing.of_all(facts);
     let tree = match facts.role {
+        // It opens files and starts processes: Landlock and empty sets are not for it.
+        Role::Broker => return missing.0,
         Role::Device(index) | Role::Keeper(index) => {
             report.devices.get(index as usize).and_then(|d| d.tree)
         }
         _ => None,
     };
     let allowed = tree.map_or(0, |tree| tree.capabilities);
-    need(
-        "no-capabilities",
-        threads.iter().all(|thread| {
-            let [inheritable, permitted, effective, _, ambient] = thread.capabilities;
-            inheritable | ambient | ((permitted | effective) & !allowed) == 0
-        }),
-    );
-    need(
-        "empty-bounding-set",
-        threads
-            .iter()
-            .all(|thread| thread.capabilities[3] & !allowed == 0),
-    );
-    need("landlock", report.landlock_abi > 0);
-    need("landlock-tcp", report.landlock_abi >= LANDLOCK_TCP);
-    need("landlock-scopes", report.landlock_abi >= LANDLOCK_SCOPES);
-    if facts.role == Role::Control {
-        return missing;
+    missing.of_locked(facts, allowed, report.landlock_abi);
+    if facts.role != Role::Control {
+        missing.of_device(facts, tree, hosts);
     }
-    const OWN: [&str; 7] = [
-        "user-namespace",
-        "mount-namespace",
-        "pid-namespace",
-        "network-namespace",
-        "ipc-namespace",
-        "uts-namespace",
-        "cgroup-namespace",
-    ];
-    if let (Ok(own), Some(hosts)) = (&facts.namespaces, hosts) {
-        for ((layer, own), host) in OWN.into_iter().zip(own).zip(hosts) {
-            need(layer, own != host);
-        }
-    }
-    if let Ok(root) = &facts.root {
-        let has = |wanted: &str| root.options.iter().any(|option| option == wanted);
-        need(
-            "restricted-root",
-            ["nosuid", "nodev", "noexec"].into_iter().all(has),
-        );
-        need(
-            "read-only-root",
-            tree.is_some_and(|tree| !tree.readonly) || has("ro"),
-        );
-        need(
-            "empty-root",
-            tree.is_some()
-                || root.file_system == "tmpfs" && root.mounts == 1 && root.entries == Some(0),
-        );
-    }
-    // One that serves a folder gives its files to any user. Its user namespace is what makes that harmless.
-    if let (Ok(uids), Ok(gids), None) = (&facts.uids, &facts.gids, tree) {
-        need(
-            "unprivileged-user",
-            !uids.contains(&0) && !gids.contains(&0),
-        );
-    }
-    need(
-        "no-supplementary-groups",
-        facts.groups.as_ref().is_ok_and(Vec::is_empty) || facts.groups.is_err(),
-    );
-    let limited = |name: &str| {
-        facts.limits.as_ref().is_ok_and(|limits| {
-            limits
-                .iter()
-                .any(|limit| limit.name == name && limit.hard.is_some())
-        })
-    };
-    if facts.limits.is_ok() {
-        need("no-core-file", limited("Max core file size"));
-        need("process-limit", limited("Max processes"));
-        need("descriptor-limit", limited("Max open files"));
-    }
-    missing
+    missing.0
 }
 
 #[cfg(test)]
