@@ -1,7 +1,7 @@
 //! # What the benches with a front end of their own share
 //!
 //! **Job.** Reads their command lines, takes the turns of who is measured, and tells the load. **Who is not trusted.** Nobody: these
-//! are tools for developers, and a wrong line ends them with their usage. **Why this way.** Figures of three benches can be compared
+//! are tools for developers, and a wrong line ends them with what is wrong, and status 2. **Why this way.** Figures of three benches can be compared
 //! only if they are taken alike.
 
 use std::str::FromStr;
@@ -15,7 +15,7 @@ pub struct Words {
 }
 
 impl Words {
-    /// This program's. `usage` is shown when it is wrong.
+    /// This program's. `usage` is what `--help` shows.
     #[must_use]
     pub fn of_program(usage: &'static str) -> Self {
         // The one that is left out is cargo's own.
@@ -37,42 +37,56 @@ impl Words {
         Some(self.option.clone())
     }
 
-    /// The option's value.
-    ///
-    /// # Panics
-    /// Without one.
+    /// The option's value. Without one the program ends.
     pub fn value(&mut self) -> String {
-        self.words
-            .next()
-            .unwrap_or_else(|| self.wrong("needs a value"))
+        self.next_value().unwrap_or_else(|why| self.wrong(&why))
     }
 
-    /// Parts of the option's value between commas.
-    ///
-    /// # Panics
-    /// Without one.
+    /// Parts of the option's value between commas. Without one the program ends.
     pub fn texts(&mut self) -> Vec<String> {
         self.value().split(',').map(str::to_owned).collect()
     }
 
-    /// The option's value as a number of at least `least`.
-    ///
-    /// # Panics
-    /// When it is something else.
+    /// The option's value as a number of at least `least`. When it is something else the program ends.
     pub fn number<T: Copy + FromStr + PartialOrd + std::fmt::Display>(&mut self, least: T) -> T {
-        let value = self.value();
-        match value.parse() {
-            Ok(number) if number >= least => number,
-            _ => self.wrong(&format!("{value}: is a number of at least {least}")),
-        }
+        self.next_number(least)
+            .unwrap_or_else(|why| self.wrong(&why))
     }
 
     /// Ends the program for an option that is wrong.
-    ///
-    /// # Panics
-    /// Always.
+    #[allow(clippy::disallowed_methods)] // nothing is there yet that would have to be given back
     pub fn wrong(&self, why: &str) -> ! {
-        panic!("{} {why}\n{}", self.option, self.usage)
+        eprintln!("{}", self.error(why));
+        std::process::exit(2)
+    }
+
+    fn error(&self, why: &str) -> String {
+        // The first line of a usage says whose options follow.
+        let bench = self.usage.lines().next().unwrap_or_default();
+        let bench = bench
+            .trim_start_matches("options of ")
+            .trim_end_matches(':');
+        format!(
+            "xtask {bench}: {} {why} (--help tells all options)",
+            self.option
+        )
+    }
+
+    fn next_value(&mut self) -> Result<String, String> {
+        self.words.next().ok_or_else(|| "needs a value".to_owned())
+    }
+
+    fn next_number<T: Copy + FromStr + PartialOrd + std::fmt::Display>(
+        &mut self,
+        least: T,
+    ) -> Result<T, String> {
+        let value = self.next_value()?;
+        match value.parse() {
+            Ok(number) if number >= least => Ok(number),
+            _ => Err(format!(
+                "{value}: not valid; allowed: a number from {least} on"
+            )),
+        }
     }
 }
 
@@ -110,7 +124,10 @@ mod tests {
     use super::*;
 
     fn words(line: &str) -> Words {
-        Words::new(line.split(' ').map(str::to_owned).collect(), "USAGE")
+        Words::new(
+            line.split(' ').map(str::to_owned).collect(),
+            "options of bench x:\n  --rounds N",
+        )
     }
 
     #[test]
@@ -125,19 +142,26 @@ mod tests {
     }
 
     #[test]
-    #[should_panic = "--rounds 0: is a number of at least 1\nUSAGE"]
-    fn a_number_has_its_least() {
-        let mut line = words("--rounds 0");
-        line.option();
-        line.number(1_u64);
-    }
-
-    #[test]
-    #[should_panic = "--dir needs a value\nUSAGE"]
-    fn a_value_is_there() {
-        let mut line = words("--dir");
-        line.option();
-        line.value();
+    fn what_is_wrong_is_one_line_with_option_value_and_what_is_allowed() {
+        for (line, wanted) in [
+            (
+                "--rounds 0",
+                "xtask bench x: --rounds 0: not valid; allowed: a number from 1 on (--help tells all options)",
+            ),
+            (
+                "--rounds many",
+                "xtask bench x: --rounds many: not valid; allowed: a number from 1 on (--help tells all options)",
+            ),
+            (
+                "--rounds",
+                "xtask bench x: --rounds needs a value (--help tells all options)",
+            ),
+        ] {
+            let mut line = words(line);
+            line.option();
+            let why = line.next_number(1_u64).unwrap_err();
+            assert_eq!(line.error(&why), wanted);
+        }
     }
 
     #[test]

@@ -98,7 +98,9 @@ impl Options {
                         "none" => vec![Cache::None],
                         "auto" => vec![Cache::Auto],
                         "both" => vec![Cache::None, Cache::Auto],
-                        _ => words.wrong("is none, auto or both"),
+                        other => {
+                            words.wrong(&format!("{other}: not valid; allowed: none, auto, both"))
+                        }
                     }
                 }
                 "--plot" => options.plot = Some(words.value().into()),
