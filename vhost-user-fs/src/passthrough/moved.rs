@@ -4,7 +4,8 @@
 //! in the folder in which it was. **Who is not trusted.** The host's other processes, who move files at any time: what is found
 //! must be the same file by identity and time of birth. The guest, who may ask again and again: a search has an end.
 //! **Why this way.** A file handle of the kernel's (`name_to_handle_at(2)`) would find it wherever it is, on the whole file system. Opening
-//! it takes a right over all files of the host, and Linux before 6.18 has Landlock refuse a file that was opened by its handle alone.
+//! it takes a right over all files of the host, and the Landlock of older kernels, Linux 6.1 among them, refuses a file that was opened by
+//! its handle alone.
 
 use std::os::fd::AsFd;
 
