@@ -26,6 +26,9 @@ use crate::request::Extent;
 
 /// Bytes of the bounce buffer: a multiple of every alignment in use, small enough to stay in a cache.
 const BOUNCE: usize = 64 * 1024;
+/// Requests that a disk without a page cache in front of it is given at once, while more are read from the rings: of one large batch it
+/// has nothing to do until the last one is in, and then this process has nothing until the disk is done.
+const BATCH: usize = 8;
 /// A write that took longer has waited for the disk.
 const SLOW: Duration = Duration::from_micros(500);
 /// Writes after a slow one that are left to the kernel's workers.
@@ -62,6 +65,10 @@ impl<T: Debug> RawEngine<T> {
             let align = alignment.memory.max(alignment.offset);
             (alignment, BounceBuffer::new(BOUNCE.max(2 * align), align))
         });
+        let io = match bounce {
+            Some(_) => io.map(|io| io.in_batches_of(BATCH)),
+            None => io,
+        };
         Self {
             image,
             io,

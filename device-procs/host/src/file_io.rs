@@ -61,6 +61,8 @@ pub struct FileIo<T> {
     queued: usize,
     /// Bytes that operations in flight move.
     bytes: usize,
+    /// So many are told the kernel at once, at most.
+    batch: usize,
 }
 
 /// `IoUring` has no `Debug`.
@@ -153,7 +155,16 @@ impl<T> FileIo<T> {
             free: (0..depth.max(1)).rev().collect(),
             queued: 0,
             bytes: 0,
+            batch: usize::MAX,
         })
+    }
+
+    /// Tells the kernel as soon as `most` operations wait for that, not only when it is [asked to](Self::submit): a disk begins with
+    /// the first of many while the last are still being read from the rings.
+    #[must_use]
+    pub fn in_batches_of(mut self, most: usize) -> Self {
+        self.batch = most.max(1);
+        self
     }
 
     /// Room for one more operation, if there is any: few large ones fill it as many small ones do.
@@ -365,6 +376,12 @@ impl<T> Room<'_, T> {
             }
         }
         self.io.push(index);
+        // What cannot be taken now stays queued, and is an error when it is submitted at the end of the turn.
+        if self.io.queued >= self.io.batch
+            && let Err(errno) = self.io.enter(0)
+        {
+            ipc::guest_warn!("io_uring_enter: {errno}");
+        }
     }
 }
 
@@ -459,6 +476,21 @@ mod tests {
         assert_eq!(next(&mut io), ("sync", Ok(())));
         io.room().unwrap().range(Range::Punch, 0, 4096, "punch");
         assert_eq!(next(&mut io), ("punch", Ok(())));
+    }
+
+    #[test]
+    fn a_batch_is_on_its_way_before_anybody_submits() {
+        let file = file(8192);
+        let mut io = FileIo::new(file.as_fd(), 8, Access::Write)
+            .unwrap()
+            .in_batches_of(3);
+        for (queued, name) in [(1, "a"), (2, "b"), (0, "c"), (1, "d")] {
+            io.room().unwrap().sync(name);
+            assert_eq!(io.queued, queued, "{name}");
+        }
+        let mut done: Vec<_> = (0..4).map(|_| next(&mut io)).collect();
+        done.sort_unstable_by_key(|(name, _)| *name);
+        assert_eq!(done, ["a", "b", "c", "d"].map(|name| (name, Ok(()))));
     }
 
     #[test]

@@ -104,7 +104,7 @@ fn main() {
         std::io::stdout().flush().unwrap();
         rows.push(row);
     }
-    report::summary(&rows, &parties);
+    report::summary(&rows, &parties, options.direct);
     if let Some(file) = &options.plot {
         let way = if options.direct {
             "O_DIRECT"
