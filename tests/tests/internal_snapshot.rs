@@ -425,6 +425,79 @@ fn snapshots_are_of_an_instant_of_a_guest_that_writes() {
     assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
 }
 
+/// A VM whose disk's process stands still, as one does whose disk does not answer, and is to make a snapshot; and a client that does not
+/// wait for that.
+fn at_work(dir: &Path) -> (Vm, Qmp, Qmp, Pid) {
+    let (mut vm, mut waits, _) = busy(dir);
+    let other = vm.qmp().unwrap();
+    let process = Pid::from_raw(vm.process("block-qcow2").unwrap().unwrap());
+    kill(process, Signal::SIGSTOP).unwrap();
+    let command = json!({ "execute": CREATE, "arguments": { "device": "d", "name": "slow" } });
+    waits.send_raw(&command.to_string()).unwrap();
+    (vm, waits, other, process)
+}
+
+/// The first answer of the client that waits is not there as long as the disk's process stands still; the main loop has its command by
+/// the time when it answers another one that came later.
+#[test]
+fn a_vm_whose_disk_is_slow_with_a_snapshot_can_be_watched_stopped_and_ended() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (mut vm, mut waits, mut other, process) = at_work(dir.path());
+    let mut told = |command| other.execute(command, json!({})).unwrap();
+    assert_eq!(told("query-status")["status"], json!("running"));
+    assert_eq!(told("query-blockstats")[0]["device"], json!("d"));
+    told("stop");
+    assert_eq!(told("query-status")["status"], json!("paused"));
+    // What has to do with disks comes after it, in its order.
+    let mut third = vm.qmp().unwrap();
+    third.send_raw(r#"{"execute": "query-block"}"#).unwrap();
+    let mut fourth = vm.qmp().unwrap();
+    let again = json!({ "execute": CREATE, "arguments": { "device": "d", "name": "slow" } });
+    fourth.send_raw(&again.to_string()).unwrap();
+    other.execute("query-status", json!({})).unwrap();
+    kill(process, Signal::SIGCONT).unwrap();
+    assert_eq!(waits.reply(CREATE).unwrap()["return"], json!({}));
+    let told = third.reply("query-block").unwrap();
+    let snapshots = &told["return"][0]["inserted"]["image"]["snapshots"];
+    assert_eq!(snapshots[0]["name"], json!("slow"), "{told}");
+    let said = fourth.reply(CREATE).unwrap();
+    assert_eq!(
+        said["error"]["desc"],
+        json!("Snapshot with name 'slow' already exists on device 'd'")
+    );
+    other.execute("cont", json!({})).unwrap();
+    vm.wait_for("LOOP ", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
+    // The process dies with the order in its hands: that is told, and the next one has the disk.
+    kill(process, Signal::SIGSTOP).unwrap();
+    let more = json!({ "execute": CREATE, "arguments": { "device": "d", "name": "lost" } });
+    waits.send_raw(&more.to_string()).unwrap();
+    other.execute("query-status", json!({})).unwrap();
+    kill(process, Signal::SIGKILL).unwrap();
+    let said = waits.reply(CREATE).unwrap();
+    assert!(said["error"]["desc"].is_string(), "{said}");
+    other.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    let made = waits.execute(CREATE, json!({ "device": "d", "name": "next" }));
+    assert_eq!(made.unwrap(), json!({}));
+    // The end does not wait for a disk either.
+    let process = Pid::from_raw(vm.process("block-qcow2").unwrap().unwrap());
+    kill(process, Signal::SIGSTOP).unwrap();
+    waits.send_raw(&more.to_string()).unwrap();
+    other.execute("quit", json!({})).unwrap();
+    assert_eq!(vm.wait(Duration::from_secs(20)).unwrap().code(), Some(0));
+    assert!(vm.survivors(tests::wait::Deadline::after(LIMIT)).is_empty());
+}
+
+#[test]
+fn a_signal_ends_a_vm_whose_disk_is_slow_with_a_snapshot() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (mut vm, _waits, mut other, _) = at_work(dir.path());
+    other.execute("query-status", json!({})).unwrap();
+    kill(Pid::from_raw(vm.pid()), Signal::SIGTERM).unwrap();
+    assert_eq!(vm.wait(Duration::from_secs(20)).unwrap().code(), Some(0));
+    assert!(vm.survivors(tests::wait::Deadline::after(LIMIT)).is_empty());
+}
+
 #[test]
 fn what_is_refused_says_why() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -76,6 +76,7 @@ mod tests {
             "test linux reboot",
             "test hostile_guest --operations 10000000 --seed 7",
             "test soak --long --minutes 10",
+            "test verify --long --mib 48",
             "bench startup --runs 3 --only stratovirt,Firecracker --no-net",
             "bench fs --only read --plot x.svg",
             "bench net --help",
@@ -97,6 +98,7 @@ mod tests {
             Line::try_parse_from(words).unwrap_err().to_string()
         };
         assert!(told("fuzz --seconds 0").contains("0 is not in 1..=86400"));
+        assert!(told("test verify --long --mib 4").contains("4 is not in 48..=1048576"));
         assert!(told("lab --mem 4").contains("4 is not in 512..=65536"));
         assert!(told("bench shares --vms 65").contains("65 is not in 1..=64"));
         assert!(told("policy --keep x").contains("--audit"));

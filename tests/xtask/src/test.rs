@@ -37,6 +37,9 @@ pub(crate) struct Options {
     /// How long device processes are killed, in the suites of recovery and of the soak.
     #[arg(long, value_name = "N")]
     minutes: Option<u64>,
+    /// MiB that the suite `verify` writes to all its disks together.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(48..=1 << 20))]
+    mib: Option<u64>,
 }
 
 impl Options {
@@ -47,6 +50,7 @@ impl Options {
             ("HOSTILE_SEED", self.seed),
             ("SOAK_SEED", self.seed),
             ("RECOVERY_MINUTES", self.minutes),
+            ("VERIFY_MIB", self.mib),
         ]
         .into_iter()
         .filter_map(|(name, value)| Some((name, value?.to_string())))
@@ -55,7 +59,7 @@ impl Options {
 
     /// A run that was asked for by its length may take long, tells its figures, and is one of what ships.
     fn is_counted(&self) -> bool {
-        self.operations.is_some() || self.minutes.is_some()
+        self.operations.is_some() || self.minutes.is_some() || self.mib.is_some()
     }
 }
 

@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::daemon::Ready;
-use super::disk::RunClock;
+use super::disk::{DiskOrder, RunClock};
 use super::dump::Dump;
 use super::hotplug::Hotplug;
 use super::poller::Poller;
@@ -40,7 +40,7 @@ use crate::machine::microvm::Microvm;
 use crate::memory::pager::Progress;
 use crate::memory::sharing::Orders;
 use crate::qmp::{
-    Cause, Commands, Counted, CpuThread, Disks, DumpProgress, Event, IothreadInfo, Migration,
+    Cause, Commands, Counted, CpuThread, DumpProgress, Event, IothreadInfo, Migration,
     MigrationStatus, QmpError, Reply, RunState, SandboxReport, ServerHandle, VmCommand, VmFacts,
 };
 
@@ -89,6 +89,10 @@ pub(super) struct Vm {
     pub(super) migration: Migration,
     /// The last step of it that clients know.
     told_migration: MigrationStatus,
+    /// What a disk's process is doing with its image.
+    pub(super) order: Option<DiskOrder>,
+    /// Commands that wait until it is done.
+    held_back: VecDeque<VmCommand>,
     /// Clients that wait for the broker's facts, in the order in which it was asked.
     inspections: VecDeque<Reply<SandboxReport>>,
     /// This process: asking later would be one more call for the filter to allow.
@@ -107,6 +111,8 @@ const BROKER: u64 = 1;
 const COMMANDS: u64 = 2;
 const EVENTS: u64 = 3;
 const PAGER: u64 = 4;
+/// The socket of the process that has a [`DiskOrder`].
+pub(super) const ORDER: u64 = 5;
 /// Tokens from here on belong to the serial port's other end.
 const CHARDEV: u64 = 16;
 /// Tokens from here on are devices by their position: their rings, their processes that hang, their new processes.
@@ -177,6 +183,8 @@ impl Vm {
             dumped: DumpProgress::default(),
             migration,
             told_migration: MigrationStatus::default(),
+            order: None,
+            held_back: VecDeque::new(),
             inspections: VecDeque::new(),
         })
     }
@@ -238,6 +246,7 @@ impl Vm {
             let deadline = [
                 self.supervisor.deadline(),
                 self.hotplug.deadline(),
+                self.order.as_ref().map(DiskOrder::deadline),
                 snapshot,
             ];
             let deadline = deadline.into_iter().flatten().min();
@@ -259,8 +268,10 @@ impl Vm {
                 }
             }
             self.answer_inspections();
+            self.go_on_with_order();
             if let Err(end) = self
-                .go_on_with_snapshot()
+                .commands_held_back()
+                .and_then(|()| self.go_on_with_snapshot())
                 .and_then(|()| self.go_on_with_dump())
             {
                 return self.finish(end);
@@ -319,6 +330,8 @@ impl Vm {
                 self.memory_is_whole();
                 Ok(())
             }
+            // The loop looks after each round.
+            ORDER => Ok(()),
             plug if plug >= PLUGS => self.plug_event((plug - PLUGS) as usize),
             own if own >= ATTENTIONS => self.supervise(|supervisor, cx| supervisor.event(own, cx)),
             device if device >= DEVICES => {
@@ -454,6 +467,22 @@ impl Vm {
 
     fn commands(&mut self) -> Result<(), End> {
         while let Some(command) = self.parts.commands.next() {
+            // In their order, but for those that need not wait.
+            let free = self.order.is_none() && self.held_back.is_empty();
+            if free || command.goes_beside_an_order() {
+                self.command(command)?;
+            } else {
+                self.held_back.push_back(command);
+            }
+        }
+        Ok(())
+    }
+
+    /// Those that waited for a disk's process, until one of them has to again.
+    fn commands_held_back(&mut self) -> Result<(), End> {
+        while self.order.is_none()
+            && let Some(command) = self.held_back.pop_front()
+        {
             self.command(command)?;
         }
         Ok(())
@@ -510,19 +539,16 @@ impl Vm {
             VmCommand::Iothreads(reply) => reply.send(Ok(self.iothreads())),
             VmCommand::Chardevs(reply) => reply.send(Ok(self.chardevs())),
             VmCommand::Facts(reply) => reply.send(self.facts()),
-            VmCommand::Disks(reply) => reply.send(self.facts().map(|facts| Disks {
-                facts,
-                images: self.images(),
-            })),
+            VmCommand::Disks(reply) => self.tell_of_disks(reply),
             VmCommand::DiskSnapshot(device, name, reply) => {
-                reply.send(self.snapshot_disk(&device, &name));
+                self.snapshot_disk(device, name, reply);
             }
             VmCommand::DiskSnapshotDelete {
                 device,
                 id,
                 name,
                 reply,
-            } => reply.send(self.forget_snapshot(&device, id.as_deref(), name.as_deref())),
+            } => self.forget_snapshot(device, id, name, reply),
             VmCommand::Blockstats(reply) => reply.send(self.counted()),
             VmCommand::Workloads(reply) => reply.send(Ok(self.supervisor.workloads())),
             VmCommand::Register(reply, vcpu, number) => reply.send(self.register(vcpu, &number)),
@@ -625,7 +651,7 @@ impl Vm {
             .collect())
     }
 
-    fn facts(&self) -> Result<VmFacts, QmpError> {
+    pub(super) fn facts(&self) -> Result<VmFacts, QmpError> {
         Ok(VmFacts {
             spec: self.spec_with_added(),
             cpus: self.cpus()?,

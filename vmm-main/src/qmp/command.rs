@@ -550,3 +550,30 @@ pub enum VmCommand {
     /// `quit`: answers, emits SHUTDOWN, ends.
     Quit(Reply<()>),
 }
+
+impl VmCommand {
+    /// Whether it can be executed while a disk's process is at work on its image for the host: it says nothing to any device's process
+    /// and changes no device.
+    pub const fn goes_beside_an_order(&self) -> bool {
+        matches!(
+            self,
+            Self::Status(_)
+                | Self::Cpus(_)
+                | Self::Processor(_)
+                | Self::Iothreads(_)
+                | Self::Chardevs(_)
+                | Self::Facts(_)
+                | Self::Blockstats(_)
+                | Self::Workloads(_)
+                | Self::Memory(..)
+                | Self::Register(..)
+                | Self::Sandbox(_)
+                | Self::Wrong(..)
+                | Self::Stop(_)
+                | Self::SystemPowerdown(_)
+                | Self::QueryDump(_)
+                | Self::QueryMigrate(_)
+                | Self::Quit(_)
+        )
+    }
+}

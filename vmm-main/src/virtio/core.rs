@@ -601,15 +601,39 @@ impl Core {
         Ok(done)
     }
 
-    /// Has a disk's process do something with its image, of which the driver sees nothing.
-    pub fn order(&mut self, order: &Order, lines: &impl Interrupts) -> Result<Answer, RemoteError> {
+    /// Has a disk's process do something with its image, of which the driver sees nothing; does not wait for that.
+    pub fn begin_order(
+        &mut self,
+        order: &Order,
+        lines: &impl Interrupts,
+    ) -> Result<(), RemoteError> {
         if self.device.is_away() || self.device.is_failed() {
             return Err(RemoteError::Failed {
                 id: self.device.id().to_owned(),
             });
         }
-        let answer = self.device.order(order);
-        answer.inspect_err(|error| self.trouble(error, lines))
+        let begun = self.device.begin_order(order);
+        begun.inspect_err(|error| self.trouble(error, lines))
+    }
+
+    /// What came of it, if that is known; to be asked when the process's socket is readable, and after its
+    /// [attention](Self::attention) was wanted.
+    pub fn order_answer(&mut self, lines: &impl Interrupts) -> Result<Option<Answer>, RemoteError> {
+        let had = self.device.order_deadline().is_some();
+        let answer = self.device.order_answer();
+        // The end of a process is told elsewhere.
+        answer.inspect_err(|error| {
+            if had {
+                self.trouble(error, lines);
+            }
+        })
+    }
+
+    /// The driver had something to say while the process had an order, and heard the answer to that: the main loop is to look.
+    pub fn tell_of_order(&self) {
+        if self.device.order_is_heard() {
+            self.attention.look();
+        }
     }
 
     /// The device is taken out: the driver is told, then what is under way is ended in order; `false` if that failed. The

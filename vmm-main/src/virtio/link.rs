@@ -126,9 +126,9 @@ impl Link {
         self.deadline = Instant::now() + Duration::from_millis(DEVICE_REPLY_MS);
     }
 
-    /// The same for what takes a peer longer.
-    pub(crate) fn start_clock_of(&mut self, patience: Duration) {
-        self.deadline = Instant::now() + patience;
+    /// The same for what takes a peer longer, and was begun before.
+    pub(crate) fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = deadline;
     }
 
     /// From now on the peer acknowledges every request.

@@ -176,9 +176,14 @@ impl MmioTransport {
         self.core.set_capacity(sectors, &self.line)
     }
 
-    /// See [`Core::order`].
-    pub fn order(&mut self, order: &Order) -> Result<Answer, RemoteError> {
-        self.core.order(order, &self.line)
+    /// See [`Core::begin_order`].
+    pub fn begin_order(&mut self, order: &Order) -> Result<(), RemoteError> {
+        self.core.begin_order(order, &self.line)
+    }
+
+    /// See [`Core::order_answer`].
+    pub fn order_answer(&mut self) -> Result<Option<Answer>, RemoteError> {
+        self.core.order_answer(&self.line)
     }
 
     /// See [`Core::announce`].
@@ -335,12 +340,14 @@ impl BusDevice for MmioTransport {
         if offset >= CONFIG {
             if matches!(data.len(), 1 | 2 | 4 | 8) {
                 self.core.write_config(offset - CONFIG, data, &self.line);
+                self.core.tell_of_order();
             }
             return;
         }
         match <[u8; 4]>::try_from(data) {
             Ok(word) if offset.is_multiple_of(4) => {
                 self.write_register(offset, u32::from_le_bytes(word));
+                self.core.tell_of_order();
             }
             _ => guest_warn!(
                 "device \"{}\": write of {} bytes at register {offset:#x}, ignored",

@@ -7,6 +7,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used)] // a tool for developers
 
+mod cycles;
 mod fio;
 mod loads;
 mod options;
@@ -52,8 +53,27 @@ fn rounds(parties: &mut [Party], load: &Load, options: &Options, place: &Place) 
     rounds
 }
 
+fn show_cycles(options: &Options, loads: &[Load]) {
+    let place = Place::make(options);
+    let mut party = parties::ours(options, &place);
+    let mut columns = Vec::new();
+    for load in loads {
+        let (shares, samples) = cycles::measure(&mut party, load, options, &place);
+        println!("{}: {samples} samples", load.name());
+        columns.push((load.name(), shares));
+    }
+    println!();
+    cycles::print(&columns);
+    party.finish();
+}
+
 fn main() {
-    let options = Options::read();
+    let mut options = Options::read();
+    if options.cycles && options.only.is_empty() {
+        options.only = ["randread 4k d1 q1", "randread 4k d32 q1"]
+            .map(Into::into)
+            .into();
+    }
     if options.help {
         println!("{}", options::USAGE);
         return;
@@ -66,6 +86,11 @@ fn main() {
         for load in loads {
             println!("{}", load.name());
         }
+        return;
+    }
+    if options.cycles {
+        show_cycles(&options, &loads);
+        println!("\nload average: {}", load_average());
         return;
     }
     tests::lab::ensure_packages(&["fio", "qemu-system-common"]).unwrap();

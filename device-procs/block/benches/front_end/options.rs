@@ -22,6 +22,8 @@ pub(crate) struct Options {
     pub(crate) peers: bool,
     pub(crate) fio: bool,
     pub(crate) list: bool,
+    /// Where the time of a request goes, and nothing else.
+    pub(crate) cycles: bool,
     pub(crate) help: bool,
     /// Where the picture goes.
     pub(crate) plot: Option<PathBuf>,
@@ -33,6 +35,7 @@ options of bench block:
   --all                 every combination of direction, order, 4k/64k/1024k, depth 1/8/32/128, 1/2/4 queues
   --only TEXT[,TEXT]    loads whose name has one of the texts
   --list                names of the loads
+  --cycles              where this process's time goes, by perf: a table of randread 4k d1 and d32, or of --only
   --direct              O_DIRECT for all
   --socket PATH         one back end more, which listens there and serves a file of the same size (may be repeated)
   --no-peers            without qemu-storage-daemon
@@ -57,6 +60,7 @@ impl Options {
             peers: true,
             fio: true,
             list: false,
+            cycles: false,
             help: false,
             plot: None,
         };
@@ -69,6 +73,7 @@ impl Options {
                 }
                 "--all" => options.every = true,
                 "--only" => options.only.extend(words.texts()),
+                "--cycles" => options.cycles = true,
                 "--list" => options.list = true,
                 "--direct" => options.direct = true,
                 "--socket" => options.sockets.push(words.value().into()),

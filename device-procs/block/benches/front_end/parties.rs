@@ -92,7 +92,8 @@ impl Party {
     }
 }
 
-fn ours(options: &Options, place: &Place) -> Party {
+/// The process that ships.
+pub(crate) fn ours(options: &Options, place: &Place) -> Party {
     let flags = if options.direct { libc::O_DIRECT } else { 0 };
     let image = OpenOptions::new()
         .read(true)

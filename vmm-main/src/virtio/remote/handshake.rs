@@ -227,6 +227,7 @@ impl Handshake {
             link_down: false,
             sharing: None,
             faults: None,
+            ordered: None,
             link: Some(self.link),
         })
     }

@@ -47,6 +47,7 @@ pub use handshake::Handshake;
 use inflight::InflightRegion;
 use offer::ConfigFrom;
 pub use offer::F_VERSION_1;
+use order::Ordered;
 
 /// Device IDs (virtio 1.3, section 5).
 const VIRTIO_ID_NET: u32 = 1;
@@ -127,6 +128,8 @@ pub struct RemoteDevice {
     sharing: Option<Arc<Orders>>,
     /// Faults of the process that the link leads to, if they are watched.
     faults: Option<DeviceFaults>,
+    /// What a disk's process is doing with its image.
+    ordered: Option<Ordered>,
     /// `None` while there is no process that can be talked to.
     link: Option<Link>,
 }
@@ -221,6 +224,7 @@ impl RemoteDevice {
     /// flight is kept for the next one.
     fn hang_up(&mut self) {
         self.link = None;
+        self.ordered = None;
         self.active.clear();
     }
 
@@ -249,6 +253,7 @@ impl RemoteDevice {
         self.past.clear();
         self.inflight = inflight;
         self.processes = self.processes.wrapping_add(1);
+        self.ordered = None;
         self.link = fresh.link;
         self.tell_window()?;
         self.faults = None;
@@ -436,6 +441,7 @@ impl RemoteDevice {
         &mut self,
         conversation: impl FnOnce(&mut Link) -> Result<T, LinkError>,
     ) -> Result<T, RemoteError> {
+        self.hear_order()?;
         let Some(link) = &mut self.link else {
             return Err(RemoteError::Failed {
                 id: self.id.clone(),

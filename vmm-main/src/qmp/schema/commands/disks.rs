@@ -43,7 +43,8 @@ pub(super) static COMMANDS: &[Command] = &[
         "Makes a snapshot of a qcow2 disk inside of its image, as it is between two requests of the guest, which runs on and need not \
          be paused; what its file system has not written yet is not in it. While an image has snapshots its disk keeps its size. \
          Whatever happens, the image has the snapshots of before or those of after; if the disk's process is killed meanwhile, or the \
-         host fails, `qemu-img check -r all` finds space that is counted and not used",
+         host fails, `qemu-img check -r all` finds space that is counted and not used. The answer comes when it is made, which on a \
+         slow disk takes up to a minute: until then other clients can watch, stop and end the VM, and commands about its devices wait",
         |ticket, mut arguments| {
             VmCommand::DiskSnapshot(
                 arguments.required_text("device"),
