@@ -429,6 +429,9 @@ fn snapshots_are_of_an_instant_of_a_guest_that_writes() {
 /// wait for that.
 fn at_work(dir: &Path) -> (Vm, Qmp, Qmp, Pid) {
     let (mut vm, mut waits, _) = busy(dir);
+    // Its driver has nothing more to say to the process itself.
+    vm.wait_for("LOOP ", LIMIT)
+        .unwrap_or_else(|e| panic!("{e}"));
     let other = vm.qmp().unwrap();
     let process = Pid::from_raw(vm.process("block-qcow2").unwrap().unwrap());
     kill(process, Signal::SIGSTOP).unwrap();
@@ -437,8 +440,6 @@ fn at_work(dir: &Path) -> (Vm, Qmp, Qmp, Pid) {
     (vm, waits, other, process)
 }
 
-/// The first answer of the client that waits is not there as long as the disk's process stands still; the main loop has its command by
-/// the time when it answers another one that came later.
 #[test]
 fn a_vm_whose_disk_is_slow_with_a_snapshot_can_be_watched_stopped_and_ended() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -483,6 +484,7 @@ fn a_vm_whose_disk_is_slow_with_a_snapshot_can_be_watched_stopped_and_ended() {
     let process = Pid::from_raw(vm.process("block-qcow2").unwrap().unwrap());
     kill(process, Signal::SIGSTOP).unwrap();
     waits.send_raw(&more.to_string()).unwrap();
+    other.execute("query-status", json!({})).unwrap();
     other.execute("quit", json!({})).unwrap();
     assert_eq!(vm.wait(Duration::from_secs(20)).unwrap().code(), Some(0));
     assert!(vm.survivors(tests::wait::Deadline::after(LIMIT)).is_empty());

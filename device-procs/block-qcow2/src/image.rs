@@ -149,7 +149,10 @@ impl Qcow2Image {
             cost,
             header,
         };
-        if !beside {
+        if beside {
+            // The keys of hash tables, which those of the image need: the kernel gives no random bytes to a process in its jail.
+            let _keys = std::hash::RandomState::new();
+        } else {
             image.top = Some(image.layers()?);
         }
         Ok(image)

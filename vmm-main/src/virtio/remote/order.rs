@@ -101,7 +101,9 @@ impl RemoteDevice {
         self.rest_of_answer(first.first()).map(Some)
     }
 
-    /// The process is about to be told something else: what it was ordered is done before, since it does one thing after the other.
+    /// The process is about to be told something else: what it was ordered is done before, since it does one thing after the other. A
+    /// vCPU that waits here holds the device, and whoever pauses it, so it waits no longer than for any answer; then the process
+    /// counts as one that hangs, and its image has the snapshots of before or those of after.
     pub(super) fn hear_order(&mut self) -> Result<(), RemoteError> {
         let (Some(ordered), Some(link)) = (&mut self.ordered, &mut self.link) else {
             return Ok(());
@@ -109,7 +111,7 @@ impl RemoteDevice {
         if ordered.heard.is_some() {
             return Ok(());
         }
-        link.set_deadline(ordered.deadline);
+        link.start_clock();
         match link.finish() {
             Ok(heard) => {
                 ordered.heard = Some(heard);
