@@ -100,7 +100,7 @@ impl Purpose {
                 device,
                 name,
                 reply,
-            } => reply.send(answer.and_then(|answer| created(&device, &name, answer))),
+            } => reply.send(answer.and_then(|answer| created(&device, &name, &answer))),
             Self::Delete {
                 device,
                 id,
@@ -123,7 +123,7 @@ impl Purpose {
 }
 
 /// What a client is told of the answer to [`Order::Create`].
-fn created(device: &str, name: &str, answer: Answer) -> Result<(), QmpError> {
+fn created(device: &str, name: &str, answer: &Answer) -> Result<(), QmpError> {
     let failed = |why: &str| {
         generic(format!(
             "Failed to create snapshot '{name}' on device '{device}': {why}"
@@ -134,7 +134,7 @@ fn created(device: &str, name: &str, answer: Answer) -> Result<(), QmpError> {
         Answer::Exists => Err(generic(format!(
             "Snapshot with name '{name}' already exists on device '{device}'"
         ))),
-        Answer::Failed(errno) => Err(failed(Errno::from_raw(errno).desc())),
+        Answer::Failed(errno) => Err(failed(Errno::from_raw(*errno).desc())),
         _ => Err(failed("its process has another answer than that")),
     }
 }
