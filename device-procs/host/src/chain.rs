@@ -11,13 +11,14 @@
 
 use ipc::limits::MAX_CHAIN_SEGMENTS;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::volatile_memory::VolatileSlice;
+use vm_memory::{Address, Bytes, GuestAddress, VolatileMemory};
 
 use crate::fault::FaultKind;
 use crate::memory::{GuestBuffers, GuestRam, ResolveError, SegmentList};
 
 /// Bytes of a descriptor (virtio 1.3, 2.7.5).
-const DESCRIPTOR_SIZE: u32 = 16;
+pub(crate) const DESCRIPTOR_SIZE: usize = 16;
 
 /// The right to complete one request, once.
 #[derive(Debug)]
@@ -51,9 +52,9 @@ pub struct Chain<'r> {
 
 /// Where a chain starts.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Table {
-    /// Guest physical address of the descriptor table.
-    pub(crate) address: GuestAddress,
+pub(crate) struct Table<'r> {
+    /// The descriptor table.
+    pub(crate) descriptors: VolatileSlice<'r>,
     /// Its entries.
     pub(crate) size: u16,
     /// Whether `VIRTIO_F_INDIRECT_DESC` was negotiated.
@@ -63,7 +64,7 @@ pub(crate) struct Table {
 /// Fills both lists with the chain that starts at `head`.
 pub(crate) fn walk(
     ram: &GuestRam,
-    table: Table,
+    table: Table<'_>,
     head: u16,
     readable: &mut SegmentList,
     writable: &mut SegmentList,
@@ -76,12 +77,12 @@ pub(crate) fn walk(
 /// Adds the chain that starts at `head` to both lists.
 pub(crate) fn walk_on(
     ram: &GuestRam,
-    table: Table,
+    table: Table<'_>,
     head: u16,
     readable: &mut SegmentList,
     writable: &mut SegmentList,
 ) -> Result<(), FaultKind> {
-    let mut address = table.address;
+    let mut entries = Entries::Here(table.descriptors);
     let mut size = u32::from(table.size);
     let mut may_be_indirect = table.indirect;
     let mut index = head;
@@ -97,20 +98,20 @@ pub(crate) fn walk_on(
         if seen > size {
             return Err(FaultKind::Loop);
         }
-        let descriptor = read(ram, address, index)?;
+        let descriptor = entries.read(ram, index)?;
         if descriptor.refers_to_indirect_table() {
             let len = descriptor.len();
             if !may_be_indirect
                 || descriptor.has_next()
                 || len == 0
-                || !len.is_multiple_of(DESCRIPTOR_SIZE)
+                || !len.is_multiple_of(DESCRIPTOR_SIZE as u32)
             {
                 return Err(FaultKind::Indirect);
             }
             may_be_indirect = false;
-            address = descriptor.addr();
+            entries = Entries::find(ram, descriptor.addr(), len as usize);
             // Indices are 16 bits wide, so a larger table has entries that nothing can name.
-            size = len / DESCRIPTOR_SIZE;
+            size = len / DESCRIPTOR_SIZE as u32;
             index = 0;
             seen = 0;
             continue;
@@ -147,20 +148,47 @@ pub(crate) fn walk_on(
     }
 }
 
-/// A copy of one descriptor.
-fn read(ram: &GuestRam, table: GuestAddress, index: u16) -> Result<Descriptor, FaultKind> {
-    let offset = u64::from(index) * u64::from(DESCRIPTOR_SIZE);
-    let fault = FaultKind::OutsideRam {
-        address: table.raw_value().saturating_add(offset),
-        len: DESCRIPTOR_SIZE,
-    };
-    let address = table.checked_add(offset).ok_or(fault)?;
-    match ram.piece(address, DESCRIPTOR_SIZE as usize) {
-        Some(piece) => piece.read_obj(0),
-        // Over the end of a region, or not in RAM.
-        None => return ram.map().read_obj(address).map_err(|_| fault),
+/// Where the descriptors of a table are.
+#[derive(Debug, Clone, Copy)]
+enum Entries<'r> {
+    /// All of them.
+    Here(VolatileSlice<'r>),
+    /// Over the end of a region, or partly not in RAM: each is looked for.
+    At(GuestAddress),
+}
+
+impl<'r> Entries<'r> {
+    fn find(ram: &'r GuestRam, address: GuestAddress, len: usize) -> Self {
+        ram.piece(address, len)
+            .map_or(Self::At(address), Self::Here)
     }
-    .map_err(|_| fault)
+
+    /// A copy of one.
+    #[inline]
+    fn read(self, ram: &GuestRam, index: u16) -> Result<Descriptor, FaultKind> {
+        let offset = usize::from(index) * DESCRIPTOR_SIZE;
+        match self {
+            Self::Here(table) => {
+                let half = |at| -> Result<u64, FaultKind> {
+                    let half = table.get_ref(at).map_err(|_| FaultKind::QueueMemory)?;
+                    Ok(u64::from_le(half.load()))
+                };
+                let (address, rest) = (half(offset)?, half(offset + 8)?);
+                // le64 addr, le32 len, le16 flags, le16 next.
+                let (len, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
+                Ok(Descriptor::new(address, len, flags, next))
+            }
+            Self::At(table) => {
+                let offset = offset as u64;
+                let fault = FaultKind::OutsideRam {
+                    address: table.raw_value().saturating_add(offset),
+                    len: DESCRIPTOR_SIZE as u32,
+                };
+                let address = table.checked_add(offset).ok_or(fault)?;
+                ram.map().read_obj(address).map_err(|_| fault)
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -191,7 +219,7 @@ mod tests {
     fn walked(ram: &Rc<GuestRam>, head: u16) -> Result<(usize, usize), FaultKind> {
         let (mut readable, mut writable) = (SegmentList::default(), SegmentList::default());
         let table = Table {
-            address: GuestAddress(0),
+            descriptors: ram.piece(GuestAddress(0), 16 * DESCRIPTOR_SIZE).unwrap(),
             size: 16,
             indirect: true,
         };

@@ -336,15 +336,15 @@ impl SegmentList {
         self.0.len()
     }
 
-    /// Bytes of all pieces.
-    pub(crate) fn bytes(&self) -> usize {
-        self.0.iter().map(|s| s.iov_len).sum()
+    /// Bytes of the pieces from number `first` on.
+    pub(crate) fn bytes_from(&self, first: usize) -> usize {
+        self.0.iter().skip(first).map(|s| s.iov_len).sum()
     }
 
     /// Lends the pieces to a device. The list must have been filled from `ram` since it was last cleared, which
     /// [`walk`](crate::chain::walk) does for each chain; nothing outside of this crate can call it.
     pub(crate) fn buffers<'m>(&'m mut self, ram: &'m Rc<GuestRam>) -> GuestBuffers<'m> {
-        let len = self.0.iter().map(|s| s.iov_len).sum();
+        let len = self.bytes_from(0);
         GuestBuffers {
             segments: &mut self.0,
             len,
@@ -387,10 +387,11 @@ fn with_one_more<R>(
         iov_base: std::ptr::null_mut(),
         iov_len: 0,
     };
-    if segments.len() < 4 {
-        call(put(&mut [NONE; 4], segments, first, last))
-    } else {
-        call(put(&mut [NONE; PACKET_SEGMENTS + 1], segments, first, last))
+    match segments.len() {
+        0..4 => call(put(&mut [NONE; 4], segments, first, last)),
+        // A packet of 64 KiB in pages.
+        4..20 => call(put(&mut [NONE; 20], segments, first, last)),
+        _ => call(put(&mut [NONE; PACKET_SEGMENTS + 1], segments, first, last)),
     }
 }
 

@@ -23,7 +23,7 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::chain::{Chain, Table, Token, walk, walk_on};
+use crate::chain::{Chain, DESCRIPTOR_SIZE, Table, Token, walk, walk_on};
 use crate::fault::{FaultKind, GuestFault, HostFault};
 use crate::inflight::InflightQueue;
 use crate::memory::{GuestBuffers, GuestRam, PACKET_SEGMENTS, SegmentList, Span};
@@ -44,12 +44,15 @@ pub(crate) struct UserAddresses {
     pub(crate) used: u64,
 }
 
-/// The two rings of a queue (virtio 1.3, 2.7.6 and 2.7.8), which are looked at for each request. Each is in one region of guest RAM: no
-/// front end has a way to say that it is not.
+/// The three parts of a queue (virtio 1.3, 2.7.5, 2.7.6 and 2.7.8), which are looked at for each request. Each is in one region of guest
+/// RAM: no front end has a way to say that it is not.
 #[derive(Debug)]
 struct Rings {
+    descriptors: Span,
     available: Span,
     used: Span,
+    /// Entries less one: their number is a power of two, and no division finds the place of an index.
+    mask: u16,
 }
 
 impl Rings {
@@ -61,6 +64,7 @@ impl Rings {
     /// `None` if one is not in one region.
     fn find(ram: &Rc<GuestRam>, queue: &Queue) -> Option<Self> {
         let size = usize::from(queue.size());
+        let table = GuestAddress(queue.desc_table());
         // With the event index behind the last entry.
         let span = |at, entry| {
             Span::new(
@@ -70,8 +74,10 @@ impl Rings {
             )
         };
         Some(Self {
+            descriptors: Span::new(ram, table, size * DESCRIPTOR_SIZE)?,
             available: span(queue.avail_ring(), size_of::<u16>())?,
             used: span(queue.used_ring(), Self::USED_ELEMENT)?,
+            mask: queue.size().wrapping_sub(1),
         })
     }
 
@@ -82,9 +88,24 @@ impl Rings {
         Ok(u16::from_le(value))
     }
 
-    /// Writes le32 id and le32 len of the used ring's entry `slot`.
-    fn put(&self, slot: u16, head: u16, written: u32) -> Result<(), FaultKind> {
-        let at = Self::FIRST + Self::USED_ELEMENT * usize::from(slot);
+    /// Where chains start.
+    fn table(&self, indirect: bool) -> Table<'_> {
+        Table {
+            descriptors: self.descriptors.bytes(),
+            size: self.mask.wrapping_add(1),
+            indirect,
+        }
+    }
+
+    /// What the available ring has for `index`.
+    fn head(&self, index: u16) -> Result<u16, FaultKind> {
+        let at = Self::FIRST + usize::from(index & self.mask) * size_of::<u16>();
+        self.available(at, Ordering::Relaxed)
+    }
+
+    /// Writes le32 id and le32 len of the used ring's entry for `index`.
+    fn put(&self, index: u16, head: u16, written: u32) -> Result<(), FaultKind> {
+        let at = Self::FIRST + Self::USED_ELEMENT * usize::from(index & self.mask);
         let bytes = self.used.bytes();
         bytes
             .store(u32::from(head).to_le(), at, Ordering::Relaxed)
@@ -267,10 +288,10 @@ impl Ring {
         let (head, replayed) = head;
         let index = self.index;
         let at = move |kind| GuestFault { queue: index, kind };
-        let table = self.table();
-        let Some(ram) = &self.ram else {
+        let (Some(ram), Some(rings)) = (&self.ram, &self.rings) else {
             return Ok(None);
         };
+        let table = rings.table(self.indirect);
         walk(ram, table, head, &mut self.readable, &mut self.writable).map_err(at)?;
         let readable = self.readable.buffers(ram);
         let writable = self.writable.buffers(ram);
@@ -298,12 +319,44 @@ impl Ring {
         now >= until
     }
 
-    fn next_head(&mut self) -> Result<Option<(u16, bool)>, FaultKind> {
+    /// Whether there is one to take in this turn.
+    fn may_take(&mut self) -> Result<bool, FaultKind> {
         if !self.is_running() {
+            return Ok(false);
+        }
+        if self.budget == 0 {
+            self.exhausted = true;
+            return Ok(false);
+        }
+        let next = self.queue.next_avail();
+        if self.known != next || !self.replay.is_empty() {
+            return Ok(true);
+        }
+        let Some(rings) = &self.rings else {
+            return Ok(false);
+        };
+        self.known = self.available_index(rings)?;
+        if self.known == next {
+            self.drained = Some(next);
+        }
+        Ok(self.known != next)
+    }
+
+    /// The next one, if the turn has not lasted too long.
+    fn next_head(&mut self) -> Result<Option<(u16, bool)>, FaultKind> {
+        if !self.may_take()? {
             return Ok(None);
         }
-        if self.budget == 0 || self.is_late() {
+        if self.is_late() {
             self.exhausted = true;
+            return Ok(None);
+        }
+        self.one_more_head()
+    }
+
+    /// The next one, whatever the clock says.
+    fn one_more_head(&mut self) -> Result<Option<(u16, bool)>, FaultKind> {
+        if !self.may_take()? {
             return Ok(None);
         }
         if let Some(head) = self.replay.pop() {
@@ -313,15 +366,7 @@ impl Ring {
         let Some(rings) = &self.rings else {
             return Ok(None);
         };
-        if self.known == self.queue.next_avail() {
-            self.known = self.available_index(rings)?;
-        }
-        if self.known == self.queue.next_avail() {
-            self.drained = Some(self.queue.next_avail());
-            return Ok(None);
-        }
-        let entry = usize::from(self.queue.next_avail() % self.queue.size());
-        let head = rings.available(Rings::FIRST + entry * size_of::<u16>(), Ordering::Relaxed)?;
+        let head = rings.head(self.queue.next_avail())?;
         if head >= self.queue.size() {
             return Err(FaultKind::DescriptorIndex {
                 index: head,
@@ -367,15 +412,24 @@ impl Ring {
         taken.clear();
         let mut room = 0;
         while taken.is_empty() || (room < want && self.writable.count() < PACKET_SEGMENTS) {
-            let Some((head, replayed)) = self.next_head().map_err(at)? else {
+            // The time of what belongs together is looked at once.
+            let head = if taken.is_empty() {
+                self.next_head()
+            } else {
+                self.one_more_head()
+            };
+            let Some((head, replayed)) = head.map_err(at)? else {
                 break;
             };
-            let table = self.table();
-            let Some(ram) = &self.ram else { break };
+            let (Some(ram), Some(rings)) = (&self.ram, &self.rings) else {
+                break;
+            };
+            let table = rings.table(self.indirect);
+            let before = self.writable.count();
             walk_on(ram, table, head, &mut self.readable, &mut self.writable).map_err(at)?;
-            let now = self.writable.bytes();
-            taken.push((Token { head, replayed }, now - room));
-            room = now;
+            let more = self.writable.bytes_from(before);
+            taken.push((Token { head, replayed }, more));
+            room += more;
         }
         let Some(ram) = self.ram.as_ref().filter(|_| !taken.is_empty()) else {
             return Ok(None);
@@ -404,16 +458,29 @@ impl Ring {
         Ok(())
     }
 
-    /// Shows the driver what was kept back.
+    /// Shows the driver what was kept back. All at once: an element that is written while the driver looks at others of its line of the
+    /// cache takes that from it, and it from this processor (measured).
     fn show(&mut self) -> Result<(), FaultKind> {
-        if self.later.is_empty() {
+        let Some(rings) = self.rings.as_ref().filter(|_| !self.later.is_empty()) else {
             return Ok(());
+        };
+        let mut next = self.queue.next_used();
+        for (head, written) in &self.later {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.will_be_used(*head)?;
+            }
+            rings.put(next, *head, *written)?;
+            next = next.wrapping_add(1);
         }
-        let mut later = std::mem::take(&mut self.later);
-        let result = self.publish(later.iter().copied());
-        later.clear();
-        self.later = later;
-        result
+        rings.show(next)?;
+        self.queue.set_next_used(next);
+        // At most one for each that was taken in a turn.
+        let count = self.later.len() as u16;
+        self.later.clear();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.were_used(count, next)?;
+        }
+        Ok(())
     }
 
     /// Gives a request back with `written` bytes of its writable buffers filled, from the front (virtio 1.3, 2.7.8).
@@ -426,8 +493,8 @@ impl Ring {
             // Nobody looks at it until the driver has reset the device.
             return Ok(());
         }
-        self.publish(std::iter::once((token.head, written)))
-            .map_err(|kind| self.fault(kind))
+        self.later.push((token.head, written));
+        self.show().map_err(|kind| self.fault(kind))
     }
 
     /// Interrupts the driver now for what was completed in this turn, if it wants that, and not only when the turn is over: for
@@ -444,39 +511,18 @@ impl Ring {
             .map_err(|kind| self.fault(kind))
     }
 
-    fn publish(&mut self, done: impl Iterator<Item = (u16, u32)>) -> Result<(), FaultKind> {
-        let Some(rings) = &self.rings else {
-            return Err(FaultKind::QueueMemory);
-        };
-        let first = self.queue.next_used();
-        let mut next = first;
-        for (head, written) in done {
-            if let Some(inflight) = &mut self.inflight {
-                inflight.will_be_used(head)?;
-            }
-            rings.put(next % self.queue.size(), head, written)?;
-            next = next.wrapping_add(1);
-        }
-        rings.show(next)?;
-        self.queue.set_next_used(next);
-        if let Some(inflight) = &mut self.inflight {
-            inflight.were_used(next.wrapping_sub(first), next)?;
-        }
-        Ok(())
-    }
-
     /// The writable buffers of a request that was popped before the last one. Its chain is walked and checked anew, since the
     /// driver may have changed it.
     ///
     /// # Errors
     /// The chain is malformed now.
     pub fn writable_of(&mut self, token: &Token) -> Result<GuestBuffers<'_>, GuestFault> {
-        let (table, index) = (self.table(), self.index);
+        let index = self.index;
         let at = move |kind| GuestFault { queue: index, kind };
-        let ram = self
-            .ram
-            .as_ref()
-            .ok_or_else(|| at(FaultKind::QueueMemory))?;
+        let (Some(ram), Some(rings)) = (&self.ram, &self.rings) else {
+            return Err(at(FaultKind::QueueMemory));
+        };
+        let table = rings.table(self.indirect);
         walk(
             ram,
             table,
@@ -486,14 +532,6 @@ impl Ring {
         )
         .map_err(at)?;
         Ok(self.writable.buffers(ram))
-    }
-
-    fn table(&self) -> Table {
-        Table {
-            address: GuestAddress(self.queue.desc_table()),
-            size: self.queue.size(),
-            indirect: self.indirect,
-        }
     }
 
     /// Undoes the last [`pop`](Self::pop) that was not undone or completed. Requests must be put back in the reverse of their

@@ -20,9 +20,9 @@ const ETHERNET: usize = 14;
 /// Bytes of the longest packet: 64 KiB of payload, its Ethernet header and two VLAN tags.
 pub(crate) const MAX_PACKET: usize = 65_535 + ETHERNET + 8;
 
-/// Bytes, with their header, of packets that are copied once more. Two pieces of memory for a system call cost it more than so few
-/// bytes cost to copy (measured; drivers of real cards call it copybreak, and have the same value).
-pub(crate) const SMALL: usize = 256;
+/// Bytes, with their header, of packets that are copied once more: all of a network without segmentation or jumbo frames. Two pieces of
+/// memory for a system call cost it more than so few bytes cost to copy (measured; drivers of real cards call it copybreak).
+pub(crate) const SMALL: usize = 2048;
 
 /// Checks the header of a packet of `len` bytes that the driver sends, and gives the one that the tap gets: only what was
 /// negotiated, and nothing that the kernel would have to be careful with. `None` if the packet must be dropped.

@@ -78,6 +78,45 @@ impl Receiver {
             if let Some(at) = now.and_then(|now| limit.wait(now)) {
                 return Ok(Stopped::Limited(at));
             }
+            if self.expected <= SMALL {
+                let Some(Chain {
+                    token,
+                    mut writable,
+                    ..
+                }) = ring.pop()?
+                else {
+                    return Ok(Stopped::NoBuffers);
+                };
+                let room = writable.len();
+                if room < HEADER {
+                    return Err(too_small(ring));
+                }
+                let len = match tap.read(&mut self.buffer) {
+                    Ok(len) => len,
+                    Err(errno) => {
+                        ring.put_back(token)?;
+                        return stopped_by(errno);
+                    }
+                };
+                if let Some(now) = now {
+                    limit.take(len.saturating_sub(HEADER), now);
+                }
+                if !filter.is_open() && !wanted(filter, &self.buffer, len) {
+                    ring.put_back(token)?;
+                    continue;
+                }
+                self.expected = len.max(self.expected - self.expected / 8);
+                if len > room {
+                    ring.put_back(token)?;
+                    self.wait_or_drop(len, room, features);
+                    continue;
+                }
+                self.head(features);
+                writable.write(&self.buffer[..len]);
+                // At most HEADER + MAX_PACKET.
+                ring.complete_later(std::iter::once((token, len as u32)))?;
+                continue;
+            }
             // A driver without mergeable buffers gives room for a whole packet in each.
             let want = if features.mergeable() {
                 self.expected.min(self.buffer.len())
@@ -90,23 +129,14 @@ impl Receiver {
             if self.gathered.iter().any(|(_, room)| *room == 0)
                 || self.gathered.first().is_none_or(|(_, room)| *room < HEADER)
             {
-                return Err(ring
-                    .fault(FaultKind::Request(
-                        "receive buffer is smaller than a header",
-                    ))
-                    .into());
+                return Err(too_small(ring));
             }
-            let here = self.expected <= SMALL;
             // A packet is at most this long, so that nothing of it is cut off.
             buffers.truncate(self.buffer.len());
             buffers.keep_segments(device_host::PACKET_SEGMENTS);
             let room = buffers.len();
-            let read = if here {
-                tap.read(&mut self.buffer)
-            } else {
-                let behind = self.buffer.get_mut(room..).unwrap_or(&mut []);
-                buffers.fill_from_stream(tap.fd(), behind)
-            };
+            let behind = self.buffer.get_mut(room..).unwrap_or(&mut []);
+            let read = buffers.fill_from_stream(tap.fd(), behind);
             if let (Ok(len), Some(now)) = (read, now) {
                 limit.take(len.saturating_sub(HEADER), now);
             }
@@ -114,17 +144,12 @@ impl Receiver {
                 && !filter.is_open()
             {
                 let mut start = [0; HEADER + LOOKED_AT];
-                let seen = if here {
-                    0
-                } else {
-                    buffers.read_at(0, &mut start)
-                };
+                let seen = buffers.read_at(0, &mut start);
                 // What is not in the driver's buffers is in this one, at its place in the packet.
                 for (to, from) in start.iter_mut().zip(&self.buffer).skip(seen) {
                     *to = *from;
                 }
-                start.iter_mut().skip(len).for_each(|byte| *byte = 0);
-                if start.last_chunk().is_some_and(|frame| !filter.wants(frame)) {
+                if !wanted(filter, &start, len) {
                     self.put_back(ring)?;
                     continue;
                 }
@@ -139,9 +164,6 @@ impl Receiver {
                         more
                     });
                     let count = used.count();
-                    if here {
-                        buffers.write_at(0, &self.buffer[..len]);
-                    }
                     // 5.1.6.4.1: 1 even without mergeable buffers. At most one for each entry of the queue.
                     buffers.write_at(NUM_BUFFERS, &(count as u16).to_le_bytes());
                     if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
@@ -161,34 +183,16 @@ impl Receiver {
                 }
                 Ok(len) => {
                     // The buffers are still the device's; what the guest makes of its own packet meanwhile harms no one.
-                    if !here {
-                        buffers.read_at(0, &mut self.buffer[..room]);
-                    }
+                    buffers.read_at(0, &mut self.buffer[..room]);
                     self.put_back(ring)?;
                     if features.mergeable() {
                         self.expected = self.buffer.len();
-                        self.waiting = len;
-                    } else {
-                        ipc::guest_warn!(
-                            "packet of {} bytes dropped: the receive buffer has {room} bytes",
-                            len - HEADER
-                        );
                     }
-                }
-                Err(Errno::EAGAIN) => {
-                    self.put_back(ring)?;
-                    return Ok(Stopped::Idle);
-                }
-                Err(errno @ Errno::EBADFD) => {
-                    self.put_back(ring)?;
-                    // The interface was deleted. Only a process with another descriptor could go on, or none: whoever
-                    // manages the VM is told either way.
-                    return Err(HostFault::of("reading the tap, which is gone,")(errno).into());
+                    self.wait_or_drop(len, room, features);
                 }
                 Err(errno) => {
                     self.put_back(ring)?;
-                    ipc::guest_log!(error, "tap cannot be read any more: {errno}");
-                    return Ok(Stopped::Gone);
+                    return stopped_by(errno);
                 }
             }
         }
@@ -202,11 +206,31 @@ impl Receiver {
         Ok(())
     }
 
-    /// Copies the packet that waits into as many buffers as it needs; `false` if there are not enough.
-    fn deliver(&mut self, ring: &mut Ring, features: Features) -> Result<bool, DeviceFault> {
+    /// A packet that was read here is larger than the `room` that there was for it.
+    fn wait_or_drop(&mut self, len: usize, room: usize, features: Features) {
+        if features.mergeable() {
+            self.waiting = len;
+        } else {
+            ipc::guest_warn!(
+                "packet of {} bytes dropped: the receive buffer has {room} bytes",
+                len - HEADER
+            );
+        }
+    }
+
+    /// The header of a packet that was read here, for a driver that finds it in one buffer.
+    fn head(&mut self, features: Features) {
         if !features.has(VIRTIO_NET_F_GUEST_CSUM) {
+            // 5.1.6.4.1: no flags for a driver that cannot know them.
             self.buffer[0] = 0;
         }
+        // 5.1.6.4.1: 1 even without mergeable buffers.
+        self.buffer[NUM_BUFFERS..HEADER].copy_from_slice(&1u16.to_le_bytes());
+    }
+
+    /// Copies the packet that waits into as many buffers as it needs; `false` if there are not enough.
+    fn deliver(&mut self, ring: &mut Ring, features: Features) -> Result<bool, DeviceFault> {
+        self.head(features);
         // A malformed chain ends this in the middle; what was taken before it belongs to a queue that is given up.
         self.taken.clear();
         let mut at = 0;
@@ -224,18 +248,14 @@ impl Receiver {
             };
             let len = writable.write(&self.buffer[at..self.waiting]);
             if len == 0 || (at == 0 && len < HEADER) {
-                return Err(ring
-                    .fault(FaultKind::Request(
-                        "receive buffer is smaller than a header",
-                    ))
-                    .into());
+                return Err(too_small(ring));
             }
             at += len;
             // At most HEADER + MAX_PACKET.
             self.taken.push((token, len as u32));
         }
         self.waiting = 0;
-        if let Some((first, _)) = self.taken.first() {
+        if let [(first, _), _, ..] = self.taken.as_slice() {
             // At most one for each entry of the queue.
             let count = self.taken.len() as u16;
             ring.writable_of(first)?
@@ -244,4 +264,34 @@ impl Receiver {
         ring.complete_later(self.taken.drain(..))?;
         Ok(true)
     }
+}
+
+/// Whether the driver wants a packet of `len` bytes with its header that begins like `start`.
+fn wanted(filter: &Filter, start: &[u8], len: usize) -> bool {
+    let mut seen = [0; HEADER + LOOKED_AT];
+    for (to, from) in seen.iter_mut().zip(start.iter().take(len)) {
+        *to = *from;
+    }
+    seen.last_chunk().is_none_or(|frame| filter.wants(frame))
+}
+
+/// The tap gave no packet.
+fn stopped_by(errno: Errno) -> Result<Stopped, DeviceFault> {
+    match errno {
+        Errno::EAGAIN => Ok(Stopped::Idle),
+        // The interface was deleted. Only a process with another descriptor could go on, or none: whoever manages the VM is told
+        // either way.
+        Errno::EBADFD => Err(HostFault::of("reading the tap, which is gone,")(errno).into()),
+        errno => {
+            ipc::guest_log!(error, "tap cannot be read any more: {errno}");
+            Ok(Stopped::Gone)
+        }
+    }
+}
+
+fn too_small(ring: &Ring) -> DeviceFault {
+    ring.fault(FaultKind::Request(
+        "receive buffer is smaller than a header",
+    ))
+    .into()
 }

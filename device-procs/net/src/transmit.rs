@@ -76,26 +76,33 @@ fn send(
     copy: &mut Vec<u8>,
 ) -> Fate {
     let mut raw = [0; HEADER];
-    let got = packet.read(&mut raw);
-    let len = packet.len();
-    let Some(header) = (got == HEADER)
+    let all = packet.len();
+    let len = all.saturating_sub(HEADER);
+    // Small, or in so many pieces as no driver in use makes.
+    let copied = all <= SMALL || packet.segments() > PACKET_SEGMENTS;
+    if copied {
+        if copy.is_empty() {
+            // Once; pages that no such packet uses stay untouched.
+            *copy = vec![0; HEADER + MAX_PACKET];
+        }
+        packet.read(copy);
+        raw.copy_from_slice(&copy[..HEADER]);
+    } else {
+        packet.read(&mut raw);
+    }
+    let Some(header) = (all >= HEADER)
         .then(|| checked(raw, len, features))
         .flatten()
     else {
         ipc::guest_warn!("packet of {len} bytes with a malformed header dropped");
         return Fate::Dropped;
     };
-    let sent = if HEADER + len > SMALL && packet.segments() <= PACKET_SEGMENTS {
-        packet.send_to_stream_after(&header, tap.fd())
-    } else {
-        // Small, or in so many pieces as no driver in use makes.
-        if copy.is_empty() {
-            // Once; pages that no such packet uses stay untouched.
-            *copy = vec![0; HEADER + MAX_PACKET];
-        }
+    let sent = if copied {
+        // No more than there is room for: `checked` allows no longer ones.
         copy[..HEADER].copy_from_slice(&header);
-        let end = HEADER + packet.read(&mut copy[HEADER..]);
-        nix::unistd::write(tap.fd(), &copy[..end])
+        nix::unistd::write(tap.fd(), &copy[..all])
+    } else {
+        packet.send_to_stream_after(&header, tap.fd())
     };
     match sent {
         Ok(_) => Fate::Sent,

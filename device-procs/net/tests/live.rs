@@ -69,7 +69,10 @@ fn spec(pairs: u16, limits: NetLimits) -> DeviceSpec {
 }
 
 fn limited_card(pairs: u16, features: u64, limits: NetLimits) -> Option<Card> {
-    let Tap { queues: fds, host } = Tap::in_new_namespace(pairs, true)?;
+    let tap = Tap::in_new_namespace(pairs, true)?;
+    // Frames that are not small need no segmentation then.
+    tap.set_mtu(9000);
+    let Tap { queues: fds, host } = tap;
     let taps = fds.iter().map(|fd| fd.try_clone().unwrap()).collect();
     let spec = spec(pairs, limits);
     let count = spec.num_queues();
@@ -239,15 +242,15 @@ fn frames_go_both_ways() {
 #[test]
 fn frames_of_all_sizes_follow_each_other() {
     // A large one takes two.
-    const ROOM: u32 = 800;
+    const ROOM: u32 = 2100;
     let Some(mut card) = card(1, MRG_RXBUF) else {
         return;
     };
     // With their headers, around what is small; and so many small ones that the next one is expected to be so.
-    let sizes = [60, 244, 245, 1514, 60, 14, 1514, 243]
+    let sizes = [60, 2036, 2037, 4000, 60, 14, 4000, 2035]
         .into_iter()
         .chain(std::iter::repeat_n(60, 20))
-        .chain([1514, 300, 900]);
+        .chain([4000, 300, 2500]);
     for (mark, len) in (1..).zip(sizes) {
         card.transmit([0; 12], &frame(len, mark));
         assert_eq!(card.host_receives(), frame(len, mark), "{len} bytes");
@@ -482,14 +485,20 @@ fn packets_in_very_many_pieces_are_sent() {
 
 #[test]
 fn receive_buffers_smaller_than_a_header_break_the_queue_only() {
-    let Some(mut card) = card(1, MRG_RXBUF) else {
-        return;
-    };
-    card.offer(0, &[11]);
-    card.queues[0].wait_broken();
-    card.transmit([0; 12], &frame(60, 3));
-    assert_eq!(card.host_receives(), frame(60, 3));
-    card.finish();
+    // Whether small frames are expected or larger ones.
+    for before in [60, 4000] {
+        let Some(mut card) = card(1, MRG_RXBUF) else {
+            return;
+        };
+        card.host.write_all(&frame(before, 1)).unwrap();
+        card.offer(0, &[5000]);
+        card.queues[0].wait_used(&card.front.memory);
+        card.offer(0, &[11]);
+        card.queues[0].wait_broken();
+        card.transmit([0; 12], &frame(60, 3));
+        assert_eq!(card.host_receives(), frame(60, 3));
+        card.finish();
+    }
 }
 
 #[test]
@@ -658,19 +667,38 @@ fn a_filter_sees_frames_that_lie_across_buffers_and_beyond_them() {
         return;
     };
     assert_eq!(card.command(&[0, 0, 0]), 0);
-    // The address begins in one buffer and ends behind it.
-    let mut unwanted = frame(600, 1);
-    unwanted[..6].copy_from_slice(&[2, 0, 0, 0, 0, 0x77]);
-    card.host.write_all(&unwanted).unwrap();
-    card.host.write_all(&frame(600, 2)).unwrap();
-    card.offer(0, &[15, 300, 300]);
-    let mut got = Vec::new();
-    let mut len = 0;
-    while len < 612 {
-        len += card.queues[0].wait_used(&card.front.memory).1;
-        got = card.front.memory.read(RX, len as usize);
+    // While frames are small they are looked at before there is a buffer; after a larger one, in buffers: the address begins in one
+    // and ends in the next, or behind all of them.
+    for (before, room) in [
+        (60, vec![15, 300, 300]),
+        (4000, vec![15, 300, 300]),
+        (4000, vec![15]),
+    ] {
+        card.host.write_all(&frame(before, 1)).unwrap();
+        card.offer(0, &[5000]);
+        card.queues[0].wait_used(&card.front.memory);
+        let mut unwanted = frame(600, 1);
+        unwanted[..6].copy_from_slice(&[2, 0, 0, 0, 0, 0x77]);
+        card.host.write_all(&unwanted).unwrap();
+        card.host.write_all(&frame(600, 2)).unwrap();
+        card.offer(0, &room);
+        if room.len() == 1 {
+            // Both were looked at behind the only buffer, of which the second one needs more.
+            card.front.config(0, 6);
+            let at = RX + 15;
+            let queue = &mut card.queues[0];
+            let head = queue.chain(&card.front.memory, &[Buffer::writable(at, 700)]);
+            queue.offer(&card.front.memory, head);
+            queue.kick();
+        }
+        let mut got = Vec::new();
+        let mut len = 0;
+        while len < 612 {
+            len += card.queues[0].wait_used(&card.front.memory).1;
+            got = card.front.memory.read(RX, len as usize);
+        }
+        assert_eq!(got[12..], frame(600, 2), "after {before} bytes");
     }
-    assert_eq!(got[12..], frame(600, 2));
     card.finish();
 }
 

@@ -113,6 +113,11 @@ impl Tap {
         self.set(libc::SIOCSIFTXQLEN, frames);
     }
 
+    /// How long frames without segmentation may be, but for their Ethernet header.
+    pub fn set_mtu(&self, bytes: i32) {
+        self.set(libc::SIOCSIFMTU, bytes);
+    }
+
     fn set(&self, request: libc::Ioctl, value: i32) {
         let argument = Ifreq::new(value);
         // SAFETY: the structure has the size that the kernel reads.

@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask bench net` runs it; its options are in [`options`]. Each back end has a tap in a network namespace of its own.
 //! All run at the same time and take turns of some hundred milliseconds with each load, and a plain loop of `read` or `write`
-//! on a tap takes one as well: the floor. Printed are medians and quartiles over the rounds; ratios are taken within each
+//! on a tap takes one as well: the floor, plain and behind a filter. Printed are medians and quartiles over the rounds; ratios are taken within each
 //! round, so that whatever else the machine does falls out.
 //!
 //! **To the tap** ("send") the front end keeps its queues full. **From the tap** ("receive") frames are put into the tap's queue
@@ -95,7 +95,7 @@ fn main() {
             party.finish();
         }
     }
-    report::summary(&rows);
+    report::summary(&rows, &names);
     if let Some(file) = &options.plot {
         report::plot(&rows, &names).write(file);
     }

@@ -256,19 +256,29 @@ fn testpmd(queues: usize) -> Party {
     party
 }
 
-/// Ours first, the floor second. `None` where there may be no taps.
+/// Ours first, the floor second, and then the floor behind a filter. `None` where there may be no taps.
 pub(crate) fn all(options: &Options, queues: usize) -> Option<Vec<Party>> {
-    let tap = tap(queues)?;
-    let mut floor = Floor::new(tap.queues);
-    let flows = flows(&mut floor, &tap.host, queues);
-    let floor = Party {
-        name: "floor",
-        kind: Kind::Floor(floor),
-        host: Some(tap.host),
-        flows: flows.clone(),
+    let mut known = None;
+    let mut floor = |name, filtered| {
+        let tap = tap(queues)?;
+        let mut floor = Floor::new(tap.queues, filtered);
+        let flows = known.get_or_insert_with(|| flows(&mut floor, &tap.host, queues));
+        Some(Party {
+            name,
+            kind: Kind::Floor(floor),
+            flows: flows.clone(),
+            host: Some(tap.host),
+        })
     };
+    let plain = floor("floor", false)?;
+    let filtered = floor("floor, filtered", true)?;
+    let flows = plain.flows.clone();
     let program = env!("CARGO_BIN_EXE_net");
-    let mut all = vec![ours("net", program, queues, flows.clone())?, floor];
+    let mut all = vec![
+        ours("net", program, queues, flows.clone())?,
+        plain,
+        filtered,
+    ];
     if let Some(other) = &options.beside {
         let other = other.to_str().expect("a path of text");
         all.push(ours("net, other build", other, queues, flows)?);

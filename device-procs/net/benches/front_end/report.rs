@@ -124,22 +124,24 @@ pub(crate) fn head(names: &[&str]) {
     println!();
 }
 
-/// The goal: within a tenth of the floor.
-pub(crate) fn summary(rows: &[Row]) {
-    let ratios: Vec<f64> = rows
-        .iter()
-        .filter_map(|row| Some(row.columns.get(1)?.as_ref()?.ratio.median()))
-        .collect();
-    if ratios.is_empty() {
-        return;
+/// The goal: within a tenth of the floor. `names` are those of all parties.
+pub(crate) fn summary(rows: &[Row], names: &[&str]) {
+    for (party, name) in names.iter().enumerate().skip(1) {
+        let ratios: Vec<f64> = rows
+            .iter()
+            .filter_map(|row| Some(row.columns.get(party)?.as_ref()?.ratio.median()))
+            .collect();
+        if ratios.is_empty() {
+            continue;
+        }
+        let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
+        let lowest = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+        let reached = ratios.iter().filter(|r| **r >= 0.9).count();
+        println!(
+            "beside {name}: {mean:.2} times in geometric mean, lowest {lowest:.2}, {reached} of {} loads at least 0.9 times",
+            ratios.len()
+        );
     }
-    let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
-    let lowest = ratios.iter().copied().fold(f64::INFINITY, f64::min);
-    let reached = ratios.iter().filter(|r| **r >= 0.9).count();
-    println!(
-        "beside the floor: {mean:.2} times in geometric mean, lowest {lowest:.2}, {reached} of {} loads at least 0.9 times",
-        ratios.len()
-    );
 }
 
 /// The ratios, as a picture; `names` are those of all parties.

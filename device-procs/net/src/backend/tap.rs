@@ -5,13 +5,11 @@
 //! **Why this way.** The kernel's header is virtio's own (`struct virtio_net_hdr_v1`), so that packets pass without being
 //! rewritten.
 
-use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use device_host::tap;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::uio::readv;
 
 use crate::error::BuildError;
 use crate::header::HEADER;
@@ -47,7 +45,7 @@ impl TapQueue {
     /// Reads a packet with its header, as much of it as there is room for; its length.
     pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
         loop {
-            match readv(&self.0, &mut [IoSliceMut::new(into)]) {
+            match nix::unistd::read(&self.0, into) {
                 Err(Errno::EINTR) => {}
                 other => return other,
             }
