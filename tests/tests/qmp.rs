@@ -6,13 +6,16 @@
 #![allow(clippy::unwrap_used)] // in a test, a panic is the report
 
 use serde_json::json;
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 use tests::host::{Tap, require_kvm};
 use tests::lab::cache_dir;
 use tests::payload::Payload;
+use tests::procfs;
 use tests::qmp::{Qmp, QmpError};
 use tests::vm::{Vm, sleeping_guest};
 use tests::wait::Watched;
@@ -444,6 +447,25 @@ fn told(program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Guest RAM of 128 MiB, as the kernel has it, with bytes at places that its guest does not use: between holes, and across the blocks
+/// that a dump is written in.
+fn scattered(vm: &Vm) -> File {
+    let numbers = procfs::fds(vm.pid()).unwrap().into_keys();
+    let mut files = numbers.filter_map(|number| {
+        let path = format!("/proc/{}/fd/{number}", vm.pid());
+        File::options().read(true).write(true).open(path).ok()
+    });
+    let is_ram = |file: &File| file.metadata().is_ok_and(|about| about.len() == 128 << 20);
+    let memory = files.find(is_ram).unwrap();
+    for island in 3..13u64 {
+        let bytes = vec![island as u8 + 1; 70_001 + (island as usize) * (256 << 10)];
+        memory
+            .write_all_at(&bytes, island * (9 << 20) + island * 4096 + 7)
+            .unwrap();
+    }
+    memory
+}
+
 #[test]
 fn a_dump_is_a_core_file_that_debuggers_read() {
     tests::lab::ensure_packages(&["binutils", "gdb"]).unwrap();
@@ -456,6 +478,7 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
         .unwrap();
     // So that what is dumped is what is asked for afterwards.
     qmp.execute("stop", json!({})).unwrap();
+    let memory = scattered(&vm);
     qmp.execute("dump-guest-memory", dump("core")).unwrap();
     assert_eq!(
         qmp.execute("query-status", json!({})).unwrap()["status"],
@@ -476,6 +499,11 @@ fn a_dump_is_a_core_file_that_debuggers_read() {
         file.as_file().metadata().unwrap().len(),
         offset + (128 << 20)
     );
+    let dumped = std::fs::read(path).unwrap().split_off(offset as usize);
+    let mut wanted = vec![0; 128 << 20];
+    memory.read_exact_at(&mut wanted, 0).unwrap();
+    assert!(dumped == wanted, "the file has other bytes than guest RAM");
+    drop((dumped, wanted));
     let notes = told("readelf", &["--wide", "--notes", path]);
     assert!(
         notes.contains("NT_PRSTATUS") && notes.contains("QEMU"),
