@@ -29,9 +29,10 @@ use crate::memory::{GuestBuffers, HeldBuffers};
 const SLOTS: usize = 32;
 /// Pieces of one request at most.
 const PIECES: usize = 8;
-/// Bytes of a piece, unless that were more than [`PIECES`]: long enough that taking one costs nothing beside it, short enough that
-/// all movers are done at about the same time.
+/// Bytes of a piece at least: what takes some times as long as finding somebody for it.
 const PIECE: usize = 128 << 10;
+/// Pieces begin where pages of the file do, if the request does.
+const PAGE: usize = 4096;
 /// A mover's stack: it calls nothing that needs more than a page or two.
 const STACK: usize = 64 << 10;
 
@@ -67,6 +68,8 @@ pub struct Movers<T> {
     shared: Arc<Shared>,
     slots: Vec<Slot<T>>,
     free: Vec<u16>,
+    /// Pieces of a read at most: no more than threads that do them, since the kernel copies the faster the more it is asked for at once.
+    parts: usize,
 }
 
 #[derive(Debug)]
@@ -377,6 +380,7 @@ impl<T> Movers<T> {
                 .collect(),
             // Below 2^16.
             free: (0..SLOTS as u16).rev().collect(),
+            parts: (count + 1).min(PIECES),
         })
     }
 
@@ -398,7 +402,8 @@ impl<T> Movers<T> {
         let piece = if self.in_flight() == 0 {
             usize::MAX
         } else {
-            PIECE.max(buffers.len().div_ceil(PIECES))
+            let part = buffers.len().div_ceil(self.parts);
+            part.next_multiple_of(PAGE).max(PIECE)
         };
         self.begin(file, offset, buffers, piece, false)
     }
@@ -713,6 +718,34 @@ mod tests {
         }
         let found = finish(&mut movers);
         assert_eq!(found, [(1, Ok(0)), (2, Ok(len)), (3, Err(Errno::EISDIR))]);
+    }
+
+    #[test]
+    fn a_read_has_no_more_pieces_than_there_are_threads_for_it() {
+        let ram = ram();
+        let source = file(&bytes(1 << 20));
+        let cases = [
+            (1, 1 << 20, 2),
+            (3, 1 << 20, 4),
+            (20, 1 << 20, PIECES),
+            (3, 200 << 10, 2),
+            (1, 64 << 10, 1),
+        ];
+        for (count, len, pieces) in cases {
+            let mut movers = movers(count);
+            let mut last = 0;
+            // The first one is alone and stays whole.
+            for then in [0, 1] {
+                let mut list = SegmentList::default();
+                ram.resolve(GuestAddress(0), len, &mut list).unwrap();
+                let moving = movers.read(source.as_fd(), 0, &list.buffers(&ram)).unwrap();
+                last = usize::from(moving.0);
+                movers.remember(moving, then);
+            }
+            assert_eq!(movers.slots[last].pieces, pieces, "{len} with {count}");
+            let size = len as usize;
+            assert_eq!(finish(&mut movers), [(0, Ok(size)), (1, Ok(size))]);
+        }
     }
 
     #[test]
