@@ -68,6 +68,8 @@ pub struct StartMessage {
     pub userfault: bool,
     /// Another process serves the same back end until this one is asked to: what is kept there may change before that.
     pub beside: bool,
+    /// Another process serves another back end until this one is asked to: what comes to this one's before that is for nobody.
+    pub instead: bool,
     /// What the filter does with other calls.
     pub seccomp: SeccompMode,
     /// Whether a missing layer ends the process.
@@ -162,6 +164,7 @@ mod tests {
             backend_fds: 0,
             userfault: false,
             beside: false,
+            instead: false,
             seccomp: SeccompMode::Kill,
             sandbox: SandboxMode::Strict,
             log_level: Level::Warn,

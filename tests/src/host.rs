@@ -205,24 +205,33 @@ impl Tap {
     ///
     /// # Errors
     /// When somebody else has it.
-    #[allow(unsafe_code)] // an interface is named to the driver by an ioctl
     pub fn queue(&self) -> Result<OwnedFd, LabError> {
-        const TUN: &str = "/dev/net/tun";
-        let file = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(TUN)
-            .map_err(LabError::file("open", TUN))?;
-        let mut request = [0u8; 40];
-        request[..self.name.len()].copy_from_slice(self.name.as_bytes());
-        let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
-        request[16..18].copy_from_slice(&flags.to_ne_bytes());
-        // SAFETY: TUNSETIFF reads and writes a structure of 40 bytes.
-        let result =
-            unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
-        nix::errno::Errno::result(result).map_err(LabError::system("TUNSETIFF"))?;
-        Ok(file.into())
+        tun_queue(
+            &self.name,
+            libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR,
+        )
     }
+}
+
+/// One queue of the tun or tap interface `name`, opened with `flags`; one that is not there is made, for as long as this is open.
+///
+/// # Errors
+/// When it is of another kind, or somebody else has it.
+#[allow(unsafe_code)] // an interface is named to the driver by an ioctl
+pub fn tun_queue(name: &str, flags: libc::c_int) -> Result<OwnedFd, LabError> {
+    const TUN: &str = "/dev/net/tun";
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(TUN)
+        .map_err(LabError::file("open", TUN))?;
+    let mut request = [0u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    request[16..18].copy_from_slice(&(flags as u16).to_ne_bytes());
+    // SAFETY: TUNSETIFF reads and writes a structure of 40 bytes.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
+    nix::errno::Errno::result(result).map_err(LabError::system("TUNSETIFF"))?;
+    Ok(file.into())
 }
 
 impl Drop for Tap {

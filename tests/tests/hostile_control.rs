@@ -10,11 +10,12 @@ use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
 use ipc::codec::encode;
 use ipc::control::added::{Addition, AdditionGrant, Additions};
-use ipc::control::{FileGrant, Policy, Reply, Request, SnapshotGrant};
+use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, Reply, Request, SnapshotGrant};
 use ipc::limits::MAX_MESSAGE;
 use ipc::log::Level;
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::{BlockIo, BlockSpec};
+use ipc::spec::net::{NetLimits, NetSpec};
 use ipc::start::{SandboxMode, SeccompMode};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
@@ -463,6 +464,76 @@ fn what_may_be_added_is_what_was_granted() {
         broker.files(),
         [other.path().join("images").display().to_string()]
     );
+    broker.ends();
+}
+
+#[test]
+fn a_card_gets_another_tap_only_as_one_may_be_added() {
+    let dir = tempfile::tempdir().unwrap();
+    let card = DeviceSpec::Net(NetSpec {
+        id: "card".into(),
+        mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
+        queue_pairs: 2,
+        queue_size: 256,
+        control_queue: true,
+        vhost: false,
+        limits: NetLimits::default(),
+    });
+    let tap = |ifname: &str, queues| Addition::Tap {
+        ifname: ifname.into(),
+        queues,
+    };
+    let grant = |spec, backend| DeviceGrant {
+        spec,
+        backend,
+        iothread: None,
+    };
+    let policy = Policy {
+        devices: vec![
+            grant(disk(true, 1), BackendGrant::Nothing),
+            grant(card.clone(), BackendGrant::Nothing),
+            grant(
+                card,
+                BackendGrant::Socket {
+                    option: "-chardev id=c".into(),
+                    path: dir.path().join("none"),
+                },
+            ),
+        ],
+        additions: Additions {
+            devices: 1,
+            grants: vec![AdditionGrant::Tap {
+                ifname: "lo".into(),
+            }],
+        },
+        ..policy(dir.path())
+    };
+    let broker = Broker::with(dir.path(), policy);
+    let image = Addition::Image {
+        path: dir.path().to_owned(),
+        readonly: true,
+        direct: false,
+    };
+    for (index, addition, words) in [
+        (u32::MAX, tap("lo", 2), "the policy has no device"),
+        // Not one that may be plugged and is not.
+        (3, tap("lo", 2), "the policy has no device 3"),
+        (0, tap("lo", 1), "device hot is no card"),
+        (2, tap("lo", 2), "device card is nobody's here"),
+        (1, image, "only a tap takes the place of a tap"),
+        (1, Addition::GivenTap, "descriptors are missing"),
+        (1, tap("eth0", 2), "not one of the taps"),
+        (1, tap("lo", 17), "queues 17 is out of range"),
+        (
+            1,
+            tap("lo", 1),
+            "the tap has 1 queues for a card with 2 queue pairs",
+        ),
+        (1, tap("lo", 2), "-netdev ifname=lo: "),
+    ] {
+        broker.refuses(&Request::Replace { index, addition }, words);
+    }
+    broker.still_serves();
     broker.ends();
 }
 

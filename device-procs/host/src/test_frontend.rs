@@ -87,6 +87,7 @@ pub fn start_message(device: DeviceSpec, backend_fds: u32) -> StartMessage {
         backend_fds,
         userfault: false,
         beside: false,
+        instead: false,
         seccomp: SeccompMode::Kill,
         // A test process has no namespaces of its own; everything that the process can do for itself is done.
         sandbox: SandboxMode::BestEffort,

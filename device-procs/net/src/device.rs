@@ -64,6 +64,8 @@ pub struct Net {
     /// Another one than was kept.
     unkept: bool,
     mac: [u8; 6],
+    /// What has come until the queues do is for nobody: the card had another tap then, and got what is broadcast through that one.
+    early: bool,
     rx_limit: Limiter,
     tx_limit: Limiter,
     /// For packets in too many pieces.
@@ -140,6 +142,7 @@ impl Net {
             told: Told::new(spec.mac),
             unkept: false,
             mac: spec.mac,
+            early: start.instead,
             rx_limit: Limiter::new(spec.limits.rx, now),
             tx_limit: Limiter::new(spec.limits.tx, now),
             copy: Vec::new(),
@@ -294,7 +297,7 @@ impl Net {
         }
     }
 
-    /// Packets that came while the link was down are nobody's.
+    /// Packets that came while the link was down, or for another tap, are nobody's.
     fn discard(&mut self) {
         for pair in &mut self.pairs {
             // As many as any tap's queue holds; whoever sends on meanwhile keeps this process from nothing.
@@ -366,6 +369,9 @@ impl Device for Net {
 
     fn accept(&mut self, features: u64) -> Result<(), HostFault> {
         self.accepted = Features(features);
+        if std::mem::take(&mut self.early) {
+            self.discard();
+        }
         for pair in &mut self.pairs {
             // A packet that waits has the shape of the old set.
             pair.receiver.reset();

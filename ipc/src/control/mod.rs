@@ -242,6 +242,14 @@ pub enum Request {
         /// Index of the device.
         index: u32,
     },
+    /// Start another process of card `index` beside the one that runs, in the same jail, with another tap. Descriptors may come
+    /// along. The tap of the process that [`Request::Settle`] keeps is the card's from then on, for processes to come as well.
+    Replace {
+        /// Index of the device.
+        index: u32,
+        /// A tap with as many queues as the card has pairs, allowed as one of [`Request::Add`].
+        addition: Addition,
+    },
     /// One of the two processes of device `index` goes on, and the other is ended.
     Settle {
         /// Index of the device.

@@ -770,6 +770,10 @@ fn control() -> Inputs {
         },
         Request::Remove { backend: 3 },
         Request::Upgrade { index: 0 },
+        Request::Replace {
+            index: 0,
+            addition: Addition::GivenTap,
+        },
         Request::Resize {
             index: 0,
             size: 1 << 20,

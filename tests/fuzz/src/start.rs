@@ -16,6 +16,7 @@ pub fn message(device: DeviceSpec) -> StartMessage {
         backend_fds: 1,
         userfault: false,
         beside: false,
+        instead: false,
         seccomp: SeccompMode::Kill,
         sandbox: SandboxMode::Strict,
         log_level: Level::Error,

@@ -25,7 +25,7 @@ use std::time::Duration;
 /// `seccomp-policies`, whose tests make every call there is, nor what installs a policy without being the process it is for, nor
 /// most Linux guests, which take minutes and use no rule that the other tests do not.
 const SUITES: &str = "(package(tests) & binary(/^(affinity|bare|dax|qcow2|processes|rare_calls|recovery|faults|qmp|hostile|hostile_client|hostile_state|ozone|asleep|cmdline)$/)) \
-     | (package(tests) & binary(/^(snapshot|hotplug|shared_folder)$/) - test(/linux|stock|guest_notices|serves_a_vm|a_reboot/)) \
+     | (package(tests) & binary(/^(snapshot|hotplug|other_tap|shared_folder)$/) - test(/linux|stock|guest_notices|serves_a_vm|a_reboot/)) \
      | (package(/^(block|net|template|vhost-user-fs)$/) & kind(test) - binary(/^(guest|suites)$/)) \
      | (package(tests) & binary(jail) & test(every_process)) | (package(ozone) & binary(outer)) \
      | (package(vmm-main) & binary(chardev_filter))";

@@ -62,6 +62,14 @@ pub(super) struct Parts {
     pub(super) hold: Option<Hold>,
 }
 
+/// A tap that takes the place of the one that a card has.
+#[derive(Debug)]
+pub(super) struct OtherTap {
+    pub(super) grant: BackendGrant,
+    /// What came along, for this process and those after it.
+    pub(super) given: Vec<OwnedFd>,
+}
+
 /// The rule, and what was added.
 #[derive(Debug, Default)]
 pub(super) struct Added {
@@ -117,6 +125,13 @@ impl Added {
         if number >= MAX_ADDED_BACKENDS || self.backends.contains_key(&number) {
             return Err(format!("back end {number} is not free"));
         }
+        let backend = self.open(addition, fds)?;
+        self.backends.insert(number, backend);
+        Ok(())
+    }
+
+    /// What `addition` asks for, if the policy allows it. `fds` came along.
+    fn open(&self, addition: &Addition, fds: Vec<OwnedFd>) -> Result<Backend, String> {
         let expected = matches!(
             addition,
             Addition::GivenImage { .. } | Addition::GivenTap | Addition::GivenSocket
@@ -186,8 +201,41 @@ impl Added {
         if let Some(hold) = &backend.hold {
             hold.reopen(&backend.grant)?;
         }
-        self.backends.insert(number, backend);
-        Ok(())
+        Ok(backend)
+    }
+
+    /// Another tap for a card with `pairs` queue pairs. `fds` came along.
+    pub(super) fn tap(
+        &self,
+        pairs: u16,
+        addition: &Addition,
+        fds: Vec<OwnedFd>,
+    ) -> Result<OtherTap, String> {
+        let (Addition::Tap { .. } | Addition::GivenTap) = addition else {
+            return Err("only a tap takes the place of a tap".into());
+        };
+        let tap = self.open(addition, fds)?;
+        if tap.queues != pairs {
+            return Err(format!(
+                "the tap has {} queues for a card with {pairs} queue pairs",
+                tap.queues
+            ));
+        }
+        Ok(OtherTap {
+            grant: tap.grant,
+            given: tap.given,
+        })
+    }
+
+    /// The back end of device `index`, if that was added, is `tap` from now on.
+    pub(super) fn retap(&mut self, index: u32, tap: OtherTap) -> Option<OtherTap> {
+        let backends = self.backends.values_mut();
+        let Some(backend) = backends.into_iter().find(|one| one.user == Some(index)) else {
+            return Some(tap);
+        };
+        backend.grant = tap.grant;
+        backend.given = tap.given;
+        None
     }
 
     /// Lets go of back end `number`.

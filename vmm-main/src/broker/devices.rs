@@ -146,11 +146,29 @@ impl Devices {
         Ok((socket, pid))
     }
 
-    /// Starts another process of entry `index` beside the one that runs.
+    /// Starts another process of entry `index` beside the one that runs, with the same back end.
     pub(super) fn upgrade(
         &mut self,
         index: usize,
         order: Order<'_>,
+    ) -> Result<(OwnedFd, i32), String> {
+        self.start_newer(index, order, Comes::Beside)
+    }
+
+    /// The same with another back end.
+    pub(super) fn replace(
+        &mut self,
+        index: usize,
+        order: Order<'_>,
+    ) -> Result<(OwnedFd, i32), String> {
+        self.start_newer(index, order, Comes::Instead)
+    }
+
+    fn start_newer(
+        &mut self,
+        index: usize,
+        order: Order<'_>,
+        comes: Comes,
     ) -> Result<(OwnedFd, i32), String> {
         if !self.is_running(index) || self.newer.contains_key(&index) {
             return Err(format!(
@@ -158,7 +176,7 @@ impl Devices {
                 order.grant.spec.id()
             ));
         }
-        let (socket, process) = launch(order, Comes::Beside)?;
+        let (socket, process) = launch(order, comes)?;
         let pid = process.pid;
         self.newer.insert(index, process);
         Ok((socket, pid))
@@ -423,6 +441,8 @@ enum Comes {
     First,
     /// Another one that serves, whose place it is to take.
     Beside,
+    /// The same, of which this one has not the back end.
+    Instead,
     /// Another keeper, to which this is a line, and from which it takes over.
     Heir(OwnedFd),
 }
@@ -449,7 +469,10 @@ fn launch(order: Order<'_>, comes: Comes) -> Result<(OwnedFd, Process), String> 
         (OwnedFd::from(theirs), FD_VHOST_USER),
     ];
 
-    let beside = matches!(comes, Comes::Beside);
+    let others = (
+        matches!(comes, Comes::Beside),
+        matches!(comes, Comes::Instead),
+    );
     let (mut folder, mut keeper, mut watched) = (None, None, None);
     let mut backend_fds = backend.len() as u32;
     if let DeviceSpec::Fs(_) = &grant.spec {
@@ -469,7 +492,7 @@ fn launch(order: Order<'_>, comes: Comes) -> Result<(OwnedFd, Process), String> 
         // Nobody would watch those of a keeper: memory is brought in as a whole for them.
         watched = userfault();
     }
-    let start = start_message(grant, policy, beside, backend_fds, watched.is_some());
+    let start = start_message(grant, policy, others, backend_fds, watched.is_some());
     fds.push((start.map_err(|e| told("start message", &e))?, FD_START));
     fds.extend(backend.into_iter().chain(watched).zip(FD_BACKEND..));
 
@@ -511,11 +534,12 @@ fn launch(order: Order<'_>, comes: Comes) -> Result<(OwnedFd, Process), String> 
     Ok((ours.into(), process))
 }
 
-/// What the process is told before anything else, in a sealed file.
+/// What the process is told before anything else, in a sealed file: whether another one serves, with the same back end or with another,
+/// among it.
 fn start_message(
     grant: &DeviceGrant,
     policy: &Policy,
-    beside: bool,
+    (beside, instead): (bool, bool),
     backend_fds: u32,
     userfault: bool,
 ) -> Result<OwnedFd, ipc::start::StartError> {
@@ -525,6 +549,7 @@ fn start_message(
         backend_fds,
         userfault,
         beside,
+        instead,
         seccomp: policy.seccomp,
         sandbox: policy.sandbox,
         log_level: policy.log_level,

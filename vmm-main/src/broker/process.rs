@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use ipc::PROTOCOL_VERSION;
 use ipc::channel::{Channel, ChannelError};
-use ipc::control::added::AdditionGrant;
+use ipc::control::added::{Addition, AdditionGrant};
 use ipc::control::{BackendGrant, DeviceGrant, FileGrant, Policy, Reply, Request};
 use ipc::limits::MAX_MMIO_DEVICES;
 use ipc::log::{debug, error};
@@ -25,7 +25,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
-use super::added::Added;
+use super::added::{Added, OtherTap};
 use super::cleanup::Cleanup;
 use super::devices::{Devices, Order, Succession};
 use super::inspect::{self, Witness};
@@ -240,6 +240,8 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         devices,
         holds: BTreeMap::new(),
         kept: BTreeMap::new(),
+        taps: BTreeMap::new(),
+        given: BTreeMap::new(),
         draft: None,
         witness: None,
     })
@@ -263,6 +265,10 @@ struct Broker {
     holds: BTreeMap<u32, open::Hold>,
     /// What the processes that run were given, for those that take their place while they do.
     kept: BTreeMap<u32, Vec<OwnedFd>>,
+    /// Taps of processes that are about to take the place of those that serve, with those of their queues that were opened by name.
+    taps: BTreeMap<u32, (OtherTap, Vec<OwnedFd>)>,
+    /// Taps that cards of the command line were given since.
+    given: BTreeMap<u32, Vec<OwnedFd>>,
     /// A snapshot that is being written.
     draft: Option<Draft>,
     /// What the control process showed of itself at lock-down.
@@ -409,6 +415,9 @@ impl Broker {
                 }
                 Err(message) => Err(message),
             },
+            Request::Replace { index, addition } => self
+                .replace(*index, addition, fds)
+                .map(|(socket, pid)| (Reply::Started { index: *index, pid }, Some(socket))),
             Request::Settle { index, newer } => self.settle(*index, *newer),
             Request::Resize { index, size } => self
                 .resize(*index, *size)
@@ -489,7 +498,7 @@ impl Broker {
         self.kept.remove(&index);
         // Another file at the same path would be another disk, in the middle of the guest's work.
         let backend = match (self.holds.get(&index), &grant.backend) {
-            (_, BackendGrant::Given) => self.added.duplicates(index)?,
+            (_, BackendGrant::Given) => self.given(index)?,
             (_, BackendGrant::Socket { .. }) if self.plugged.contains_key(&index) => {
                 vec![self.added.connection(index)?]
             }
@@ -537,7 +546,7 @@ impl Broker {
                 .ok_or_else(|| format!("the policy has no device {index}"))?,
         };
         let backend = match (&grant.backend, self.kept.get(&index)) {
-            (BackendGrant::Given, _) => self.added.duplicates(index)?,
+            (BackendGrant::Given, _) => self.given(index)?,
             // The very same: a second lock on the image or a second user of the tap would be refused.
             (BackendGrant::Image { .. } | BackendGrant::Tap { .. }, Some(kept)) => {
                 duplicates(kept)?
@@ -567,6 +576,78 @@ impl Broker {
         match grant.spec {
             DeviceSpec::Fs(_) => self.devices.take_over(at, order).map(|()| None),
             _ => self.devices.upgrade(at, order).map(Some),
+        }
+    }
+
+    /// Descriptors for device `index` that came from a client.
+    fn given(&self, index: u32) -> Result<Vec<OwnedFd>, String> {
+        match self.given.get(&index) {
+            Some(fds) => duplicates(fds),
+            None => self.added.duplicates(index),
+        }
+    }
+
+    /// The socket and the process id of another process of a card, beside the one that serves, with another tap.
+    fn replace(
+        &mut self,
+        index: u32,
+        addition: &Addition,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(OwnedFd, i32), String> {
+        let grant = self.plugged.get(&index);
+        let grant = grant.or_else(|| self.policy.devices.get(index as usize));
+        let grant = grant.ok_or_else(|| format!("the policy has no device {index}"))?;
+        let DeviceSpec::Net(card) = &grant.spec else {
+            return Err(format!("device {} is no card", grant.spec.id()));
+        };
+        if grant.is_foreign() {
+            return Err(format!("device {} is nobody's here", card.id));
+        }
+        let tap = self.added.tap(card.queue_pairs, addition, fds)?;
+        let (kept, mut backend) = match &tap.grant {
+            BackendGrant::Given => (Vec::new(), duplicates(&tap.given)?),
+            named => {
+                let opened = open::backend(named, &card.id, &self.inherited)?;
+                (duplicates(&opened)?, opened)
+            }
+        };
+        backend.extend(vhost(grant, None, &mut self.inherited)?);
+        let order = Order {
+            grant,
+            backend,
+            policy: &self.policy,
+        };
+        let started = self.devices.replace(index as usize, order)?;
+        self.taps.insert(index, (tap, kept));
+        Ok(started)
+    }
+
+    /// Card `index` has the tap of the process that took another one's place, and lets go of the one before.
+    fn retap(&mut self, index: u32, (tap, kept): (OtherTap, Vec<OwnedFd>)) {
+        self.kept.remove(&index);
+        if !kept.is_empty() {
+            self.kept.insert(index, kept);
+        }
+        let grant = match self.plugged.get_mut(&index) {
+            Some(grant) => Some(grant),
+            None => self.policy.devices.get_mut(index as usize),
+        };
+        let Some(grant) = grant else {
+            return;
+        };
+        let before = std::mem::replace(&mut grant.backend, tap.grant.clone());
+        if let BackendGrant::Inherited { fds } = before {
+            // They are no other card's, as the command line was checked for.
+            for number in fds {
+                self.inherited.take(number);
+            }
+        }
+        self.given.remove(&index);
+        // One of the command line was not added.
+        if let Some(tap) = self.added.retap(index, tap)
+            && !tap.given.is_empty()
+        {
+            self.given.insert(index, tap.given);
         }
     }
 
@@ -608,6 +689,12 @@ impl Broker {
         if newer {
             // It has its own, and has the queues from the one before, which gave them back.
             self.vhost_given.remove(&index);
+        }
+        // The old process is gone, and its tap is free when this is answered; or the new one is, and so is that.
+        if let Some(tap) = self.taps.remove(&index)
+            && newer
+        {
+            self.retap(index, tap);
         }
         if !self.devices.is_running(index as usize) {
             self.kept.remove(&index);
@@ -700,6 +787,8 @@ impl Broker {
         self.plugged.remove(&index);
         self.holds.remove(&index);
         self.kept.remove(&index);
+        self.taps.remove(&index);
+        self.given.remove(&index);
         self.added.free(index);
     }
 

@@ -550,7 +550,7 @@ impl Vm {
                 reply,
             } => self.forget_snapshot(device, id, name, reply),
             VmCommand::Blockstats(reply) => reply.send(self.counted()),
-            VmCommand::Workloads(reply) => reply.send(Ok(self.supervisor.workloads())),
+            VmCommand::Workloads(reply) => reply.send(Ok(self.workloads())),
             VmCommand::Register(reply, vcpu, number) => reply.send(self.register(vcpu, &number)),
             VmCommand::Memory(reply, address) => reply.send(self.memory(&address)),
             VmCommand::Sandbox(reply) => {
@@ -568,6 +568,7 @@ impl Vm {
             VmCommand::DeviceAdd(new, reply) => self.add_device(*new, reply)?,
             VmCommand::BlockResize(name, size, reply) => self.resize_disk(&name, size, reply)?,
             VmCommand::DeviceUpgrade(id, reply) => self.upgrade_device(&id, reply)?,
+            VmCommand::NetdevReplace(tap, fds, reply) => self.replace_tap(tap, &fds, reply)?,
             VmCommand::DeviceDel(id, reply) => self.remove_device(&id, reply)?,
             VmCommand::SetLink(name, up, reply) => reply.send(self.set_link(&name, up)),
             VmCommand::AnnounceSelf(names, reply) => reply.send(self.announce_guest(&names)),

@@ -33,7 +33,7 @@ use ipc::spec::DeviceSpec;
 use ipc::spec::block::{BlockSpec, ImageFormat};
 use ipc::spec::vm::{
     ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, DriveSpec, IothreadSpec, NetBackend,
-    RestartPolicy, VmSpec,
+    NetdevSpec, RestartPolicy, VmSpec,
 };
 use nix::sys::epoll::EpollFlags;
 
@@ -240,6 +240,21 @@ impl Hotplug {
             "Window {empty}, counted from 0, lost its device, which no command line can say where the guest goes on: put another one in (device_add with addr={:#x})",
             self.units.get(empty).map_or(0, |unit| unit.addr)
         ))
+    }
+
+    /// The place of the device with this id.
+    pub(super) fn unit_of(&self, device: &str) -> Option<usize> {
+        let mut units = self.units.iter();
+        units.position(|unit| unit.device.as_deref() == Some(device))
+    }
+
+    /// Netdevs that were added.
+    pub(super) fn netdevs_mut(&mut self) -> impl Iterator<Item = &mut NetdevSpec> {
+        let all = self.backends.iter_mut();
+        all.filter_map(|backend| match &mut backend.what {
+            NewBackend::Netdev(netdev) => Some(netdev),
+            _ => None,
+        })
     }
 
     fn backend(&mut self, kind: BackendKind, id: &str) -> Option<&mut Backend> {
@@ -1001,12 +1016,7 @@ impl Vm {
 
     /// `device_del`
     pub(super) fn remove_device(&mut self, id: &str, reply: Reply<()>) -> Result<(), End> {
-        let unit = self
-            .hotplug
-            .units
-            .iter()
-            .position(|unit| unit.device.as_deref() == Some(id));
-        let Some(unit) = unit else {
+        let Some(unit) = self.hotplug.unit_of(id) else {
             reply.send(Err(QmpError::device_not_found(id)));
             return Ok(());
         };
@@ -1138,11 +1148,7 @@ impl Vm {
 
     /// `device-upgrade`
     pub(super) fn upgrade_device(&mut self, id: &str, reply: Reply<()>) -> Result<(), End> {
-        let units = &self.hotplug.units;
-        let Some(unit) = units
-            .iter()
-            .position(|unit| unit.device.as_deref() == Some(id))
-        else {
+        let Some(unit) = self.hotplug.unit_of(id) else {
             reply.send(Err(QmpError::device_not_found(id)));
             return Ok(());
         };
@@ -1158,6 +1164,7 @@ impl Vm {
         while let Some(told) = self.supervisor.told() {
             match told {
                 Told::Exited(exit) => self.plug_exited(&exit)?,
+                Told::Retapped { index, tap } => self.retapped(index, tap),
                 Told::Serves { index, pid } => {
                     let unit = index as usize;
                     for plugging in &mut self.hotplug.plugging {

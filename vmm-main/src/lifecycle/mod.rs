@@ -23,6 +23,7 @@
 //! | `poller.rs` | the epoll of the main loop |
 //! | `serial.rs` | the serial port's other end in the main loop |
 //! | `hotplug.rs` | devices that come and go while the VM runs |
+//! | `tap.rs` | `netdev_replace`: a card that runs gets another tap |
 //! | `supervise.rs` | device processes that die, and those that take their place |
 
 mod daemon;
@@ -39,6 +40,7 @@ mod serial;
 mod snapshot;
 mod start;
 mod supervise;
+mod tap;
 
 use std::ffi::OsString;
 use std::io::Write;

@@ -463,6 +463,8 @@ pub struct Workload {
     pub state: &'static str,
     /// Its process, if there is one.
     pub pid: Option<i32>,
+    /// A card's tap, if it has one by name.
+    pub ifname: Option<String>,
 }
 
 /// A command that the main thread executes. It answers through the reply that comes along, now or later.
@@ -521,6 +523,8 @@ pub enum VmCommand {
     BlockResize(String, u64, Reply<()>),
     /// `device-upgrade`
     DeviceUpgrade(String, Reply<()>),
+    /// `netdev_replace`, with descriptors that the client passed
+    NetdevReplace(super::OtherTap, Vec<Arc<OwnedFd>>, Reply<()>),
     /// `device_del`
     DeviceDel(String, Reply<()>),
     /// `set_link`: of this device or netdev, up or down

@@ -42,7 +42,7 @@ pub use command::{
 };
 pub use event::{Cause, Event};
 pub(crate) use parse::json_object;
-pub use plug::{BackendKind, NewBackend, NewDevice, NewKind, NodeOver};
+pub use plug::{BackendKind, NewBackend, NewDevice, NewKind, NodeOver, OtherTap};
 pub use sandbox::{SandboxDevice, SandboxReport, SandboxTree};
 pub use server::{Commands, Server, ServerError, ServerHandle, Source, StartHook};
 pub use session::Info;

@@ -136,6 +136,32 @@ fn net_limits(arguments: &Arguments) -> NetLimits {
     }
 }
 
+/// A tap that is to take the place of the one behind a netdev: `netdev_replace`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OtherTap {
+    /// `id`: the netdev.
+    pub netdev: String,
+    /// By its name, or descriptors that came along.
+    pub tap: NetBackend,
+    /// `queues`
+    pub queues: Option<u16>,
+}
+
+impl OtherTap {
+    /// `netdev_replace`
+    pub(super) fn read(mut arguments: Arguments) -> Self {
+        Self {
+            netdev: arguments.required_text("id"),
+            // The numbers of descriptors are the broker's.
+            tap: match arguments.text("ifname") {
+                Some(name) => NetBackend::TapName(name),
+                None => NetBackend::TapFds(Vec::new()),
+            },
+            queues: small(&arguments, "queues"),
+        }
+    }
+}
+
 /// Which of the four name spaces an id is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendKind {

@@ -235,6 +235,7 @@ impl Supervisor<'_> {
             backend_fds: backends.len() as u32,
             userfault: false,
             beside: false,
+            instead: false,
             seccomp: self.alone.seccomp,
             sandbox: self.alone.sandbox,
             log_level: self.alone.log_level,

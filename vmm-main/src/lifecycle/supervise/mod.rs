@@ -21,7 +21,8 @@
 //!
 //! `device-upgrade` starts a second process beside the one that serves, of the program that is then at the place that the
 //! broker knows; only when its handshake is done is the old one asked to finish what it took and to stop, and the new one
-//! gets the queues in the same breath. Whatever fails before that leaves the old one serving.
+//! gets the queues in the same breath. Whatever fails before that leaves the old one serving. `netdev_replace` does the same with a
+//! process that has another tap.
 //!
 //! What a shared folder's process has open cannot be had by two: there the broker answers when a new keeper has taken it over
 //! and the old process is gone, and the queues are handed over as after a crash.
@@ -44,6 +45,7 @@ use ipc::limits::RESTART_WINDOW_MS;
 use ipc::log::{debug, error, info, warn};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::IoStop;
+use ipc::spec::vm::NetBackend;
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use std::collections::VecDeque;
@@ -106,6 +108,13 @@ pub(super) enum Told {
     },
     /// A process has ended that nobody watches over yet, or any more.
     Exited(DeviceExit),
+    /// Card `index` has another tap than before.
+    Retapped {
+        /// Index of the device.
+        index: usize,
+        /// The tap.
+        tap: NetBackend,
+    },
 }
 
 #[derive(Debug)]
@@ -252,6 +261,7 @@ impl Supervisor {
                     Process::Failed | Process::Unplugged => "failed",
                 },
                 pid: device.process.pid(),
+                ifname: None,
             })
             .collect()
     }

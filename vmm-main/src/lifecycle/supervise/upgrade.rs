@@ -1,18 +1,22 @@
-//! `device-upgrade`: another process takes the place of one that serves.
+//! `device-upgrade` and `netdev_replace`: another process takes the place of one that serves.
 //!
 //! **Job.** The new process, of the program that is at its place now, gets its handshake done beside the one that serves, and then the queues; or
-//! it is given up, and the one that serves goes on. **Who is not trusted**: the new process, which is no better than any other.
+//! it is given up, and the one that serves goes on. That of a card may have another tap. **Who is not trusted**: the new process, which is no better than any other.
 //! **Why this way.** Nothing is taken from the old one before the new one has shown that it can do its work.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipc::control::Request;
+use ipc::control::added::Addition;
 use ipc::log::{info, warn};
 use ipc::spec::DeviceSpec;
+use ipc::spec::vm::NetBackend;
 use nix::sys::epoll::EpollFlags;
 
-use super::{Asked, Context, Device, Process, Supervisor};
+use super::{Asked, Context, Device, Process, Supervisor, Told};
 use crate::broker::ClientError;
 use crate::lifecycle::event_loop::lock;
 use crate::lifecycle::with_causes;
@@ -29,6 +33,8 @@ pub(super) struct Upgrade {
     pub(super) unwell: bool,
     /// When it was asked for.
     asked: Instant,
+    /// The tap that the new one has, if it is another one.
+    tap: Option<NetBackend>,
 }
 
 #[derive(Debug)]
@@ -83,6 +89,38 @@ impl Supervisor {
         reply: Reply<()>,
         cx: &Context<'_>,
     ) -> Result<(), ClientError> {
+        let request = Request::Upgrade {
+            index: index as u32,
+        };
+        self.renew(index, (&request, &[]), None, reply, cx)
+    }
+
+    /// `netdev_replace`: another process, with the tap `addition`, is to take the place of the one that serves; people know that tap
+    /// as `tap`.
+    pub(in crate::lifecycle) fn retap(
+        &mut self,
+        index: usize,
+        (addition, fds): (Addition, &[Arc<OwnedFd>]),
+        tap: NetBackend,
+        reply: Reply<()>,
+        cx: &Context<'_>,
+    ) -> Result<(), ClientError> {
+        let request = Request::Replace {
+            index: index as u32,
+            addition,
+        };
+        self.renew(index, (&request, fds), Some(tap), reply, cx)
+    }
+
+    /// Has the broker start another process beside the one that serves.
+    fn renew(
+        &mut self,
+        index: usize,
+        (request, fds): (&Request, &[Arc<OwnedFd>]),
+        tap: Option<NetBackend>,
+        reply: Reply<()>,
+        cx: &Context<'_>,
+    ) -> Result<(), ClientError> {
         let id = self.devices.get(index).map_or("", |one| one.spec.id());
         let refused = match self.devices.get(index) {
             Some(Device {
@@ -102,11 +140,10 @@ impl Supervisor {
             coming: None,
             unwell: false,
             asked: Instant::now(),
+            tap,
         });
         self.asked.push_back(Asked::Upgrade(index));
-        cx.broker.send(&Request::Upgrade {
-            index: index as u32,
-        })
+        cx.broker.send_with(request, fds)
     }
 
     /// The new process has a socket.
@@ -184,6 +221,7 @@ impl Supervisor {
             reply,
             coming: Some(coming),
             asked,
+            tap,
             ..
         }) = device.upgrade.take()
         else {
@@ -197,6 +235,7 @@ impl Supervisor {
                 coming: None,
                 unwell: false,
                 asked,
+                tap,
             });
             return self.give_up(index, "the process that serves is not there any more", cx);
         };
@@ -218,12 +257,16 @@ impl Supervisor {
                     coming: None,
                     unwell: false,
                     asked,
+                    tap,
                 });
                 return self.give_up(index, &with_causes(&e), cx);
             }
         };
         device.process = Process::Serving { pid: coming.pid };
         device.retired = Some(old);
+        let retapped = tap.is_some();
+        self.others
+            .extend(tap.map(|tap| Told::Retapped { index, tap }));
         let reply = if done {
             info!(
                 "device {id}: process {} has taken the place of {old} within {:.3} ms",
@@ -238,8 +281,9 @@ impl Supervisor {
             Some((reply, Ok(())))
         } else {
             // It asks for attention, and yet another one follows.
+            let tap = if retapped { " with the new tap" } else { "" };
             reply.send(Err(QmpError::generic(format!(
-                "Device '{id}': the new process failed when it got its queues; it is replaced as after a crash"
+                "Device '{id}': the new process failed when it got its queues; it is replaced as after a crash{tap}"
             ))));
             None
         };

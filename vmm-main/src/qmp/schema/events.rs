@@ -100,7 +100,7 @@ pub static EVENTS: &[EventDef] = &[
                 "milliseconds for which neither process served; for a shared folder since the command, which is longer",
             ),
         ],
-        "A process of the program that is there now has taken the place of one that served (`device-upgrade`)",
+        "A process of the program that is there now has taken the place of one that served (`device-upgrade`, `block_resize`, `netdev_replace`)",
     ),
     event(
         "MIGRATION",

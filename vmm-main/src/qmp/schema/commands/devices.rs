@@ -144,6 +144,11 @@ const WORKLOAD: Object = object(
              somebody else's",
         ),
         may("pid", Type::INT, "id of the process, if there is one"),
+        may(
+            "ifname",
+            Type::TEXT,
+            "a card's tap, if it was given by its name",
+        ),
     ],
 );
 
@@ -186,6 +191,9 @@ pub(super) static COMMANDS: &[Command] = &[
                     let mut entry = json!({ "module": workload.device, "state": workload.state });
                     if let Some(pid) = workload.pid {
                         entry["pid"] = pid.into();
+                    }
+                    if let Some(ifname) = workload.ifname {
+                        entry["ifname"] = ifname.into();
                     }
                     entry
                 };

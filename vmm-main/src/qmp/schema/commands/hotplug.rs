@@ -2,7 +2,7 @@
 
 use crate::qmp::command::{QmpError, Reply, Ticket, VmCommand};
 use crate::qmp::descriptors::Desk;
-use crate::qmp::plug::{BackendKind, DRIVERS, NewBackend, NewDevice, NodeOver};
+use crate::qmp::plug::{BackendKind, DRIVERS, NewBackend, NewDevice, NodeOver, OtherTap};
 use crate::qmp::schema::Arguments;
 use crate::qmp::schema::check::shown;
 use crate::qmp::schema::types::{
@@ -456,20 +456,7 @@ fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(),
             return Ok(());
         }
     }
-    let given: Vec<&str> = ["ifname", "fd", "fds"]
-        .into_iter()
-        .filter(|name| arguments.at(&[name]).is_some())
-        .collect();
-    let [argument] = given.as_slice() else {
-        return wrong(format!(
-            "netdev_add takes one of ifname, fd and fds; given: {}",
-            if given.is_empty() {
-                "none".into()
-            } else {
-                given.join(", ")
-            }
-        ));
-    };
+    let argument = way_to_tap("netdev_add", arguments)?;
     if arguments.at(&["vhost"]) == Some(&Value::Bool(true))
         && let Some(rate) = DIRECTIONS
             .map(|name| format!("throttling.{name}"))
@@ -486,12 +473,47 @@ fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(),
             desk.take(argument, &text.split(':').collect::<Vec<_>>())?;
         }
     }
-    if *argument == "ifname" {
+    take_queues(argument, desk, arguments)
+}
+
+/// Those of the tap that takes the place of another one.
+fn other_tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(), QmpError> {
+    let argument = way_to_tap("netdev_replace", arguments)?;
+    take_queues(argument, desk, arguments)
+}
+
+/// Which of the arguments of `command` leads to the tap.
+fn way_to_tap(command: &str, arguments: &Arguments) -> Result<&'static str, QmpError> {
+    let given: Vec<&'static str> = ["ifname", "fd", "fds"]
+        .into_iter()
+        .filter(|name| arguments.at(&[name]).is_some())
+        .collect();
+    let [argument] = given.as_slice() else {
+        return Err(QmpError::generic(format!(
+            "{command} takes one of ifname, fd and fds; given: {}",
+            if given.is_empty() {
+                "none".into()
+            } else {
+                given.join(", ")
+            }
+        )));
+    };
+    Ok(*argument)
+}
+
+/// The descriptors that `argument` names, if it is not a tap's name.
+fn take_queues(
+    argument: &str,
+    desk: &mut Desk<'_>,
+    arguments: &mut Arguments,
+) -> Result<(), QmpError> {
+    let wrong = |what: String| Err(QmpError::generic(what));
+    if argument == "ifname" {
         return Ok(());
     }
     let text = arguments.text(argument).unwrap_or_default();
     let names: Vec<&str> = text.split(':').collect();
-    let most = match *argument {
+    let most = match argument {
         "fd" => 1,
         _ => usize::from(limits::MAX_NET_QUEUE_PAIRS),
     };
@@ -649,6 +671,50 @@ pub(super) static COMMANDS: &[Command] = &[
     )
     .takes(NETDEV)
     .brings(tap_descriptors),
+    main(
+        "netdev_replace",
+        "Puts another tap under a card that runs; QEMU has no such command. The guest keeps its card, its address and everything that it \
+         has negotiated, and its connections if the new tap leads to the same network: to it this is a pause as of `device-upgrade`, in \
+         which packets may be lost. Another process in the same jail takes the place of the one that serves (DEVICE_UPGRADED), and the \
+         new tap is the card's for the processes after it as well; then the network is told where the guest is, as by `announce-self`. The \
+         old tap is free when this answers. What is refused leaves the old tap where it is",
+        |ticket, mut arguments| {
+            let fds = arguments.descriptors();
+            VmCommand::NetdevReplace(OtherTap::read(arguments), fds, nothing(ticket))
+        },
+    )
+    .takes(&[
+        must("id", Type::ID, "id of the netdev, which a card has"),
+        may(
+            "type",
+            Type::Enum(&Enum {
+                name: "NetReplaceDriver",
+                values: &["tap"],
+            }),
+            "default tap",
+        ),
+        may(
+            "ifname",
+            Type::Text(15),
+            "a tap that `-hotplug tap=` grants",
+        ),
+        may(
+            "fd",
+            Type::ID,
+            "instead of ifname: the name of an open tap that `getfd` took, which the name loses, or the number of one that `add-fd` took",
+        ),
+        may(
+            "fds",
+            Type::TEXT,
+            "instead of ifname: one for each queue pair, with colons between them",
+        ),
+        may(
+            "queues",
+            Type::Int(1, limits::MAX_NET_QUEUE_PAIRS as u64),
+            "queue pairs: those that the netdev has",
+        ),
+    ])
+    .brings(other_tap_descriptors),
     main(
         "netdev_del",
         "Gives up a tap that no card uses",
