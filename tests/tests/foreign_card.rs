@@ -241,6 +241,66 @@ fn a_card_of_a_daemon_is_added_and_goes_on_with_the_next_one() {
     drop(daemon);
 }
 
+/// Its daemon need not be there before the card is.
+#[test]
+fn a_card_is_added_behind_a_chardev_of_the_command_line() {
+    let place = Place::new("svcard6");
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "128", "-S", "-chardev"])
+        .arg(format!("socket,id=c,path={}", place.socket.display()))
+        .kernel(
+            &Payload::NetLoop.path(),
+            &format!("host={HOST} own=10.7.98.2"),
+        )
+        .with_qmp()
+        .start()
+        .unwrap();
+    let mut qmp = vm.qmp().unwrap();
+    let open = |qmp: &mut tests::qmp::Qmp| {
+        let all = qmp.execute("query-chardev", json!({})).unwrap();
+        let all = all.as_array().unwrap();
+        let found = all.iter().find(|one| one["label"] == "c").unwrap();
+        found["frontend-open"].as_bool().unwrap()
+    };
+    let netdev = json!({ "type": "vhost-user", "id": "n", "chardev": "c" });
+    qmp.execute("netdev_add", netdev).unwrap();
+    let again = json!({ "type": "vhost-user", "id": "m", "chardev": "c" });
+    let said = qmp.execute("netdev_add", again).unwrap_err().to_string();
+    assert!(said.contains("Chardev 'c' is busy"), "{said}");
+    let card = json!({ "id": "x", "driver": "virtio-net-device", "netdev": "n", "mac": "52:54:00:00:62:02" });
+    let said = qmp.execute("device_add", card.clone()).unwrap_err();
+    assert!(said.to_string().contains("cannot connect"), "{said}");
+    assert!(!open(&mut qmp));
+    let mut daemon = Some(Daemon::start(Kind::Ours, &place));
+    qmp.execute("device_add", card).unwrap();
+    assert!(open(&mut qmp));
+    qmp.execute("cont", json!({})).unwrap();
+    goes_on(&mut vm);
+    drop(daemon.take());
+    qmp.wait_event("VHOST_USER_DISCONNECTED", LIMIT).unwrap();
+    daemon = Some(Daemon::start(Kind::Ours, &place));
+    qmp.wait_event("DEVICE_RECOVERED", LIMIT).unwrap();
+    goes_on(&mut vm);
+    for (command, id, why) in [
+        ("netdev_del", "n", "Netdev 'n' is in use by device 'x'"),
+        ("chardev-remove", "c", "Chardev 'c' is busy"),
+    ] {
+        let said = qmp.execute(command, json!({ "id": id })).unwrap_err();
+        assert!(said.to_string().contains(why), "{command}: {said}");
+    }
+    qmp.execute("device_del", json!({ "id": "x" })).unwrap();
+    qmp.wait_event("DEVICE_DELETED", LIMIT).unwrap();
+    qmp.execute("netdev_del", json!({ "id": "n" })).unwrap();
+    assert!(!open(&mut qmp));
+    let said = qmp.execute("chardev-remove", json!({ "id": "c" }));
+    let said = said.unwrap_err().to_string();
+    let why = "Chardev 'c' is of the command line, and stays as long as the VM";
+    assert!(said.contains(why), "{said}");
+    qmp.execute("quit", json!({})).unwrap();
+    ends_well(&mut vm);
+    drop(daemon);
+}
+
 #[test]
 fn a_daemons_queues_work_again_when_the_link_is_up_again() {
     let place = Place::new("svcard3");
