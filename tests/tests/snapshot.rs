@@ -512,6 +512,68 @@ fn a_running_guest_goes_on_after_its_snapshot_and_one_that_is_paused_stays_so() 
     comes_to_its_end(vm);
 }
 
+/// Each step comes as an event; one client's `migrate` is given up by another, and then everything is as it was before.
+#[test]
+fn a_snapshot_tells_its_steps_and_is_given_up_when_somebody_says_so() {
+    /// Where nothing of the guest's is.
+    const FILLED: std::ops::Range<usize> = 64 << 20..512 << 20;
+    let bench = Bench::new();
+    let ram = bench.dir.path().join("ram");
+    let mut content = vec![0; FILLED.end];
+    content[FILLED].fill(0x5a);
+    // Enough that it is not written before somebody can say something.
+    std::fs::write(&ram, content).unwrap();
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm,mem-share=on", "-m", "512", "-mem-path"])
+        .arg(&ram)
+        .kernel(&Payload::BlkLoop.path(), "spin=1")
+        .disk("d0", &bench.disk, "")
+        .arg("-snapshot-dir")
+        .arg(bench.dir.path())
+        .with_qmp()
+        .start()
+        .unwrap();
+    expect(&mut vm, "LOOP ");
+    let (mut client, mut other) = (vm.qmp().unwrap(), vm.qmp().unwrap());
+    let uri = json!({ "uri": format!("file:{}", bench.snapshot().display()) });
+    let steps = |qmp: &mut tests::qmp::Qmp, wanted: &[&str]| {
+        for step in wanted {
+            let event = qmp.wait_event("MIGRATION", LIMIT).unwrap();
+            assert_eq!(event["data"], json!({ "status": step }));
+        }
+    };
+    // Nothing is under way, so nothing is given up.
+    other.execute("migrate_cancel", json!({})).unwrap();
+    client.execute("migrate", uri.clone()).unwrap();
+    steps(&mut other, &["setup", "active", "completed"]);
+    let state = || std::fs::read(bench.snapshot().join("state")).unwrap();
+    let (first, there) = (state(), names(bench.dir.path()));
+
+    let request = json!({ "execute": "migrate", "arguments": uri });
+    client.send_raw(&format!("{request}\r\n")).unwrap();
+    steps(&mut other, &["setup", "active"]);
+    let told = other.execute("query-migrate", json!({})).unwrap();
+    assert_eq!(told["status"], "active");
+    assert_ne!(told["ram"]["remaining"], 0, "{told}");
+    other.execute("migrate_cancel", json!({})).unwrap();
+    let said = client.reply("migrate").unwrap();
+    assert_eq!(
+        said["error"]["desc"], "No snapshot: it was cancelled",
+        "{said}"
+    );
+    steps(&mut other, &["cancelled"]);
+    let told = other.execute("query-migrate", json!({})).unwrap();
+    assert_eq!(told["status"], "cancelled", "{told}");
+    let status = other.execute("query-status", json!({})).unwrap();
+    assert_eq!(status["status"], "running");
+    assert_eq!((state(), names(bench.dir.path())), (first, there));
+    expect(&mut vm, "LOOP ");
+    // It can be made again.
+    client.execute("migrate", uri).unwrap();
+    steps(&mut other, &["setup", "active", "completed"]);
+    comes_to_its_end(vm);
+}
+
 #[test]
 fn snapshots_are_made_where_the_command_line_says_and_nowhere_else() {
     let bench = Bench::new();

@@ -283,8 +283,8 @@ impl Vm {
             {
                 return self.finish(end);
             }
-            // Whichever of this loop's waits met it.
-            if let Err(end) = self.told() {
+            // A snapshot's next step is met here, not by an event; the end of the VM by whichever of this loop's waits.
+            if let Err(end) = self.tell_the_rest().and_then(|()| self.told()) {
                 return self.finish(end);
             }
         }
