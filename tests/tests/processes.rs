@@ -167,6 +167,22 @@ fn a_killed_daemon_leaves_no_process_socket_or_pid_file() {
         .trim()
         .parse()
         .unwrap();
+    // A second VM finds the pid file of the first one, says so, and leaves everything as it is.
+    let second = Command::new(binary("stratovirt").unwrap())
+        .args(["-machine", "none", "-pidfile"])
+        .arg(&pidfile)
+        .output()
+        .unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8_lossy(&second.stderr),
+        format!(
+            "stratovirt: -pidfile {}: exists already; remove it if no VM uses it\n",
+            pidfile.display()
+        )
+    );
+    let still = std::fs::read_to_string(&pidfile).unwrap();
+    assert_eq!(still.trim(), pid.to_string());
     let watched = Watched::new(pid).unwrap();
     let mut qmp = tests::qmp::Qmp::connect(&socket, &watched, LIMIT).unwrap();
     qmp.execute("quit", serde_json::json!({})).unwrap();
