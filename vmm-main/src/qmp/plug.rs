@@ -432,6 +432,21 @@ pub(super) const DRIVERS: [&str; 8] = [
     "vhost-user-fs-device",
 ];
 
+/// Whether devices of `driver` have this property, as on the command line; `romfile`, which none has, may be given to any.
+fn has_property(driver: &str, name: &str) -> bool {
+    let foreign = driver.starts_with("vhost-user-");
+    let is = |kind: &str| driver.contains(kind);
+    match name {
+        "drive" | "serial" => is("-blk-") && !foreign,
+        "num-queues" => is("-blk-"),
+        "netdev" | "mac" => is("-net-"),
+        "fsdev" => is("-fs-") && !foreign,
+        "tag" | "num-request-queues" => is("-fs-"),
+        "iothread" | "max-restarts" => !foreign,
+        _ => true,
+    }
+}
+
 fn small<T: TryFrom<u64>>(arguments: &Arguments, name: &str) -> Option<T> {
     T::try_from(arguments.uint(name)?).ok()
 }
@@ -456,6 +471,9 @@ impl NewDevice {
                 ));
             }
             _ => {}
+        }
+        if let Some(name) = arguments.names().find(|name| !has_property(&driver, name)) {
+            return Err(format!("Property '{driver}.{name}' not found"));
         }
         let request_queues = small(&arguments, "num-request-queues").unwrap_or(1);
         let num_queues = small(&arguments, "num-queues");
@@ -501,6 +519,9 @@ impl NewDevice {
         };
         let given = small(&arguments, "max-restarts");
         let most = match arguments.flag("restart") {
+            Some(false) if given.is_some() => {
+                return Err("max-restarts contradicts restart=false; allowed with it: none".into());
+            }
             Some(false) => Some(0),
             Some(true) => Some(given.unwrap_or(limits::DEFAULT_RESTARTS)),
             None if foreign => None,
@@ -764,6 +785,66 @@ mod tests {
         let too_much = json!({ "id": "n", "ifname": "tap0", "throttling.rx-bytes": u64::MAX });
         let said = arguments("netdev_add", too_much).unwrap_err();
         assert!(said.contains("'throttling.rx-bytes'"), "{said}");
+    }
+
+    #[test]
+    fn a_device_takes_the_properties_of_its_kind_and_no_others() {
+        let read = |driver: &str, more: serde_json::Value| {
+            let mut given = json!({ "id": "d", "driver": driver });
+            if driver.starts_with("vhost-user-") {
+                given["chardev"] = "c".into();
+            }
+            if let (Some(given), Some(more)) = (given.as_object_mut(), more.as_object()) {
+                given.extend(more.clone());
+            }
+            NewDevice::read(arguments("device_add", given)?)
+        };
+
+        for (property, value, like) in [
+            ("drive", json!("x"), "virtio-blk-"),
+            ("serial", json!("x"), "virtio-blk-"),
+            ("num-queues", json!(2), "-blk-"),
+            ("netdev", json!("x"), "-net-"),
+            ("mac", json!("02:00:00:00:00:01"), "-net-"),
+            ("fsdev", json!("x"), "virtio-fs-"),
+            ("tag", json!("x"), "-fs-"),
+            ("num-request-queues", json!(2), "-fs-"),
+            ("iothread", json!("x"), "virtio-"),
+            ("max-restarts", json!(7), "virtio-"),
+            ("restart", json!(true), ""),
+            ("queue-size", json!(256), ""),
+            ("romfile", json!(""), ""),
+        ] {
+            for driver in DRIVERS {
+                let said = read(driver, json!({ property: value.clone() }));
+                if driver.contains(like) {
+                    assert!(said.is_ok(), "{driver} {property}: {said:?}");
+                } else {
+                    let want = format!("Property '{driver}.{property}' not found");
+                    assert_eq!(said, Err(want));
+                }
+            }
+        }
+        let disk = |more| read("virtio-blk-device", more);
+        let most = |more| disk(more).unwrap().restarts(false);
+        assert_eq!(most(json!({})), 5);
+        assert_eq!(most(json!({ "max-restarts": 7 })), 7);
+        assert_eq!(most(json!({ "restart": false })), 0);
+        assert_eq!(
+            disk(json!({ "restart": false, "max-restarts": 7 })).unwrap_err(),
+            "max-restarts contradicts restart=false; allowed with it: none"
+        );
+        let said = disk(json!({ "max-restarts": 0 })).unwrap_err();
+        assert!(
+            said.contains("'max-restarts'") && said.contains("1 to 1000"),
+            "{said}"
+        );
+        // A daemon that comes back may not know what the guest had under way.
+        let foreign = |more| read("vhost-user-fs-device", more).unwrap().restarts(false);
+        assert_eq!(
+            (foreign(json!({})), foreign(json!({ "restart": true }))),
+            (0, 5)
+        );
     }
 
     #[test]

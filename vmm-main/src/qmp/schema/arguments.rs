@@ -24,6 +24,11 @@ impl Arguments {
         }
     }
 
+    /// Names of what was not taken yet.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.members.keys().map(String::as_str)
+    }
+
     /// A text, if it is there.
     pub fn text(&mut self, name: &str) -> Option<String> {
         match self.members.remove(name)? {

@@ -167,7 +167,7 @@ pub(super) static COMMANDS: &[Command] = &[
     .takes(&[may(
         "flat",
         Type::Bool,
-        "accepted; no drive consists of others",
+        "accepted: no drive tells here what is below it",
     )])
     .returns(Type::List(&Type::Object(&INSERTED))),
     here(

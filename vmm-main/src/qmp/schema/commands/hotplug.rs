@@ -371,11 +371,15 @@ const DEVICE: &[Member] = &[
         Type::Int(4, limits::MAX_QUEUE_SIZE as u64),
         "entries of each queue",
     ),
-    may("iothread", Type::ID, "id of an -object iothread"),
+    may(
+        "iothread",
+        Type::ID,
+        "id of an -object iothread; not with a daemon, which has its own threads",
+    ),
     may("restart", Type::Bool, "as `-device restart=`"),
     may(
         "max-restarts",
-        Type::Int(0, limits::MAX_RESTARTS as u64),
+        Type::Int(1, limits::MAX_RESTARTS as u64),
         "as `-device max-restarts=`",
     ),
 ];
