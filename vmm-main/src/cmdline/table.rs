@@ -187,7 +187,7 @@ const MACHINE: &[Shape] = &[one(
             "dump-guest-core",
             Kind::Bool,
             "on",
-            "guest memory is part of a core dump",
+            "whether guest memory is part of a core dump of the control process, of which the kernel makes none from the moment that the jail is closed, before the guest runs; QMP's dump-guest-memory writes it in either case",
         ),
         key(
             "mem-share",
@@ -330,7 +330,7 @@ const HOTPLUG: &[Shape] = &[one(
         ),
         key(
             "vhost",
-            Kind::Fixed(&["on"]),
+            Kind::Choice(&["on"]),
             "",
             "taps that are added may be served by the host's kernel, with `netdev_add` of `vhost`: as -netdev vhost=on, that is outside of every jail",
         ),

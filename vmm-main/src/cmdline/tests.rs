@@ -3,7 +3,11 @@
 use std::path::Path;
 
 use ipc::spec::DeviceSpec;
-use ipc::spec::vm::{ChardevBackend, DeviceKind, MemoryPolicy, MonitorAddress, NetBackend};
+use ipc::spec::block::{Aio, BlockIo, DetectZeroes, ImageFormat, OnError};
+use ipc::spec::net::{Bucket, Limit, NetLimits};
+use ipc::spec::vm::{
+    ChardevBackend, DeviceKind, MemoryPolicy, MonitorAddress, NetBackend, RestartPolicy,
+};
 
 use super::*;
 
@@ -180,6 +184,202 @@ fn a_card_with_vhost_brings_its_descriptors_or_has_them_opened() {
         "{:?}",
         spec.ignored
     );
+}
+
+/// What the manual says of `-drive` and `virtio-blk-device` (2.2): each property reaches the process, and the defaults are the manual's.
+#[test]
+fn a_disks_process_is_told_each_property() {
+    let told = |line: &str| match &plan(&run(line), false).policy.devices[0].spec {
+        DeviceSpec::Block(disk) => disk.clone(),
+        other => panic!("{other:?}"),
+    };
+    let default = told("-kernel k -smp 40 -drive id=d,file=f -device virtio-blk-device,drive=d");
+    assert_eq!(
+        default.io,
+        BlockIo {
+            aio: Aio::Native,
+            discard: false,
+            detect_zeroes: DetectZeroes::Off,
+            iops_total: 0,
+            poll_us: 20,
+            werror: OnError::Report,
+            rerror: OnError::Report,
+            format: ImageFormat::Raw,
+        }
+    );
+    assert!(default.direct && !default.readonly && default.serial.is_empty());
+    assert_eq!((default.num_queues, default.queue_size), (32, 256));
+    let all = told(
+        "-kernel k -smp 3 -drive id=d,file=f,readonly=on,direct=off,aio=off,throttling.iops-total=200,discard=unmap,\
+         detect-zeroes=unmap,poll-us=7,werror=enospc,rerror=stop,format=qcow2 \
+         -device virtio-blk-device,drive=d,serial=S1,num-queues=2,queue-size=512",
+    );
+    assert_eq!(
+        all.io,
+        BlockIo {
+            aio: Aio::Off,
+            discard: true,
+            detect_zeroes: DetectZeroes::Unmap,
+            iops_total: 200,
+            poll_us: 7,
+            werror: OnError::Enospc,
+            rerror: OnError::Stop,
+            format: ImageFormat::Qcow2 {
+                below: 0,
+                raw_base: false,
+                most: 0
+            },
+        }
+    );
+    assert!(!all.direct && all.readonly);
+    assert_eq!(
+        (all.serial.as_str(), all.num_queues, all.queue_size),
+        ("S1", 2, 512)
+    );
+    let device = |more: &str| {
+        let line =
+            format!("-kernel k -smp 3 -drive id=d,file=f -device virtio-blk-device,drive=d{more}");
+        run(&line).devices[0].clone()
+    };
+    assert_eq!(device("").restart, RestartPolicy { most: 5 });
+    assert_eq!(device(",max-restarts=9").restart, RestartPolicy { most: 9 });
+    assert_eq!(device(",restart=off").restart, RestartPolicy { most: 0 });
+    assert_eq!(device(",bootindex=255").bootindex, Some(255));
+}
+
+/// The same of `-netdev tap` and `virtio-net-device` (2.3).
+#[test]
+fn a_cards_process_is_told_each_property() {
+    let card = |line: &str| match &plan(&run(line), false).policy.devices[0].spec {
+        DeviceSpec::Net(card) => card.clone(),
+        other => panic!("{other:?}"),
+    };
+    let default = card("-kernel k -netdev tap,id=n,ifname=t -device virtio-net-device,netdev=n");
+    assert_eq!((default.queue_pairs, default.queue_size), (1, 256));
+    assert_eq!(default.limits, NetLimits::default());
+    let all = card(
+        "-kernel k -netdev tap,id=n,ifname=t,queues=16,throttling.rx-packets=1,throttling.rx-packets-burst=2,\
+         throttling.rx-bytes=3,throttling.rx-bytes-burst=4,throttling.tx-packets=5,throttling.tx-packets-burst=6,\
+         throttling.tx-bytes=7,throttling.tx-bytes-burst=8 \
+         -device virtio-net-device,netdev=n,mac=02:00:00:00:00:09,queue-size=4096,mq=on",
+    );
+    let bucket = |rate, burst| Bucket { rate, burst };
+    assert_eq!(
+        all.limits,
+        NetLimits {
+            rx: Limit {
+                packets: bucket(1, 2),
+                bytes: bucket(3, 4)
+            },
+            tx: Limit {
+                packets: bucket(5, 6),
+                bytes: bucket(7, 8)
+            },
+        }
+    );
+    assert_eq!((all.queue_pairs, all.queue_size), (16, 4096));
+    assert_eq!(all.mac, [2, 0, 0, 0, 0, 9]);
+    // Without a burst, 100 ms worth.
+    let worth = card(
+        "-kernel k -netdev tap,id=n,ifname=t,throttling.tx-bytes=1000 -device virtio-net-device,netdev=n",
+    );
+    assert_eq!(worth.limits.tx.bytes, bucket(1000, 100));
+    // The name wins over descriptors, and that is told.
+    let spec =
+        run("-kernel k -netdev tap,id=n,ifname=t,fds=7:8 -device virtio-net-device,netdev=n");
+    assert_eq!(spec.netdevs[0].backend, NetBackend::TapName("t".into()));
+    assert_eq!(spec.netdevs[0].queues, 1);
+    assert!(
+        spec.ignored[0].ends_with("because ifname is given"),
+        "{:?}",
+        spec.ignored
+    );
+}
+
+/// The manual, 1.2.1: what of a topology is not given follows from `maxcpus`.
+#[test]
+fn what_a_topology_leaves_out_follows_from_the_rest() {
+    let topology = |smp: &str| {
+        let cpus = run(&format!("-kernel k -smp {smp}")).cpus;
+        (
+            (cpus.cpus, cpus.maxcpus),
+            (
+                cpus.sockets,
+                cpus.dies,
+                cpus.clusters,
+                cpus.cores,
+                cpus.threads,
+            ),
+        )
+    };
+    assert_eq!(topology("8"), ((8, 8), (1, 1, 1, 8, 1)));
+    assert_eq!(topology("2,maxcpus=8"), ((2, 8), (1, 1, 1, 8, 1)));
+    assert_eq!(topology("8,sockets=2"), ((8, 8), (2, 1, 1, 4, 1)));
+    assert_eq!(topology("8,threads=2"), ((8, 8), (1, 1, 1, 4, 2)));
+    assert_eq!(topology("8,cores=2"), ((8, 8), (4, 1, 1, 2, 1)));
+    assert_eq!(topology("8,sockets=2,cores=2"), ((8, 8), (2, 1, 1, 2, 2)));
+    assert_eq!(
+        topology("16,dies=2,clusters=2,cores=2"),
+        ((16, 16), (2, 2, 2, 2, 1))
+    );
+    // All that is given makes maxcpus.
+    assert_eq!(
+        topology("1,sockets=2,cores=3,threads=2"),
+        ((1, 12), (2, 1, 1, 3, 2))
+    );
+}
+
+/// Each form of `-hotplug`, as the manual page lists them.
+#[test]
+fn what_may_be_added_later_is_what_was_granted() {
+    use ipc::control::added::AdditionGrant as Grant;
+    let spec = run(
+        "-kernel k -hotplug images=/i -hotplug images=/r,readonly=on -hotplug folders=/f,readonly -hotplug sockets=/s \
+         -hotplug tap=tap7 -hotplug vhost=on",
+    );
+    assert_eq!(
+        spec.hotplug,
+        [
+            Grant::Images {
+                path: "/i".into(),
+                readonly: false
+            },
+            Grant::Images {
+                path: "/r".into(),
+                readonly: true
+            },
+            Grant::Folders {
+                path: "/f".into(),
+                readonly: true
+            },
+            Grant::Sockets { path: "/s".into() },
+            Grant::Tap {
+                ifname: "tap7".into()
+            },
+            Grant::Vhost,
+        ]
+    );
+    let usage = usage();
+    for form in [
+        "images=PATH",
+        "folders=PATH",
+        "sockets=PATH",
+        "tap=TEXT",
+        "vhost=on",
+        "readonly=on|off",
+    ] {
+        assert!(
+            usage
+                .split("-hotplug")
+                .nth(1)
+                .unwrap()
+                .split("-device")
+                .next()
+                .unwrap()
+                .contains(form),
+            "{form}"
+        );
+    }
 }
 
 #[test]

@@ -824,6 +824,23 @@ mod tests {
         );
     }
 
+    /// `dump-guest-core`, read back from the kernel: `dd` is "do not include area into core dump" (proc_pid_smaps(5)).
+    #[test]
+    fn a_core_dump_has_guest_memory_only_if_that_was_asked_for() {
+        let flags = |dump_guest_core| {
+            let mut config = RamConfig::new(MIN_SIZE);
+            config.zones[0].dump_guest_core = dump_guest_core;
+            let ram = GuestRam::new(config).unwrap();
+            let at = ram.memory().get_host_address(GuestAddress(0)).unwrap() as usize;
+            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mapping = smaps.split_once(&format!("{at:x}-")).unwrap().1;
+            let line = mapping.lines().find(|line| line.starts_with("VmFlags:"));
+            line.unwrap().to_owned()
+        };
+        assert!(flags(false).contains(" dd"), "{}", flags(false));
+        assert!(!flags(true).contains(" dd"), "{}", flags(true));
+    }
+
     #[test]
     fn memory_file_is_sealed_and_can_be_emptied() {
         let ram = GuestRam::new(RamConfig::new(MIN_SIZE)).unwrap();
