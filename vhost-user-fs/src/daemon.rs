@@ -8,7 +8,6 @@
 //! front end's connection (`device_host::Record`, `passthrough::Store`). The front end notices nothing, neither then nor when another
 //! program takes this one's place ([`crate::upgrade`]).
 
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::ManuallyDrop;
@@ -16,13 +15,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use device_host::alone::Deaths;
 use device_host::alone::socket::{self, Inherited, SocketError};
 use device_host::{MoversError, Record, ServeError, Standalone};
 use fs_device::FsDevice;
 use fs_device::passthrough::{Config, OwnFds, Passthrough, Store};
-use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
@@ -363,7 +362,7 @@ impl Post<'_> {
     fn hold(&mut self) -> Result<ExitCode, DaemonError> {
         let source = self.estate.source.clone();
         let wanted = wanted(self.options, &source);
-        let mut restarts = Restarts::default();
+        let mut deaths = Deaths::default();
         // Both processes have both ends, and the one outside closes them when it was told.
         let mut word = self.probation.as_ref().map(|_| word()).transpose()?;
         let mut side = tree::enter(&wanted)?;
@@ -409,7 +408,7 @@ impl Post<'_> {
             };
             match ended {
                 Ok(Ended::Killed(signal))
-                    if outside.is_repeatable() && restarts.allowed(signal) =>
+                    if outside.is_repeatable() && deaths.allow_another(signal, Instant::now()) =>
                 {
                     ipc::log::warn!(
                         "the serving process was killed by {signal}; another one goes on"
@@ -482,30 +481,6 @@ fn chosen(map: &[IdRange], own: u32) -> &[IdRange] {
     match map {
         [range] if own != 0 && (range.inside, range.host, range.count) == (0, own, 1) => &[],
         _ => map,
-    }
-}
-
-/// When serving processes were killed, the last ones only.
-#[derive(Debug, Default)]
-struct Restarts(VecDeque<Instant>);
-
-impl Restarts {
-    /// Whether another process may go on after one was killed by `signal` now.
-    fn allowed(&mut self, signal: Signal) -> bool {
-        let limit = match signal {
-            // By its filter: it did what it must never do.
-            Signal::SIGSYS => return false,
-            // By someone outside of it.
-            Signal::SIGKILL => MAX_RESTARTS,
-            _ => DEFAULT_RESTARTS,
-        };
-        let window = Duration::from_millis(RESTART_WINDOW_MS);
-        let now = Instant::now();
-        while self.0.front().is_some_and(|then| now - *then > window) {
-            self.0.pop_front();
-        }
-        self.0.push_back(now);
-        self.0.len() <= usize::from(limit)
     }
 }
 

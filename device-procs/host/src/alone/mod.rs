@@ -8,21 +8,21 @@
 //! one. What stays outside keeps the right to start processes and nothing else.
 
 pub mod cli;
+mod deaths;
 mod listen;
 pub mod program;
 pub mod socket;
 
-use std::collections::VecDeque;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ipc::PROTOCOL_VERSION;
-use ipc::limits::{DEFAULT_RESTARTS, MAX_RESTARTS, RESTART_WINDOW_MS};
+use ipc::limits::RESTART_WINDOW_MS;
 use ipc::log::Level;
 use ipc::relay::LogLines;
 use ipc::spec::DeviceSpec;
@@ -39,6 +39,7 @@ use ozone::{Child, DeviceLaunch, Identity, Layer, Limits, Sandbox, SelfLockError
 use thiserror::Error;
 
 use crate::inherited;
+pub use deaths::Deaths;
 pub use listen::ListenError;
 use listen::{Door, FrontEnd};
 
@@ -146,7 +147,7 @@ pub fn serve(alone: &Alone, inherited: Option<OwnedFd>) -> Result<(), AloneError
     let mut supervisor = Supervisor {
         alone,
         binary: binary.into(),
-        killed: VecDeque::new(),
+        deaths: Deaths::default(),
         may_start: true,
     };
     let result = supervisor.run(&door, &signals);
@@ -157,8 +158,7 @@ pub fn serve(alone: &Alone, inherited: Option<OwnedFd>) -> Result<(), AloneError
 struct Supervisor<'a> {
     alone: &'a Alone,
     binary: OwnedFd,
-    /// When serving processes were killed, the last ones only.
-    killed: VecDeque<Instant>,
+    deaths: Deaths,
     /// The rights of before the first start are still there.
     may_start: bool,
 }
@@ -189,7 +189,9 @@ impl Supervisor<'_> {
                 WaitStatus::Signaled(_, Signal::SIGSYS, _) => return Err(AloneError::Filter),
                 WaitStatus::Signaled(_, signal, _) => {
                     ipc::log::warn!("the serving process was killed by {signal}");
-                    self.allow_again(signal)?;
+                    if !self.deaths.allow_another(signal, Instant::now()) {
+                        return Err(AloneError::TooOften(self.deaths.count()));
+                    }
                 }
                 WaitStatus::Exited(_, status) if !self.alone.keep => {
                     return Err(AloneError::Failed(status));
@@ -200,25 +202,6 @@ impl Supervisor<'_> {
                 return Ok(());
             }
         }
-    }
-
-    /// An error if no other process may be started after one was killed by `signal` now.
-    fn allow_again(&mut self, signal: Signal) -> Result<(), AloneError> {
-        let most = match signal {
-            // By someone outside of it.
-            Signal::SIGKILL => MAX_RESTARTS,
-            _ => DEFAULT_RESTARTS,
-        };
-        let window = Duration::from_millis(RESTART_WINDOW_MS);
-        let now = Instant::now();
-        while self.killed.front().is_some_and(|then| now - *then > window) {
-            self.killed.pop_front();
-        }
-        self.killed.push_back(now);
-        if self.killed.len() > usize::from(most) {
-            return Err(AloneError::TooOften(self.killed.len()));
-        }
-        Ok(())
     }
 
     fn start(&mut self, front_end: UnixStream) -> Result<Served, AloneError> {
