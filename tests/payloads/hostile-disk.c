@@ -158,6 +158,9 @@ static int edge(u64 *sector, u32 *sectors)
 
 enum { ANY = 0xff };
 
+/* Where the last write of a row ended: the disk may do those that follow each other in one go. */
+static u64 row;
+
 /* A chain in the slot that the disk answers; returns its head and the status it must get. */
 static u16 tame_chain(u16 slot, u8 *want)
 {
@@ -169,7 +172,15 @@ static u16 tame_chain(u16 slot, u8 *want)
     switch (below(victim.accepted & FEATURE_INDIRECT ? 17 : 14)) {
     case 0: case 1:
         return request(slot, IN, sector, data, sectors * SECTOR);
-    case 2: case 3:
+    case 2:
+        return request(slot, OUT, sector, data, sectors * SECTOR);
+    case 3: /* a row of writes, with others in between, good and bad */
+        if (below(8)) {
+            sector = row;
+            *want = sector + sectors <= victim.capacity ? S_OK : S_IOERR;
+        }
+        if (*want == S_OK)
+            row = sector + sectors;
         return request(slot, OUT, sector, data, sectors * SECTOR);
     case 4: /* not whole sectors */
         *want = S_IOERR;

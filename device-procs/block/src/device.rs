@@ -512,6 +512,56 @@ impl Block {
         }
     }
 
+    /// Takes requests until there are no more, or no more may be taken.
+    fn take_all(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
+        let queue = ring.index();
+        loop {
+            if !self.engine.has_room() {
+                self.starved = true;
+                return Ok(());
+            }
+            if self.throttled_until.is_some() {
+                return Ok(());
+            }
+            let Some(Chain {
+                token,
+                readable,
+                writable,
+            }) = ring.pop()?
+            else {
+                return Ok(());
+            };
+            if let Some(throttle) = &mut self.throttle
+                && let Err(free) = throttle.take(Instant::now())
+            {
+                self.throttled_until = Some(free);
+                ring.put_back(token)?;
+                return Ok(());
+            }
+            match self.serve(queue, token, readable, writable) {
+                Ok(None) => self.go_on()?,
+                Ok(Some((token, written))) => ring.complete(token, written)?,
+                Err(kind) => return Err(ring.fault(kind).into()),
+            }
+            self.tell_written(ring)?;
+        }
+    }
+
+    /// Gives `ring`, whose turn it is, the writes that were held back and are done.
+    fn tell_written(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
+        let mut any = false;
+        while let Some((pending, result)) = self.engine.written() {
+            if !any {
+                self.look_at_the_clock();
+            }
+            any = true;
+            if let Some((token, written)) = self.settle(pending, result) {
+                ring.complete(token, written)?;
+            }
+        }
+        if any { self.go_on() } else { Ok(()) }
+    }
+
     /// Gives the rings what the engine has done.
     fn reap(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {
         let mut fault = None;
@@ -717,37 +767,12 @@ impl Device for Block {
     }
 
     fn process_queue(&mut self, ring: &mut Ring) -> Result<(), DeviceFault> {
-        let queue = ring.index();
         self.look_at_the_clock();
-        loop {
-            if !self.engine.has_room() {
-                self.starved = true;
-                return Ok(());
-            }
-            if self.throttled_until.is_some() {
-                return Ok(());
-            }
-            let Some(Chain {
-                token,
-                readable,
-                writable,
-            }) = ring.pop()?
-            else {
-                return Ok(());
-            };
-            if let Some(throttle) = &mut self.throttle
-                && let Err(free) = throttle.take(Instant::now())
-            {
-                self.throttled_until = Some(free);
-                ring.put_back(token)?;
-                return Ok(());
-            }
-            match self.serve(queue, token, readable, writable) {
-                Ok(None) => self.go_on()?,
-                Ok(Some((token, written))) => ring.complete(token, written)?,
-                Err(kind) => return Err(ring.fault(kind).into()),
-            }
-        }
+        let taken = self.take_all(ring);
+        // Whatever else is wrong: these were good.
+        self.engine.write_held();
+        let told = self.tell_written(ring);
+        taken.and(told)
     }
 
     fn after_turns(&mut self, rings: &mut [Ring]) -> Result<(), DeviceFault> {

@@ -4,8 +4,9 @@
 //! io_uring, otherwise one after the other.
 //! **Who is not trusted.** The image may shrink under us, and the host's disk may fail: both are an error status for the guest.
 //! **Why this way.** Guest memory itself is what the kernel reads and writes, no copy. What can be done without waiting is done
-//! at once: a write to the page cache is a copy, and handing it to a worker of the kernel costs more than the copy; when such
-//! a write did wait, for the disk, the next ones go to the workers, so that the other queues are served. With `O_DIRECT`,
+//! at once: a write to the page cache is a copy, and handing it to a worker of the kernel costs more than the copy; those that follow
+//! each other in the image are one ([`Run`]). When such a write did wait, for the disk, the next ones go to the workers, so that
+//! the other queues are served. With `O_DIRECT`,
 //! buffers or places that the file system does not take go through one bounce buffer piece by piece; a piece that covers its
 //! first or last block in part reads that block first, and nothing else may be on its way to the disk meanwhile.
 
@@ -23,6 +24,7 @@ use nix::sys::uio::{preadv, pwritev};
 use crate::backend::raw::{Alignment, RawImage};
 use crate::formatted::Engine;
 use crate::request::Extent;
+use crate::run::Run;
 
 /// Bytes of the bounce buffer: a multiple of every alignment in use, small enough to stay in a cache.
 const BOUNCE: usize = 64 * 1024;
@@ -48,6 +50,10 @@ pub(crate) struct RawEngine<T> {
     bounce: Option<(Alignment, BounceBuffer)>,
     /// Writes that are not to be tried at once.
     careful: u32,
+    /// Writes to the page cache that the next one may follow.
+    run: Run<T>,
+    /// Writes that were held back and are done.
+    written: VecDeque<(T, Result<(), Errno>)>,
 }
 
 /// What became of a request that was started.
@@ -75,6 +81,8 @@ impl<T: Debug> RawEngine<T> {
             done: VecDeque::new(),
             bounce,
             careful: 0,
+            run: Run::default(),
+            written: VecDeque::new(),
         }
     }
 
@@ -138,6 +146,30 @@ impl<T: Debug> RawEngine<T> {
         }
         Ok(())
     }
+
+    /// Does something that may wait for the disk, and remembers if it did.
+    fn watched<R>(&mut self, does: impl FnOnce(&mut Self) -> R) -> R {
+        let start = Instant::now();
+        let result = does(self);
+        if start.elapsed() > SLOW {
+            self.careful = CAREFUL;
+        }
+        result
+    }
+}
+
+/// Writes all of `buffers` from `offset` on, where nothing has to be aligned.
+pub(crate) fn write_whole(
+    file: BorrowedFd<'_>,
+    mut buffers: GuestBuffers<'_>,
+    mut offset: u64,
+) -> Result<(), Errno> {
+    while !buffers.is_empty() {
+        let done = buffers.send_to_file(file, place(offset)?)?;
+        buffers.skip(done);
+        offset = advance(offset, done)?;
+    }
+    Ok(())
 }
 
 impl<T: Debug> Engine<T> for RawEngine<T> {
@@ -179,6 +211,20 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
         Ok(())
     }
 
+    fn write_held(&mut self) {
+        if !self.run.is_empty() {
+            self.watched(|engine| {
+                engine
+                    .run
+                    .write(engine.image.fd.as_fd(), &mut engine.written);
+            });
+        }
+    }
+
+    fn written(&mut self) -> Option<(T, Result<(), Errno>)> {
+        self.written.pop_front()
+    }
+
     fn read(&mut self, buffers: GuestBuffers<'_>, offset: u64, then: T) -> Started<T> {
         if !buffers.is_empty()
             && self.fits(&buffers, offset)
@@ -187,6 +233,7 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
             room.read(&buffers, offset, then);
             return Started::InFlight;
         }
+        self.write_held();
         Started::Done(then, self.read_now(buffers, offset))
     }
 
@@ -197,7 +244,21 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
         durable: bool,
         then: T,
     ) -> Started<T> {
-        let cached = self.bounce.is_none() && !durable && self.careful == 0;
+        let cached = self.bounce.is_none() && !durable && self.careful == 0 && self.io.is_some();
+        let mut then = then;
+        if cached && self.run.goes_on(offset, buffers.len()) {
+            match self.run.hold(&buffers, then) {
+                Ok(()) => return Started::InFlight,
+                Err(back) => then = back,
+            }
+            self.write_held();
+            // There is room now.
+            match self.run.hold(&buffers, then) {
+                Ok(()) => return Started::InFlight,
+                Err(back) => then = back,
+            }
+        }
+        self.write_held();
         if !buffers.is_empty()
             && !cached
             && self.fits(&buffers, offset)
@@ -207,11 +268,12 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
             room.write(&buffers, offset, durable, then);
             return Started::InFlight;
         }
-        let start = (cached && self.io.is_some()).then(Instant::now);
-        let mut result = self.write_now(buffers, offset);
-        if start.is_some_and(|start| start.elapsed() > SLOW) {
-            self.careful = CAREFUL;
-        }
+        let mut result = if cached {
+            self.run.begin(offset + buffers.len() as u64);
+            self.watched(|engine| engine.write_now(buffers, offset))
+        } else {
+            self.write_now(buffers, offset)
+        };
         if durable {
             result = result.and_then(|()| self.flush_now());
         }
@@ -219,6 +281,7 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
     }
 
     fn flush(&mut self, then: T) -> Started<T> {
+        self.write_held();
         if let Some(room) = self.io.as_mut().and_then(FileIo::room) {
             room.sync(then);
             return Started::InFlight;
@@ -227,6 +290,7 @@ impl<T: Debug> Engine<T> for RawEngine<T> {
     }
 
     fn zero(&mut self, extent: Extent, then: T) -> Started<T> {
+        self.write_held();
         // A block device takes whole blocks of its own only.
         let (blocks, ends) = extent.split(self.image.zero_unit);
         for end in ends.into_iter().flatten() {

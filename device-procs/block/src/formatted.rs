@@ -121,6 +121,14 @@ pub(crate) trait Engine<T>: Debug {
         true
     }
 
+    /// Does the writes that were held back, since there are no more at the moment.
+    fn write_held(&mut self) {}
+
+    /// A write of the queue whose turn it is that was held back and is done by now. All are asked for before that turn ends.
+    fn written(&mut self) -> Option<(T, Result<(), Errno>)> {
+        None
+    }
+
     /// Tells the kernel of everything that was started.
     fn submit(&mut self) -> Result<(), Errno> {
         Ok(())

@@ -17,6 +17,7 @@ mod error;
 mod formatted;
 mod orders;
 mod request;
+mod run;
 pub mod standalone;
 mod throttle;
 

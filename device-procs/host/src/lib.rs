@@ -18,6 +18,7 @@ mod heritage;
 mod inflight;
 mod inherited;
 mod jail;
+mod joined;
 mod keeper;
 mod kept;
 mod memory;
@@ -43,6 +44,7 @@ pub use fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 pub use file_io::{Access, FileIo, Range, Room};
 pub use heritage::HeritageError;
 pub use jail::{JailError, action as filter_action};
+pub use joined::JoinedBuffers;
 pub use keeper::{Adopt, Estate, Heir, KeeperError, Kept};
 pub use memory::{
     BounceBuffer, GuestBuffers, GuestByte, GuestHead, GuestRam, HeldByte, MemoryError,

@@ -341,6 +341,22 @@ impl SegmentList {
         self.0.iter().skip(first).map(|s| s.iov_len).sum()
     }
 
+    /// Adds the pieces of `buffers`, which must be in the RAM that the others are in.
+    pub(crate) fn extend(&mut self, buffers: &GuestBuffers<'_>) {
+        self.0.extend_from_slice(buffers.segments);
+    }
+
+    /// As [`buffers`](Self::buffers), of the pieces in `range`: none if it is not in the list.
+    pub(crate) fn part<'m>(
+        &'m mut self,
+        range: std::ops::Range<usize>,
+        ram: &'m Rc<GuestRam>,
+    ) -> GuestBuffers<'m> {
+        let segments = self.0.get_mut(range).unwrap_or_default();
+        let len = segments.iter().map(|s| s.iov_len).sum();
+        GuestBuffers { segments, len, ram }
+    }
+
     /// Lends the pieces to a device. The list must have been filled from `ram` since it was last cleared, which
     /// [`walk`](crate::chain::walk) does for each chain; nothing outside of this crate can call it.
     pub(crate) fn buffers<'m>(&'m mut self, ram: &'m Rc<GuestRam>) -> GuestBuffers<'m> {
@@ -516,6 +532,11 @@ impl<'m> GuestBuffers<'m> {
     /// Number of separate pieces of memory.
     pub fn segments(&self) -> usize {
         self.segments.len()
+    }
+
+    /// The RAM that they are in.
+    pub(crate) fn ram(&self) -> &Rc<GuestRam> {
+        self.ram
     }
 
     /// Whether each piece's address and length is a multiple of `memory` and `length`, as `O_DIRECT` wants.
