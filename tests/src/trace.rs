@@ -189,6 +189,37 @@ impl Tracee {
         request(libc::PTRACE_SETREGS, self.tid, 0, data).map(drop)
     }
 
+    /// Lets it go on until it waits in one of these calls, or has.
+    ///
+    /// # Errors
+    /// When it ends before.
+    pub fn go_on_until_in(&mut self, calls: &[libc::c_long]) -> io::Result<()> {
+        loop {
+            let now = self.registers()?;
+            let is_wanted = calls.contains(&now.orig_rax.cast_signed());
+            // What the kernel puts there before a call is made.
+            let is_before = now.rax.cast_signed() == -i64::from(libc::ENOSYS);
+            if is_wanted && !is_before {
+                return Ok(());
+            }
+            if is_wanted {
+                request(libc::PTRACE_CONT, self.tid, 0, 0)?;
+                request(libc::PTRACE_INTERRUPT, self.tid, 0, 0)?;
+            } else {
+                request(libc::PTRACE_SYSCALL, self.tid, 0, 0)?;
+            }
+            let (_, status) = wait(self.tid)?;
+            if !libc::WIFSTOPPED(status) {
+                return Err(io::Error::other(format!("thread {} has ended", self.tid)));
+            }
+            match (libc::WSTOPSIG(status), status >> 16) {
+                (libc::SIGTRAP, _) => {}
+                (_, event) if event != 0 => {}
+                (other, _) => self.held.push(other),
+            }
+        }
+    }
+
     /// Reads its memory.
     ///
     /// # Errors
