@@ -66,58 +66,11 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
     let DeviceSpec::Fs(spec) = &start.device else {
         return Err(BuildError::NotAFolder);
     };
-    let wrong = |property, value: usize, allowed| BuildError::Property {
-        property,
-        value: value as u64,
-        allowed,
-    };
-    let (queues, size) = (spec.request_queues, spec.queue_size);
-    if !(1..=MAX_FS_REQUEST_QUEUES).contains(&queues) {
-        return Err(wrong("num-request-queues", queues.into(), "1 to 8"));
-    }
-    if !size.is_power_of_two() || !(MIN_FS_QUEUE_SIZE..=MAX_FS_QUEUE_SIZE).contains(&size) {
-        return Err(wrong(
-            "queue-size",
-            size.into(),
-            "a power of two from 8 to 1024",
-        ));
-    }
-    if !(1..=TAG_BYTES).contains(&spec.tag.len()) {
-        return Err(wrong("length of tag", spec.tag.len(), "1 to 36 bytes"));
-    }
-    if spec.window > MAX_DAX_WINDOW || !spec.window.is_multiple_of(DAX_UNIT) {
-        return Err(BuildError::Property {
-            property: "cache-size",
-            value: spec.window,
-            allowed: "a multiple of 2M, up to 8G",
-        });
-    }
+    check(spec)?;
     let (Some(tree), Some(processes), Some(broker)) = (fds.take(), fds.take(), fds.take()) else {
         return Err(BuildError::NoTree);
     };
-    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(BuildError::Limits)?;
-    let switch_user = !spec.readonly && may_switch_user();
-    if !switch_user && !spec.readonly {
-        ipc::log::info!("all new files belong to the user of this process");
-    }
-    let config = Config {
-        cache: match spec.cache {
-            FsCache::Never => Cache::Never,
-            FsCache::Metadata => Cache::Metadata,
-            FsCache::Auto => Cache::Auto,
-            FsCache::Always => Cache::Always,
-        },
-        readonly: spec.readonly,
-        xattr: spec.xattr,
-        posix_acl: spec.posix_acl,
-        announce_submounts: true,
-        switch_user,
-        users: spec.users.clone(),
-        groups: spec.groups.clone(),
-        // At most a million.
-        descriptors: limit.saturating_sub(RESERVED) as usize,
-        ..Config::default()
-    };
+    let config = config(spec)?;
     let processes = ManuallyDrop::new(processes);
     let movers = movers::sensible();
     let action = device_host::filter_action(start);
@@ -144,16 +97,7 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
             }),
         }));
     }
-    let (most, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(BuildError::Limits)?;
-    let store = if Store::bytes(config.descriptors) <= most {
-        Store::new_to_hand_over(config.descriptors)
-    } else {
-        ipc::log::info!(
-            "by its limit of a file's size, no other program can take the place of this one"
-        );
-        Store::new(config.descriptors)
-    }
-    .map_err(BuildError::Tree)?;
+    let store = store(config.descriptors)?;
     let shared = Shared {
         spec: spec.clone(),
         config,
@@ -176,6 +120,78 @@ fn build(start: &StartMessage, fds: &mut BackendFds) -> Result<Kept<Shared>, Bui
     store.keep_open(Some(mounts));
     Passthrough::plant(tree, store).map_err(BuildError::Tree)?;
     Ok(Kept::By(shared, Channel::from_fd(broker)))
+}
+
+/// What the broker says is looked at here as well: another build may have started this one.
+fn check(spec: &FsSpec) -> Result<(), BuildError> {
+    let wrong = |property, value: usize, allowed| BuildError::Property {
+        property,
+        value: value as u64,
+        allowed,
+    };
+    let (queues, size) = (spec.request_queues, spec.queue_size);
+    if !(1..=MAX_FS_REQUEST_QUEUES).contains(&queues) {
+        return Err(wrong("num-request-queues", queues.into(), "1 to 8"));
+    }
+    if !size.is_power_of_two() || !(MIN_FS_QUEUE_SIZE..=MAX_FS_QUEUE_SIZE).contains(&size) {
+        return Err(wrong(
+            "queue-size",
+            size.into(),
+            "a power of two from 8 to 1024",
+        ));
+    }
+    if !(1..=TAG_BYTES).contains(&spec.tag.len()) {
+        return Err(wrong("length of tag", spec.tag.len(), "1 to 36 bytes"));
+    }
+    if spec.window > MAX_DAX_WINDOW || !spec.window.is_multiple_of(DAX_UNIT) {
+        return Err(BuildError::Property {
+            property: "cache-size",
+            value: spec.window,
+            allowed: "a multiple of 2M, up to 8G",
+        });
+    }
+    Ok(())
+}
+
+/// How the folder is served, by the rights and limits that this process has.
+fn config(spec: &FsSpec) -> Result<Config, BuildError> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(BuildError::Limits)?;
+    let switch_user = !spec.readonly && may_switch_user();
+    if !switch_user && !spec.readonly {
+        ipc::log::info!("all new files belong to the user of this process");
+    }
+    Ok(Config {
+        cache: match spec.cache {
+            FsCache::Never => Cache::Never,
+            FsCache::Metadata => Cache::Metadata,
+            FsCache::Auto => Cache::Auto,
+            FsCache::Always => Cache::Always,
+        },
+        readonly: spec.readonly,
+        xattr: spec.xattr,
+        posix_acl: spec.posix_acl,
+        announce_submounts: true,
+        switch_user,
+        users: spec.users.clone(),
+        groups: spec.groups.clone(),
+        // At most a million.
+        descriptors: limit.saturating_sub(RESERVED) as usize,
+        ..Config::default()
+    })
+}
+
+/// Tables that another program can go on with, if the limit of a file's size allows them.
+fn store(descriptors: usize) -> Result<Store, BuildError> {
+    let (most, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(BuildError::Limits)?;
+    if Store::bytes(descriptors) <= most {
+        Store::new_to_hand_over(descriptors)
+    } else {
+        ipc::log::info!(
+            "by its limit of a file's size, no other program can take the place of this one"
+        );
+        Store::new(descriptors)
+    }
+    .map_err(BuildError::Tree)
 }
 
 fn device(

@@ -376,15 +376,10 @@ impl Passthrough {
         }
         let header = &request.header;
         let node = header.nodeid;
-        // A guest that had a session with a daemon before this one has numbers of inodes which would be other files here.
-        if self.store.load(Word::Agreed) == 0 {
-            match request.body {
-                Body::Init { .. } | Body::Destroy => {}
-                Body::Forget { .. } | Body::BatchForget(_) | Body::Interrupt { .. } => {
-                    return Ok(Outcome::Silent);
-                }
-                _ => return Err(Errno::ESTALE),
-            }
+        if self.store.load(Word::Agreed) == 0
+            && let Some(instead) = without_session(&request.body)
+        {
+            return instead;
         }
         self.need(nodes(header, &request.body))?;
         match request.body {
@@ -459,27 +454,10 @@ impl Passthrough {
                 value,
                 flags,
                 setxattr_flags,
-            } => {
-                match self.set_xattr(node, name, value, (flags, setxattr_flags)) {
-                    // It was created, and then the process that created it died.
-                    Err(Errno::EEXIST) if self.journal.again().is_some() => {
-                        let mut there = Vec::new();
-                        // Values are below the cap of a request.
-                        self.get_xattr(node, name, value.len() as u32, &mut there)?;
-                        if there != value {
-                            return Err(Errno::EEXIST);
-                        }
-                    }
-                    other => other?,
-                }
-            }
+            } => self.set_xattr_once(node, name, value, (flags, setxattr_flags))?,
             Body::GetXattr { name, size } => self.get_xattr(node, name, size, reply)?,
             Body::ListXattr { size } => self.list_xattr(node, size, reply)?,
-            Body::RemoveXattr { name } => match self.remove_xattr(node, name) {
-                // It was removed, and then the process that removed it died.
-                Err(Errno::ENODATA) if self.journal.again().is_some() => {}
-                other => other?,
-            },
+            Body::RemoveXattr { name } => self.remove_xattr_once(node, name)?,
             Body::Lseek { fh, offset, whence } => self.lseek(fh, offset, whence, reply)?,
             Body::Fallocate {
                 fh,
@@ -642,6 +620,18 @@ fn nodes(header: &InHeader, body: &Body<'_>) -> [u64; 2] {
         Body::Rename { newdir, .. } => [header.nodeid, *newdir],
         Body::Link { oldnodeid, .. } => [header.nodeid, *oldnodeid],
         _ => [header.nodeid, 0],
+    }
+}
+
+/// What is said in place of doing a request that comes before a session has begun: a guest that had one with a daemon before
+/// this one has numbers of inodes which would be other files here.
+fn without_session(body: &Body<'_>) -> Option<Result<Outcome, Errno>> {
+    match body {
+        Body::Init { .. } | Body::Destroy => None,
+        Body::Forget { .. } | Body::BatchForget(_) | Body::Interrupt { .. } => {
+            Some(Ok(Outcome::Silent))
+        }
+        _ => Some(Err(Errno::ESTALE)),
     }
 }
 

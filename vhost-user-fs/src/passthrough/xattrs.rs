@@ -106,7 +106,44 @@ impl Passthrough {
         Ok(())
     }
 
-    pub(super) fn set_xattr(
+    /// As [`Self::set_xattr`], done once even if the process that did it died before it could answer.
+    pub(super) fn set_xattr_once(
+        &mut self,
+        node: u64,
+        name: XattrName<'_>,
+        value: &[u8],
+        flags: (u32, u32),
+    ) -> Result<(), Errno> {
+        match self.set_xattr(node, name, value, flags) {
+            // It was created, and then the process that created it died.
+            Err(Errno::EEXIST) if self.journal.again().is_some() => {
+                let mut there = Vec::new();
+                // Values are below the cap of a request.
+                self.get_xattr(node, name, value.len() as u32, &mut there)?;
+                if there == value {
+                    Ok(())
+                } else {
+                    Err(Errno::EEXIST)
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// As [`Self::remove_xattr`], likewise.
+    pub(super) fn remove_xattr_once(
+        &mut self,
+        node: u64,
+        name: XattrName<'_>,
+    ) -> Result<(), Errno> {
+        match self.remove_xattr(node, name) {
+            // It was removed, and then the process that removed it died.
+            Err(Errno::ENODATA) if self.journal.again().is_some() => Ok(()),
+            other => other,
+        }
+    }
+
+    fn set_xattr(
         &mut self,
         node: u64,
         name: XattrName<'_>,
@@ -125,7 +162,7 @@ impl Passthrough {
         Ok(())
     }
 
-    pub(super) fn remove_xattr(&mut self, node: u64, name: XattrName<'_>) -> Result<(), Errno> {
+    fn remove_xattr(&mut self, node: u64, name: XattrName<'_>) -> Result<(), Errno> {
         let name = self.host_name(name)?;
         sys::remove_xattr(self.inodes.get(node)?.fd(), XattrName::of(&name))
     }
