@@ -13,8 +13,8 @@ use ipc::spec::block::{BlockIo, BlockSpec};
 use ipc::spec::fs::{FsCache, FsSpec};
 use ipc::spec::net::NetSpec;
 use ipc::spec::vm::{
-    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, FsSource, FsdevSpec, MachineKind,
-    MonitorAddress, MonitorSpec, NetBackend, NetdevSpec, VmSpec,
+    ChardevBackend, ChardevSpec, DeviceKind, DeviceOption, DriveSpec, FsSource, FsdevSpec,
+    MachineKind, MonitorAddress, MonitorSpec, NetBackend, NetdevSpec, VmSpec,
 };
 
 /// The broker's policy, with the numbers of its entries by their use. Numbers of files index [`Policy::files`], those of
@@ -360,10 +360,10 @@ fn vhost_fds(spec: &VmSpec) -> Vec<(u32, Vec<i32>)> {
         .collect()
 }
 
+/// What the process of `device` is told, and what it gets; `None` if a back end that it names does not exist.
 fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
     let id = device.id.clone();
-    let iothread = device.iothread.as_ref().and_then(|id| spec.iothread(id));
-    Some(match &device.kind {
+    let (process, backend) = match &device.kind {
         DeviceKind::Block {
             drive,
             serial,
@@ -371,71 +371,23 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
             queue_size,
         } => {
             let drive = spec.drives.iter().find(|one| one.id == *drive)?;
-            DeviceGrant {
-                spec: DeviceSpec::Block(BlockSpec {
-                    id,
-                    readonly: drive.readonly,
-                    direct: drive.direct,
-                    serial: serial.clone().unwrap_or_default(),
-                    num_queues: *num_queues,
-                    queue_size: *queue_size,
-                    io: drive.io,
-                }),
-                backend: BackendGrant::Image {
-                    path: drive.file.clone(),
-                    readonly: drive.readonly,
-                    direct: drive.direct,
-                    backing: drive.backing.clone(),
-                },
-                iothread,
-            }
+            disk(id, drive, serial.as_deref(), (*num_queues, *queue_size))
         }
         DeviceKind::ForeignBlock {
             chardev,
             num_queues,
             queue_size,
-        } => DeviceGrant {
-            // What the daemon knows better is not said here: it tells size, serial and whether the disk can be written.
-            spec: DeviceSpec::Block(BlockSpec {
-                id,
-                readonly: false,
-                direct: false,
-                serial: String::new(),
-                num_queues: *num_queues,
-                queue_size: *queue_size,
-                io: BlockIo::default(),
-            }),
-            backend: daemon_socket(spec, chardev)?,
-            iothread,
-        },
+        } => (
+            foreign_disk(id, (*num_queues, *queue_size)),
+            daemon_socket(spec, chardev)?,
+        ),
         DeviceKind::Net {
             netdev,
             mac,
             queue_size,
         } => {
             let netdev = spec.netdevs.iter().find(|one| one.id == *netdev)?;
-            let backend = match &netdev.backend {
-                NetBackend::TapName(ifname) => BackendGrant::Tap {
-                    ifname: ifname.clone(),
-                    queues: netdev.queues,
-                },
-                NetBackend::TapFds(fds) => BackendGrant::Inherited { fds: fds.clone() },
-                NetBackend::Daemon(chardev) => daemon_socket(spec, chardev)?,
-            };
-            DeviceGrant {
-                spec: DeviceSpec::Net(NetSpec {
-                    id,
-                    mac: *mac,
-                    queue_pairs: netdev.queues,
-                    queue_size: *queue_size,
-                    // Daemons leave it to the front end, and ours reads no queue.
-                    control_queue: !matches!(backend, BackendGrant::Socket { .. }),
-                    vhost: netdev.vhost,
-                    limits: netdev.limits,
-                }),
-                backend,
-                iothread,
-            }
+            card(spec, id, netdev, (*mac, *queue_size))?
         }
         DeviceKind::Fs {
             source,
@@ -444,40 +396,108 @@ fn device_grant(spec: &VmSpec, device: &DeviceOption) -> Option<DeviceGrant> {
             queue_size,
             window,
         } => {
-            let whole = |fsdev: Option<&FsdevSpec>| {
-                DeviceSpec::Fs(FsSpec {
-                    id,
-                    tag: tag.clone(),
-                    readonly: fsdev.is_some_and(|fsdev| fsdev.readonly),
-                    cache: fsdev.map_or(FsCache::default(), |fsdev| fsdev.cache),
-                    xattr: fsdev.is_some_and(|fsdev| fsdev.xattr),
-                    posix_acl: fsdev.is_some_and(|fsdev| fsdev.posix_acl),
-                    users: fsdev.map(|fsdev| fsdev.users.clone()).unwrap_or_default(),
-                    groups: fsdev.map(|fsdev| fsdev.groups.clone()).unwrap_or_default(),
-                    request_queues: *request_queues,
-                    queue_size: *queue_size,
-                    window: *window,
-                })
+            let (fsdev, backend) = folder(spec, source)?;
+            let process = FsSpec {
+                id,
+                tag: tag.clone(),
+                readonly: fsdev.is_some_and(|fsdev| fsdev.readonly),
+                cache: fsdev.map_or(FsCache::default(), |fsdev| fsdev.cache),
+                xattr: fsdev.is_some_and(|fsdev| fsdev.xattr),
+                posix_acl: fsdev.is_some_and(|fsdev| fsdev.posix_acl),
+                users: fsdev.map(|fsdev| fsdev.users.clone()).unwrap_or_default(),
+                groups: fsdev.map(|fsdev| fsdev.groups.clone()).unwrap_or_default(),
+                request_queues: *request_queues,
+                queue_size: *queue_size,
+                window: *window,
             };
-            match source {
-                FsSource::Fsdev(name) => {
-                    let fsdev = spec.fsdevs.iter().find(|one| one.id == *name)?;
-                    DeviceGrant {
-                        spec: whole(Some(fsdev)),
-                        backend: BackendGrant::Folder {
-                            path: fsdev.path.clone(),
-                        },
-                        iothread,
-                    }
-                }
-                FsSource::Chardev(name) => DeviceGrant {
-                    spec: whole(None),
-                    backend: daemon_socket(spec, name)?,
-                    iothread,
-                },
-            }
+            (DeviceSpec::Fs(process), backend)
         }
+    };
+    let iothread = device.iothread.as_ref();
+    Some(DeviceGrant {
+        spec: process,
+        backend,
+        iothread: iothread.and_then(|id| spec.iothread(id)),
     })
+}
+
+fn disk(
+    id: String,
+    drive: &DriveSpec,
+    serial: Option<&str>,
+    (num_queues, queue_size): (u16, u16),
+) -> (DeviceSpec, BackendGrant) {
+    let process = BlockSpec {
+        id,
+        readonly: drive.readonly,
+        direct: drive.direct,
+        serial: serial.unwrap_or_default().to_owned(),
+        num_queues,
+        queue_size,
+        io: drive.io,
+    };
+    let backend = BackendGrant::Image {
+        path: drive.file.clone(),
+        readonly: drive.readonly,
+        direct: drive.direct,
+        backing: drive.backing.clone(),
+    };
+    (DeviceSpec::Block(process), backend)
+}
+
+/// What the daemon knows better is not said here: it tells size, serial and whether the disk can be written.
+fn foreign_disk(id: String, (num_queues, queue_size): (u16, u16)) -> DeviceSpec {
+    DeviceSpec::Block(BlockSpec {
+        id,
+        readonly: false,
+        direct: false,
+        serial: String::new(),
+        num_queues,
+        queue_size,
+        io: BlockIo::default(),
+    })
+}
+
+fn card(
+    spec: &VmSpec,
+    id: String,
+    netdev: &NetdevSpec,
+    (mac, queue_size): ([u8; 6], u16),
+) -> Option<(DeviceSpec, BackendGrant)> {
+    let backend = match &netdev.backend {
+        NetBackend::TapName(ifname) => BackendGrant::Tap {
+            ifname: ifname.clone(),
+            queues: netdev.queues,
+        },
+        NetBackend::TapFds(fds) => BackendGrant::Inherited { fds: fds.clone() },
+        NetBackend::Daemon(chardev) => daemon_socket(spec, chardev)?,
+    };
+    let process = NetSpec {
+        id,
+        mac,
+        queue_pairs: netdev.queues,
+        queue_size,
+        // Daemons leave it to the front end, and ours reads no queue.
+        control_queue: !matches!(backend, BackendGrant::Socket { .. }),
+        vhost: netdev.vhost,
+        limits: netdev.limits,
+    };
+    Some((DeviceSpec::Net(process), backend))
+}
+
+/// The folder that this VM's own process shares, unless it is behind somebody else's.
+fn folder<'a>(
+    spec: &'a VmSpec,
+    source: &FsSource,
+) -> Option<(Option<&'a FsdevSpec>, BackendGrant)> {
+    match source {
+        FsSource::Fsdev(name) => {
+            let fsdev = spec.fsdevs.iter().find(|one| one.id == *name)?;
+            let path = fsdev.path.clone();
+            Some((Some(fsdev), BackendGrant::Folder { path }))
+        }
+        FsSource::Chardev(name) => Some((None, daemon_socket(spec, name)?)),
+    }
 }
 
 /// Where a vhost-user daemon that is somebody else's listens.
