@@ -222,7 +222,11 @@ fn a_linux_guest_works_while_the_program_is_replaced() {
     let (mut runs, mut asked, mut done) = (0, 0, 0);
     run_with(&program, &[], 1000, &script, |line, pid| {
         if line.contains("STEP") {
-            let now = fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino();
+            // On a busy machine the last lines are read when the guest has ended, and the daemon with it.
+            let Ok(program) = fs::metadata(format!("/proc/{pid}/exe")) else {
+                return;
+            };
+            let now = program.ino();
             done += u32::from(now != runs);
             runs = now;
             put();
