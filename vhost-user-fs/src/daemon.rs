@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use device_host::alone::Deaths;
 use device_host::alone::socket::{self, Inherited, SocketError};
+use device_host::alone::{Deaths, close_others};
 use device_host::{MoversError, Record, ServeError, Standalone};
 use fs_device::FsDevice;
 use fs_device::passthrough::{Config, OwnFds, Passthrough, Store};
@@ -156,11 +156,11 @@ fn start(options: &Options) -> Result<ExitCode, DaemonError> {
     // First, since its number must not be given to anything else.
     let inherited = match options.socket {
         Socket::Fd(fd) => {
-            inherited::close_others(Some(fd)).map_err(DaemonError::Inherited)?;
+            close_others(Some(fd)).map_err(DaemonError::Inherited)?;
             Some(inherited::take(fd).map_err(|errno| DaemonError::Fd(fd, errno))?)
         }
         Socket::Path(_) => {
-            inherited::close_others(None).map_err(DaemonError::Inherited)?;
+            close_others(None).map_err(DaemonError::Inherited)?;
             None
         }
     };

@@ -1,27 +1,11 @@
-//! Descriptors that nothing in this process owns: the socket of `--fd` and what another program handed on, which are taken; all
-//! others that the caller left open, and those of a serving process that is gone, which are closed.
+//! Descriptors that nothing in this process owns: the socket of `--fd` and what another program handed on, which are taken; those of a
+//! serving process that is gone, which are closed.
 
 #![allow(unsafe_code)] // a descriptor that exec left open is known by its number only
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-
-/// Closes every descriptor but 0 to 2 and `kept`: a caller that forgot to close one on exec does not lend it to the process
-/// that serves. To be called before anything is opened.
-pub(crate) fn close_others(kept: Option<RawFd>) -> Result<(), Errno> {
-    let close = |first: u32, last: u32| {
-        if first > last {
-            return Ok(());
-        }
-        // SAFETY: nothing in this process owns a descriptor from 3 on yet.
-        Errno::result(unsafe { libc::close_range(first, last, 0) }).map(drop)
-    };
-    match kept.and_then(|fd| u32::try_from(fd).ok()) {
-        Some(kept) => close(3, kept - 1).and_then(|()| close(kept + 1, u32::MAX)),
-        None => close(3, u32::MAX),
-    }
-}
 
 /// Calls `with` for each open descriptor, the one that reads the list among them.
 fn each(mut with: impl FnMut(RawFd)) -> Result<(), Errno> {

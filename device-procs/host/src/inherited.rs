@@ -71,7 +71,10 @@ impl Backends {
 
 /// Closes every descriptor but 0 to 2 and `kept`: a caller that forgot to close one on exec does not lend it to what is started
 /// from here. To be called before anything is opened.
-pub(crate) fn close_others(kept: Option<RawFd>) -> Result<(), Errno> {
+///
+/// # Errors
+/// A kernel before Linux 5.9.
+pub fn close_others(kept: Option<RawFd>) -> Result<(), Errno> {
     let close = |first: u32, last: u32| {
         if first > last {
             return Ok(());

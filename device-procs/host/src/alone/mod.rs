@@ -39,6 +39,7 @@ use ozone::{Child, DeviceLaunch, Identity, Layer, Limits, Sandbox, SelfLockError
 use thiserror::Error;
 
 use crate::inherited;
+pub use crate::inherited::close_others;
 pub use deaths::Deaths;
 pub use listen::ListenError;
 use listen::{Door, FrontEnd};
