@@ -62,7 +62,7 @@ fn gone_on(dir: &Path) -> Vm {
     let builder = || {
         Vm::builder()
             .args(["-machine", "microvm", "-m", "128"])
-            .kernel(&Payload::BlkLoop.path(), "spin=1")
+            .kernel(&Payload::BlkLoop.path(), "spin=1 reads=1")
             .disk("d0", &disk, "")
             .arg("-snapshot-dir")
             .arg(dir)
