@@ -157,6 +157,9 @@ pub const HAND_OVER_PATIENCE_MS: u64 = 10_000;
 
 /// Milliseconds that the control process waits for a device process to answer one vhost-user message.
 pub const DEVICE_REPLY_MS: u64 = 5_000;
+/// The same for the first answer of a process that has just been started: it says that the jail is shut. Ten on an idle machine; on one
+/// whose processors are all wanted another process would not be sooner.
+pub const DEVICE_START_MS: u64 = 15_000;
 /// Milliseconds for which a snapshot waits for devices whose processes are being replaced: that one of them does not answer is found
 /// out in half of it.
 pub const SNAPSHOT_WAIT_MS: u64 = 2 * DEVICE_REPLY_MS;

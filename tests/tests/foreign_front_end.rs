@@ -150,6 +150,7 @@ fn qemu_drives_block_and_net() {
             control_queue: true,
             vhost: false,
             limits: Default::default(),
+            stands_in: None,
         }),
         vec![tap.queue().unwrap()],
         accept(&listeners[1]),

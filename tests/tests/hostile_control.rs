@@ -446,6 +446,20 @@ fn what_may_be_added_is_what_was_granted() {
             Request::Unplug { index: u32::MAX },
             "the policy has no device",
         ),
+        (
+            Request::StandIn {
+                index: 0,
+                features: u64::MAX,
+            },
+            "device 0 is no card that was taken out",
+        ),
+        (
+            Request::StandIn {
+                index: u32::MAX,
+                features: 0,
+            },
+            "is no card that was taken out",
+        ),
         (Request::Remove { backend: 7 }, "no back end 7"),
         (
             Request::Start { index: devices },
@@ -478,6 +492,7 @@ fn a_card_gets_another_tap_only_as_one_may_be_added() {
         control_queue: true,
         vhost: false,
         limits: NetLimits::default(),
+        stands_in: None,
     });
     let tap = |ifname: &str, queues| Addition::Tap {
         ifname: ifname.into(),

@@ -123,6 +123,7 @@ impl Place {
                     control_queue: true,
                     vhost: false,
                     limits: Default::default(),
+                    stands_in: None,
                 });
                 device("net", spec, vec![tap.queue().unwrap()])
             }

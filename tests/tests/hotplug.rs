@@ -15,6 +15,8 @@ mod folders;
 mod jails;
 #[path = "hotplug/refusals.rs"]
 mod refusals;
+#[path = "hotplug/stand_in.rs"]
+mod stand_in;
 #[path = "hotplug/stock_kernel.rs"]
 mod stock_kernel;
 

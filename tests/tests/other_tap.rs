@@ -557,7 +557,9 @@ fn a_stock_kernels_connection_survives_and_it_says_nothing_of_it() {
              nc 10.7.79.1 5000 < /dev/null > /tmp/data\n\
              nc 10.7.79.1 5001 < /tmp/data\n\
              for cpu in 0 1; do taskset -c $cpu ping -c 1 -w 60 10.7.79.1 > /dev/null; done\n\
-             dmesg | tail -n +$(($(wc -l < /tmp/before) + 1)) | sed 's/^/KERNEL-SAID /'\n\
+             dmesg | tail -n +$(($(wc -l < /tmp/before) + 1)) > /tmp/after\n\
+             sed 's/^/LATER /' /tmp/after\n\
+             grep -i -E 'virtio|eth0|net|link|IPv|hung|stall|lockup|BUG|WARN' /tmp/after | sed 's/^/KERNEL-SAID /' || true\n\
              cat /sys/class/net/eth0/statistics/rx_errors /sys/class/net/eth0/statistics/tx_errors | sed 's/^/ERRORS /'\n\
              cat /sys/class/net/eth0/carrier_changes | sed 's/^/CARRIER /'\n\
              echo NET-DONE; read line\n",
@@ -610,6 +612,7 @@ fn a_stock_kernels_connection_survives_and_it_says_nothing_of_it() {
         assert!(back == data, "{} bytes came back", back.len());
         let said = expect(&mut vm, "NET-DONE");
         assert!(!said.contains("KERNEL-SAID"), "{said}");
+        // What it says of its clocks, two emulations deep, is not the card's doing; see LATER for it.
         // The link was up once.
         let want = "ERRORS 0\r\nERRORS 0\r\nCARRIER 2\r\n";
         assert!(said.contains(want), "{said}");

@@ -5,6 +5,9 @@
 //!
 //! With `vhost=on` the kernel serves the pairs, and this process the control queue alone: tap queues of pairs that are not in use are
 //! detached then, and while the link is down nobody serves a pair.
+//!
+//! The process that stands in for a card that was taken out has no tap and never a link: it answers the control queue, for whose answers
+//! a driver waits with a processor of the guest, and else for ever.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -35,7 +38,8 @@ pub(crate) const MIN_QUEUE_SIZE: u16 = 4;
 /// One tap queue and the state of both its directions.
 #[derive(Debug)]
 struct Pair {
-    tap: TapQueue,
+    /// `None` in a process that stands in.
+    tap: Option<TapQueue>,
     receiver: Receiver,
     /// The driver has buffers, so a packet can be taken. Not before the driver's first.
     receiving: bool,
@@ -96,7 +100,11 @@ impl Net {
                 allowed: "a power of two from 4 to 4096",
             });
         }
-        let (wanted, all) = (usize::from(pairs), fds.len());
+        let wanted = match spec.stands_in {
+            Some(_) => 0,
+            None => usize::from(pairs),
+        };
+        let all = fds.len();
         if all < wanted || !spec.vhost && all != wanted {
             return Err(BuildError::Descriptors { pairs, fds: all });
         }
@@ -107,10 +115,14 @@ impl Net {
         if spec.vhost && spec.limits != NetLimits::default() {
             return Err(BuildError::Limits);
         }
-        let mut list = Vec::with_capacity(wanted);
-        while let Some(fd) = (list.len() < wanted).then(|| fds.take()).flatten() {
+        let mut list = Vec::with_capacity(usize::from(pairs));
+        while list.len() < usize::from(pairs) {
+            let tap = match (list.len() < wanted).then(|| fds.take()).flatten() {
+                Some(fd) => Some(TapQueue::new(fd, list.len())?),
+                None => None,
+            };
             list.push(Pair {
-                tap: TapQueue::new(fd, list.len())?,
+                tap,
                 receiver: Receiver::default(),
                 receiving: false,
                 full: false,
@@ -128,16 +140,23 @@ impl Net {
             pair.vhost = Some(vhost);
         }
         let now = Instant::now();
-        let uso = list.first().is_some_and(|pair| pair.tap.has_uso());
+        let first = list.first().and_then(|pair| pair.tap.as_ref());
+        let uso = first.is_some_and(TapQueue::has_uso);
+        let features = match (spec.stands_in, offered) {
+            (Some(features), _) => {
+                Features::offered(pairs, true, spec.control_queue).among(features)
+            }
+            (None, None) => Features::offered(pairs, uso, spec.control_queue),
+            (None, Some(vhost)) => {
+                Features::offered(pairs, uso, spec.control_queue).with_vhost(vhost)
+            }
+        };
         Ok(Self {
-            config: ConfigSpace::new(spec.mac, pairs),
+            config: ConfigSpace::new(spec.mac, pairs, first.is_some()),
             queue_size: size,
             control: spec.control_queue,
             enabled: 0,
-            offered: match offered {
-                None => Features::offered(pairs, uso, spec.control_queue),
-                Some(vhost) => Features::offered(pairs, uso, spec.control_queue).with_vhost(vhost),
-            },
+            offered: features,
             accepted: Features::default(),
             told: Told::new(spec.mac),
             unkept: false,
@@ -181,7 +200,8 @@ impl Net {
         // The first one always is.
         for (index, pair) in self.pairs.iter().enumerate().skip(1) {
             if pair.vhost.is_some()
-                && let Err(errno) = device_host::tap::attach(pair.tap.fd(), index < active)
+                && let Some(tap) = &pair.tap
+                && let Err(errno) = device_host::tap::attach(tap.fd(), index < active)
             {
                 ipc::guest_warn!("tap queue {index} cannot be attached or detached: {errno}");
             }
@@ -199,10 +219,13 @@ impl Net {
             return Ok(());
         };
         pair.receiving = false;
+        let Some(tap) = &pair.tap else {
+            return Ok(());
+        };
         let filter = &self.told.filter;
-        let stopped =
-            pair.receiver
-                .process(ring, &pair.tap, features, filter, &mut self.rx_limit)?;
+        let stopped = pair
+            .receiver
+            .process(ring, tap, features, filter, &mut self.rx_limit)?;
         pair.receiving = stopped == Stopped::Idle;
         pair.rx_wait = match stopped {
             Stopped::Limited(at) => Some(at),
@@ -215,7 +238,7 @@ impl Net {
         let Some(pair) = self.pairs.get_mut(index) else {
             return Ok(());
         };
-        let tap = self.config.link_is_up().then_some(&pair.tap);
+        let tap = pair.tap.as_ref().filter(|_| self.config.link_is_up());
         let limit = &mut self.tx_limit;
         let stopped = transmit::process(ring, tap, self.accepted, &mut self.copy, limit)?;
         pair.full = stopped == transmit::Stopped::Full;
@@ -232,8 +255,8 @@ impl Net {
             Some(offloads) => Features(self.accepted.0 & offloads),
             None => self.accepted,
         };
-        match self.pairs.first() {
-            Some(pair) => device_host::tap::set_offloads(pair.tap.fd(), chosen.tap_offloads())
+        match self.pairs.first().and_then(|pair| pair.tap.as_ref()) {
+            Some(tap) => device_host::tap::set_offloads(tap.fd(), chosen.tap_offloads())
                 .map_err(HostFault::of("TUNSETOFFLOAD")),
             None => Ok(()),
         }
@@ -289,9 +312,10 @@ impl Net {
             return;
         }
         self.config.announced();
-        if let Some(pair) = self.pairs.first().filter(|_| self.config.link_is_up()) {
+        let tap = self.pairs.first().and_then(|pair| pair.tap.as_ref());
+        if let Some(tap) = tap.filter(|_| self.config.link_is_up()) {
             let frame = announce::frame(self.told.filter.mac());
-            if let Err(errno) = pair.tap.send(&frame) {
+            if let Err(errno) = tap.send(&frame) {
                 ipc::guest_warn!("the network was not told where the guest is: {errno}");
             }
         }
@@ -302,7 +326,7 @@ impl Net {
         for pair in &mut self.pairs {
             // As many as any tap's queue holds; whoever sends on meanwhile keeps this process from nothing.
             for _ in 0..MAX_QUEUE_SIZE {
-                if pair.tap.discard().is_err() {
+                if pair.tap.as_ref().is_none_or(|tap| tap.discard().is_err()) {
                     break;
                 }
             }
@@ -357,7 +381,7 @@ impl Device for Net {
         Some(KernelQueue {
             vhost: pair.vhost.as_ref()?,
             number: u32::from(index % 2),
-            tap: pair.tap.fd(),
+            tap: pair.tap.as_ref()?.fd(),
             on: self.config.link_is_up() && number < self.active(),
             features: self.accepted.for_vhost(),
         })
@@ -436,7 +460,8 @@ impl Device for Net {
     }
 
     fn backends(&self) -> Vec<BorrowedFd<'_>> {
-        self.pairs.iter().map(|pair| pair.tap.fd()).collect()
+        let taps = self.pairs.iter().filter_map(|pair| pair.tap.as_ref());
+        taps.map(TapQueue::fd).collect()
     }
 
     fn interest(&self, index: usize) -> Interest {

@@ -63,6 +63,11 @@ impl Features {
         Self(self.0 & !unfiltered & (features | !own))
     }
 
+    /// Those that were offered before: a driver has chosen among them.
+    pub(crate) fn among(self, offered: u64) -> Self {
+        Self(self.0 & offered)
+    }
+
     /// Those of the device that the kernel's vhost is told.
     pub(crate) fn for_vhost(self) -> u64 {
         self.0 & bit(VIRTIO_NET_F_MRG_RXBUF)

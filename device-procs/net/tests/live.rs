@@ -65,6 +65,7 @@ fn spec(pairs: u16, limits: NetLimits) -> DeviceSpec {
         control_queue: true,
         vhost: false,
         limits,
+        stands_in: None,
     })
 }
 

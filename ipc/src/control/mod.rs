@@ -303,7 +303,7 @@ pub enum Request {
     /// Make an added back end the device with number `index`, which must be free, and start its process. From then on
     /// `index` is as good as one of the policy's: [`Request::Start`] and [`Request::Stop`] work with it.
     Plug {
-        /// Behind those of the policy's devices, and at most [`Additions::devices`] of them.
+        /// Behind those of the policy's devices, and at most [`Additions::devices`] of them; or that of one that was taken out.
         index: u32,
         /// Number of its back end.
         backend: u32,
@@ -319,6 +319,14 @@ pub enum Request {
     Unplug {
         /// Index of the device.
         index: u32,
+    },
+    /// Start a process that stands in for card `index`, which was taken out by [`Request::Unplug`] while a driver of the guest had it:
+    /// it answers what the driver says on the control queue, and has no back end. [`Request::Unplug`] ends it.
+    StandIn {
+        /// Index of the device.
+        index: u32,
+        /// Features that the card offered.
+        features: u64,
     },
     /// The VM is set up: write the pid file, let a waiting `-daemonize` parent go.
     Ready,
@@ -341,7 +349,7 @@ pub enum Reply {
         /// Name of the other side of a new pseudo terminal.
         name: Option<String>,
     },
-    /// [`Request::Start`] worked; the control process's end of the vhost-user socket comes along. The process is not yet
+    /// [`Request::Start`] or [`Request::StandIn`] worked; the control process's end of the vhost-user socket comes along. The process is not yet
     /// serving: its first answer on that socket says that it is jailed.
     Started {
         /// Index of the request.

@@ -23,6 +23,9 @@ pub struct NetSpec {
     pub vhost: bool,
     /// What may pass in a time.
     pub limits: NetLimits,
+    /// The card was taken out, and its guest's driver still has it: this process answers what the driver says on the control queue, and
+    /// does nothing else. The features that the card offered; no descriptors follow.
+    pub stands_in: Option<u64>,
 }
 
 /// Limits of a card, all its queues together.

@@ -42,6 +42,7 @@ fn card() -> Card {
         control_queue: true,
         vhost: false,
         limits: Default::default(),
+        stands_in: None,
     }));
     let mut fds = backend_fds(fds);
     let device = Net::build(&start, &mut fds).expect("a card");

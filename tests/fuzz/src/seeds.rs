@@ -613,6 +613,7 @@ fn devices() -> [DeviceSpec; 2] {
             control_queue: true,
             vhost: false,
             limits: Default::default(),
+            stands_in: None,
         }),
     ]
 }
@@ -627,6 +628,7 @@ fn start() -> Inputs {
         control_queue: true,
         vhost: false,
         limits: Default::default(),
+        stands_in: None,
     });
     devices()
         .into_iter()
@@ -783,6 +785,10 @@ fn control() -> Inputs {
             newer: true,
         },
         Request::Unplug { index: 3 },
+        Request::StandIn {
+            index: 3,
+            features: 1 << 17,
+        },
         Request::Ready,
     ];
     let replies = [

@@ -48,6 +48,8 @@ pub enum BackEnd {
         /// Those that are read only, from the top.
         below: Vec<&'static str>,
     },
+    /// None: it stands in for a card that was taken out.
+    Nothing,
     /// A tap by its name.
     Tap,
     /// A tap by its name, and the kernel's vhost-net.
@@ -229,6 +231,7 @@ impl Device {
                         .map(|(number, path)| Want::at(number, path, "r")),
                 );
             }
+            BackEnd::Nothing => {}
             BackEnd::Tap => all.push(Want::at(5, "/dev/net/tun", "rw")),
             BackEnd::TapOfKernel => {
                 all.push(Want::at(5, "/dev/net/tun", "rw"));
@@ -329,7 +332,12 @@ impl Setting {
     #[must_use]
     pub fn broker_capabilities(&self) -> u64 {
         let taps = self.devices.iter().any(|d| {
-            matches!(d.back_end, BackEnd::Tap | BackEnd::TapOfKernel) && !self.given.contains(&d.id)
+            // One that was taken out had a tap.
+            let card = matches!(
+                d.back_end,
+                BackEnd::Nothing | BackEnd::Tap | BackEnd::TapOfKernel
+            );
+            card && !self.given.contains(&d.id)
         });
         let always = 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 7;
         always | u64::from(taps) << 12 | u64::from(self.folders()) << 31
@@ -422,6 +430,7 @@ impl Setting {
                     all.push(Want::some(path, ""));
                     all.push(Want::some("socket", "rw")); // the keeper
                 }
+                BackEnd::Nothing => {}
                 // Never a descriptor of the kernel's vhost-net: each process has its own.
                 BackEnd::Tap | BackEnd::TapOfKernel => {
                     all.push(Want::some("/dev/net/tun", "rw"));

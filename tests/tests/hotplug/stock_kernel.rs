@@ -52,6 +52,9 @@ while read what && [ "$what" = go ]; do
   read what
   poll '[ "$(cat /sys/block/vdb/size)" = 0 ]'
   poll '[ "$(cat /sys/class/net/eth0/carrier)" = 0 ]'
+  # For the answer to each of these the kernel waits with a processor, without end.
+  ip link set eth0 promisc on; ip link set eth0 promisc off
+  [ $((i % 2)) = 0 ] || ip link set eth0 down
   echo GONE $i
   i=$((i+1))
 done

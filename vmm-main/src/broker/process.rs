@@ -20,6 +20,7 @@ use ipc::limits::MAX_MMIO_DEVICES;
 use ipc::log::{debug, error};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::ImageFormat;
+use ipc::spec::net::{NetLimits, NetSpec};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -236,6 +237,8 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         inherited,
         added,
         plugged: BTreeMap::new(),
+        taken_out: BTreeSet::new(),
+        gone: BTreeMap::new(),
         cleanup,
         devices,
         holds: BTreeMap::new(),
@@ -259,6 +262,10 @@ struct Broker {
     added: Added,
     /// Devices that were plugged, by their index.
     plugged: BTreeMap<u32, DeviceGrant>,
+    /// Devices that were taken out: others may have their places, also those of the policy's.
+    taken_out: BTreeSet<u32>,
+    /// Cards among them, and their iothreads.
+    gone: BTreeMap<u32, (NetSpec, Option<u32>)>,
     cleanup: Cleanup,
     devices: Devices,
     /// Images that were opened, by their device, for a restart.
@@ -442,6 +449,7 @@ impl Broker {
                 iothread,
             } => self.plug(*index, (*backend, below), spec, *iothread),
             Request::Unplug { index } => self.unplug(*index),
+            Request::StandIn { index, features } => self.stand_in(*index, *features),
             Request::Ready => self.ready(),
             Request::Inspect => return self.inspect(),
             Request::SnapshotBegin {
@@ -679,7 +687,10 @@ impl Broker {
             }
         }
         .ok_or_else(|| format!("device {}: its image is not here", disk.id))?;
-        let most = self.policy.growing.iter().find(|(at, _)| *at == index);
+        // What the command line says of a disk is not said of one that has its place.
+        let growing = self.policy.growing.iter();
+        let mut growing = growing.filter(|_| !self.plugged.contains_key(&index));
+        let most = growing.find(|(at, _)| *at == index);
         super::resize::resize(image, disk.readonly, most.map(|(_, most)| *most), size)
             .map_err(|e| format!("device {}: {e}", disk.id))
     }
@@ -749,7 +760,8 @@ impl Broker {
     ) -> Result<(Reply, Option<OwnedFd>), String> {
         let first = self.policy.devices.len() as u32;
         let all = first + self.policy.additions.devices;
-        if !(first..all).contains(&index) || self.plugged.contains_key(&index) {
+        let free = (first..all).contains(&index) || self.taken_out.contains(&index);
+        if !free || self.plugged.contains_key(&index) {
             return Err(format!("device {index} is not one that can be plugged now"));
         }
         if let Some(number) = iothread
@@ -778,8 +790,40 @@ impl Broker {
 
     fn unplug(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
         self.devices.stop(index as usize)?;
+        let grant = self.plugged.remove(&index);
+        let grant = grant.as_ref().or(self.policy.devices.get(index as usize));
+        if let Some(grant) = grant.filter(|grant| !grant.is_foreign())
+            && let DeviceSpec::Net(card) = &grant.spec
+        {
+            self.gone.insert(index, (card.clone(), grant.iothread));
+        }
         self.forget(index);
+        self.taken_out.insert(index);
         Ok((Reply::Unplugged { index }, None))
+    }
+
+    /// Starts a process without a back end, in the jail of any card's, for the driver of one that is gone.
+    fn stand_in(&mut self, index: u32, features: u64) -> Result<(Reply, Option<OwnedFd>), String> {
+        let Some((card, iothread)) = self.gone.remove(&index) else {
+            return Err(format!("device {index} is no card that was taken out"));
+        };
+        let grant = DeviceGrant {
+            spec: DeviceSpec::Net(NetSpec {
+                vhost: false,
+                limits: NetLimits::default(),
+                stands_in: Some(features),
+                ..card
+            }),
+            backend: BackendGrant::Nothing,
+            iothread,
+        };
+        let order = Order {
+            grant: &grant,
+            backend: Vec::new(),
+            policy: &self.policy,
+        };
+        let (socket, pid) = self.devices.start(index as usize, order)?;
+        Ok((Reply::Started { index, pid }, Some(socket)))
     }
 
     /// Gives up what device `index` had. One of the policy's can be started again, from its path.

@@ -481,6 +481,7 @@ fn card(
         control_queue: !matches!(backend, BackendGrant::Socket { .. }),
         vhost: netdev.vhost,
         limits: netdev.limits,
+        stands_in: None,
     };
     Some((DeviceSpec::Net(process), backend))
 }

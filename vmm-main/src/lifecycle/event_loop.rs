@@ -855,6 +855,9 @@ impl Vm {
                 sharing.forget();
             }
         }
+        for unit in 0..self.parts.transports.len() {
+            self.end_stand_in(unit)?;
+        }
         if let Some(machine) = &mut self.parts.machine {
             machine.reset().map_err(|e| host_error(&e))?;
         }

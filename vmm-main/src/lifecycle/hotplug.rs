@@ -15,7 +15,7 @@
 //!
 //! ```text
 //! blockdev-add ─Add─▶ broker      device_add ─Plug─▶ broker ─socket─▶ handshake ─▶ window ─▶ guest
-//! device_del: absence shown ─▶ queues taken back ─Unplug─▶ broker ─▶ DEVICE_DELETED
+//! device_del: absence shown ─▶ queues taken back ─Unplug─▶ broker ─▶ DEVICE_DELETED (─▶ stand_in.rs, of a card)
 //! ```
 
 use std::os::fd::OwnedFd;
@@ -28,7 +28,7 @@ use ipc::control::{BackendGrant, DeviceGrant, Request};
 use ipc::limits::{
     MAX_ADDED_BACKENDS, MAX_IOTHREADS, MAX_MICROVM_DISKS, MAX_MICROVM_NICS, MAX_MMIO_DEVICES,
 };
-use ipc::log::{error, info};
+use ipc::log::{error, info, warn};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::{BlockSpec, ImageFormat};
 use ipc::spec::vm::{
@@ -38,6 +38,7 @@ use ipc::spec::vm::{
 use nix::sys::epoll::EpollFlags;
 
 use super::event_loop::{DEVICES, End, PLUGS, Parts, Vm, borrow, lock};
+use super::stand_in::Coming;
 use super::start::SharedTransport;
 use super::supervise::Told;
 use super::with_causes;
@@ -57,6 +58,8 @@ pub(super) struct Hotplug {
     /// Requests that the broker has not answered yet.
     waiting: Vec<(u64, Waiting)>,
     plugging: Vec<Plugging>,
+    /// See [`stand_in`](super::stand_in).
+    pub(super) stand_ins: Vec<Coming>,
     next: u64,
 }
 
@@ -123,7 +126,7 @@ impl Kind {
 
 /// A request under way.
 #[derive(Debug)]
-enum Waiting {
+pub(super) enum Waiting {
     Add {
         number: u32,
         reply: Reply<()>,
@@ -146,6 +149,10 @@ enum Waiting {
     Unplug {
         unit: usize,
         device: String,
+    },
+    /// A process for the driver of a card that was taken out.
+    StandIn {
+        unit: usize,
     },
 }
 
@@ -206,6 +213,7 @@ impl Hotplug {
             units,
             waiting: Vec::new(),
             plugging: Vec::new(),
+            stand_ins: Vec::new(),
             next: 0,
         }
     }
@@ -215,6 +223,7 @@ impl Hotplug {
         self.plugging
             .iter()
             .filter_map(|plugging| Some(plugging.handshake.as_ref()?.deadline()))
+            .chain(self.stand_ins.iter().map(Coming::deadline))
             .min()
     }
 
@@ -240,6 +249,15 @@ impl Hotplug {
             "Window {empty}, counted from 0, lost its device, which no command line can say where the guest goes on: put another one in (device_add with addr={:#x})",
             self.units.get(empty).map_or(0, |unit| unit.addr)
         ))
+    }
+
+    /// Nobody waits for the process that was to stand in at window `unit`; whether somebody did.
+    pub(super) fn forget_stand_in(&mut self, unit: usize) -> bool {
+        let before = self.waiting.len();
+        let is =
+            |waiting: &Waiting| matches!(waiting, Waiting::StandIn { unit: at } if *at == unit);
+        self.waiting.retain(|(_, waiting)| !is(waiting));
+        self.waiting.len() < before
     }
 
     /// The place of the device with this id.
@@ -385,7 +403,7 @@ impl Hotplug {
         Some(self.waiting.swap_remove(at).1)
     }
 
-    fn is_plugging(&self, unit: usize) -> bool {
+    pub(super) fn is_plugging(&self, unit: usize) -> bool {
         self.plugging.iter().any(|plugging| plugging.unit == unit)
     }
 
@@ -430,7 +448,7 @@ fn generic(text: impl Into<String>) -> QmpError {
 
 impl Vm {
     /// Sends a request of this part's to the broker.
-    fn ask_broker(&mut self, request: &Request, waiting: Waiting) -> Result<(), End> {
+    pub(super) fn ask_broker(&mut self, request: &Request, waiting: Waiting) -> Result<(), End> {
         self.ask_broker_with(request, &[], waiting)
     }
 
@@ -836,6 +854,7 @@ impl Vm {
                     iothread,
                 };
                 let most = new.restarts(passed);
+                self.end_stand_in(unit)?;
                 self.hotplug.plugging.push(Plugging {
                     unit,
                     addr,
@@ -1239,6 +1258,14 @@ impl Vm {
                 }
                 info!("device {device} is taken out");
                 self.parts.qmp.emit(&Event::DeviceDeleted { device });
+                return self.ask_stand_in(unit);
+            }
+            (Waiting::StandIn { unit }, Ok(Notice::Started { pid, socket, .. })) => {
+                return self.stand_in_started(unit, pid, socket);
+            }
+            (Waiting::StandIn { unit }, answer) => {
+                let why = answer.err().unwrap_or_else(|| "no socket".into());
+                warn!("nobody answers the driver of window {unit} any more: {why}");
             }
         }
         Ok(())
@@ -1266,6 +1293,9 @@ impl Vm {
 
     /// The process of a device on its way in has something to say, or its time is over.
     pub(super) fn plug_event(&mut self, unit: usize) -> Result<(), End> {
+        if self.stand_in_event(unit)? {
+            return Ok(());
+        }
         let Some(plugging) = self.hotplug.plugging.iter_mut().find(|p| p.unit == unit) else {
             return Ok(());
         };
@@ -1318,6 +1348,13 @@ impl Vm {
                     .is_some_and(|handshake| handshake.deadline() <= now)
             })
             .map(|plugging| plugging.unit)
+            .chain(
+                self.hotplug
+                    .stand_ins
+                    .iter()
+                    .filter(|coming| coming.deadline() <= now)
+                    .map(|coming| coming.unit),
+            )
             .collect();
         for unit in late {
             self.plug_event(unit)?;
@@ -1327,6 +1364,7 @@ impl Vm {
 
     fn plug_exited(&mut self, exit: &DeviceExit) -> Result<(), End> {
         let unit = exit.index as usize;
+        self.stand_in_exited(unit, exit.pid, &exit.last_words);
         let Some(plugging) = self
             .hotplug
             .plugging

@@ -23,6 +23,7 @@
 //! | `poller.rs` | the epoll of the main loop |
 //! | `serial.rs` | the serial port's other end in the main loop |
 //! | `hotplug.rs` | devices that come and go while the VM runs |
+//! | `stand_in.rs` | who answers the driver of a card that was taken out |
 //! | `tap.rs` | `netdev_replace`: a card that runs gets another tap |
 //! | `supervise.rs` | device processes that die, and those that take their place |
 
@@ -38,6 +39,7 @@ mod phases;
 mod poller;
 mod serial;
 mod snapshot;
+mod stand_in;
 mod start;
 mod supervise;
 mod tap;

@@ -605,6 +605,7 @@ impl NewDevice {
                 control_queue: !backend.is_foreign(),
                 vhost: netdev.vhost,
                 limits: netdev.limits,
+                stands_in: None,
             }),
             (
                 NewKind::Fs {

@@ -46,6 +46,8 @@ pub mod status {
 
 use status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET};
 
+/// A card has a control queue: `VIRTIO_NET_F_CTRL_VQ` (virtio 1.3, 5.1.3).
+const F_CTRL_VQ: u64 = 1 << 17;
 /// 32-bit words of feature bits that can be selected: 128 bits, as virtio 1.3 leaves room for.
 const FEATURE_WORDS: usize = 4;
 
@@ -474,6 +476,12 @@ impl Core {
             && !self.has(NEEDS_RESET)
             && !self.device.is_active()
             && !self.device.is_failed()
+    }
+
+    /// Whether the driver of a card may send commands, and nobody is there to answer them.
+    pub fn waits_for_commands(&self) -> bool {
+        let accepted = self.state.accepted_features().unwrap_or(0);
+        accepted & F_CTRL_VQ != 0 && self.is_between_processes()
     }
 
     /// Has the device process stop its queues in order, and remembers where each goes on.

@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use ipc::limits::DEVICE_REPLY_MS;
+use ipc::limits::{DEVICE_REPLY_MS, DEVICE_START_MS};
 use ipc::rights;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -43,12 +43,14 @@ pub enum LinkError {
     Closed,
     /// No answer in time.
     #[error(
-        "device process did not answer {} within {DEVICE_REPLY_MS} ms",
+        "device process did not answer {} within {limit} ms",
         .request.map_or_else(|| "a message".to_owned(), |request| format!("{request:?}"))
     )]
     Timeout {
         /// What it was asked.
         request: Option<FrontendReq>,
+        /// Milliseconds that it had.
+        limit: u64,
     },
     /// A socket call failed.
     #[error("{call} on a vhost-user socket failed")]
@@ -103,6 +105,8 @@ pub(crate) struct Link {
     table: usize,
     /// When patience ends.
     deadline: Instant,
+    /// What it was set to, in milliseconds.
+    limit: u64,
 }
 
 impl Link {
@@ -118,17 +122,29 @@ impl Link {
             acks: false,
             table: 0,
             deadline: Instant::now(),
+            limit: 0,
         }
     }
 
     /// Gives the peer [`DEVICE_REPLY_MS`] from now for everything up to the next call of this.
     pub(crate) fn start_clock(&mut self) {
-        self.deadline = Instant::now() + Duration::from_millis(DEVICE_REPLY_MS);
+        self.set_clock(DEVICE_REPLY_MS);
     }
 
-    /// The same for what takes a peer longer, and was begun before.
-    pub(crate) fn set_deadline(&mut self, deadline: Instant) {
+    /// The same for a process that has just been started: [`DEVICE_START_MS`].
+    pub(crate) fn start_first_clock(&mut self) {
+        self.set_clock(DEVICE_START_MS);
+    }
+
+    fn set_clock(&mut self, limit: u64) {
+        self.deadline = Instant::now() + Duration::from_millis(limit);
+        self.limit = limit;
+    }
+
+    /// The same for what takes a peer longer, which has `limit` milliseconds and was begun before.
+    pub(crate) fn set_deadline(&mut self, deadline: Instant, limit: u64) {
         self.deadline = deadline;
+        self.limit = limit;
     }
 
     /// From now on the peer acknowledges every request.
@@ -374,6 +390,7 @@ impl Link {
             if left.is_zero() {
                 return Err(LinkError::Timeout {
                     request: self.pending.front().copied(),
+                    limit: self.limit,
                 });
             }
             // Not poll, which a stop signal makes go on as restart_syscall, one more call for the filters to allow.

@@ -183,6 +183,7 @@ fn ours(name: &'static str, program: &str, queues: usize, flows: Vec<usize>) -> 
         control_queue: true,
         vhost: false,
         limits: Default::default(),
+        stands_in: None,
     });
     let mut process = DeviceProcess::start(program, spec, tap.queues);
     let card = Card::connect(process.socket(), queues, true);

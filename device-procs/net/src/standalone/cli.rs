@@ -116,6 +116,7 @@ pub(super) fn parse(
                     bytes: bucket(&given, "tx-bytes", "tx-bytes-burst")?,
                 },
             },
+            stands_in: None,
         },
         common,
     }))
@@ -167,6 +168,7 @@ mod tests {
                 control_queue: false,
                 vhost: false,
                 limits,
+                stands_in: None,
             },
             common: Common {
                 socket: Socket::Path("/s".into(), Some("12".into())),

@@ -45,6 +45,7 @@ use ipc::limits::RESTART_WINDOW_MS;
 use ipc::log::{debug, error, info, warn};
 use ipc::spec::DeviceSpec;
 use ipc::spec::block::IoStop;
+use ipc::spec::net::NetSpec;
 use ipc::spec::vm::NetBackend;
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
@@ -134,6 +135,8 @@ struct Device {
     retired: Option<i32>,
     /// When the last one took over from another.
     back: Option<Instant>,
+    /// The device was taken out, and its process stands in for it: no news, and followed by none.
+    stands_in: bool,
 }
 
 /// A device's process.
@@ -231,6 +234,7 @@ impl Supervisor {
                 upgrade: None,
                 retired: None,
                 back: None,
+                stands_in: false,
             });
         }
         Ok(Self {
@@ -247,7 +251,7 @@ impl Supervisor {
     pub(super) fn workloads(&self) -> Vec<Workload> {
         self.devices
             .iter()
-            .filter(|device| !matches!(device.process, Process::Unplugged))
+            .filter(|device| !matches!(device.process, Process::Unplugged) && !device.stands_in)
             .map(|device| Workload {
                 device: device.spec.id().to_owned(),
                 state: match device.process {
@@ -362,6 +366,7 @@ impl Supervisor {
             upgrade: None,
             retired: None,
             back: None,
+            stands_in: false,
         });
         self.watch_foreign(grant, transport, index, cx)
     }
@@ -409,6 +414,7 @@ impl Supervisor {
         device.spec = grant.spec.clone();
         device.budget = Budget::new(most);
         device.process = serving(grant, pid);
+        device.stands_in = false;
         device.since = None;
         device.back = None;
         let transport = device.transport.clone();
@@ -438,9 +444,32 @@ impl Supervisor {
     pub(super) fn unplug(&mut self, index: usize) {
         if let Some(device) = self.devices.get_mut(index) {
             device.process = Process::Unplugged;
+            device.stands_in = false;
             // A vCPU that waits for this holds the transport's lock.
             device.attention.ended();
         }
+    }
+
+    /// The card at `index`, if it is no daemon's, or was there before it was taken out.
+    pub(super) fn card(&self, index: usize) -> Option<&NetSpec> {
+        let device = self.devices.get(index)?;
+        match &device.spec {
+            DeviceSpec::Net(card) if device.foreign.is_none() => Some(card),
+            _ => None,
+        }
+    }
+
+    /// Process `pid` stands in for the card at `index`, which was taken out.
+    pub(super) fn stands_in(&mut self, index: usize, pid: i32) {
+        if let Some(device) = self.devices.get_mut(index) {
+            device.process = Process::Serving { pid };
+            device.stands_in = true;
+        }
+    }
+
+    /// Whether somebody stands in for the card at `index`.
+    pub(super) fn has_stand_in(&self, index: usize) -> bool {
+        self.devices.get(index).is_some_and(|one| one.stands_in)
     }
 
     /// Somebody else's daemon is not there, or not as it should be.
@@ -569,6 +598,11 @@ impl Supervisor {
         // A vCPU that waits for this holds the transport's lock.
         device.attention.ended();
         lock(&device.transport).device_gone();
+        if std::mem::take(&mut device.stands_in) {
+            device.process = Process::Unplugged;
+            warn!("nobody answers the driver of window {index} any more");
+            return Ok(());
+        }
         if let (DeviceSpec::Block(disk), Some(Exit::Code(status))) = (&device.spec, how)
             && let Some(stop) = IoStop::from_status(status)
             && (if stop.write {

@@ -70,7 +70,7 @@ impl Handshake {
             answers: None,
         };
         let link = &mut handshake.link;
-        link.start_clock();
+        link.start_first_clock();
         let sent = link
             .post(FrontendReq::SET_OWNER, &[], &[])
             .and_then(|()| link.post(FrontendReq::GET_FEATURES, &[], &[]))
@@ -85,7 +85,7 @@ impl Handshake {
         if self.negotiated.is_some() {
             return Ok(());
         }
-        self.link.start_clock();
+        self.link.start_first_clock();
         let values = self.link.finish();
         let values = self.check(values)?;
         self.accept(&values)

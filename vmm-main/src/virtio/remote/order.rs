@@ -86,7 +86,7 @@ impl RemoteDevice {
         let first = match ordered.heard.take() {
             Some(heard) => heard,
             None => {
-                link.set_deadline(ordered.deadline);
+                link.set_deadline(ordered.deadline, DISK_ORDER_MS);
                 match link.try_finish() {
                     Ok(Some(first)) => first,
                     Ok(None) => return Ok(None),

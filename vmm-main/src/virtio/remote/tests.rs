@@ -232,7 +232,8 @@ fn silence_ends_in_an_error() {
         device,
         Err(RemoteError::Link {
             source: LinkError::Timeout {
-                request: Some(FrontendReq::GET_CONFIG)
+                request: Some(FrontendReq::GET_CONFIG),
+                ..
             },
             ..
         })
@@ -333,6 +334,7 @@ fn a_card_of_somebody_elses_daemon_has_the_front_ends_face_and_no_control_queue(
             vhost: false,
             queue_size: 128,
             limits: Default::default(),
+            stands_in: None,
         }),
         backend: ipc::control::BackendGrant::Socket {
             option: "-chardev id=c".into(),
@@ -410,6 +412,7 @@ fn many_queues_stay_within_the_window() {
         vhost: false,
         queue_size: 256,
         limits: Default::default(),
+        stands_in: None,
     });
     let (front, fake) = FakeDevice::start(Script {
         queues: 33,

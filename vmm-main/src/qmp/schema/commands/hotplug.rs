@@ -794,7 +794,7 @@ pub(super) static COMMANDS: &[Command] = &[
     .takes(&[must("id", Type::ID, "its id")]),
     main(
         "device_del",
-        "Takes a device out: a disk loses its medium, a card its link, and requests that are under way are ended first; what the guest asks for after that is not answered until a device with the same addr is added. Its back end stays, but one of a driver `-mmio` with the same id makes room when its name or its place is needed, as StratoVirt's clients expect",
+        "Takes a device out: a disk loses its medium, a card its link, and requests that are under way are ended first; what the guest asks for after that is not answered until a device with the same addr is added, but for what a card's driver says on its control queue: a process without a tap answers that. Its back end stays, but one of a driver `-mmio` with the same id makes room when its name or its place is needed, as StratoVirt's clients expect",
         |ticket, mut arguments| {
             VmCommand::DeviceDel(arguments.required_text("id"), nothing(ticket))
         },
