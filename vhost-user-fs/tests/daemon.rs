@@ -10,8 +10,10 @@ use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ipc::limits::FS_POLL_US;
 use libc::O_RDWR;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
@@ -57,6 +59,61 @@ fn movers(pid: u32) -> Vec<u32> {
         })
         .map(|task| task.file_name().into_string().unwrap().parse().unwrap())
         .collect()
+}
+
+/// Nanoseconds of processor time that a thread has had.
+fn time_on_processor(tid: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{tid}/schedstat")).unwrap();
+    text.split(' ').next().unwrap().parse().unwrap()
+}
+
+/// Tells threads to end when it goes.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What a request takes of it, of the hundred in the middle of some.
+fn time_per_request(client: &mut Client) -> u64 {
+    let pid = serving(client.child.id());
+    let mut each: Vec<u64> = (0..15)
+        .map(|_| {
+            let before = time_on_processor(pid);
+            (0..100).for_each(|_| client.assert_alive());
+            (time_on_processor(pid) - before) / 100
+        })
+        .collect();
+    each.sort_unstable();
+    each[each.len() / 2]
+}
+
+#[test]
+fn on_busy_processors_no_request_is_looked_for_that_cannot_come_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let done = AtomicBool::new(false);
+    let most = std::thread::scope(|scope| {
+        let _end = End(&done);
+        // More than two for each processor: who is woken waits for somebody's turn to end, or for the sleep of who woke it.
+        for _ in 0..=2 * std::thread::available_parallelism().unwrap().get() {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        // Each has to find out anew.
+        let each = (0..6).map(|_| {
+            let mut client = Client::start(dir.path(), &[]);
+            let time = time_per_request(&mut client);
+            assert!(client.finish().success());
+            time
+        });
+        each.max().unwrap()
+    });
+    assert!(most < u64::from(FS_POLL_US) * 1000, "{most} ns");
 }
 
 #[test]

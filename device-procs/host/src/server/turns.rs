@@ -100,7 +100,7 @@ impl<D: Device> Server<D> {
                 break (found, time);
             }
         };
-        self.patience.looked(time, limit);
+        self.patience.looked(time, found, limit);
         found
     }
 
