@@ -210,6 +210,11 @@ pub const MAX_PROC_FILE: u64 = 1 << 20;
 
 /// Inodes that one guest may know of a shared folder: 80 MiB of tables, and 64 MiB of names.
 pub const MAX_FS_INODES: usize = 1 << 21;
+/// Names of one file of a shared folder that are remembered besides the one by which it was last looked up, and of all files together: some
+/// 24 MiB, which is besides the tables.
+pub const MAX_FS_NAMES_OF_ONE: usize = 8;
+/// See [`MAX_FS_NAMES_OF_ONE`].
+pub const MAX_FS_OTHER_NAMES: usize = 1 << 20;
 /// Bytes of all tables of a shared folder, as a file; what no entry has needed takes no memory.
 pub const MAX_FS_TABLES: u64 = 256 << 20;
 /// Descriptors of inodes, open files and locks together that one guest may have of a shared folder. The limit of open

@@ -347,6 +347,50 @@ impl Tracee {
         self.call_with(number, arguments, place, &mut bytes)
     }
 
+    /// Lets it go on until it has made a system call of this number: the result of that, or a negative error number. It is stopped before
+    /// it knows.
+    ///
+    /// # Errors
+    /// When it has ended before.
+    pub fn run_through(&mut self, number: libc::c_long) -> io::Result<i64> {
+        loop {
+            request(libc::PTRACE_SYSCALL, self.tid, 0, 0)?;
+            let (_, status) = wait(self.tid)?;
+            if !libc::WIFSTOPPED(status) {
+                return Err(io::Error::other(format!(
+                    "thread {} has ended before call {number}",
+                    self.tid
+                )));
+            }
+            match (libc::WSTOPSIG(status), status >> 16) {
+                (libc::SIGTRAP, 0) => {
+                    let registers = self.registers()?;
+                    let result = registers.rax.cast_signed();
+                    // Which is what the kernel has there on the way in.
+                    let before = result == -i64::from(libc::ENOSYS);
+                    if registers.orig_rax == number as u64 && !before {
+                        return Ok(result);
+                    }
+                }
+                (_, event) if event != 0 => {}
+                (other, _) => self.held.push(other),
+            }
+        }
+    }
+
+    /// Kills it where it is.
+    ///
+    /// # Errors
+    /// When it is gone already.
+    pub fn kill(mut self) -> io::Result<()> {
+        signal(self.tid, libc::SIGKILL);
+        self.held.clear();
+        self.ours = false;
+        // Its parent is told when its tracer knows.
+        while !libc::WIFSIGNALED(wait(self.tid)?.1) {}
+        Ok(())
+    }
+
     /// Its seccomp filters, the oldest first, each as the kernel was given it.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 
 mod raw;
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use libc::{ESTALE, O_RDONLY};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use raw::{Body, Client, Reply, u32_at, u64_at};
+use tests::trace::Tracee;
 
 /// The process inside of the jail.
 fn serving(client: &Client) -> Pid {
@@ -166,6 +168,124 @@ fn what_the_host_renamed_in_its_folder_is_found_and_what_it_took_away_is_stale()
     assert!(crowd.client.finish().success());
 }
 
+fn unlink(client: &mut Client, folder: u64, name: &str) {
+    let body = Body::new().name(name);
+    client.call(opcode::UNLINK, folder, body).unwrap();
+}
+
+#[test]
+fn a_file_with_several_names_is_found_by_any_that_is_left() {
+    const FILES: usize = 300;
+    let folders = ["first", "second", "third"];
+    let mut crowd = Crowd::new(|dir| {
+        for folder in folders {
+            fs::create_dir(dir.join(folder)).unwrap();
+        }
+        for n in 0..FILES {
+            let name = dir.join(format!("first/{n}"));
+            fs::write(&name, n.to_string()).unwrap();
+            fs::hard_link(&name, dir.join(format!("second/{n}"))).unwrap();
+        }
+    });
+    let client = &mut crowd.client;
+    let [first, second, third] = folders.map(|name| client.lookup(1, name).unwrap());
+    let mut nodes = Vec::new();
+    for n in 0..FILES {
+        let name = n.to_string();
+        let node = client.lookup(first, &name).unwrap();
+        assert_eq!(client.lookup(second, &name), Ok(node));
+        // The guest gives it one more, and never looks for one again: it keeps what it knows (`--cache always`).
+        let linked = client.call(opcode::LINK, third, Body::new().u64(node).name(&name));
+        assert_eq!(u64_at(&linked.unwrap(), 0), node);
+        nodes.push(node);
+    }
+    let all_are_there = |client: &mut Client, links: u32| {
+        for (n, node) in nodes.iter().enumerate() {
+            let attr = attributes(client, *node).unwrap_or_else(|e| panic!("{n}: {e}"));
+            assert_eq!(u32_at(&attr, 80), links, "{n}");
+            let fh = client.open(*node, O_RDONLY).unwrap();
+            let data = client.read(*node, fh, 0, 100).unwrap();
+            assert_eq!(data, n.to_string().as_bytes());
+            client.release(*node, fh).unwrap();
+        }
+    };
+    // The one that it saw last goes, by its own hand, and then one by the host's while there is no descriptor of most.
+    for n in 0..FILES {
+        unlink(client, third, &n.to_string());
+    }
+    all_are_there(client, 2);
+    let all: HashSet<usize> = (0..FILES).collect();
+    let open: HashSet<usize> = open_numbers(client).collect();
+    assert!(open.len() < FILES / 2 + 100, "{}", open.len());
+    for n in all.difference(&open) {
+        fs::remove_file(crowd.dir.path().join(format!("second/{n}"))).unwrap();
+    }
+    let client = &mut crowd.client;
+    for n in &open {
+        unlink(client, second, &n.to_string());
+    }
+    all_are_there(client, 1);
+    crowd.client.assert_alive();
+    assert!(crowd.client.finish().success());
+}
+
+/// The files with a number as a name that the process inside has descriptors of.
+fn open_numbers(client: &Client) -> impl Iterator<Item = usize> {
+    let all = fs::read_dir(format!("/proc/{}/fd", serving(client))).unwrap();
+    all.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok())
+        .filter_map(|target| target.file_name()?.to_str()?.parse().ok())
+}
+
+#[test]
+fn as_many_folders_as_that_may_each_have_been_renamed_and_no_more() {
+    // `LEVELS` of `passthrough/moved.rs`: the file and the folders above it.
+    const LEVELS: usize = 16;
+    for folders in [LEVELS - 1, LEVELS] {
+        let name = |level: usize| format!("level-{level}");
+        let mut path = PathBuf::new();
+        let mut crowd = Crowd::new(|dir| {
+            for n in 0..300 {
+                fs::create_dir(dir.join(format!("folder-{n}"))).unwrap();
+            }
+            path.extend((0..folders).map(name));
+            fs::create_dir_all(dir.join(&path)).unwrap();
+            fs::write(dir.join(&path).join("file"), "found").unwrap();
+        });
+        let mut above = vec![1];
+        for level in 0..folders {
+            let parent = above[level];
+            above.push(crowd.client.lookup(parent, &name(level)).unwrap());
+        }
+        let file = crowd.client.lookup(above[folders], "file").unwrap();
+        // Folders give theirs up when there is nothing else.
+        let folder = |n| crowd.client.lookup(1, &format!("folder-{n}")).unwrap();
+        crowd.others = (0..300).map(folder).collect();
+        for name in (0..folders).map(name).chain(["file".to_owned()]) {
+            crowd.without_descriptor(&name, 0);
+        }
+
+        let renamed = |path: &Path| path.with_file_name("renamed");
+        let path = crowd.dir.path().join(path);
+        fs::rename(path.join("file"), path.join("renamed")).unwrap();
+        for folder in path.ancestors().take(folders) {
+            fs::rename(folder, renamed(folder)).unwrap();
+        }
+        let client = &mut crowd.client;
+        let found = ino(client, file);
+        assert_eq!(found.is_ok(), folders < LEVELS, "{found:?}");
+        // Whoever goes there finds it in any case.
+        for level in 0..folders {
+            let parent = above[level];
+            assert_eq!(client.lookup(parent, "renamed"), Ok(above[level + 1]));
+        }
+        assert_eq!(client.lookup(above[folders], "renamed"), Ok(file));
+        let fh = client.open(file, O_RDONLY).unwrap();
+        assert_eq!(client.read(file, fh, 0, 100).unwrap(), b"found");
+        crowd.client.assert_alive();
+        assert!(crowd.client.finish().success());
+    }
+}
+
 /// How many; `cargo xtask test vhost-user-fs many_more --operations 1000000` for more.
 fn many() -> usize {
     std::env::var("HOSTILE_OPERATIONS").map_or(5_000, |count| count.parse().unwrap())
@@ -242,6 +362,48 @@ fn a_guest_may_rename_more_files_than_there_are_descriptors() {
         let node = crowd.others[n];
         assert_eq!(ino(client, node), Ok(there), "{n}");
         let fh = client.open(node, O_RDONLY).unwrap();
+        client.release(node, fh).unwrap();
+    }
+    crowd.client.assert_alive();
+    assert!(crowd.client.finish().success());
+}
+
+#[test]
+fn an_exchange_that_was_done_when_its_process_died_is_known_and_not_done_again() {
+    let mut crowd = Crowd::new(|dir| {
+        for name in ["here", "there"] {
+            fs::create_dir(dir.join(name)).unwrap();
+        }
+        fs::write(dir.join("here/one"), "first").unwrap();
+        fs::write(dir.join("there/two"), "second").unwrap();
+    });
+    let client = &mut crowd.client;
+    let [here, there] = ["here", "there"].map(|name| client.lookup(1, name).unwrap());
+    let [one, two] =
+        [(here, "one"), (there, "two")].map(|(parent, name)| client.lookup(parent, name).unwrap());
+    for name in ["one", "two"] {
+        crowd.without_descriptor(name, 0);
+    }
+
+    let client = &mut crowd.client;
+    let mut stopped = Tracee::stop_behind_filter(serving(client).as_raw()).unwrap();
+    let body = Body::new().u64(there).u32(libc::RENAME_EXCHANGE).u32(0);
+    let (unique, head) = client.begin(opcode::RENAME2, here, body.name("one").name("two"));
+    assert_eq!(stopped.run_through(libc::SYS_renameat2).unwrap(), 0);
+    stopped.kill().unwrap();
+    assert_eq!(client.answered().0, head);
+    client.outcome(unique).unwrap();
+
+    let read = |name: &str| fs::read_to_string(crowd.dir.path().join(name)).unwrap();
+    assert_eq!([read("here/one"), read("there/two")], ["second", "first"]);
+    // Each is known where it is now, and gives its descriptor up like any other.
+    for name in ["one", "two"] {
+        crowd.without_descriptor(name, 0);
+    }
+    let client = &mut crowd.client;
+    for (node, data) in [(one, b"first".as_slice()), (two, b"second")] {
+        let fh = client.open(node, O_RDONLY).unwrap();
+        assert_eq!(client.read(node, fh, 0, 100).unwrap(), data);
         client.release(node, fh).unwrap();
     }
     crowd.client.assert_alive();

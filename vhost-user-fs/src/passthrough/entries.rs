@@ -308,19 +308,22 @@ impl Passthrough {
         let source = self.inodes.folder(from.0)?.fd();
         let target = self.inodes.folder(to.0)?.fd();
         let again = self.journal.again();
+        let mut done = false;
         if flags & (libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT) != 0 {
             // Afterwards both names exist as before; only what is behind them tells whether it was done.
             let now = sys::stat_at(source, from.1)?.stx_ino;
-            match again {
-                Some(again) if again.before != 0 && again.before != now => return Ok(()),
-                _ => self.journal.note_before(now),
+            done = again.is_some_and(|again| again.before != 0 && again.before != now);
+            if !done {
+                self.journal.note_before(now);
             }
         }
-        match sys::rename((source, from.1), (target, to.1), flags) {
-            // It was moved, and then the process that moved it died.
-            Err(Errno::ENOENT) if again.is_some() => sys::stat_at(target, to.1).map(drop),
-            other => other,
-        }?;
+        if !done {
+            match sys::rename((source, from.1), (target, to.1), flags) {
+                // It was moved, and then the process that moved it died.
+                Err(Errno::ENOENT) if again.is_some() => sys::stat_at(target, to.1).map(drop),
+                other => other,
+            }?;
+        }
         self.is_now_at(to);
         if flags & libc::RENAME_EXCHANGE != 0 {
             self.is_now_at(from);

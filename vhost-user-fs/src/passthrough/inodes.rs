@@ -7,13 +7,16 @@
 //! **Why this way.** A descriptor pins its inode and its mount, so while an entry has one no other file can have its identity,
 //! and a rename by anyone moves nothing under our feet. When there are no more descriptors, the entry that has had its for the
 //! longest gives it up, if its file is still where it was last looked up; with the next request for it the file is opened anew from
-//! there, and must be the same one by identity and time of birth. What someone else has moved meanwhile is the caller's to look for. An
-//! entry has 40 bytes and its name in the [`Store`], and 4 to 9 bytes in the index that finds it again: a guest's cache decides how
-//! many there are.
+//! there, and must be the same one by identity and time of birth. What someone else has moved meanwhile is the caller's to look for.
+//! A file with several names may lose the last one that was looked up while the guest goes on to use it by another, which it need not look
+//! up again; so the others are remembered as well, by this process only. An entry has 40 bytes and its name in the [`Store`], and 4 to 9
+//! bytes in the index that finds it again: a guest's cache decides how many there are.
 
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use ipc::limits::{MAX_FS_NAMES_OF_ONE, MAX_FS_OTHER_NAMES};
 use nix::errno::Errno;
 
 use super::journal::{Change, Journal};
@@ -143,6 +146,9 @@ pub(crate) struct Inodes {
     count: usize,
     open: usize,
     names: Names,
+    /// Entries and places of names that they had when they were last looked up by them, which was before they were by those they have in
+    /// their entries.
+    others: BTreeSet<(u32, u64)>,
     /// The entry that gave its descriptor up last.
     hand: u32,
     /// There was no other that could, and nothing has changed since.
@@ -188,6 +194,7 @@ impl Inodes {
             count: 0,
             open: 0,
             names: Names::new(store),
+            others: BTreeSet::new(),
             hand: 0,
             barren: false,
             needed: [0; 2],
@@ -461,7 +468,7 @@ impl Inodes {
     /// Where a file is now, if it is known: a folder that is known, and a name.
     pub(crate) fn seen_at(&mut self, stat: &libc::statx, at: (u64, Name<'_>)) {
         if let Some(entry) = self.search(stat) {
-            self.found_at(entry, Some(at));
+            self.found_at(entry, stat, Some(at));
         }
     }
 
@@ -494,27 +501,98 @@ impl Inodes {
         // One that is doomed by this very request lives again.
         let more = lookups(before).saturating_add(1);
         self.set(entry, COUNT, counted(generation(before), more));
-        self.found_at(entry, at);
+        self.found_at(entry, stat, at);
         Some(id(entry, generation(before)))
     }
 
     /// Remembers where a file was found, for when it is to be opened again.
-    fn found_at(&mut self, entry: u32, at: Option<(u64, Name<'_>)>) {
+    fn found_at(&mut self, entry: u32, stat: &libc::statx, at: Option<(u64, Name<'_>)>) {
         let Some((parent, name)) = at.and_then(|(node, name)| Some((self.number(node)?, name)))
         else {
             return;
         };
         let before = self.word(entry, WHERE);
-        if before as u32 == parent && self.names.is(before, name) {
+        if self.is_place(before, (parent, name)) {
             return;
         }
         self.set(entry, WHERE, 0);
-        self.names.remove(before);
+        let is_folder = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFDIR;
+        if stat.stx_nlink > 1 && !is_folder {
+            self.remember_other(entry, before, (parent, name));
+        } else {
+            self.names.remove(before);
+            self.forget_others(entry);
+        }
+        let mut place = self.names.insert(name);
+        if place.is_none() && !self.others.is_empty() {
+            for (_, other) in std::mem::take(&mut self.others) {
+                self.names.remove(other);
+            }
+            place = self.names.insert(name);
+        }
         // Without room for its name it keeps its descriptor.
-        if let Some(place) = self.names.insert(name) {
+        if let Some(place) = place {
             self.set(entry, WHERE, place | u64::from(parent));
             self.barren = false;
         }
+    }
+
+    fn is_place(&self, place: u64, (parent, name): (u32, Name<'_>)) -> bool {
+        place as u32 == parent && self.names.is(place, name)
+    }
+
+    /// Places of other names of an entry.
+    fn others(&self, entry: u32) -> Vec<u64> {
+        let all = self.others.range((entry, 0)..=(entry, u64::MAX));
+        all.map(|(_, place)| *place).collect()
+    }
+
+    fn forget_other(&mut self, entry: u32, place: u64) {
+        if self.others.remove(&(entry, place)) {
+            self.names.remove(place);
+        }
+    }
+
+    fn forget_others(&mut self, entry: u32) {
+        for place in self.others(entry) {
+            self.forget_other(entry, place);
+        }
+    }
+
+    /// A file with several names was last looked up at the place `before`, and is now `at` another one.
+    fn remember_other(&mut self, entry: u32, before: u64, at: (u32, Name<'_>)) {
+        if before != 0 {
+            self.others.insert((entry, before));
+        }
+        let mut others = self.others(entry);
+        if let Some(same) = others.iter().position(|place| self.is_place(*place, at)) {
+            self.forget_other(entry, others.swap_remove(same));
+        }
+        let full = others.len() > MAX_FS_NAMES_OF_ONE || self.others.len() > MAX_FS_OTHER_NAMES;
+        if full {
+            for place in &others {
+                if !self.is_at(entry, *place) {
+                    self.forget_other(entry, *place);
+                }
+            }
+        }
+        let still = self.others(entry).len() > MAX_FS_NAMES_OF_ONE;
+        if still || self.others.len() > MAX_FS_OTHER_NAMES {
+            self.forget_other(entry, before);
+        }
+    }
+
+    /// An entry's file is not where it was last looked up. Whether it is at another place that is known, which is the one to look at now.
+    fn is_elsewhere(&mut self, entry: u32) -> bool {
+        let places = self.others(entry);
+        let Some(place) = places.into_iter().find(|place| self.is_at(entry, *place)) else {
+            return false;
+        };
+        let before = self.word(entry, WHERE);
+        self.others.remove(&(entry, place));
+        self.set(entry, WHERE, place);
+        self.names.remove(before);
+        true
     }
 
     /// The request at hand is about the inodes `ids`, which keep their descriptors until the next one.
@@ -538,12 +616,11 @@ impl Inodes {
         self.is_closed(id).then_some(id)
     }
 
-    /// The folder in which an entry's file was last looked up, and its name there.
-    fn folder_of(&self, entry: u32) -> Result<(Folder<'_>, [u8; 256]), Errno> {
+    /// The folder of a place of an entry's file, and the name there.
+    fn folder_of(&self, entry: u32, mut place: u64) -> Result<(Folder<'_>, [u8; 256]), Errno> {
         let mut chain = Vec::new();
         let mut at = entry;
         let mut folder = loop {
-            let place = self.word(at, WHERE);
             let name = self.names.get(place).ok_or(Errno::ESTALE)?;
             let parent = place as u32;
             chain.push((at, name));
@@ -554,6 +631,7 @@ impl Inodes {
                 return Err(Errno::ESTALE);
             }
             at = parent;
+            place = self.word(at, WHERE);
         };
         while let Some((at, name)) = chain.pop() {
             if chain.is_empty() {
@@ -590,13 +668,19 @@ impl Inodes {
     /// `ESTALE` if the file is not where it was last looked up.
     pub(crate) fn reopen(&mut self, id: u64) -> Result<(), Errno> {
         let entry = self.number(id).ok_or(Errno::ESTALE)?;
-        let (folder, name) = self.folder_of(entry)?;
-        let fd = self.open_at(entry, &folder, &name)?;
-        drop(folder);
+        let fd = match self.open_where_it_was(entry) {
+            Err(Errno::ESTALE) if self.is_elsewhere(entry) => self.open_where_it_was(entry)?,
+            other => other?,
+        };
         self.set(entry, WHAT, give(fd) << 32 | self.word(entry, WHAT) & FD);
         self.open += 1;
         self.barren = false;
         Ok(())
+    }
+
+    fn open_where_it_was(&self, entry: u32) -> Result<OwnedFd, Errno> {
+        let (folder, name) = self.folder_of(entry, self.word(entry, WHERE))?;
+        self.open_at(entry, &folder, &name)
     }
 
     /// Closes the descriptor of an inode that can be opened again; `false` if there is none. Folders keep theirs longer, since
@@ -619,24 +703,30 @@ impl Inodes {
                 {
                     continue;
                 }
-                if self.is_where_it_was(entry) {
+                if self.is_at(entry, self.word(entry, WHERE)) || self.is_elsewhere(entry) {
                     self.set(entry, WHAT, what & FD);
                     drop(take(what >> 32));
                     self.open -= 1;
                     return true;
                 }
                 // It was moved or removed; until it is found again it keeps its descriptor.
-                let place = self.word(entry, WHERE);
-                self.set(entry, WHERE, 0);
-                self.names.remove(place);
+                self.forget_places(entry);
             }
         }
         self.barren = true;
         false
     }
 
-    fn is_where_it_was(&self, entry: u32) -> bool {
-        let Ok((folder, name)) = self.folder_of(entry) else {
+    fn forget_places(&mut self, entry: u32) {
+        let place = self.word(entry, WHERE);
+        self.set(entry, WHERE, 0);
+        self.names.remove(place);
+        self.forget_others(entry);
+    }
+
+    /// Whether an entry's file is at this place.
+    fn is_at(&self, entry: u32, place: u64) -> bool {
+        let Ok((folder, name)) = self.folder_of(entry, place) else {
             return false;
         };
         Names::checked(&name)
@@ -684,7 +774,7 @@ impl Inodes {
         self.count += 1;
         self.open += usize::from(is_open);
         self.barren = false;
-        self.found_at(entry, at);
+        self.found_at(entry, stat, at);
         self.index_insert(self.index.hash(identity.ino), entry);
         Ok(id(entry, generation(before)))
     }
@@ -722,9 +812,7 @@ impl Inodes {
 
     /// Makes an entry free.
     fn close(&mut self, entry: u32) {
-        let place = self.word(entry, WHERE);
-        self.set(entry, WHERE, 0);
-        self.names.remove(place);
+        self.forget_places(entry);
         self.open -= usize::from(self.word(entry, WHAT) >> 32 != 0);
         self.barren = false;
         self.empty_entry(entry);
@@ -748,6 +836,7 @@ impl Inodes {
         }
         self.doomed.clear();
         self.names = Names::new(self.store);
+        self.others.clear();
         self.index = Index::new();
         self.count = 1;
         self.index_insert(self.index.hash(self.word(0, INO)), 0);
@@ -1077,6 +1166,41 @@ mod tests {
         std::fs::rename(&file, &kept).unwrap();
         std::os::unix::fs::symlink(&kept, &file).unwrap();
         assert_eq!(table.inodes.reopen(id), Err(Errno::ESTALE));
+    }
+
+    #[test]
+    fn some_names_of_a_file_are_remembered_and_those_that_are_left_before_others() {
+        let mut table = table();
+        let (id, other) = (table.add("a"), table.add("b"));
+        table.inodes.need([other, 0]);
+        let path = table.dir.path().to_owned();
+        let names = (0..2 * MAX_FS_NAMES_OF_ONE).map(|n| format!("name-{n}"));
+        for name in names.clone() {
+            std::fs::hard_link(path.join("a"), path.join(&name)).unwrap();
+            assert_eq!(table.find(&name), Some(id));
+            assert_eq!(table.find(&name), Some(id), "once more is no more");
+        }
+        assert_eq!(table.inodes.others.len(), MAX_FS_NAMES_OF_ONE);
+        // All but the first are gone, and another one comes, and goes.
+        for name in names {
+            std::fs::remove_file(path.join(&name)).unwrap();
+        }
+        std::fs::hard_link(path.join("a"), path.join("again")).unwrap();
+        for name in ["a", "again", "a", "again"] {
+            assert_eq!(table.find(name), Some(id));
+        }
+        assert!(table.inodes.evict() && table.inodes.is_closed(id));
+        std::fs::remove_file(path.join("again")).unwrap();
+        table.inodes.reopen(id).unwrap();
+        assert!(table.inodes.evict() && table.inodes.is_closed(id));
+
+        // With one name, or forgotten, it has no others.
+        assert_eq!(table.find("a"), Some(id));
+        std::fs::hard_link(path.join("a"), path.join("last")).unwrap();
+        assert_eq!(table.find("last"), Some(id));
+        assert!(!table.inodes.others.is_empty());
+        assert!(table.forget(id, u64::MAX));
+        assert!(table.inodes.others.is_empty());
     }
 
     #[test]
