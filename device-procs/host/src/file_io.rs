@@ -61,7 +61,7 @@ pub struct FileIo<T> {
     queued: usize,
     /// Bytes that operations in flight move.
     bytes: usize,
-    /// So many are told the kernel at once, at most.
+    /// So many are told the kernel without being asked to, if it has no more than those.
     batch: usize,
 }
 
@@ -159,8 +159,9 @@ impl<T> FileIo<T> {
         })
     }
 
-    /// Tells the kernel as soon as `most` operations wait for that, not only when it is [asked to](Self::submit): a disk begins with
-    /// the first of many while the last are still being read from the rings.
+    /// Tells the kernel as soon as `most` operations wait for that, and as many as it has already, not only when it is
+    /// [asked to](Self::submit): a disk begins with the first of many while the last are still being read from the rings, and
+    /// one that has enough to do is not told of every few.
     #[must_use]
     pub fn in_batches_of(mut self, most: usize) -> Self {
         self.batch = most.max(1);
@@ -261,6 +262,13 @@ impl<T> FileIo<T> {
     fn must_enter(&mut self) -> bool {
         let submission = self.ring.0.submission();
         submission.taskrun() || submission.cq_overflow()
+    }
+
+    /// Enough wait for the kernel to be told of them at once: a batch, or as many as it has, if those are more.
+    fn is_batch(&mut self) -> bool {
+        let posted = self.ring.0.completion().len();
+        let there = self.in_flight().saturating_sub(self.queued + posted);
+        self.queued >= self.batch.max(there)
     }
 
     fn enter(&mut self, want: u32) -> Result<(), Errno> {
@@ -377,7 +385,7 @@ impl<T> Room<'_, T> {
         }
         self.io.push(index);
         // What cannot be taken now stays queued, and is an error when it is submitted at the end of the turn.
-        if self.io.queued >= self.io.batch
+        if self.io.is_batch()
             && let Err(errno) = self.io.enter(0)
         {
             ipc::guest_warn!("io_uring_enter: {errno}");
@@ -491,6 +499,32 @@ mod tests {
         let mut done: Vec<_> = (0..4).map(|_| next(&mut io)).collect();
         done.sort_unstable_by_key(|(name, _)| *name);
         assert_eq!(done, ["a", "b", "c", "d"].map(|name| (name, Ok(()))));
+    }
+
+    #[test]
+    fn what_has_enough_to_do_is_told_of_more_at_once() {
+        use crate::memory::{GuestRam, Region, SegmentList};
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let ram = std::fs::File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        ram.set_len(4096).unwrap();
+        let ram = Region::new(0, 4096, 0, &ram, 0).unwrap();
+        let ram = std::rc::Rc::new(GuestRam::new(vec![ram]).unwrap());
+        let mut byte = SegmentList::default();
+        ram.resolve(vm_memory::GuestAddress(0), 1, &mut byte)
+            .unwrap();
+        // Reads that the kernel has until somebody writes.
+        let (out, pipe) = nix::unistd::pipe().unwrap();
+        let mut io = FileIo::new(out.as_fd(), 16, Access::Read)
+            .unwrap()
+            .in_batches_of(2);
+        for (nth, queued) in [1, 0, 1, 0, 1, 2, 3, 0].into_iter().enumerate() {
+            io.room().unwrap().read(&byte.buffers(&ram), 0, nth);
+            assert_eq!(io.queued, queued, "{nth}");
+        }
+        nix::unistd::write(&pipe, &[7; 8]).unwrap();
+        let mut done: Vec<_> = (0..8).map(|_| next(&mut io)).collect();
+        done.sort_unstable_by_key(|(nth, _)| *nth);
+        assert!(done.into_iter().eq((0..8).map(|nth| (nth, Ok(())))));
     }
 
     #[test]
