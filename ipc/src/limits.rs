@@ -224,6 +224,9 @@ pub const MAX_FS_HELD: usize = 1 << 22;
 pub const MAX_POLL_US: u32 = 200;
 /// `poll-us` when it is not given: about what a sleep and the wake-up from it cost both sides.
 pub const DEFAULT_POLL_US: u32 = 20;
+/// The same for a network card: the next packet is an answer to the last one, from a process that is woken for it, in the guest or on
+/// the host.
+pub const NET_POLL_US: u32 = 50;
 /// The same for a shared folder, whose requests come one after the other from a process of the guest that each of them wakes:
 /// about what an interrupt into the guest and the way back cost.
 pub const FS_POLL_US: u32 = 50;

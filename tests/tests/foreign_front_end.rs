@@ -151,6 +151,7 @@ fn qemu_drives_block_and_net() {
             vhost: false,
             limits: Default::default(),
             stands_in: None,
+            poll_us: 0,
         }),
         vec![tap.queue().unwrap()],
         accept(&listeners[1]),

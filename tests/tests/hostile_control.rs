@@ -493,6 +493,7 @@ fn a_card_gets_another_tap_only_as_one_may_be_added() {
         vhost: false,
         limits: NetLimits::default(),
         stands_in: None,
+        poll_us: 0,
     });
     let tap = |ifname: &str, queues| Addition::Tap {
         ifname: ifname.into(),

@@ -124,6 +124,7 @@ impl Place {
                     vhost: false,
                     limits: Default::default(),
                     stands_in: None,
+                    poll_us: 0,
                 });
                 device("net", spec, vec![tap.queue().unwrap()])
             }

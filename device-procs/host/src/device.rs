@@ -193,6 +193,12 @@ pub trait Device {
         Duration::ZERO
     }
 
+    /// Whether what shows at a back end only is work to look for as well, which takes a system call now and then: packets, which come
+    /// without a request. Always the same answer.
+    fn looks_at_backends(&self) -> bool {
+        false
+    }
+
     /// While the process looks for more work: whether [`after_turns`](Self::after_turns) has something to complete.
     fn has_finished(&mut self) -> bool {
         false

@@ -10,12 +10,12 @@
 //! a driver waits with a processor of the guest, and else for ever.
 
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use device_host::{
     BackendFds, Device, DeviceFault, HostFault, Interest, KernelQueue, Ring, VhostNet,
 };
-use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_QUEUE_SIZE};
+use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_POLL_US, MAX_QUEUE_SIZE};
 use ipc::spec::DeviceSpec;
 use ipc::spec::net::NetLimits;
 use ipc::start::StartMessage;
@@ -72,6 +72,8 @@ pub struct Net {
     early: bool,
     rx_limit: Limiter,
     tx_limit: Limiter,
+    /// How long to look for more packets before sleeping.
+    poll: Duration,
     /// For packets in too many pieces.
     copy: Vec<u8>,
 }
@@ -98,6 +100,13 @@ impl Net {
                 property: "queue-size",
                 value: u64::from(size),
                 allowed: "a power of two from 4 to 4096",
+            });
+        }
+        if spec.poll_us > MAX_POLL_US || spec.vhost && spec.poll_us > 0 {
+            return Err(BuildError::Property {
+                property: "poll-us",
+                value: u64::from(spec.poll_us),
+                allowed: "0 to 200, with vhost=on 0",
             });
         }
         let wanted = match spec.stands_in {
@@ -164,6 +173,7 @@ impl Net {
             early: start.instead,
             rx_limit: Limiter::new(spec.limits.rx, now),
             tx_limit: Limiter::new(spec.limits.tx, now),
+            poll: Duration::from_micros(u64::from(spec.poll_us)),
             copy: Vec::new(),
             pairs: list,
         })
@@ -491,6 +501,14 @@ impl Device for Net {
             self.receive(index, ring)?;
         }
         Ok(())
+    }
+
+    fn poll_limit(&self) -> Duration {
+        self.poll
+    }
+
+    fn looks_at_backends(&self) -> bool {
+        true
     }
 
     fn wake_at(&self) -> Option<Instant> {

@@ -12,6 +12,7 @@ use device_host::test_frontend::tap::Tap;
 use device_host::test_frontend::{
     Buffer, DeviceProcess, DriverQueue, EVENT_IDX, TestFrontend, wait_readable,
 };
+use ipc::limits::NET_POLL_US;
 use ipc::spec::DeviceSpec;
 use ipc::spec::net::{Bucket, Limit, NetLimits, NetSpec};
 use vhost::vhost_user::VhostUserFrontend;
@@ -66,6 +67,7 @@ fn spec(pairs: u16, limits: NetLimits) -> DeviceSpec {
         vhost: false,
         limits,
         stands_in: None,
+        poll_us: NET_POLL_US,
     })
 }
 
@@ -354,17 +356,14 @@ fn a_large_frame_at_the_end_of_a_turn_is_not_forgotten() {
     // The first answer may come before the turn that is due, the second cannot.
     card.front.config(0, 6);
     card.front.config(0, 6);
-    // A driver rings only when it is asked to, which it must have been.
+    // A driver rings only when it is asked to, which it must have been unless the card is awake and looks.
     let q = &mut card.queues[0];
+    q.set_used_event(&card.front.memory, 12);
     let head = q.chain(&card.front.memory, &[Buffer::writable(RX + 16 * 300, 300)]);
     q.offer(&card.front.memory, head);
-    assert_eq!(
-        q.avail_event(&card.front.memory),
-        16,
-        "the next buffer is asked for"
-    );
-    q.set_used_event(&card.front.memory, 12);
-    q.kick();
+    if q.avail_event(&card.front.memory) == 16 {
+        q.kick();
+    }
     let lengths: Vec<u32> = (0..5)
         .map(|_| card.queues[0].wait_used(&card.front.memory).1)
         .collect();

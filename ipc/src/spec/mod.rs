@@ -87,6 +87,13 @@ impl DeviceSpec {
                 size(4, limits::MAX_DISK_QUEUE_SIZE)
             }
             Self::Net(spec) => {
+                if spec.poll_us > limits::MAX_POLL_US {
+                    return Err(format!(
+                        "poll-us {} is out of range; allowed: 0 to {}",
+                        spec.poll_us,
+                        limits::MAX_POLL_US
+                    ));
+                }
                 within("queues", spec.queue_pairs, 1, limits::MAX_NET_QUEUE_PAIRS)?;
                 size(256, limits::MAX_QUEUE_SIZE)
             }

@@ -26,6 +26,8 @@ pub struct NetSpec {
     /// The card was taken out, and its guest's driver still has it: this process answers what the driver says on the control queue, and
     /// does nothing else. The features that the card offered; no descriptors follow.
     pub stands_in: Option<u64>,
+    /// Microseconds of looking for more packets before sleeping; 0 with `vhost`, where this process passes none.
+    pub poll_us: u32,
 }
 
 /// Limits of a card, all its queues together.

@@ -331,6 +331,8 @@ pub struct NetdevSpec {
     pub vhost_fds: Vec<i32>,
     /// `throttling.…=`
     pub limits: super::net::NetLimits,
+    /// `poll-us=`; 0 with `vhost` and with a daemon.
+    pub poll_us: u32,
 }
 
 /// Where a card's packets go.

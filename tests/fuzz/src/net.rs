@@ -43,6 +43,7 @@ fn card() -> Card {
         vhost: false,
         limits: Default::default(),
         stands_in: None,
+        poll_us: 0,
     }));
     let mut fds = backend_fds(fds);
     let device = Net::build(&start, &mut fds).expect("a card");

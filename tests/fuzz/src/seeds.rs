@@ -614,6 +614,7 @@ fn devices() -> [DeviceSpec; 2] {
             vhost: false,
             limits: Default::default(),
             stands_in: None,
+            poll_us: 0,
         }),
     ]
 }
@@ -629,6 +630,7 @@ fn start() -> Inputs {
         vhost: false,
         limits: Default::default(),
         stands_in: None,
+        poll_us: 0,
     });
     devices()
         .into_iter()

@@ -372,6 +372,11 @@ impl super::Draft {
             return Err(props.error("names no tap; give ifname=, fd= or fds="));
         };
         let (vhost, vhost_fds) = self.vhost(props, queues, &backend)?;
+        let poll_us = match backend {
+            NetBackend::Daemon(_) => 0,
+            _ if vhost => 0,
+            _ => props.small("poll-us").unwrap_or(limits::NET_POLL_US),
+        };
         let same_tap = |other: &&NetdevSpec| {
             matches!(
                 (&other.backend, &backend),
@@ -388,6 +393,7 @@ impl super::Draft {
             vhost,
             vhost_fds,
             limits: net_limits(props),
+            poll_us,
         });
         self.netdev_args.push(props.raw().to_owned());
         Ok(())
@@ -426,6 +432,11 @@ impl super::Draft {
             return Err(props.error(format!(
                 "{limit} contradicts vhost=on, where packets do not pass this program; allowed with it: vhost=off"
             )));
+        }
+        if props.small::<u32>("poll-us").unwrap_or(0) > 0 {
+            return Err(props.error(
+                "poll-us contradicts vhost=on, where packets do not pass this program; allowed with it: poll-us=0",
+            ));
         }
         let Some(fds) = fds else {
             return Ok((true, Vec::new()));

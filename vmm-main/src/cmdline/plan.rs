@@ -482,6 +482,7 @@ fn card(
         vhost: netdev.vhost,
         limits: netdev.limits,
         stands_in: None,
+        poll_us: netdev.poll_us,
     };
     Some((DeviceSpec::Net(process), backend))
 }

@@ -665,6 +665,12 @@ const NETDEV: &[Shape] = &[
             ),
             net_burst("throttling.tx-bytes-burst"),
             key(
+                "poll-us",
+                Kind::Int(0, limits::MAX_POLL_US as u64),
+                "50; 0 with vhost=on",
+                "microseconds that the card may look for more packets, of the guest's and of the tap's, before it sleeps, if that has paid lately; not with vhost=on",
+            ),
+            key(
                 "script",
                 Kind::Fixed(&["no"]),
                 "no",

@@ -163,6 +163,24 @@ fn katas_command_line() {
 }
 
 #[test]
+fn a_card_looks_for_packets_as_long_as_its_netdev_says() {
+    for (netdev, poll_us) in [
+        ("tap,id=a,ifname=t0", limits::NET_POLL_US),
+        ("tap,id=a,ifname=t0,poll-us=200", 200),
+        ("tap,id=a,ifname=t0,poll-us=0", 0),
+        ("tap,id=a,ifname=t0,vhost=on", 0),
+        ("tap,id=a,ifname=t0,vhost=on,poll-us=0", 0),
+    ] {
+        let line = format!("-kernel k -netdev {netdev} -device virtio-net-device,netdev=a");
+        let plan = plan(&run(&line), false);
+        assert!(
+            matches!(&plan.policy.devices[0].spec, DeviceSpec::Net(card) if card.poll_us == poll_us),
+            "{netdev}"
+        );
+    }
+}
+
+#[test]
 fn a_card_with_vhost_brings_its_descriptors_or_has_them_opened() {
     let spec = run(
         "-kernel k -netdev tap,id=a,ifname=t0,vhost=on,queues=2,vhostforce=on -device virtio-net-device,netdev=a,mq=on \

@@ -221,6 +221,8 @@ impl NewBackend {
     pub(super) fn netdev(mut arguments: Arguments, fds: usize) -> Self {
         let given = u16::try_from(fds).ok().filter(|count| *count > 0);
         let queues = given.or_else(|| small(&arguments, "queues"));
+        let vhost = arguments.flag("vhost").unwrap_or(false);
+        let daemon = arguments.at(&["chardev"]).is_some();
         Self::Netdev(NetdevSpec {
             id: arguments.required_text("id"),
             backend: match (arguments.text("chardev"), arguments.text("ifname")) {
@@ -230,7 +232,12 @@ impl NewBackend {
                 (None, None) => NetBackend::TapFds(Vec::new()),
             },
             queues: queues.unwrap_or(1),
-            vhost: arguments.flag("vhost").unwrap_or(false),
+            poll_us: if vhost || daemon {
+                0
+            } else {
+                small(&arguments, "poll-us").unwrap_or(limits::NET_POLL_US)
+            },
+            vhost,
             // The broker opens its own.
             vhost_fds: Vec::new(),
             limits: net_limits(&arguments),
@@ -606,6 +613,7 @@ impl NewDevice {
                 vhost: netdev.vhost,
                 limits: netdev.limits,
                 stands_in: None,
+                poll_us: netdev.poll_us,
             }),
             (
                 NewKind::Fs {
@@ -846,6 +854,32 @@ mod tests {
             (foreign(json!({})), foreign(json!({ "restart": true }))),
             (0, 5)
         );
+    }
+
+    #[test]
+    fn a_card_looks_for_packets_as_long_as_its_netdev_says() {
+        for (more, poll_us) in [
+            (json!({}), limits::NET_POLL_US),
+            (json!({ "poll-us": 200 }), 200),
+            (json!({ "poll-us": 0 }), 0),
+            (json!({ "vhost": true }), 0),
+        ] {
+            let mut given = json!({ "id": "n", "ifname": "tap0" });
+            if let (Some(given), Some(more)) = (given.as_object_mut(), more.as_object()) {
+                given.extend(more.clone());
+            }
+            let netdev = NewBackend::netdev(arguments("netdev_add", given).unwrap(), 0);
+            let card = json!({ "id": "c", "driver": "virtio-net-device", "netdev": "n" });
+            let card = NewDevice::read(arguments("device_add", card).unwrap()).unwrap();
+            let spec = card.spec(&netdev, 1, [2, 0, 0, 0, 0, 1]);
+            assert!(
+                matches!(&spec, Some(DeviceSpec::Net(card)) if card.poll_us == poll_us),
+                "{more}: {spec:?}"
+            );
+        }
+        let too_long = json!({ "id": "n", "ifname": "tap0", "poll-us": 201 });
+        let said = arguments("netdev_add", too_long).unwrap_err();
+        assert!(said.contains("'poll-us'") && said.contains("200"), "{said}");
     }
 
     #[test]

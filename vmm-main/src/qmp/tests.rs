@@ -796,6 +796,14 @@ fn character_devices_that_cannot_be_added_are_refused_with_the_reason() {
             "Parameter 'ifname' is unexpected: not of type vhost-user",
         ),
         (
+            "{'execute':'netdev_add','arguments':{'id':'n','type':'vhost-user','chardev':'c','poll-us':9}}".into(),
+            "Parameter 'poll-us' is unexpected: not of type vhost-user",
+        ),
+        (
+            "{'execute':'netdev_add','arguments':{'id':'n','ifname':'t','vhost':true,'poll-us':9}}".into(),
+            "Parameter 'poll-us' contradicts 'vhost', with which packets do not pass this program; allowed with it: 0",
+        ),
+        (
             "{'execute':'netdev_add','arguments':{'id':'n','ifname':'t','chardev':'c'}}".into(),
             "Parameter 'chardev' is unexpected: of type vhost-user",
         ),

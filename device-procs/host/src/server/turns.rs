@@ -14,21 +14,29 @@ use crate::fault::{DeviceFault, FaultKind, GuestFault, HostFault};
 use crate::ring::Ring;
 use crate::vhost_net::Refused;
 
-/// Looks at the rings between two looks at the clock.
+/// Looks at the rings between two looks at the clock, and at the back ends if those are looked at.
 const LOOKS: usize = 16;
+
+/// What a look for work came to.
+enum Look {
+    Vain,
+    /// Somebody's turn is due.
+    Due,
+    /// So many events wait.
+    Events(usize),
+}
 
 impl<D: Device> Server<D> {
     pub(super) fn wait(&mut self, events: &mut [EpollEvent]) -> Result<usize, HostFault> {
         if self.is_due() {
             // Whoever does not sleep is not kicked.
             self.look_at_rings();
-        } else if !self.look_for_work() {
-            for ring in &mut self.rings {
-                if let Err(kind) = ring.listen() {
-                    ring.break_with(kind);
-                }
+        } else {
+            match self.look_for_work(events)? {
+                Look::Events(count) => return Ok(count),
+                Look::Due => {}
+                Look::Vain => self.listen(),
             }
-            self.finished |= !self.is_due() && !self.device.may_sleep();
         }
         let now = self.is_due() || self.finished;
         let timeout = if now {
@@ -58,6 +66,16 @@ impl<D: Device> Server<D> {
         }
     }
 
+    /// The process is about to sleep: from here on whoever has work says so.
+    fn listen(&mut self) {
+        for ring in &mut self.rings {
+            if let Err(kind) = ring.listen() {
+                ring.break_with(kind);
+            }
+        }
+        self.finished |= !self.is_due() && !self.device.may_sleep();
+    }
+
     fn is_due(&self) -> bool {
         self.device.is_due() || self.rings.iter().any(|ring| ring.due)
     }
@@ -74,20 +92,22 @@ impl<D: Device> Server<D> {
         found
     }
 
-    /// Stays awake for a while, if that has paid lately, and looks at the rings and the back end without any system call.
-    /// Messages of the front end wait meanwhile, for less than [`Device::poll_limit`].
-    fn look_for_work(&mut self) -> bool {
+    /// Stays awake for a while, if that has paid lately, and looks at the rings and the back end: without any system call, unless
+    /// the device [has back ends](Device::looks_at_backends) that take one. Without, messages of the front end wait meanwhile, for less
+    /// than [`Device::poll_limit`].
+    fn look_for_work(&mut self, events: &mut [EpollEvent]) -> Result<Look, HostFault> {
         let limit = self.device.poll_limit();
         if limit.is_zero() {
-            return false;
+            return Ok(Look::Vain);
         }
         let window = self.patience.window(limit);
         if window.is_zero() {
-            return false;
+            return Ok(Look::Vain);
         }
+        let backends = self.device.looks_at_backends();
         let start = Instant::now();
         let (found, time) = loop {
-            let found = (0..LOOKS).any(|_| {
+            let due = (0..LOOKS).any(|_| {
                 self.finished |= self.device.has_finished();
                 let found = self.look_at_rings() || self.finished;
                 if !found {
@@ -95,13 +115,30 @@ impl<D: Device> Server<D> {
                 }
                 found
             });
+            let found = if due {
+                Look::Due
+            } else if backends {
+                self.look_at_backends(events)?
+            } else {
+                Look::Vain
+            };
             let time = start.elapsed();
-            if found || time >= window {
+            if !matches!(found, Look::Vain) || time >= window {
                 break (found, time);
             }
         };
-        self.patience.looked(time, found, limit);
-        found
+        let any = !matches!(found, Look::Vain);
+        self.patience.looked(time, any, limit);
+        Ok(found)
+    }
+
+    /// What would end a sleep at once.
+    fn look_at_backends(&self, events: &mut [EpollEvent]) -> Result<Look, HostFault> {
+        match self.epoll.wait(events, EpollTimeout::ZERO) {
+            Ok(0) | Err(Errno::EINTR) => Ok(Look::Vain),
+            Ok(count) => Ok(Look::Events(count)),
+            Err(errno) => Err(HostFault::of("epoll_wait")(errno)),
+        }
     }
 
     pub(super) fn event(&mut self, data: u64, ready: EpollFlags) -> Result<(), HostFault> {

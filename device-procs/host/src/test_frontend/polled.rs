@@ -116,7 +116,7 @@ impl PolledFrontend {
             address: base.0,
             area: self.memory.get_slice(base, AREA as usize).unwrap(),
             kick,
-            _call: call,
+            call,
             _error: error,
             offered: 0,
             published: 0,
@@ -132,8 +132,8 @@ pub struct PolledRing {
     pub address: u64,
     area: VolatileSlice<'static, ()>,
     kick: EventFd,
-    // Kept: the back end has the other ends.
-    _call: EventFd,
+    call: EventFd,
+    // Kept: the back end has the other end.
     _error: EventFd,
     offered: u16,
     published: u16,
@@ -191,6 +191,19 @@ impl PolledRing {
         let (head, len) = (self.load(at), self.load(at + 4));
         self.seen = self.seen.wrapping_add(1);
         Some((head, len))
+    }
+
+    /// The same as soon as there is one, by its interrupt.
+    pub fn wait_done(&mut self) -> (u16, u32) {
+        loop {
+            self.store(self.seen, AVAILABLE + 4 + usize::from(self.entries) * 2);
+            fence(Ordering::SeqCst);
+            if let Some(done) = self.done() {
+                return done;
+            }
+            super::wait_for(&self.call, "an interrupt");
+            let _ = self.call.read();
+        }
     }
 
     /// Interrupts would come half the indices away from here, which is never.

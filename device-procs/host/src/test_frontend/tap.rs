@@ -36,6 +36,36 @@ fn check(result: libc::c_int) -> libc::c_int {
     Errno::result(result).unwrap()
 }
 
+fn bind(host: &File, index: i32, protocol: u16) {
+    // SAFETY: all-zero bytes are a valid address structure, which holds integers only.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = protocol;
+    address.sll_ifindex = index;
+    // SAFETY: the address and its size belong together.
+    check(unsafe {
+        libc::bind(
+            host.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_ll>() as u32,
+        )
+    });
+}
+
+/// Whether the socket gets what the tap's reader sends, from now on.
+pub fn listen(host: &File, on: bool) {
+    // SAFETY: all-zero bytes are a valid address structure, which holds integers only.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut len = size_of::<libc::sockaddr_ll>() as u32;
+    // SAFETY: the address and its size belong together.
+    check(unsafe {
+        let room = (&raw mut address).cast();
+        libc::getsockname(host.as_raw_fd(), room, &raw mut len)
+    });
+    let protocol = if on { libc::ETH_P_ALL as u16 } else { 0 };
+    bind(host, address.sll_ifindex, protocol.to_be());
+}
+
 /// See the module's page.
 #[derive(Debug)]
 pub struct Tap {
@@ -71,19 +101,7 @@ impl Tap {
         let tap = Self { queues, host };
         tap.set(libc::SIOCSIFFLAGS, libc::IFF_UP | libc::IFF_RUNNING);
         let index = nix::net::if_::if_nametoindex(NAME).unwrap();
-        // SAFETY: all-zero bytes are a valid address structure, which holds integers only.
-        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = protocol;
-        address.sll_ifindex = index as i32;
-        // SAFETY: the address and its size belong together.
-        check(unsafe {
-            libc::bind(
-                tap.host.as_raw_fd(),
-                (&raw const address).cast(),
-                size_of::<libc::sockaddr_ll>() as u32,
-            )
-        });
+        bind(&tap.host, index as i32, protocol);
         Some(tap)
     }
 

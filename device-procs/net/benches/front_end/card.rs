@@ -4,6 +4,8 @@
 //! front, a large one in an indirect table of pages; single buffers that are merged to receive. **Who is not trusted.** Nobody.
 //! **Why this way.** All descriptors are written beforehand; what a packet costs here is a few stores.
 
+use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -40,6 +42,8 @@ pub(crate) struct Card {
     rings: Vec<PolledRing>,
     queues: usize,
     prepared: Option<Load>,
+    /// All receive buffers are the back end's.
+    echoing: bool,
 }
 
 impl Card {
@@ -66,6 +70,7 @@ impl Card {
             rings,
             queues,
             prepared: None,
+            echoing: false,
         };
         if control && queues > 1 {
             card.set_pairs();
@@ -210,6 +215,47 @@ impl Card {
             }
         }
         (sent, last - start)
+    }
+
+    /// Frames that the host sends, and gets back before it sends the next: round trips, and the time that they took. This driver
+    /// sleeps until it is interrupted, and the host until the frame is there, as a guest and a program do.
+    pub(crate) fn echo(
+        &mut self,
+        mut host: &File,
+        load: &Load,
+        apart: Duration,
+        slice: Duration,
+    ) -> (usize, Duration) {
+        self.prepare(load);
+        let frame = load.frame(100);
+        let mut back = vec![0; frame.len()];
+        let [receive, send] = &mut self.rings[..2] else {
+            panic!("a card has two queues");
+        };
+        if !std::mem::replace(&mut self.echoing, true) {
+            (0..SIZE).for_each(|slot| receive.offer(slot));
+            receive.publish();
+        }
+        let start = Instant::now();
+        let (mut count, mut time) = (0, Duration::ZERO);
+        while start.elapsed() < slice {
+            let begin = Instant::now();
+            host.write_all(&frame).unwrap();
+            let (slot, _) = receive.wait_done();
+            receive.offer(slot);
+            receive.publish();
+            send.offer((count % usize::from(SIZE)) as u16);
+            send.publish();
+            host.read_exact(&mut back).unwrap();
+            let end = Instant::now();
+            time += end - begin;
+            count += 1;
+            while send.done().is_some() {}
+            while end.elapsed() < apart {
+                std::hint::spin_loop();
+            }
+        }
+        (count, time)
     }
 
     /// Gives the back end buffers for exactly `frames` frames that wait in each queue; how long it took them all to come.

@@ -13,10 +13,20 @@ const SEGMENT: usize = 1448;
 /// What the card and its driver put in front (virtio 1.3, 5.1.6).
 pub(crate) const NET_HEADER: usize = 12;
 
+/// Where packets go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From the front end to the tap.
+    Send,
+    /// From the tap to the front end.
+    Receive,
+    /// From the tap to the front end and back, one at a time; the host waits so many microseconds before the next.
+    Echo(u64),
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Load {
-    /// From the front end to the tap.
-    pub(crate) send: bool,
+    pub(crate) way: Way,
     /// Bytes of a frame.
     pub(crate) size: usize,
     pub(crate) queues: usize,
@@ -29,8 +39,13 @@ impl Load {
         } else {
             self.size.to_string()
         };
-        let direction = if self.send { "send" } else { "receive" };
-        format!("{direction} {size} q{}", self.queues)
+        let queues = self.queues;
+        match self.way {
+            Way::Send => format!("send {size} q{queues}"),
+            Way::Receive => format!("receive {size} q{queues}"),
+            Way::Echo(0) => format!("echo {size} q{queues}"),
+            Way::Echo(apart) => format!("echo {size} +{apart}us"),
+        }
     }
 
     /// Whether segmentation is left to whoever takes the frame.
@@ -51,6 +66,14 @@ impl Load {
     /// Frames that are put into the tap's queue at a time: memory is the limit.
     pub(crate) fn burst(&self) -> usize {
         if self.segmented() { 256 } else { 2048 }
+    }
+
+    /// The same as a packet socket takes and gives it: its header lacks the last two bytes of the card's.
+    pub(crate) fn frame(&self, flow: usize) -> Vec<u8> {
+        let packet = self.packet(flow);
+        let mut frame = packet[..NET_HEADER - 2].to_vec();
+        frame.extend_from_slice(&packet[NET_HEADER..]);
+        frame
     }
 
     /// The header and the frame. Flow `flow` of the frames of one load: a tap spreads them over its queues by this.
@@ -97,11 +120,16 @@ impl Load {
 pub(crate) fn all() -> Vec<Load> {
     let mut all = Vec::new();
     for queues in [1, 4] {
-        for send in [true, false] {
+        for way in [Way::Send, Way::Receive] {
             for size in [64, 1500, HEADERS + 45 * SEGMENT] {
-                all.push(Load { send, size, queues });
+                all.push(Load { way, size, queues });
             }
         }
+    }
+    // At once, and for a host that thinks before it asks again: less than a look lasts, a little more, and much more.
+    for apart in [0, 10, 30, 300] {
+        let (way, size, queues) = (Way::Echo(apart), 64, 1);
+        all.push(Load { way, size, queues });
     }
     all
 }

@@ -59,7 +59,7 @@ fn main() {
     let counter = Counter::new();
     println!("load average before: {}", load_average());
     let mut rows = Vec::new();
-    let mut names: Vec<&str> = Vec::new();
+    let mut names: Vec<String> = Vec::new();
     for queues in [1, 4] {
         let loads: Vec<&Load> = loads.iter().filter(|load| load.queues == queues).collect();
         if loads.is_empty() {
@@ -69,7 +69,7 @@ fn main() {
             return;
         };
         if names.is_empty() {
-            names = parties.iter().map(|p| p.name).collect();
+            names = parties.iter().map(|p| p.name.clone()).collect();
             report::head(&names);
         }
         for load in loads {

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use device_host::test_frontend::DeviceProcess;
-use device_host::test_frontend::tap::Tap;
+use device_host::test_frontend::tap::{Tap, listen};
 use ipc::spec::DeviceSpec;
 use ipc::spec::net::NetSpec;
 use nix::sys::signal::{Signal, kill};
@@ -21,7 +21,7 @@ use tests::procfs::processor_time;
 
 use crate::card::{Card, SIZE};
 use crate::floor::Floor;
-use crate::loads::{Load, NET_HEADER};
+use crate::loads::{Load, Way};
 use crate::options::Options;
 use crate::report::Sample;
 
@@ -33,7 +33,7 @@ enum Kind {
 
 /// One way for packets, and where they are put in.
 pub(crate) struct Party {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     kind: Kind,
     host: Option<File>,
     /// A flow for each queue of the tap.
@@ -43,10 +43,7 @@ pub(crate) struct Party {
 /// Frames of a load that wait for a reader of the tap, `count` in each queue.
 fn fill(mut host: &File, load: &Load, flows: &[usize], count: usize) {
     for flow in flows {
-        let packet = load.packet(*flow);
-        // The socket's header lacks the last two bytes of the card's.
-        let mut frame = packet[..NET_HEADER - 2].to_vec();
-        frame.extend_from_slice(&packet[NET_HEADER..]);
+        let frame = load.frame(*flow);
         for _ in 0..count {
             assert_eq!(host.write(&frame).unwrap(), frame.len());
         }
@@ -108,7 +105,15 @@ impl Party {
 
     fn awake(&mut self, load: &Load, slice: Duration) -> Option<Sample> {
         let (mut packets, mut time, mut cpu) = (0, Duration::ZERO, Duration::ZERO);
-        if load.send {
+        if let Way::Echo(apart) = load.way {
+            let (Kind::Ours(card, process), Some(host)) = (&mut self.kind, &self.host) else {
+                return None;
+            };
+            listen(host, true);
+            let work = || card.echo(host, load, Duration::from_micros(apart), slice);
+            ((packets, time), cpu) = Self::measured(process.id(), work);
+            listen(host, false);
+        } else if load.way == Way::Send {
             (packets, time, cpu) = self.send(load, slice);
         } else {
             let host = self.host.as_ref()?.try_clone().unwrap();
@@ -157,7 +162,7 @@ fn tap(queues: usize) -> Option<Tap> {
 /// A flow for each queue: which one a frame goes to depends on a number that the kernel keeps to itself, but not on the tap.
 fn flows(floor: &mut Floor, host: &File, queues: usize) -> Vec<usize> {
     let load = Load {
-        send: false,
+        way: Way::Receive,
         size: 64,
         queues,
     };
@@ -173,7 +178,13 @@ fn flows(floor: &mut Floor, host: &File, queues: usize) -> Vec<usize> {
 }
 
 /// This crate's process, or that of another build.
-fn ours(name: &'static str, program: &str, queues: usize, flows: Vec<usize>) -> Option<Party> {
+fn ours(
+    name: String,
+    program: &str,
+    queues: usize,
+    flows: Vec<usize>,
+    poll_us: u32,
+) -> Option<Party> {
     let tap = tap(queues)?;
     let spec = DeviceSpec::Net(NetSpec {
         id: "bench".into(),
@@ -184,6 +195,7 @@ fn ours(name: &'static str, program: &str, queues: usize, flows: Vec<usize>) -> 
         vhost: false,
         limits: Default::default(),
         stands_in: None,
+        poll_us,
     });
     let mut process = DeviceProcess::start(program, spec, tap.queues);
     let card = Card::connect(process.socket(), queues, true);
@@ -248,7 +260,7 @@ fn testpmd(queues: usize) -> Party {
     drop(folder);
     let card = Card::connect(socket, queues, false);
     let party = Party {
-        name: "dpdk-testpmd",
+        name: "dpdk-testpmd".into(),
         kind: Kind::Peer(card, child),
         host: None,
         flows: Vec::new(),
@@ -260,12 +272,12 @@ fn testpmd(queues: usize) -> Party {
 /// Ours first, the floor second, and then the floor behind a filter. `None` where there may be no taps.
 pub(crate) fn all(options: &Options, queues: usize) -> Option<Vec<Party>> {
     let mut known = None;
-    let mut floor = |name, filtered| {
+    let mut floor = |name: &str, filtered| {
         let tap = tap(queues)?;
         let mut floor = Floor::new(tap.queues, filtered);
         let flows = known.get_or_insert_with(|| flows(&mut floor, &tap.host, queues));
         Some(Party {
-            name,
+            name: name.into(),
             kind: Kind::Floor(floor),
             flows: flows.clone(),
             host: Some(tap.host),
@@ -276,13 +288,24 @@ pub(crate) fn all(options: &Options, queues: usize) -> Option<Vec<Party>> {
     let flows = plain.flows.clone();
     let program = env!("CARGO_BIN_EXE_net");
     let mut all = vec![
-        ours("net", program, queues, flows.clone())?,
+        ours(
+            "net".into(),
+            program,
+            queues,
+            flows.clone(),
+            options.poll_us,
+        )?,
         plain,
         filtered,
     ];
+    for poll_us in &options.others {
+        let name = format!("net, poll-us={poll_us}");
+        all.push(ours(name, program, queues, flows.clone(), *poll_us)?);
+    }
     if let Some(other) = &options.beside {
         let other = other.to_str().expect("a path of text");
-        all.push(ours("net, other build", other, queues, flows)?);
+        let name = "net, other build".into();
+        all.push(ours(name, other, queues, flows, options.poll_us)?);
     }
     if options.peers {
         all.push(testpmd(queues));

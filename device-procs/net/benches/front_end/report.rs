@@ -105,7 +105,7 @@ impl Row {
     }
 }
 
-pub(crate) fn head(names: &[&str]) {
+pub(crate) fn head(names: &[String]) {
     print!("{:<18}", "");
     for (n, name) in names.iter().enumerate() {
         print!(" |{name:>width$}", width = if n > 0 { 67 } else { 48 });
@@ -125,7 +125,7 @@ pub(crate) fn head(names: &[&str]) {
 }
 
 /// The goal: within a tenth of the floor. `names` are those of all parties.
-pub(crate) fn summary(rows: &[Row], names: &[&str]) {
+pub(crate) fn summary(rows: &[Row], names: &[String]) {
     for (party, name) in names.iter().enumerate().skip(1) {
         let ratios: Vec<f64> = rows
             .iter()
@@ -145,7 +145,7 @@ pub(crate) fn summary(rows: &[Row], names: &[&str]) {
 }
 
 /// The ratios, as a picture; `names` are those of all parties.
-pub(crate) fn plot(rows: &[Row], names: &[&str]) -> Plot {
+pub(crate) fn plot(rows: &[Row], names: &[String]) -> Plot {
     Plot {
         title: "net".into(),
         unit: "packets per second, times those of the other".into(),

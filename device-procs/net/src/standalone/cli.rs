@@ -7,7 +7,7 @@
 
 use device_host::alone::cli::{Common, Definition, Given, Takes, UsageError, help as listed};
 use device_host::alone::program::{About, Command};
-use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_NET_RATE, MAX_QUEUE_SIZE};
+use ipc::limits::{MAX_NET_QUEUE_PAIRS, MAX_NET_RATE, MAX_POLL_US, MAX_QUEUE_SIZE, NET_POLL_US};
 use ipc::spec::net::{Bucket, Limit, NetLimits, NetSpec};
 
 use crate::device::MIN_QUEUE_SIZE;
@@ -36,6 +36,7 @@ const OPTIONS: &[Definition] = &[
     ("tx-packets-burst", Takes::Value("NUMBER"), "what of them may pass at once"),
     ("tx-bytes", Takes::Value("NUMBER"), "the same for bytes of packets from the guest"),
     ("tx-bytes-burst", Takes::Value("NUMBER"), "what of them may pass at once"),
+    ("poll-us", Takes::Value("NUMBER"), "microseconds to look for more packets before sleeping: 0 to 200 (default: 50)"),
     ("ifname", Takes::Alias("tap"), ""),
     ("throttling.rx-packets", Takes::Alias("rx-packets"), ""),
     ("throttling.rx-packets-burst", Takes::Alias("rx-packets-burst"), ""),
@@ -117,6 +118,7 @@ pub(super) fn parse(
                 },
             },
             stands_in: None,
+            poll_us: given.number("poll-us", 0..=MAX_POLL_US, NET_POLL_US)?,
         },
         common,
     }))
@@ -148,7 +150,7 @@ mod tests {
     #[test]
     fn what_is_given_is_what_is_served() {
         let line = "--ifname=tap7 --socket-path /s --queues 3 --queue-size=256 --throttling.rx-bytes 1000 --rx-bytes-burst=7 \
-             --tx-packets 55 --keep -D /l --log-level info --sandbox strict --seccomp trap --socket-group 12";
+             --tx-packets 55 --poll-us 7 --keep -D /l --log-level info --sandbox strict --seccomp trap --socket-group 12";
         let Command::Serve(options) = parse_words(line).unwrap() else {
             panic!("{line}");
         };
@@ -169,6 +171,7 @@ mod tests {
                 vhost: false,
                 limits,
                 stands_in: None,
+                poll_us: 7,
             },
             common: Common {
                 socket: Socket::Path("/s".into(), Some("12".into())),

@@ -335,6 +335,7 @@ fn a_card_of_somebody_elses_daemon_has_the_front_ends_face_and_no_control_queue(
             queue_size: 128,
             limits: Default::default(),
             stands_in: None,
+            poll_us: 0,
         }),
         backend: ipc::control::BackendGrant::Socket {
             option: "-chardev id=c".into(),
@@ -413,6 +414,7 @@ fn many_queues_stay_within_the_window() {
         queue_size: 256,
         limits: Default::default(),
         stands_in: None,
+        poll_us: 0,
     });
     let (front, fake) = FakeDevice::start(Script {
         queues: 33,

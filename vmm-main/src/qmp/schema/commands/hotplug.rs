@@ -279,6 +279,11 @@ const NETDEV: &[Member] = &[
     may("throttling.tx-packets-burst", BURST, LIMIT),
     may("throttling.tx-bytes", RATE, LIMIT),
     may("throttling.tx-bytes-burst", BURST, LIMIT),
+    may(
+        "poll-us",
+        Type::Int(0, limits::MAX_POLL_US as u64),
+        "as of `-netdev`",
+    ),
 ];
 
 const FSDEV: &[Member] = &[
@@ -444,7 +449,10 @@ fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(),
         }
         (false, false) => {}
         (true, true) => {
-            let of_tap = ["ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds"].into_iter();
+            let of_tap = [
+                "ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds", "poll-us",
+            ]
+            .into_iter();
             let limits = DIRECTIONS
                 .into_iter()
                 .map(|name| format!("throttling.{name}"));
@@ -470,6 +478,14 @@ fn tap_descriptors(desk: &mut Desk<'_>, arguments: &mut Arguments) -> Result<(),
         return wrong(format!(
             "Parameter '{rate}' contradicts 'vhost', with which packets do not pass this program"
         ));
+    }
+    if arguments.at(&["vhost"]) == Some(&Value::Bool(true))
+        && arguments.uint("poll-us").unwrap_or(0) > 0
+    {
+        return wrong(
+            "Parameter 'poll-us' contradicts 'vhost', with which packets do not pass this program; allowed with it: 0"
+                .into(),
+        );
     }
     // Those of vhost are taken and closed, whatever follows.
     for argument in ["vhostfd", "vhostfds"] {
