@@ -37,8 +37,8 @@ pub fn run(data: &[u8]) {
                         // The broker's own check of numbers.
                         let _ = spec.check();
                     }
-                    // A device and a size.
-                    Request::Resize { .. } => assert_eq!(data.len(), 16),
+                    // A device, and a size or features.
+                    Request::Resize { .. } | Request::StandIn { .. } => assert_eq!(data.len(), 16),
                     // A number, and a yes or no.
                     _ => assert!(data.len() <= 9),
                 }
