@@ -20,6 +20,9 @@ const BLOCK_OFFSET: u64 = !0x1ff;
 const PIECE: u64 = 64 << 10;
 /// Pieces that are kept: 8 MiB.
 const PIECES: usize = 128;
+/// Counts that are looked at for free clusters: those of 16 TiB of clusters of 64 KiB, a few seconds. A table may name the same full block
+/// again and again, and would be looked through for years.
+const MOST_LOOKS: u64 = if cfg!(fuzzing) { 1 << 20 } else { 1 << 28 };
 /// Bytes of the refcount table that are read at once.
 const PART: u64 = 4096;
 /// Bytes of the largest refcount table that is made here; QEMU refuses a larger one.
@@ -133,12 +136,14 @@ impl<'a> Counts<'a> {
     /// Gives `count` free clusters in a row one reference each, and returns the offset of the first.
     ///
     /// # Errors
-    /// `EFBIG` if the image cannot count that many clusters; the image cannot be read, or written.
+    /// `EFBIG` if the image cannot count that many clusters, or none of [`MOST_LOOKS`] is free; the image cannot be read, or written.
     pub(crate) fn take(&mut self, count: u64) -> io::Result<u64> {
         let (mut cluster, mut free) = (self.full_to, 0);
         let mut all_full = true;
+        let mut looks = 0;
         while free < count {
-            if cluster >= i64::MAX as u64 / self.cluster {
+            looks += 1;
+            if cluster >= i64::MAX as u64 / self.cluster || looks > MOST_LOOKS {
                 return Err(wrong(Errno::EFBIG));
             }
             let number = cluster / self.in_a_block();
