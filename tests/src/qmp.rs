@@ -224,6 +224,24 @@ impl Qmp {
         }
     }
 
+    /// Waits until `device` is given up, which may have been before this client came.
+    ///
+    /// # Errors
+    /// When it is not, or another one is.
+    pub fn wait_failed(&mut self, device: &str, limit: Duration) -> Result<(), QmpError> {
+        let all = self.execute("query-workloads", json!({}))?;
+        let is = |one: &Value| one["module"] == device && one["state"] == "failed";
+        if all.as_array().is_some_and(|all| all.iter().any(is)) {
+            return Ok(());
+        }
+        let event = self.wait_event("DEVICE_FAILED", limit)?;
+        if event["data"]["device"] == device {
+            Ok(())
+        } else {
+            Err(QmpError::Malformed(format!("of another device: {event}")))
+        }
+    }
+
     /// The next event, if one comes within `limit`.
     ///
     /// # Errors
