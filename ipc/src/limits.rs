@@ -222,8 +222,9 @@ pub const MAX_FS_TABLES: u64 = 256 << 20;
 pub const MAX_FS_HELD: usize = 1 << 22;
 /// Microseconds that a device process may look for work before it sleeps (`poll-us`): longer than any sleep and wake-up takes.
 pub const MAX_POLL_US: u32 = 200;
-/// `poll-us` when it is not given: about what a sleep and the wake-up from it cost both sides.
-pub const DEFAULT_POLL_US: u32 = 20;
+/// `poll-us` of a disk when it is not given: about what a sleep and the wake-up from it cost both sides, and what a good disk takes for
+/// a read.
+pub const DEFAULT_POLL_US: u32 = 50;
 /// The same for a network card: the next packet is an answer to the last one, from a process that is woken for it, in the guest or on
 /// the host.
 pub const NET_POLL_US: u32 = 50;

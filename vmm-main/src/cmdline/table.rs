@@ -563,7 +563,7 @@ const DRIVE: &[Shape] = &[one(
         key(
             "poll-us",
             Kind::Int(0, limits::MAX_POLL_US as u64),
-            "20",
+            "50",
             "microseconds that the device may look for more work before it sleeps, if that has paid lately",
         ),
         key(

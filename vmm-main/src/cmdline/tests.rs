@@ -219,7 +219,7 @@ fn a_disks_process_is_told_each_property() {
             discard: false,
             detect_zeroes: DetectZeroes::Off,
             iops_total: 0,
-            poll_us: 20,
+            poll_us: 50,
             werror: OnError::Report,
             rerror: OnError::Report,
             format: ImageFormat::Raw,

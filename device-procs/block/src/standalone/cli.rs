@@ -40,7 +40,7 @@ const OPTIONS: &[Definition] = &[
     ("discard", Takes::Value("HOW"), "unmap: the guest can give space back; ignore (default)"),
     ("detect-zeroes", Takes::Value("HOW"), "writes of zeroes: off (default): are writes; on: mark a range; unmap: free it if --discard=unmap"),
     ("iops-total", Takes::Value("NUMBER"), "requests a second on average, over all queues; 0 (default) for no limit"),
-    ("poll-us", Takes::Value("NUMBER"), "microseconds to look for work before sleeping: 0 to 200 (default: 20)"),
+    ("poll-us", Takes::Value("NUMBER"), "microseconds to look for work before sleeping: 0 to 200 (default: 50)"),
     ("werror", Takes::Value("HOW"), "a write that the host fails: report (default) or ignore"),
     ("rerror", Takes::Value("HOW"), "a read that the host fails: report (default) or ignore"),
     ("blk-file", Takes::Alias("file"), ""),
