@@ -20,7 +20,9 @@ use serde_json::json;
 use tests::host::{Tap, require_kvm, require_root};
 use tests::jail::check::check;
 use tests::jail::expect::{BackEnd, Device, Setting};
-use tests::lab::{Flavour, Guest, Script, where_vhost_net_is};
+use tests::lab::{
+    Flavour, Guest, Nested, Script, in_a_nested_machine, programs, where_vhost_net_is,
+};
 use tests::payload::Payload;
 use tests::procfs;
 use tests::qmp::Qmp;
@@ -467,4 +469,86 @@ fn what_cannot_be_had_is_told_before_the_guest_runs() {
             "{told}"
         );
     }
+}
+
+/// What `iperf3` says of one second, in bits, from the guest and to it, in a machine whose card's packets this program passes or the
+/// kernel.
+fn iperf3(guest: &Guest, vhost: bool) -> [f64; 2] {
+    let tap = Tap::new("sv-iperf", "10.7.62.1/24").unwrap();
+    let program = programs::command("/tools", "iperf3");
+    let script = Script::new(&format!(
+        "set -e\n\
+         mkdir -p /tools; mount -t ext4 -o ro /dev/vda /tools\n\
+         ip addr add 10.7.62.2/24 dev eth0; ip link set eth0 up\n\
+         ping -c 1 -w 60 10.7.62.1 > /dev/null\n\
+         for way in '' -R; do {program} -c 10.7.62.1 -t 5 -O 1 $way > /dev/null; done\n\
+         echo IPERF-DONE\n"
+    ));
+    let initrd = guest.initrd_with(&script).unwrap();
+    let mut server = std::process::Command::new("iperf3")
+        .args(["-s", "-B", "10.7.62.1", "-J"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let how = if vhost { ",vhost=on" } else { "" };
+    let mut vm = Vm::builder()
+        .args(["-machine", "microvm", "-m", "256"])
+        .kernel(&guest.kernel.elf, "console=ttyS0 quiet panic=-1 reboot=k")
+        .arg("-initrd")
+        .arg(initrd.path())
+        .disk("tools", &programs::image("iperf3").unwrap(), ",readonly=on")
+        .arg("-netdev")
+        .arg(format!("tap,id=n0,ifname={}{how}", tap.name))
+        .args([
+            "-device",
+            "virtio-net-device,netdev=n0,id=card,mac=52:54:00:00:62:02",
+        ])
+        .start()
+        .unwrap();
+    expect(&mut vm, "IPERF-DONE");
+    expect(&mut vm, "GUEST-END status=0");
+    server.kill().unwrap();
+    let output = server.wait_with_output().unwrap().stdout;
+    // One object for each run, and nothing between them.
+    let runs: Vec<serde_json::Value> = serde_json::Deserializer::from_slice(&output)
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    let [from, to] = &runs[..] else {
+        panic!("{}", String::from_utf8_lossy(&output));
+    };
+    let rate = |run: &serde_json::Value, sum: &str| {
+        let rate = run["end"][sum]["bits_per_second"].as_f64();
+        rate.filter(|rate| *rate > 0.0)
+            .unwrap_or_else(|| panic!("{run}"))
+    };
+    [rate(from, "sum_received"), rate(to, "sum_sent")]
+}
+
+/// A ratio, and no figure: in the nested machine all of it is emulated.
+#[test]
+#[ignore = "measures for minutes: run by `cargo xtask test vhost --long`"]
+fn iperf3_in_a_guest_beside_the_kernels_vhost_net() {
+    // Made out here, where it is kept.
+    programs::image("iperf3").unwrap();
+    let nested = Nested {
+        limit: Some(Duration::from_secs(900)),
+        ..Nested::default()
+    };
+    in_a_nested_machine(&nested, test_path!(), || {
+        let guest = Guest::ready(Flavour::Cloud).unwrap();
+        for round in 0..3 {
+            let [own_from, own_to] = iperf3(&guest, false);
+            let [kernel_from, kernel_to] = iperf3(&guest, true);
+            println!(
+                "round {round}: from the guest {:.0} and {:.0} Mbit/s, {:.2} times the kernel's; to it {:.0} and {:.0}, {:.2} times",
+                own_from / 1e6,
+                kernel_from / 1e6,
+                own_from / kernel_from,
+                own_to / 1e6,
+                kernel_to / 1e6,
+                own_to / kernel_to
+            );
+        }
+    });
 }
