@@ -237,8 +237,7 @@ fn take_policy(channel: Channel) -> Result<Broker, ChannelError> {
         inherited,
         added,
         plugged: BTreeMap::new(),
-        taken_out: BTreeSet::new(),
-        gone: BTreeMap::new(),
+        taken_out: BTreeMap::new(),
         cleanup,
         devices,
         holds: BTreeMap::new(),
@@ -263,9 +262,7 @@ struct Broker {
     /// Devices that were plugged, by their index.
     plugged: BTreeMap<u32, DeviceGrant>,
     /// Devices that were taken out: others may have their places, also those of the policy's.
-    taken_out: BTreeSet<u32>,
-    /// Cards among them, and their iothreads.
-    gone: BTreeMap<u32, (NetSpec, Option<u32>)>,
+    taken_out: BTreeMap<u32, DeviceGrant>,
     cleanup: Cleanup,
     devices: Devices,
     /// Images that were opened, by their device, for a restart.
@@ -760,7 +757,7 @@ impl Broker {
     ) -> Result<(Reply, Option<OwnedFd>), String> {
         let first = self.policy.devices.len() as u32;
         let all = first + self.policy.additions.devices;
-        let free = (first..all).contains(&index) || self.taken_out.contains(&index);
+        let free = (first..all).contains(&index) || self.taken_out.contains_key(&index);
         if !free || self.plugged.contains_key(&index) {
             return Err(format!("device {index} is not one that can be plugged now"));
         }
@@ -790,21 +787,22 @@ impl Broker {
 
     fn unplug(&mut self, index: u32) -> Result<(Reply, Option<OwnedFd>), String> {
         self.devices.stop(index as usize)?;
-        let grant = self.plugged.remove(&index);
-        let grant = grant.as_ref().or(self.policy.devices.get(index as usize));
-        if let Some(grant) = grant.filter(|grant| !grant.is_foreign())
-            && let DeviceSpec::Net(card) = &grant.spec
-        {
-            self.gone.insert(index, (card.clone(), grant.iothread));
+        if let Some(grant) = self.plugged.remove(&index) {
+            self.taken_out.insert(index, grant);
+        } else if let Some(grant) = self.policy.devices.get(index as usize) {
+            // Not if that was another one, of which this is what stood in for it.
+            self.taken_out.entry(index).or_insert_with(|| grant.clone());
         }
         self.forget(index);
-        self.taken_out.insert(index);
         Ok((Reply::Unplugged { index }, None))
     }
 
     /// Starts a process without a back end, in the jail of any card's, for the driver of one that is gone.
     fn stand_in(&mut self, index: u32, features: u64) -> Result<(Reply, Option<OwnedFd>), String> {
-        let Some((card, iothread)) = self.gone.remove(&index) else {
+        let gone = self.taken_out.get(&index);
+        let gone = gone.filter(|gone| !gone.is_foreign() && !self.plugged.contains_key(&index));
+        let Some((DeviceSpec::Net(card), iothread)) = gone.map(|gone| (&gone.spec, gone.iothread))
+        else {
             return Err(format!("device {index} is no card that was taken out"));
         };
         let grant = DeviceGrant {
@@ -812,7 +810,7 @@ impl Broker {
                 vhost: false,
                 limits: NetLimits::default(),
                 stands_in: Some(features),
-                ..card
+                ..card.clone()
             }),
             backend: BackendGrant::Nothing,
             iothread,

@@ -139,24 +139,31 @@ impl Vm {
 
     fn no_stand_in(&mut self, unit: usize, why: &str) -> Result<(), End> {
         warn!("nobody answers the driver of window {unit} any more: {why}");
-        self.end_stand_in(unit)
+        self.dismiss(unit)
     }
 
     /// Another device comes to window `unit`, or nobody may be there any more: whoever stands in leaves, and its queues stay as they are.
     pub(super) fn end_stand_in(&mut self, unit: usize) -> Result<(), End> {
         let asked = self.hotplug.forget_stand_in(unit);
+        let mut coming = self.hotplug.stand_ins.iter();
+        let coming = coming.any(|coming| coming.unit == unit);
+        if asked || coming || self.supervisor.has_stand_in(unit) {
+            self.dismiss(unit)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Has the broker end it, as far as it has come.
+    fn dismiss(&mut self, unit: usize) -> Result<(), End> {
         // Its socket leaves the poller by being closed.
-        let before = self.hotplug.stand_ins.len();
         self.hotplug.stand_ins.retain(|coming| coming.unit != unit);
-        let coming = self.hotplug.stand_ins.len() < before;
-        let serving = self.supervisor.has_stand_in(unit);
-        if serving && let Some(transport) = self.parts.transports.get(unit) {
+        if self.supervisor.has_stand_in(unit)
+            && let Some(transport) = self.parts.transports.get(unit)
+        {
             let mut transport = lock(transport);
             transport.take_out();
             transport.device_gone();
-        }
-        if !(asked || coming || serving) {
-            return Ok(());
         }
         self.supervisor.unplug(unit);
         self.ask_broker(&Request::Unplug { index: unit as u32 }, Waiting::Undo)

@@ -450,7 +450,7 @@ impl Supervisor {
         }
     }
 
-    /// The card at `index`, if it is no daemon's, or was there before it was taken out.
+    /// The card at `index`, or the one that was taken out there, unless it is a daemon's.
     pub(super) fn card(&self, index: usize) -> Option<&NetSpec> {
         let device = self.devices.get(index)?;
         match &device.spec {
